@@ -1,0 +1,75 @@
+"""``authbackend certs``: the certificates of a bench set-up, by one command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from authbackend.pki.authority import PKIError
+from authbackend.pki.directory import Outcome, make_certificates
+
+_PURPOSE = {
+    "ca": "authority of devices and broker; ca.pem goes to every device and to the broker",
+    "internal-ca": "authority of the channel between broker and authbackend; internal-ca.pem goes to both",
+    "rabbitmq": "the broker's listeners",
+    "authbackend": "this service's listener for the broker",
+    "broker-client": "with which the broker logs in to authbackend",
+}
+_WHERE = """
+What goes where (NAME.pem is public; NAME.key is secret, mode 600, owned by who reads it):
+  broker       /etc/rabbitmq/certs/   ca.pem internal-ca.pem rabbitmq.pem rabbitmq.key
+                                      broker-client.pem broker-client.key
+               chown -R rabbitmq: /etc/rabbitmq/certs
+  authbackend  AUTHBACKEND_BROKER__TLS__CERTIFICATE_FILE={directory}/authbackend.pem
+               AUTHBACKEND_BROKER__TLS__KEY_FILE={directory}/authbackend.key
+               AUTHBACKEND_BROKER__TLS__CLIENT_CA_FILE={directory}/internal-ca.pem
+  a device     ca.pem and its own NAME.pem NAME.key
+  nowhere      ca.key and internal-ca.key sign new certificates: keep them here only
+A bench authority for trying things out: production certificates come from your own."""
+
+
+@click.command()
+@click.argument("directory", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--device",
+    "devices",
+    metavar="NAME",
+    multiple=True,
+    help="A device's common name. May be given several times.",
+)
+@click.option(
+    "--server",
+    "servers",
+    metavar="NAME",
+    multiple=True,
+    help="A host name or address that clients use for the broker. May be given several times; "
+    "given at all, it replaces localhost, 127.0.0.1, ::1 and rabbitmq.",
+)
+def certs(directory: Path, devices: tuple[str, ...], servers: tuple[str, ...]) -> None:
+    """
+    Make the certificates of a bench set-up in DIR.
+
+    Two authorities (one for devices and broker, one for the channel between broker and authbackend), the servers'
+    certificates, the broker's login, and one certificate for each device. What is there is kept, so the command can
+    be repeated to add devices. A server's certificate is made again if other names are asked for, if another
+    authority signed it, or in its last 30 days.
+
+    For demonstrations and tests: the authorities' keys lie unencrypted in DIR.
+    """
+    try:
+        for outcome in make_certificates(directory, devices=devices, servers=servers or None):
+            click.echo(_line(directory, outcome))
+    except PKIError as error:
+        raise click.ClickException(str(error)) from error
+    except OSError as error:
+        raise click.ClickException(f"{error.filename or directory}: {error.strerror}") from error
+    click.echo(_WHERE.format(directory=directory.absolute()))
+
+
+def _line(directory: Path, outcome: Outcome) -> str:
+    purpose = _PURPOSE.get(outcome.name, "a device")
+    verb = "wrote" if outcome.written else "kept "
+    note = f" ({outcome.note})" if outcome.note else ""
+    path = f"{directory / outcome.name}.pem .key"
+    return f"{verb} {path:<36} until {outcome.expires:%Y-%m-%d}  {purpose}{note}"

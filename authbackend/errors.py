@@ -1,0 +1,65 @@
+"""
+Errors of this project; a refusal by policy is never one of them but a value (``policy.decide.Decision``).
+
+::
+
+    AuthbackendError
+    ├── ConfigurationError   a setting is wrong or missing; nothing was started
+    ├── InvalidInput         what was given breaks a rule; nothing was changed
+    ├── NotFound             what was named does not exist
+    ├── Conflict             what was given collides with what is there
+    ├── Forbidden            the database role lacks the right
+    └── Unavailable          the database or a peer cannot be reached now
+
+Each has a ``detail`` that is safe to show to the person who asked; the cause is chained for the log.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class AuthbackendError(Exception):
+    """Base of all; ``exit_code`` is what the command line ends with."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+        self.detail = detail
+
+
+class ConfigurationError(AuthbackendError):
+    """A setting is wrong or missing."""
+
+    exit_code = 2
+
+
+class InvalidInput(AuthbackendError):
+    """What was given breaks a rule; nothing was changed."""
+
+    exit_code = 2
+
+
+class NotFound(AuthbackendError):
+    """What was named does not exist."""
+
+    exit_code = 3
+
+
+class Conflict(AuthbackendError):
+    """What was given collides with what is there."""
+
+    exit_code = 4
+
+
+class Unavailable(AuthbackendError):
+    """The database or a peer cannot be reached now."""
+
+    exit_code = 5
+
+
+class Forbidden(AuthbackendError):
+    """The database role lacks the right."""
+
+    exit_code = 7

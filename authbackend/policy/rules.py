@@ -1,0 +1,323 @@
+"""Topic rules, device types, devices and accounts, compiled for deciding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+
+from authbackend.policy.names import DeviceId
+from authbackend.policy.topics import (
+    MANY,
+    ONE,
+    Pattern,
+    contains,
+    match,
+    overlaps,
+    placeholders_of,
+    substitute,
+    topic_filter_fault,
+)
+
+_UNUSABLE_CHARACTERS = frozenset("./+#*")
+
+
+class Effect(StrEnum):
+    """What a rule does when it applies."""
+
+    ALLOW = "allow"
+    DENY = "deny"
+
+
+class Permission(StrEnum):
+    """RabbitMQ's topic permissions; a policy calls them publish and subscribe."""
+
+    WRITE = "write"
+    READ = "read"
+
+
+class Status(StrEnum):
+    """The life of a device."""
+
+    PENDING = "pending"
+    ACTIVE = "active"
+    SUSPENDED = "suspended"
+    REVOKED = "revoked"
+
+
+def usable(value: object) -> bool:
+    """Return whether a placeholder's value is one literal word; any other never widens access."""
+    return isinstance(value, str) and value != "" and _UNUSABLE_CHARACTERS.isdisjoint(value)
+
+
+class Values:
+    """The values of the placeholders in one request."""
+
+    __slots__ = ("_attributes", "_values")
+
+    def __init__(self, values: Mapping[str, str | None], attributes: Mapping[str, str] | None = None) -> None:
+        self._values = values
+        self._attributes = attributes or {}
+
+    def get(self, name: str) -> str | None:
+        """Return the value of a placeholder, None when it is missing or unusable."""
+        value = self._attributes.get(name[5:]) if name.startswith("attr.") else self._values.get(name)
+        return value if usable(value) else None
+
+
+class TopicRule:
+    """
+    One rule of a device type, a device or an account.
+
+    Args:
+        rule_id: The row in the registry, for people.
+        topic: An MQTT filter with placeholders. A malformed one grants nothing: an allow rule then matches nothing,
+            a deny rule everything.
+        exchange: For accounts, a topic exchange other than the MQTT exchange; None is the MQTT exchange.
+    """
+
+    __slots__ = ("_levels", "_names", "_static", "effect", "exchange", "owner", "permission", "rule_id", "topic")
+
+    def __init__(
+        self,
+        effect: Effect,
+        permission: Permission,
+        topic: str,
+        *,
+        rule_id: int = 0,
+        owner: str = "",
+        exchange: str | None = None,
+    ) -> None:
+        self.effect = effect
+        self.permission = permission
+        self.topic = topic
+        self.rule_id = rule_id
+        self.owner = owner
+        self.exchange = exchange
+        fault = topic_filter_fault(topic)
+        if fault is not None and "last level" not in fault:
+            self._levels: tuple[str, ...] = ()
+            self._names: tuple[str, ...] = ()
+            self._static: Pattern | None = Pattern((MANY,)) if effect is Effect.DENY else None
+            return
+        self._levels = tuple(topic.split("/"))
+        self._names = tuple(dict.fromkeys(name for level in self._levels for name in placeholders_of(level)))
+        self._static = None if self._names else Pattern(self._words({}))
+
+    def pattern(self, values: Values) -> Pattern | None:
+        """Return the rule with its placeholders replaced; None matches nothing."""
+        if not self._names:
+            return self._static
+        known: dict[str, str] = {}
+        for name in self._names:
+            value = values.get(name)
+            if value is not None:
+                known[name] = value
+            elif self.effect is Effect.ALLOW:
+                return None
+        return Pattern(self._words(known))
+
+    def _words(self, known: dict[str, str]) -> list[str]:
+        words: list[str] = []
+        for level in self._levels:
+            if level == "+":
+                words.append(ONE)
+            elif level == MANY or any(name not in known for name in placeholders_of(level)):
+                words.append(MANY)
+            else:
+                words.extend(substitute(level, known).split("."))
+        return words
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TopicRule) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[object, ...]:
+        return (self.rule_id, self.owner, self.effect, self.permission, self.topic, self.exchange)
+
+    def __repr__(self) -> str:
+        return f"<TopicRule {self.rule_id} {self.effect} {self.permission} {self.topic!r}>"
+
+
+class RuleSet:
+    """Rules sorted by what they are asked for; their order never matters."""
+
+    __slots__ = ("_allow", "_deny")
+
+    def __init__(self, rules: Iterable[TopicRule] = ()) -> None:
+        self._allow: dict[Permission, tuple[TopicRule, ...]] = {}
+        self._deny: dict[Permission, tuple[TopicRule, ...]] = {}
+        for rule in rules:
+            target = self._allow if rule.effect is Effect.ALLOW else self._deny
+            target[rule.permission] = (*target.get(rule.permission, ()), rule)
+
+    def allowing(self, permission: Permission) -> tuple[TopicRule, ...]:
+        """Return the allow rules of a permission."""
+        return self._allow.get(permission, ())
+
+    def denying(self, permission: Permission) -> tuple[TopicRule, ...]:
+        """Return the deny rules of a permission."""
+        return self._deny.get(permission, ())
+
+    def __iter__(self) -> Iterator[TopicRule]:
+        for rules in (*self._allow.values(), *self._deny.values()):
+            yield from rules
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RuleSet) and set(self) == set(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+NO_RULES = RuleSet()
+
+
+def applies(rule: TopicRule, values: Values, words: Sequence[str]) -> bool:
+    """
+    Return whether a rule applies to a request.
+
+    A write key must be matched. A read filter must be contained in an allow rule, and is refused by a deny rule
+    that overlaps it.
+    """
+    pattern = rule.pattern(values)
+    if pattern is None:
+        return False
+    if rule.permission is Permission.WRITE:
+        return match(pattern, words)
+    if rule.effect is Effect.ALLOW:
+        return contains(pattern.words, words)
+    return overlaps(pattern, words)
+
+
+@dataclass(frozen=True, slots=True)
+class Networks:
+    """The addresses from which an identity may connect; none given means any."""
+
+    networks: tuple[IPv4Network | IPv6Network, ...]
+
+    @classmethod
+    def parse(cls, texts: Iterable[str]) -> Networks:
+        """
+        Read networks in CIDR form.
+
+        Raises:
+            ValueError: A text is no network.
+        """
+        return cls(tuple(_normal_network(ip_network(text)) for text in texts))
+
+    def __contains__(self, address: str) -> bool:
+        try:
+            parsed = _normal_address(ip_address(address))
+        except ValueError:  # RabbitMQ sends "unknown" when the management API publishes.
+            return False
+        return any(parsed in network for network in self.networks if network.version == parsed.version)
+
+
+def _normal_address(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
+    """Turn an IPv4-mapped IPv6 address, as a dual-stack listener sees it, into the IPv4 address it stands for."""
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        return address.ipv4_mapped
+    return address
+
+
+def _normal_network(network: IPv4Network | IPv6Network) -> IPv4Network | IPv6Network:
+    if isinstance(network, IPv6Network) and network.prefixlen >= 96 and network.network_address.ipv4_mapped:
+        return IPv4Network((network.network_address.ipv4_mapped, network.prefixlen - 96))
+    return network
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceType:
+    """What the devices of a type have in common."""
+
+    name: str
+    client_ids: tuple[str, ...] = ()
+    vhosts: tuple[str, ...] = ()
+    networks: Networks | None = None
+    rules: RuleSet = NO_RULES
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """
+    One device; devices speak MQTT and identify themselves by certificate only.
+
+    Args:
+        expires_at: Seconds since the epoch, None for never.
+    """
+
+    device_id: DeviceId
+    common_name: str
+    type: str
+    status: Status = Status.ACTIVE
+    attributes: Mapping[str, str] | None = None
+    expires_at: float | None = None
+    rules: RuleSet = NO_RULES
+
+
+class Login(StrEnum):
+    """How an account proves who it is."""
+
+    PASSWORD = "password"
+    CERTIFICATE = "certificate"
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """A service, a person, or a machine that speaks AMQP; never an MQTT device."""
+
+    name: str
+    login: Login
+    password_hash: str | None = field(default=None, repr=False)
+    tags: tuple[str, ...] = ()
+    vhosts: tuple[str, ...] = ()
+    networks: Networks | None = None
+    client_ids: tuple[str, ...] = ()
+    configure: tuple[str, ...] = ()
+    write: tuple[str, ...] = ()
+    read: tuple[str, ...] = ()
+    unchecked_dead_lettering: bool = False
+    rules: RuleSet = NO_RULES
+
+    def resource_patterns(self, permission: str) -> tuple[str, ...]:
+        """Return the names it may configure, write or read; none for any other permission."""
+        match permission:
+            case "configure":
+                return self.configure
+            case "write":
+                return self.write
+            case "read":
+                return self.read
+        return ()
+
+
+DEFAULT_EXCHANGE = "amq.default"
+_RESERVED_PREFIXES = ("mqtt-subscription-", "mqtt-will-")
+
+
+def resource_matches(pattern: str, name: str) -> bool:
+    """
+    Return whether a resource permission reaches a queue or exchange; ``*`` stands for any run of characters.
+
+    A wildcard never reaches the default exchange, which writes to every queue by name, nor the queues of MQTT
+    sessions and delayed wills, unless their prefix is written out.
+    """
+    if "*" not in pattern:
+        return pattern == name
+    if name in ("", DEFAULT_EXCHANGE):
+        return False
+    first, *rest = pattern.split("*")
+    if any(name.startswith(prefix) and not first.startswith(prefix) for prefix in _RESERVED_PREFIXES):
+        return False
+    if not name.startswith(first):
+        return False
+    position = len(first)
+    for part in rest[:-1]:
+        found = name.find(part, position)
+        if found < 0:
+            return False
+        position = found + len(part)
+    return len(name) - len(rest[-1]) >= position and name.endswith(rest[-1])

@@ -1,0 +1,89 @@
+"""Connections and the translation of driver errors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+
+import asyncpg
+
+from authbackend.errors import Conflict, Forbidden, InvalidInput, Unavailable
+
+Connection = asyncpg.Connection  # type: ignore[type-arg]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where the database is; the URI may hold a password and is never shown."""
+
+    dsn: str = field(repr=False)
+    connect_timeout_s: float = 5.0
+    statement_timeout_s: float = 30.0
+    application_name: str = "authbackend"
+
+
+@contextlib.contextmanager
+def translated_errors() -> Iterator[None]:
+    """
+    Turn what asyncpg raises into this project's errors.
+
+    Raises:
+        InvalidInput: A constraint refused a row; the detail is the database's own message.
+        Conflict: Something of that name exists, or is still referred to.
+        Forbidden: The role lacks the right.
+        Unavailable: No connection, a timeout, or the server is stopping; nothing of the URI is shown.
+    """
+    try:
+        yield
+    except (asyncpg.CheckViolationError, asyncpg.NotNullViolationError, asyncpg.DataError) as error:
+        raise InvalidInput(error.args[0]) from error
+    except (asyncpg.UniqueViolationError, asyncpg.ForeignKeyViolationError) as error:
+        raise Conflict(f"{error.args[0]}: {getattr(error, 'detail', '') or ''}".rstrip(": ")) from error
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise Forbidden(f"the database role may not do this: {error.args[0]}") from error
+    except asyncpg.SerializationError as error:
+        raise Conflict("somebody else changed the registry at the same time; try again") from error
+    except asyncpg.UndefinedTableError as error:
+        raise Unavailable("the database has no registry yet; run: authbackend migrate") from error
+    except asyncpg.PostgresError as error:
+        raise Unavailable(f"PostgreSQL: {error.args[0]}") from error
+    except (OSError, TimeoutError, asyncpg.InterfaceError) as error:
+        raise Unavailable(f"PostgreSQL cannot be reached: {type(error).__name__}") from error
+
+
+async def connect(target: Target) -> Connection:
+    """
+    Open a connection.
+
+    Raises:
+        Unavailable: The server cannot be reached or refuses the role.
+    """
+    with translated_errors():
+        try:
+            return await asyncpg.connect(
+                target.dsn,
+                timeout=target.connect_timeout_s,
+                command_timeout=target.statement_timeout_s,
+                server_settings={
+                    "application_name": target.application_name,
+                    "statement_timeout": str(int(target.statement_timeout_s * 1000)),
+                    "timezone": "UTC",  # the epoch of the change feed holds a timestamp as text
+                },
+            )
+        except (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidPasswordError) as error:
+            raise Unavailable(f"PostgreSQL refuses the role: {error.args[0]}") from error
+        except ValueError as error:
+            raise Unavailable("the connection URI is not valid; expected postgresql://role@host:port/database") from error
+
+
+@contextlib.asynccontextmanager
+async def connected(target: Target) -> AsyncIterator[Connection]:
+    """Open a connection for the time of the block; errors inside it are translated too."""
+    connection = await connect(target)
+    try:
+        with translated_errors():
+            yield connection
+    finally:
+        with contextlib.suppress(Exception):
+            await connection.close(timeout=5)

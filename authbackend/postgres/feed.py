@@ -1,0 +1,249 @@
+"""
+Reads the registry and follows the change feed, as docs/decisions/0002-change-feed.md tells.
+
+Every look is one REPEATABLE READ transaction that takes its locks before its snapshot. The mark is the whole
+snapshot, so each change row is read once, whatever the order of commits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import structlog
+
+from authbackend.errors import Unavailable
+from authbackend.policy.rules import Account, Device, DeviceType
+from authbackend.postgres import rows
+from authbackend.postgres.connection import Connection, Target, connect, translated_errors
+from authbackend.postgres.statements import load_statements
+from authbackend.registry.snapshot import Mark, Patch, Snapshot
+
+log = structlog.get_logger(__name__)
+
+WATCHED_TABLES = 4
+TRIGGERS_A_TABLE = 4
+CHUNK_ROWS = 2000
+CHANNEL = "registry"
+_PATCH_AT_MOST_SHARE = 0.2  # above it a full load is cheaper
+
+_ENTITIES = ("device_type", "device", "account")
+
+
+class ChangeFeed:
+    """
+    One replica's reader; not for several tasks at once.
+
+    Args:
+        change_retention_s: How long change rows are kept by :meth:`prune`.
+    """
+
+    def __init__(self, target: Target, change_retention_s: float = 3600.0) -> None:
+        self._target = target
+        self._retention_s = change_retention_s
+        self._connection: Connection | None = None
+        self._statements = load_statements("registry")
+
+    async def load(self) -> Snapshot:
+        """
+        Return a whole copy.
+
+        Raises:
+            Unavailable: The server cannot be reached, is a standby, has no registry, or its triggers are missing.
+        """
+        async with self._look() as (connection, mark, _):
+            return await self._load(connection, mark)
+
+    async def changes(self, snapshot: Snapshot) -> tuple[Patch, Snapshot] | None:
+        """
+        Return what changed since a snapshot, with a bare snapshot that holds the new mark.
+
+        None when the copy must be loaded anew: another life of the server, change rows pruned or counters gone
+        back, a table emptied, or so many changes that a load is cheaper.
+
+        Raises:
+            Unavailable: As :meth:`load`.
+        """
+        async with self._look() as (connection, mark, floor):
+            patch = await self._changes(connection, snapshot, mark, floor)
+            return None if patch is None else (patch, Snapshot(mark))
+
+    async def differences(self, snapshot: Snapshot) -> int:
+        """
+        Bring a copy up to date and return how many rows still differ from the database.
+
+        Compares value by value in one snapshot of the database, which is stronger than a digest, in chunks.
+
+        Raises:
+            Unavailable: As :meth:`load`.
+        """
+        async with self._look() as (connection, mark, floor):
+            patch = await self._changes(connection, snapshot, mark, floor)
+            if patch is None:
+                return sum(snapshot.sizes().values())
+            snapshot.apply(patch, mark)
+            rules = rows.RulesByOwner(await connection.fetch(self._statements.all_rules.sql))
+            differ = 0
+            seen = {"device": 0, "device_type": 0, "account": 0}
+            async for chunk in self._chunks(connection, self._statements.all_devices.sql):
+                seen["device"] += len(chunk)
+                for row in chunk:
+                    differ += snapshot.device_by_id(row["device_id"]) != rows.device(row, rules)
+                await asyncio.sleep(0)
+            for row in await connection.fetch(self._statements.all_device_types.sql):
+                seen["device_type"] += 1
+                differ += snapshot.device_type(row["name"]) != rows.device_type(row, rules)
+            for row in await connection.fetch(self._statements.all_accounts.sql):
+                seen["account"] += 1
+                differ += snapshot.account(row["name"]) != rows.account(row, rules)
+            return differ + sum(max(0, size - seen[entity]) for entity, size in snapshot.sizes().items())
+
+    async def prune(self) -> None:
+        """Delete change rows that every reader of the retention time has seen."""
+        with translated_errors():
+            connection = await self._connected()
+            await connection.fetchval(self._statements.prune.sql, self._retention_s)
+
+    @contextlib.asynccontextmanager
+    async def wake_ups(self) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+        """
+        Listen on a connection of its own; repeated notifications are one wake-up.
+
+        Raises:
+            Unavailable: The connection cannot be made or is lost.
+        """
+        woken = asyncio.Event()
+        lost = False
+
+        def on_lost(_: Any) -> None:
+            nonlocal lost
+            lost = True
+            woken.set()
+
+        async def next_change() -> None:
+            await woken.wait()
+            if lost:
+                raise Unavailable("the listening connection was lost")
+            woken.clear()
+
+        connection = await connect(self._target)
+        try:
+            connection.add_termination_listener(on_lost)
+            with translated_errors():
+                await connection.add_listener(CHANNEL, lambda *_: woken.set())
+            yield next_change
+        finally:
+            with contextlib.suppress(Exception):
+                await connection.close(timeout=1)
+
+    async def close(self) -> None:
+        """Drop the connection; the next call opens one."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(Exception):
+                await connection.close(timeout=1)
+
+    async def _connected(self) -> Connection:
+        if self._connection is None or self._connection.is_closed():
+            self._connection = await connect(self._target)
+        return self._connection
+
+    @contextlib.asynccontextmanager
+    async def _look(self) -> AsyncIterator[tuple[Connection, Mark, int]]:
+        """Open the reading transaction; yields the connection, the mark to come, and the floor of the feed."""
+        with translated_errors():
+            connection = await self._connected()
+            if await connection.fetchval("select pg_is_in_recovery()"):
+                raise Unavailable("the server is a standby; its snapshots do not show running transactions, so changes could be missed. Connect to the primary")
+            async with connection.transaction(isolation="repeatable_read", readonly=True):
+                await connection.execute("set local lock_timeout = '2s'")
+                await connection.execute(self._statements.lock_registry.sql)
+                mark, floor = self._position(await connection.fetchrow(self._statements.position.sql))
+                if mark is not None:
+                    yield connection, mark, floor
+                    return
+            await connection.fetchval(self._statements.renew_incarnation.sql)
+        raise Unavailable("the server has recovered from a crash; looking again")
+
+    def _position(self, row: Any) -> tuple[Mark | None, int]:
+        expected = WATCHED_TABLES * TRIGGERS_A_TABLE
+        if row["triggers"] != expected:
+            raise Unavailable(
+                f"{row['triggers']} of {expected} change triggers are there and enabled: a restore is running, or it "
+                "left them disabled. Run: authbackend migrate --repair-triggers"
+            )
+        if row["incarnation"] is None:
+            return None, 0
+        return Mark(row["epoch"], row["incarnation"], row["snapshot"]), int(row["floor"])
+
+    async def _load(self, connection: Connection, mark: Mark) -> Snapshot:
+        snapshot = Snapshot(mark)
+        rules = rows.RulesByOwner(await connection.fetch(self._statements.all_rules.sql))
+        types = await connection.fetch(self._statements.all_device_types.sql)
+        accounts = await connection.fetch(self._statements.all_accounts.sql)
+        snapshot.apply(
+            Patch(
+                device_types={row["name"]: rows.device_type(row, rules) for row in types},
+                accounts={row["name"]: rows.account(row, rules) for row in accounts},
+            ),
+            mark,
+        )
+        async for chunk in self._chunks(connection, self._statements.all_devices.sql):
+            snapshot.add_devices([rows.device(row, rules) for row in chunk])
+            await asyncio.sleep(0)
+        return snapshot
+
+    async def _changes(self, connection: Connection, snapshot: Snapshot, mark: Mark, floor: int) -> Patch | None:
+        old = snapshot.mark
+        if old is None or not _follows(old, mark, floor):
+            return None
+        changed: dict[str, list[str]] = {entity: [] for entity in _ENTITIES}
+        for row in await connection.fetch(self._statements.changes_since.sql, str(old.xmax), old.running):
+            if row["key"] == "*":
+                return None
+            changed[row["entity"]].append(row["key"])
+        total = snapshot.sizes()["device"]
+        if len(changed["device"]) > max(CHUNK_ROWS, total * _PATCH_AT_MOST_SHARE):
+            return None
+        return await self._patch(connection, changed)
+
+    async def _patch(self, connection: Connection, changed: dict[str, list[str]]) -> Patch:
+        if not any(changed.values()):
+            return Patch()
+        types: dict[str, DeviceType | None] = dict.fromkeys(changed["device_type"])
+        devices: dict[str, Device | None] = dict.fromkeys(changed["device"])
+        accounts: dict[str, Account | None] = dict.fromkeys(changed["account"])
+        rules = rows.RulesByOwner(
+            await connection.fetch(
+                self._statements.rules_of.sql, changed["device_type"], changed["device"], changed["account"]
+            )
+        )
+        if types:
+            for row in await connection.fetch(self._statements.device_types.sql, changed["device_type"]):
+                types[row["name"]] = rows.device_type(row, rules)
+        if accounts:
+            for row in await connection.fetch(self._statements.accounts.sql, changed["account"]):
+                accounts[row["name"]] = rows.account(row, rules)
+        if devices:
+            async for chunk in self._chunks(connection, self._statements.devices.sql, changed["device"]):
+                devices.update((row["device_id"], rows.device(row, rules)) for row in chunk)
+                await asyncio.sleep(0)
+        return Patch(types, devices, accounts)
+
+    @staticmethod
+    async def _chunks(connection: Connection, statement: str, *arguments: Any) -> AsyncIterator[list[Any]]:
+        cursor = await connection.cursor(statement, *arguments)
+        while chunk := await cursor.fetch(CHUNK_ROWS):
+            yield chunk
+
+
+def _follows(old: Mark, new: Mark, floor: int) -> bool:
+    """Return whether the change feed can lead from one mark to another."""
+    return (
+        (old.epoch, old.incarnation) == (new.epoch, new.incarnation)
+        and old.xmin >= floor
+        and new.xmin >= old.xmin
+        and new.xmax >= old.xmax
+    )

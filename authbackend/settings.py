@@ -1,0 +1,257 @@
+"""
+One frozen tree of settings, built once from the environment or a TOML file and handed down as values.
+
+``AUTHBACKEND_DATABASE__DSN`` in the environment is ``dsn`` under ``[database]`` in the file; the environment wins.
+Secrets are typed as secrets: they show as ``**********`` in a ``repr`` and in errors.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from authbackend.errors import ConfigurationError
+
+PREFIX = "AUTHBACKEND_"
+CONFIG_FILE_VARIABLE = "AUTHBACKEND_CONFIG"
+NOT_SETTINGS = ("AUTHBACKEND_ACTOR", "AUTHBACKEND_CACHE", CONFIG_FILE_VARIABLE)
+"""Variables of this prefix that other parts read: the command line's acting person, tools' cache, the file."""
+
+
+def _listen_address(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdigit() or not 0 <= int(port) <= 65535:
+        raise ValueError("write it as host:port, for example 127.0.0.1:8080 or [::1]:8080")
+    return value
+
+
+Listen = Annotated[str, AfterValidator(_listen_address)]
+
+
+def host_and_port(listen: str) -> tuple[str, int]:
+    """Return the parts of a ``host:port`` setting; brackets around an IPv6 address are dropped."""
+    host, _, port = listen.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def is_loopback(listen: str) -> bool:
+    """Return whether a ``host:port`` setting can be reached only from this host."""
+    host, _ = host_and_port(listen)
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Database(_Section):
+    """PostgreSQL, the truth."""
+
+    dsn: SecretStr | None = Field(
+        None, description="Connection URI of the PostgreSQL primary, for example `postgresql://authbackend_service@db/authbackend`."
+    )
+    password_file: Path | None = Field(
+        None, description="File that holds the password of the connection URI's role; the last newline is dropped."
+    )
+    connect_timeout_s: float = Field(5.0, gt=0, description="Longest wait for a connection.")
+    statement_timeout_s: float = Field(30.0, gt=0, description="Longest single statement.")
+
+
+class TLS(_Section):
+    """Certificates of a listener; all three together are mutual TLS."""
+
+    certificate_file: Path | None = Field(None, description="Server certificate with its chain, PEM.")
+    key_file: Path | None = Field(None, description="Private key of the server certificate, PEM.")
+    client_ca_file: Path | None = Field(
+        None, description="Authority whose client certificates are let in, PEM. Not the authority of the devices."
+    )
+
+
+class Broker(_Section):
+    """The listener that RabbitMQ asks."""
+
+    listen: Listen = Field("127.0.0.1:8080", description="Where RabbitMQ asks, host:port.")
+    insecure: bool = Field(
+        False, description="Allow a listener that is not on loopback without mutual TLS. Anybody who reaches it can guess passwords."
+    )
+    deny_reasons: bool = Field(
+        False, description="Answer `deny REASON` instead of `deny`. RabbitMQ 4.3 and later only: older brokers crash the connection."
+    )
+    mqtt_exchange: str = Field("amq.topic", min_length=1, max_length=255, description="RabbitMQ's `mqtt.exchange`.")
+    request_timeout_s: float = Field(1.0, gt=0, le=10, description="Every request is answered within this time or fails by itself.")
+    keepalive_timeout_s: float = Field(
+        150.0, ge=120, description="How long an idle connection stays open; RabbitMQ's HTTP client keeps one for 120 s."
+    )
+    backlog: int = Field(4096, ge=128, description="Connections that may wait to be accepted.")
+    tls: TLS = TLS()
+
+
+class Admin(_Section):
+    """The listener for people and Prometheus."""
+
+    listen: Listen = Field("127.0.0.1:8081", description="Where people and Prometheus ask, host:port.")
+
+
+class Registry(_Section):
+    """The copy in memory."""
+
+    poll_interval_s: float = Field(1.0, gt=0, le=60, description="Longest time between two looks at the change feed, notification or not.")
+    max_staleness_s: float = Field(
+        900.0, gt=0, description="After this time without a successful look, everything is denied with reason `registry_stale`."
+    )
+    compare_interval_s: float = Field(3600.0, gt=0, description="How often the copy is compared with the database row by row.")
+    prune_interval_s: float = Field(60.0, gt=0, description="How often the change feed is pruned.")
+    change_retention_s: float = Field(3600.0, ge=60, description="How long change rows are kept; a replica silent for longer loads everything anew.")
+
+
+class Accounts(_Section):
+    """Password checks of accounts."""
+
+    hashing_threads: int = Field(2, ge=1, le=64, description="Password checks at once.")
+    hashing_queue: int = Field(16, ge=0, le=10000, description="Password checks that may wait; more are refused at once.")
+    reserved: tuple[str, ...] = Field(
+        (), description="Accounts with a hashing slot of their own, which guessing at other names cannot occupy."
+    )
+    remember_s: float = Field(60.0, ge=0, le=60, description="How long a successful login is remembered.")
+    remember_most: int = Field(1000, ge=0, le=100000, description="Successful logins remembered at most.")
+
+
+class Log(_Section):
+    """Logging, to standard error."""
+
+    format: Literal["json", "console"] = Field("json", description="`json`, one object a line, or `console`.")
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Allowed requests are logged at `debug`, denials at `info`.")
+    denials_per_device: int = Field(5, ge=1, description="Denials logged per name in ten seconds; the rest is counted in one line.")
+
+
+class Settings(_Section):
+    """Everything that can be set."""
+
+    database: Database = Database()  # type: ignore[call-arg]
+    broker: Broker = Broker()  # type: ignore[call-arg]
+    admin: Admin = Admin()  # type: ignore[call-arg]
+    registry: Registry = Registry()  # type: ignore[call-arg]
+    accounts: Accounts = Accounts()  # type: ignore[call-arg]
+    log: Log = Log()  # type: ignore[call-arg]
+
+
+def setting_names(model: type[BaseModel] = Settings, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the path of every setting, for example ``("broker", "tls", "key_file")``."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from setting_names(field.annotation, (*path, name))
+        else:
+            yield (*path, name)
+
+
+def variable(path: tuple[str, ...]) -> str:
+    """Return the name of a setting in the environment."""
+    return PREFIX + "__".join(path).upper()
+
+
+def load(environment: Mapping[str, str], file: Path | None = None) -> Settings:
+    """
+    Build the settings from a TOML file, if there is one, and the environment, which wins.
+
+    Args:
+        file: Overrides ``AUTHBACKEND_CONFIG``.
+    Raises:
+        ConfigurationError: A name is unknown, a value does not fit, or the file cannot be read. Every fault is
+            listed; no value of a secret is printed.
+    """
+    tree: dict[str, Any] = {}
+    faults: list[str] = []
+    path = file or (Path(environment[CONFIG_FILE_VARIABLE]) if environment.get(CONFIG_FILE_VARIABLE) else None)
+    if path is not None:
+        tree = _read_file(path, faults)
+    known = {variable(name): name for name in setting_names()}
+    for name, value in sorted(environment.items()):
+        if not name.startswith(PREFIX) or name in NOT_SETTINGS:
+            continue
+        if name not in known:
+            faults.append(_unknown(name, list(known)))
+            continue
+        branch = tree
+        for part in known[name][:-1]:
+            branch = branch.setdefault(part, {})
+        branch[known[name][-1]] = value.split(",") if known[name] == ("accounts", "reserved") else value
+    if faults:
+        raise ConfigurationError("\n".join(faults))
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigurationError("\n".join(_explain(error))) from None
+
+
+def _read_file(path: Path, faults: list[str]) -> dict[str, Any]:
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"cannot read the configuration file {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} is not TOML: {error}") from None
+    known = list(setting_names())
+    dotted = [".".join(name) for name in known]
+    for name in _leaves(tree, {name[:-1] for name in known}):
+        if name not in known:
+            faults.append(f"{path}: " + _unknown(".".join(name), dotted))
+    return tree
+
+
+def _leaves(tree: Mapping[str, Any], sections: set[tuple[str, ...]], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and any(section[: len(path) + 1] == (*path, name) for section in sections):
+            yield from _leaves(value, sections, (*path, name))
+        else:
+            yield (*path, name)
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, 1, 0.0)
+    return f"unknown setting {name}; did you mean {nearest[0]}?"
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    for fault in error.errors(include_input=False, include_url=False, include_context=False):
+        path = tuple(str(part) for part in fault["loc"])
+        yield f"{variable(path)} ({'.'.join(path)}): {fault['msg'].removeprefix('Value error, ')}"
+
+
+def read_dsn(database: Database) -> str:
+    """
+    Return the connection URI, with the password of ``password_file`` where one is set.
+
+    Raises:
+        ConfigurationError: There is no URI, or the file cannot be read.
+    """
+    if database.dsn is None:
+        raise ConfigurationError(
+            "no database: set AUTHBACKEND_DATABASE__DSN (for example postgresql://user@host/authbackend), "
+            "or start with --embedded DIRECTORY for a PostgreSQL of its own"
+        )
+    dsn = database.dsn.get_secret_value()
+    if database.password_file is None:
+        return dsn
+    from urllib.parse import quote, urlsplit, urlunsplit
+
+    try:
+        password = database.password_file.read_text(encoding="utf-8").removesuffix("\n")
+    except OSError as error:
+        raise ConfigurationError(f"cannot read database.password_file {database.password_file}: {error.strerror}") from error
+    parts = urlsplit(dsn)
+    user, at, rest = parts.netloc.rpartition("@")
+    user = user.partition(":")[0]
+    if not at or not user:
+        raise ConfigurationError("database.password_file needs a connection URI that names its role: postgresql://role@host/database")
+    return urlunsplit(parts._replace(netloc=f"{user}:{quote(password, safe='')}@{rest}"))

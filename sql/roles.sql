@@ -1,0 +1,33 @@
+-- The three roles of least privilege. Optional: run it once per database as the owner of the tables, after
+-- `authbackend migrate`; run it again after an upgrade. Give each role its password and LOGIN yourself:
+--   ALTER ROLE authbackend_service LOGIN PASSWORD '...';
+--
+--   authbackend_service   `authbackend serve`: reads the registry, prunes the change feed, writes nothing else
+--   authbackend_admin     `authbackend policy|device|account`, psql of the security team: edits the registry, reads the trail
+--   authbackend_reader    dashboards and auditors: reads everything but password hashes
+
+do $$
+declare
+  r text;
+begin
+  foreach r in array array['authbackend_service', 'authbackend_admin', 'authbackend_reader'] loop
+    if not exists (select from pg_roles where rolname = r) then
+      execute format('create role %I nologin nosuperuser nocreatedb nocreaterole', r);
+    end if;
+    execute format('grant connect on database %I to %I', current_database(), r);
+    execute format('grant usage on schema public to %I', r);
+  end loop;
+end $$;
+
+revoke all on device_type, device, account, topic_rule, audit, change, change_floor, change_horizon, incarnation, identity_guard, schema_migrations
+  from public, authbackend_service, authbackend_admin, authbackend_reader;
+
+grant select on device_type, device, account, topic_rule, change, change_floor, incarnation, schema_migrations to authbackend_service;
+grant execute on function change_prune(interval), incarnation_renew() to authbackend_service;
+
+grant select, insert, update, delete on device_type, device, account, topic_rule to authbackend_admin;
+grant select on audit, change, change_floor, incarnation, schema_migrations to authbackend_admin;
+grant execute on function incarnation_renew() to authbackend_admin;
+
+grant select on device_type, device, topic_rule, audit, schema_migrations to authbackend_reader;
+grant select (name, login, tags, vhosts, networks, client_ids, configure, write, read, unchecked_dead_lettering) on account to authbackend_reader;
