@@ -59,7 +59,8 @@ class Database(_Section):
     """PostgreSQL, the truth."""
 
     dsn: SecretStr | None = Field(
-        None, description="Connection URI of the PostgreSQL primary, for example `postgresql://authbackend_service@db/authbackend`."
+        None,
+        description="Connection URI of the PostgreSQL primary, for example `postgresql://authbackend_service@db/authbackend`.",
     )
     password_file: Path | None = Field(
         None, description="File that holds the password of the connection URI's role; the last newline is dropped."
@@ -83,13 +84,17 @@ class Broker(_Section):
 
     listen: Listen = Field("127.0.0.1:8080", description="Where RabbitMQ asks, host:port.")
     insecure: bool = Field(
-        False, description="Allow a listener that is not on loopback without mutual TLS. Anybody who reaches it can guess passwords."
+        False,
+        description="Allow a listener that is not on loopback without mutual TLS. Anybody who reaches it can guess passwords.",
     )
     deny_reasons: bool = Field(
-        False, description="Answer `deny REASON` instead of `deny`. RabbitMQ 4.3 and later only: older brokers crash the connection."
+        False,
+        description="Answer `deny REASON` instead of `deny`. RabbitMQ 4.3 and later only: older brokers crash the connection.",
     )
     mqtt_exchange: str = Field("amq.topic", min_length=1, max_length=255, description="RabbitMQ's `mqtt.exchange`.")
-    request_timeout_s: float = Field(1.0, gt=0, le=10, description="Every request is answered within this time or fails by itself.")
+    request_timeout_s: float = Field(
+        1.0, gt=0, le=10, description="Every request is answered within this time or fails by itself."
+    )
     keepalive_timeout_s: float = Field(
         150.0, ge=120, description="How long an idle connection stays open; RabbitMQ's HTTP client keeps one for 120 s."
     )
@@ -106,20 +111,30 @@ class Admin(_Section):
 class Registry(_Section):
     """The copy in memory."""
 
-    poll_interval_s: float = Field(1.0, gt=0, le=60, description="Longest time between two looks at the change feed, notification or not.")
-    max_staleness_s: float = Field(
-        900.0, gt=0, description="After this time without a successful look, everything is denied with reason `registry_stale`."
+    poll_interval_s: float = Field(
+        1.0, gt=0, le=60, description="Longest time between two looks at the change feed, notification or not."
     )
-    compare_interval_s: float = Field(3600.0, gt=0, description="How often the copy is compared with the database row by row.")
+    max_staleness_s: float = Field(
+        900.0,
+        gt=0,
+        description="After this time without a successful look, everything is denied with reason `registry_stale`.",
+    )
+    compare_interval_s: float = Field(
+        3600.0, gt=0, description="How often the copy is compared with the database row by row."
+    )
     prune_interval_s: float = Field(60.0, gt=0, description="How often the change feed is pruned.")
-    change_retention_s: float = Field(3600.0, ge=60, description="How long change rows are kept; a replica silent for longer loads everything anew.")
+    change_retention_s: float = Field(
+        3600.0, ge=60, description="How long change rows are kept; a replica silent for longer loads everything anew."
+    )
 
 
 class Accounts(_Section):
     """Password checks of accounts."""
 
     hashing_threads: int = Field(2, ge=1, le=64, description="Password checks at once.")
-    hashing_queue: int = Field(16, ge=0, le=10000, description="Password checks that may wait; more are refused at once.")
+    hashing_queue: int = Field(
+        16, ge=0, le=10000, description="Password checks that may wait; more are refused at once."
+    )
     reserved: tuple[str, ...] = Field(
         (), description="Accounts with a hashing slot of their own, which guessing at other names cannot occupy."
     )
@@ -131,19 +146,23 @@ class Log(_Section):
     """Logging, to standard error."""
 
     format: Literal["json", "console"] = Field("json", description="`json`, one object a line, or `console`.")
-    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Allowed requests are logged at `debug`, denials at `info`.")
-    denials_per_device: int = Field(5, ge=1, description="Denials logged per name in ten seconds; the rest is counted in one line.")
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Allowed requests are logged at `debug`, denials at `info`."
+    )
+    denials_per_device: int = Field(
+        5, ge=1, description="Denials logged per name in ten seconds; the rest is counted in one line."
+    )
 
 
 class Settings(_Section):
     """Everything that can be set."""
 
-    database: Database = Database()  # type: ignore[call-arg]
-    broker: Broker = Broker()  # type: ignore[call-arg]
-    admin: Admin = Admin()  # type: ignore[call-arg]
-    registry: Registry = Registry()  # type: ignore[call-arg]
-    accounts: Accounts = Accounts()  # type: ignore[call-arg]
-    log: Log = Log()  # type: ignore[call-arg]
+    database: Database = Database()
+    broker: Broker = Broker()
+    admin: Admin = Admin()
+    registry: Registry = Registry()
+    accounts: Accounts = Accounts()
+    log: Log = Log()
 
 
 def setting_names(model: type[BaseModel] = Settings, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -209,7 +228,9 @@ def _read_file(path: Path, faults: list[str]) -> dict[str, Any]:
     return tree
 
 
-def _leaves(tree: Mapping[str, Any], sections: set[tuple[str, ...]], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def _leaves(
+    tree: Mapping[str, Any], sections: set[tuple[str, ...]], path: tuple[str, ...] = ()
+) -> Iterator[tuple[str, ...]]:
     for name, value in tree.items():
         if isinstance(value, Mapping) and any(section[: len(path) + 1] == (*path, name) for section in sections):
             yield from _leaves(value, sections, (*path, name))
@@ -248,10 +269,14 @@ def read_dsn(database: Database) -> str:
     try:
         password = database.password_file.read_text(encoding="utf-8").removesuffix("\n")
     except OSError as error:
-        raise ConfigurationError(f"cannot read database.password_file {database.password_file}: {error.strerror}") from error
+        raise ConfigurationError(
+            f"cannot read database.password_file {database.password_file}: {error.strerror}"
+        ) from error
     parts = urlsplit(dsn)
     user, at, rest = parts.netloc.rpartition("@")
     user = user.partition(":")[0]
     if not at or not user:
-        raise ConfigurationError("database.password_file needs a connection URI that names its role: postgresql://role@host/database")
+        raise ConfigurationError(
+            "database.password_file needs a connection URI that names its role: postgresql://role@host/database"
+        )
     return urlunsplit(parts._replace(netloc=f"{user}:{quote(password, safe='')}@{rest}"))

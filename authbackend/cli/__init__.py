@@ -1,0 +1,43 @@
+"""
+The command line: one module per noun, thin.
+
+Exit codes: 0 done (``explain``: allowed), 1 unexpected failure, 2 wrong usage, input or configuration, 3 not found,
+4 conflict, 5 the database cannot be reached, 6 ``explain``: denied, 7 the database role lacks the right.
+"""
+
+from __future__ import annotations
+
+import click
+
+from authbackend import __version__
+from authbackend.cli.account import account
+from authbackend.cli.certs import certs
+from authbackend.cli.common import Commands
+from authbackend.cli.device import device
+from authbackend.cli.explain import explain
+from authbackend.cli.policy import policy
+from authbackend.cli.serve import migrate, serve
+
+__all__ = ["main"]
+
+
+@click.group(
+    cls=Commands,
+    epilog=__doc__.partition("\n\n")[2].replace("``", ""),
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.version_option(__version__, prog_name="authbackend")
+@click.option(
+    "--config",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="TOML file with settings; default: $AUTHBACKEND_CONFIG. AUTHBACKEND_... variables win over it.",
+)
+@click.pass_context
+def main(context: click.Context, config: str | None) -> None:
+    """Device authentication and authorization for RabbitMQ."""
+    context.obj = config
+
+
+for command in (serve, migrate, policy, device, account, explain, certs):
+    main.add_command(command)

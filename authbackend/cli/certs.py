@@ -50,10 +50,10 @@ def certs(directory: Path, devices: tuple[str, ...], servers: tuple[str, ...]) -
     """
     Make the certificates of a bench set-up in DIR.
 
-    Two authorities (one for devices and broker, one for the channel between broker and authbackend), the servers'
-    certificates, the broker's login, and one certificate for each device. What is there is kept, so the command can
-    be repeated to add devices. A server's certificate is made again if other names are asked for, if another
-    authority signed it, or in its last 30 days.
+    Two authorities (one for devices and broker, one for the channel between broker and authbackend), the
+    servers' certificates, the broker's login, and one certificate for each device. What is there is kept,
+    so the command can be repeated to add devices. A server's certificate is made again if other names are
+    asked for, if another authority signed it, or in its last 30 days.
 
     For demonstrations and tests: the authorities' keys lie unencrypted in DIR.
     """

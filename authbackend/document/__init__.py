@@ -1,0 +1,1 @@
+"""The policy file: what the registry should contain, as one YAML document."""

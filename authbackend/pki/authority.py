@@ -1,9 +1,10 @@
 """
-A bench certificate authority: enough to try the service and to test it, in a few lines that can be read through.
+A bench certificate authority: enough to try the service and to test it, in a few lines that can be read
+through.
 
-It is meant for demonstrations and tests. Its keys lie unencrypted beside its certificates, it keeps no list of what
-it issued, and it revokes nothing. In production, certificates come from the organisation's own authority; what they
-must look like is what this one makes.
+It is meant for demonstrations and tests. Its keys lie unencrypted beside its certificates, it keeps no list
+of what it issued, and it revokes nothing. In production, certificates come from the organisation's own
+authority; what they must look like is what this one makes.
 """
 
 from __future__ import annotations
@@ -66,9 +67,7 @@ class Authority:
         self._key = key
 
     @classmethod
-    def create(
-        cls, common_name: str, *, not_before: datetime | None = None, not_after: datetime | None = None
-    ) -> Self:
+    def create(cls, common_name: str, *, not_before: datetime | None = None, not_after: datetime | None = None) -> Self:
         """
         Make a new authority with a fresh key, valid for five years from now unless told otherwise.
 
@@ -267,9 +266,7 @@ def _server_name(name: str) -> x509.DNSName | x509.IPAddress:
     labels = name.lower().removeprefix("*.").split(".")
     if len(name) <= 253 and all(_is_label(label) for label in labels):
         return x509.DNSName(name.lower())
-    raise PKIError(
-        f"{name!r} is neither a host name nor an IP address (a port or a scheme does not belong here)"
-    )
+    raise PKIError(f"{name!r} is neither a host name nor an IP address (a port or a scheme does not belong here)")
 
 
 def _is_label(label: str) -> bool:

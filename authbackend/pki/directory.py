@@ -1,8 +1,10 @@
 """
-The certificates of a whole bench set-up in one directory: both authorities, both servers, the broker's login, devices.
+The certificates of a whole bench set-up in one directory: both authorities, both servers, the broker's
+login, devices.
 
-Two authorities on purpose. One signs the broker's listeners and the devices; the other signs the channel between the
-broker and this service. A device's certificate is therefore no key to the endpoints that decide about devices.
+Two authorities on purpose. One signs the broker's listeners and the devices; the other signs the channel
+between the broker and this service. A device's certificate is therefore no key to the endpoints that decide
+about devices.
 """
 
 from __future__ import annotations
@@ -51,12 +53,16 @@ class Outcome:
 
 
 def device_name_fault(name: str) -> str | None:
-    """Say why a certificate for this device would be of no use or would overwrite another file; None if it is fine."""
-    # The registry's own, wider rule for common names is in authbackend.policy.names; these are also file names.
+    """
+    Say why a certificate for this device would be of no use or would overwrite another file; None if it is
+    fine.
+    """
+    # The registry's own, wider rule for common names is in authbackend.policy.names; these are also file
+    # names.
     if not _COMMON_NAME.fullmatch(name):
         return (
             f"device name {name!r}: use 1 to 64 of A-Z a-z 0-9 _ - only. RabbitMQ gives some of the other "
-            "characters a meaning (':' chooses a virtual host, ',' joins two names, '.' and '/' separate topic levels)"
+            "characters a meaning (':' chooses a virtual host, ',' joins names, '.' and '/' separate levels)"
         )
     if name.lower() in RESERVED_NAMES:
         return f"device name {name!r} is the name of one of the other files here; choose another"
@@ -69,9 +75,9 @@ def make_certificates(
     """
     Make what is missing in ``directory``, keep what is there, and report each pair as it is done.
 
-    Existing devices' certificates and authorities are never replaced. A server's certificate, and the broker's login,
-    are replaced when they could not serve: other names were asked for, another authority signed them, or they end
-    within 30 days.
+    Existing devices' certificates and authorities are never replaced. A server's certificate, and the
+    broker's login, are replaced when they could not serve: other names were asked for, another authority
+    signed them, or they end within 30 days.
 
     Args:
         directory: made if absent; private keys get mode 600.
@@ -80,7 +86,8 @@ def make_certificates(
             localhost, 127.0.0.1, ::1 and rabbitmq.
 
     Raises:
-        PKIError: a name that cannot be used (before anything is written), or a file there that cannot be read.
+        PKIError: a name that cannot be used (before anything is written), or a file there that cannot be
+        read.
         OSError: the directory or a file cannot be written.
     """
     for fault in filter(None, map(device_name_fault, devices)):
@@ -103,15 +110,11 @@ def _authority(directory: Path, name: str, subject: str) -> tuple[Authority, Out
     present = _read_pair(directory, name)
     if present is None:
         authority = Authority.create(subject)
-        return authority, _write_pair(
-            directory, name, Issued(authority.certificate_pem, authority.key_pem), ""
-        )
+        return authority, _write_pair(directory, name, Issued(authority.certificate_pem, authority.key_pem), "")
     try:
         authority = Authority.load(present.certificate_pem, present.key_pem)
     except PKIError as error:
-        raise PKIError(
-            f"{directory / name}.pem and .key: {error}. Move both away to have new ones made"
-        ) from error
+        raise PKIError(f"{directory / name}.pem and .key: {error}. Move both away to have new ones made") from error
     return authority, _kept(name, present)
 
 
@@ -197,7 +200,7 @@ def _write(path: Path, content: bytes, mode: int) -> None:
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         os.fchmod(descriptor, mode)  # whatever the umask says
-        with open(descriptor, "wb") as file:
+        with os.fdopen(descriptor, "wb") as file:
             file.write(content)
         beside.replace(path)
     except BaseException:

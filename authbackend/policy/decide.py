@@ -181,9 +181,7 @@ def vhost(registry: Registry, request: VhostRequest, now: float) -> Decision:
     else:
         holder = registry.account(request.username)
         kind = ACCOUNT
-        if isinstance(holder, Account) and (
-            reason := _account_client_id_fault(registry, holder, request.client_id)
-        ):
+        if isinstance(holder, Account) and (reason := _account_client_id_fault(registry, holder, request.client_id)):
             return _deny(reason, ACCOUNT)
     if holder is None:
         return _deny(Reason.UNKNOWN_IDENTITY, UNKNOWN)
@@ -249,11 +247,9 @@ def _device_resource(registry: Registry, device: Device, request: ResourceReques
     return _deny(Reason.RESOURCE_NOT_PERMITTED, device.type)
 
 
-def _some_rule_allows(
-    registry: Registry, device: Device, request: ResourceRequest, permission: Permission
-) -> Decision:
-    values = _device_values(device, request.client_id, request.vhost)
-    for rules in _rule_sets(registry, device):
+def _some_rule_allows(registry: Registry, device: Device, request: ResourceRequest, permission: Permission) -> Decision:
+    values = device_values(device, request.client_id, request.vhost)
+    for rules in rule_sets(registry, device):
         for rule in rules.allowing(permission):
             if rule.pattern(values) is not None:
                 return Decision(True, Reason.ALLOWED, device.type, rule)
@@ -268,16 +264,14 @@ def topic(registry: Registry, request: TopicRequest, now: float, settings: Rules
             return fault
         if request.name != settings.mqtt_exchange:
             return _deny(Reason.EXCHANGE_NOT_PERMITTED, device.type)
-        values = _device_values(device, request.client_id, request.vhost)
-        return _by_rules(_rule_sets(registry, device), request, values, device.type)
+        values = device_values(device, request.client_id, request.vhost)
+        return _by_rules(rule_sets(registry, device), request, values, device.type)
     account = registry.account(request.username)
     if account is None:
         return _deny(Reason.UNKNOWN_IDENTITY, UNKNOWN)
     if fault := _account_fault(registry, account, request.client_id, request.vhost):
         return fault
-    rules = RuleSet(
-        rule for rule in account.rules if (rule.exchange or settings.mqtt_exchange) == request.name
-    )
+    rules = RuleSet(rule for rule in account.rules if (rule.exchange or settings.mqtt_exchange) == request.name)
     values = Values({"client_id": request.client_id, "vhost": request.vhost})
     return _by_rules((rules,), request, values, ACCOUNT)
 
@@ -292,9 +286,7 @@ def by_rules(rules: RuleSet, values: Values, permission: Permission, routing_key
     return _by_rules((rules,), request, values, kind)
 
 
-def _by_rules(
-    rule_sets: tuple[RuleSet, ...], request: TopicRequest, values: Values, kind: str
-) -> Decision:
+def _by_rules(rule_sets: tuple[RuleSet, ...], request: TopicRequest, values: Values, kind: str) -> Decision:
     if request.permission not in ("write", "read"):
         return _deny(Reason.RESOURCE_NOT_PERMITTED, kind)
     permission = Permission(request.permission)
@@ -316,12 +308,14 @@ def _by_rules(
     return Decision(True, Reason.ALLOWED, kind, allowed_by)
 
 
-def _rule_sets(registry: Registry, device: Device) -> tuple[RuleSet, ...]:
+def rule_sets(registry: Registry, device: Device) -> tuple[RuleSet, ...]:
+    """Return the rules that a device is decided by: those of its type and its own."""
     device_type = registry.device_type(device.type)
     return (device_type.rules if device_type else NO_RULES, device.rules)
 
 
-def _device_values(device: Device, client_id: str | None, vhost_name: str) -> Values:
+def device_values(device: Device, client_id: str | None, vhost_name: str) -> Values:
+    """Return the values of the placeholders in a device's request."""
     return Values(
         {
             "device_id": device.device_id,
@@ -352,9 +346,7 @@ def _mqtt_fault(
     return None
 
 
-def _device_fault(
-    registry: Registry, device: Device, now: float, client_id: str | None
-) -> Decision | None:
+def _device_fault(registry: Registry, device: Device, now: float, client_id: str | None) -> Decision | None:
     match device.status:
         case Status.ACTIVE:
             pass
@@ -375,9 +367,7 @@ def _device_fault(
     return _deny(reason, device.type) if reason else None
 
 
-def client_id_fault(
-    registry: Registry, device: Device, device_type: DeviceType, client_id: str
-) -> Reason | None:
+def client_id_fault(registry: Registry, device: Device, device_type: DeviceType, client_id: str) -> Reason | None:
     """
     Return why a client id is not this device's, or None.
 
@@ -416,9 +406,7 @@ def _account_client_id_fault(registry: Registry, account: Account, client_id: st
     return None
 
 
-def _account_fault(
-    registry: Registry, account: Account, client_id: str | None, vhost_name: str
-) -> Decision | None:
+def _account_fault(registry: Registry, account: Account, client_id: str | None, vhost_name: str) -> Decision | None:
     if reason := _account_client_id_fault(registry, account, client_id):
         return _deny(reason, ACCOUNT)
     if vhost_name not in account.vhosts:

@@ -118,8 +118,4 @@ def possible_owners(client_id: str) -> list[str]:
     characters.
     """
     longest = min(len(client_id), LONGEST_DEVICE_ID)
-    return [
-        client_id[:n]
-        for n in range(longest, 0, -1)
-        if n == len(client_id) or client_id[n] in SEPARATORS
-    ]
+    return [client_id[:n] for n in range(longest, 0, -1) if n == len(client_id) or client_id[n] in SEPARATORS]

@@ -105,6 +105,11 @@ class TopicRule:
         self._names = tuple(dict.fromkeys(name for level in self._levels for name in placeholders_of(level)))
         self._static = None if self._names else Pattern(self._words({}))
 
+    @property
+    def placeholders(self) -> tuple[str, ...]:
+        """The names of its placeholders, for example ``attr.site``."""
+        return self._names
+
     def pattern(self, values: Values) -> Pattern | None:
         """Return the rule with its placeholders replaced; None matches nothing."""
         if not self._names:
@@ -169,7 +174,8 @@ class RuleSet:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RuleSet) and set(self) == set(other)
 
-    __hash__ = None  # type: ignore[assignment]
+    def __hash__(self) -> int:
+        return hash(frozenset(self))
 
 
 NO_RULES = RuleSet()

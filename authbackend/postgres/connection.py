@@ -10,7 +10,7 @@ import asyncpg
 
 from authbackend.errors import Conflict, Forbidden, InvalidInput, Unavailable
 
-Connection = asyncpg.Connection  # type: ignore[type-arg]
+Connection = asyncpg.Connection
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,9 @@ async def connect(target: Target) -> Connection:
         except (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidPasswordError) as error:
             raise Unavailable(f"PostgreSQL refuses the role: {error.args[0]}") from error
         except ValueError as error:
-            raise Unavailable("the connection URI is not valid; expected postgresql://role@host:port/database") from error
+            raise Unavailable(
+                "the connection URI is not valid; expected postgresql://role@host:port/database"
+            ) from error
 
 
 @contextlib.asynccontextmanager

@@ -156,16 +156,20 @@ class ChangeFeed:
         with translated_errors():
             connection = await self._connected()
             if await connection.fetchval("select pg_is_in_recovery()"):
-                raise Unavailable("the server is a standby; its snapshots do not show running transactions, so changes could be missed. Connect to the primary")
-            async with connection.transaction(isolation="repeatable_read", readonly=True):
-                await connection.execute("set local lock_timeout = '2s'")
-                await connection.execute(self._statements.lock_registry.sql)
-                mark, floor = self._position(await connection.fetchrow(self._statements.position.sql))
-                if mark is not None:
-                    yield connection, mark, floor
-                    return
-            await connection.fetchval(self._statements.renew_incarnation.sql)
-        raise Unavailable("the server has recovered from a crash; looking again")
+                raise Unavailable(
+                    "the server is a standby; its snapshots do not show running transactions, so changes could be missed. Connect to the primary"
+                )
+            for _ in range(2):
+                async with connection.transaction(isolation="repeatable_read", readonly=True):
+                    await connection.execute("set local lock_timeout = '2s'")
+                    await connection.execute(self._statements.lock_registry.sql)
+                    mark, floor = self._position(await connection.fetchrow(self._statements.position.sql))
+                    if mark is not None:
+                        yield connection, mark, floor
+                        return
+                # Empty after a crash recovery: a new one tells every reader to load anew.
+                await connection.fetchval(self._statements.renew_incarnation.sql)
+            raise Unavailable("the incarnation of the server cannot be renewed")
 
     def _position(self, row: Any) -> tuple[Mark | None, int]:
         expected = WATCHED_TABLES * TRIGGERS_A_TABLE

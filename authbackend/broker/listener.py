@@ -1,0 +1,178 @@
+"""The listener that RabbitMQ asks: HTTP/1.1 with keep-alive, TLS or mutual TLS, no routing beyond a dictionary."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import structlog
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+
+from authbackend.broker import wire
+from authbackend.broker.endpoints import QUESTIONS, Endpoints
+from authbackend.broker.wire import Malformed
+from authbackend.errors import ConfigurationError
+
+log = structlog.get_logger(__name__)
+
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+_RELOAD_LOOK_S = 2.0
+
+
+class BrokerServer(web.Server):
+    """aiohttp's low-level server, answering what its parser refuses with ``deny`` instead of an error page."""
+
+    def __init__(self, endpoints: Endpoints, others: Mapping[str, Handler], *, keepalive_timeout_s: float) -> None:
+        super().__init__(
+            self._dispatch,
+            access_log=None,
+            keepalive_timeout=keepalive_timeout_s,
+            max_line_size=wire.LONGEST_REQUEST_LINE_BYTES,
+            max_field_size=wire.LONGEST_REQUEST_LINE_BYTES,
+            lingering_time=0,
+        )
+        self.endpoints = endpoints
+        self._others = others
+        self.request_factory = self._limited_request
+
+    def __call__(self) -> RequestHandler:
+        """Return the protocol of a new connection."""
+        return _Protocol(self, loop=self._loop, **self._kwargs)
+
+    def _limited_request(self, message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> web.BaseRequest:
+        return web.BaseRequest(
+            message, payload, protocol, writer, task, self._loop, client_max_size=wire.LONGEST_BODY_BYTES + 1
+        )
+
+    async def _dispatch(self, request: web.BaseRequest) -> web.StreamResponse:
+        path = request.raw_path.partition("?")[0]
+        question = QUESTIONS.get(path)
+        if question is not None:
+            return await self.endpoints.answer(question, request)
+        other = self._others.get(path)
+        if other is not None:
+            return await other(request)
+        return web.Response(status=404, text="not found")
+
+
+class _Protocol(RequestHandler):
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,  # noqa: ARG002
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,  # noqa: ARG002
+    ) -> web.StreamResponse:
+        """Deny what is not HTTP or too long; nothing of the request is logged, it may hold a password."""
+        server = self._manager
+        assert isinstance(server, BrokerServer)
+        if status >= 500:
+            log.error("broker.request_crashed", status=status, error=type(exc).__name__)
+            response = web.Response(status=503, text="unavailable")
+        else:
+            too_long = type(exc).__name__ == "LineTooLong"
+            response = server.endpoints.malformed("none", Malformed.TOO_LARGE if too_long else Malformed.NOT_HTTP)
+        response.force_close()
+        return response
+
+
+class TLSFiles:
+    """
+    The certificates of a listener, read again when a file changes; a connection keeps what it began with.
+
+    Args:
+        client_ca: Present for mutual TLS: a client without a certificate of this authority is refused in the
+            handshake.
+    Raises:
+        ConfigurationError: A file is missing, unreadable, or does not fit the others.
+    """
+
+    def __init__(self, certificate: Path, key: Path, client_ca: Path | None) -> None:
+        self._files = [file for file in (certificate, key, client_ca) if file is not None]
+        self._certificate = certificate
+        self._key = key
+        self._client_ca = client_ca
+        self._stamps = self._look()
+        self._current = self._load()
+        self.context = self._load()
+        self.context.sni_callback = self._choose  # called for every handshake, with or without a server name
+
+    def reload_if_changed(self) -> bool:
+        """
+        Read the files again if one changed; keep the old certificates if they do not fit.
+
+        Raises:
+            ConfigurationError: The new files cannot be used; the old certificates stay.
+        """
+        stamps = self._look()
+        if stamps == self._stamps:
+            return False
+        self._current = self._load()
+        self._stamps = stamps
+        return True
+
+    def _choose(self, connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+        connection.context = self._current
+
+    def _look(self) -> list[tuple[int, int]]:
+        try:
+            return [(stat.st_mtime_ns, stat.st_ino) for stat in (file.stat() for file in self._files)]
+        except OSError as error:
+            raise ConfigurationError(f"broker.tls: cannot read {error.filename}: {error.strerror}") from error
+
+    def _load(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        # A resumed session would skip the check of a client certificate whose authority was withdrawn meanwhile.
+        context.options |= ssl.OP_NO_TICKET
+        context.num_tickets = 0
+        try:
+            context.load_cert_chain(self._certificate, self._key)
+            if self._client_ca is not None:
+                context.verify_mode = ssl.CERT_REQUIRED
+                context.load_verify_locations(self._client_ca)
+        except (OSError, ssl.SSLError) as error:
+            names = ", ".join(str(file) for file in self._files)
+            raise ConfigurationError(f"broker.tls: {names} cannot be used together: {error}") from error
+        return context
+
+
+async def watch(files: TLSFiles) -> None:
+    """Look at the certificate files every two seconds until cancelled."""
+    while True:
+        await asyncio.sleep(_RELOAD_LOOK_S)
+        try:
+            if files.reload_if_changed():
+                log.info("broker.certificates_reloaded")
+        except ConfigurationError as error:
+            log.error("broker.certificates_not_reloaded", fault=error.detail)
+
+
+@contextlib.asynccontextmanager
+async def listening(
+    server: web.Server, host: str, port: int, *, tls: TLSFiles | None = None, backlog: int = 128
+) -> AsyncIterator[int]:
+    """
+    Serve for the time of the block and yield the port; then stop accepting and finish what is in flight.
+
+    Raises:
+        ConfigurationError: The address cannot be listened on.
+    """
+    runner = web.ServerRunner(server, handle_signals=False, shutdown_timeout=5)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, host, port, ssl_context=tls.context if tls else None, backlog=backlog)
+        try:
+            await site.start()
+        except OSError as error:
+            raise ConfigurationError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()

@@ -1,0 +1,93 @@
+"""What every command needs: settings, output, errors."""
+
+from __future__ import annotations
+
+import asyncio
+import getpass
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable, Coroutine, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from authbackend import bootstrap
+from authbackend.errors import AuthbackendError
+from authbackend.postgres.connection import Target
+from authbackend.settings import Settings, load
+
+T = TypeVar("T")
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+class Commands(click.Group):
+    """A group that ends with an error's message and exit code instead of a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except AuthbackendError as error:
+            click.echo(f"authbackend: {error.detail}", err=True)
+            sys.exit(error.exit_code)
+
+
+def settings_of(context: click.Context) -> Settings:
+    """
+    Return the settings of this call.
+
+    Raises:
+        ConfigurationError: They are wrong.
+    """
+    config = context.find_root().obj
+    return load(os.environ, Path(config) if config else None)
+
+
+def target_of(context: click.Context) -> Target:
+    """
+    Return the database of this call.
+
+    Raises:
+        ConfigurationError: None is set.
+    """
+    return bootstrap.target(settings_of(context), "authbackend cli")
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run something asynchronous to its end."""
+    return asyncio.run(coroutine)
+
+
+def actor() -> str:
+    """Return who acts, for the audit trail: ``AUTHBACKEND_ACTOR``, else user@host."""
+    return os.environ.get("AUTHBACKEND_ACTOR") or f"{getpass.getuser()}@{socket.gethostname()}"
+
+
+def show(value: Any, as_json: bool, lines: Callable[[], Iterable[str]]) -> None:
+    """Print a result as JSON or as lines for a person."""
+    if as_json:
+        click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+        return
+    for line in lines():
+        click.echo(line)
+
+
+def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> Iterable[str]:
+    """Yield a table with aligned columns."""
+    cells = [[column.upper() for column in columns], *([_cell(row[column]) for column in columns] for row in rows)]
+    widths = [max(len(line[n]) for line in cells) for n in range(len(columns))]
+    for line in cells:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, (list, tuple)):
+        return ",".join(str(item) for item in value) or "-"
+    text = str(value)
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")

@@ -1,0 +1,51 @@
+"""``explain``: why a device may or may not do something."""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from authbackend import bootstrap
+from authbackend.admin.explanations import ACTIONS, as_text
+from authbackend.admin.explanations import as_json as to_json
+from authbackend.cli.common import json_option, run, settings_of, show
+from authbackend.policy.decide import Rules
+from authbackend.policy.explain import Attempt
+from authbackend.policy.explain import explain as explain_attempt
+from authbackend.postgres import editor
+
+DENIED = 6
+
+
+@click.command()
+@click.argument("device")
+@click.argument("action", type=click.Choice(sorted(ACTIONS)))
+@click.argument("topic")
+@click.option("--client-id", help="Default: the first that the device's type allows.")
+@click.option("--vhost", help="Default: the first of the device's type.")
+@click.option("--address", help="Default: one that the device's type allows.")
+@json_option
+@click.pass_context
+def explain(
+    context: click.Context,
+    device: str,
+    action: str,
+    topic: str,
+    client_id: str | None,
+    vhost: str | None,
+    address: str | None,
+    as_json: bool,
+) -> None:
+    """
+    Say what RabbitMQ would be answered, by the code that answers it: verdict, reason, the rule that decided or the
+    nearest ones and what is missing. Exit code 0 when allowed, 6 when denied.
+    """
+    settings = settings_of(context)
+    registry, found = run(editor.registry_around(bootstrap.target(settings, "authbackend cli"), device, client_id))
+    attempt = Attempt(ACTIONS[action], topic, client_id, vhost, address)
+    explanation = explain_attempt(registry, found, attempt, time.time(), Rules(settings.broker.mqtt_exchange))
+    result = to_json(found, attempt, explanation)
+    show(result, as_json, lambda: as_text(result))
+    if not explanation.decision.allowed:
+        raise click.exceptions.Exit(DENIED)

@@ -1,0 +1,145 @@
+"""``policy check | plan | apply | export``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from authbackend.cli.common import actor, json_option, run, show, target_of
+from authbackend.document.devices import read_devices
+from authbackend.document.lint import lint
+from authbackend.document.model import Document, Problem
+from authbackend.document.read import read
+from authbackend.document.write import write
+from authbackend.errors import InvalidInput
+from authbackend.postgres import policy_store
+from authbackend.postgres.policy_store import Change
+
+_file = click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+_devices = click.option(
+    "--devices",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="The devices section as CSV or JSON lines.",
+)
+_prune = click.option("--prune", is_flag=True, help="Also remove what a present section does not name.")
+
+
+@click.group()
+def policy() -> None:
+    """The policy file: check it, see what it would change, apply it, write it."""
+
+
+def _read(file: Path, devices: Path | None) -> tuple[Document, list[Problem]]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        return Document(), [Problem(str(file), 0, 0, f"not UTF-8: {error.reason} at byte {error.start}")]
+    document, problems = read(text, str(file))
+    if devices is not None:
+        if document.devices is not None:
+            problems.append(Problem(str(file), 0, 0, "has a devices section; it and --devices exclude each other"))
+        document.devices, more = read_devices(devices)
+        problems += more
+    if not problems:
+        problems = [Problem(str(file), 0, 0, message, warning=True) for message in lint(document)]
+    return document, problems
+
+
+def _read_or_refuse(file: Path, devices: Path | None) -> Document:
+    document, problems = _read(file, devices)
+    for problem in problems:
+        click.echo(str(problem), err=True)
+    if any(not problem.warning for problem in problems):
+        raise InvalidInput("nothing was changed: the file has errors")
+    return document
+
+
+@policy.command()
+@_file
+@_devices
+@json_option
+def check(file: Path, devices: Path | None, as_json: bool) -> None:
+    """Read FILE and print every problem with file, line and column; needs no database."""
+    document, problems = _read(file, devices)
+    errors = sum(not problem.warning for problem in problems)
+
+    def lines() -> Iterator[str]:
+        yield from map(str, problems)
+        sizes = [
+            f"{len(section)} {name}"
+            for name, section in (
+                ("device types", document.device_types),
+                ("devices", document.devices),
+                ("accounts", document.accounts),
+            )
+            if section is not None
+        ]
+        yield f"{file}: {errors} errors, {len(problems) - errors} warnings; {', '.join(sizes) or 'no section'}"
+
+    show({"errors": errors, "problems": [asdict(problem) for problem in problems]}, as_json, lines)
+    if errors:
+        raise click.exceptions.Exit(InvalidInput.exit_code)
+
+
+def _changes(changes: list[Change]) -> list[dict[str, object]]:
+    return [asdict(change) for change in changes]
+
+
+@policy.command()
+@_file
+@_devices
+@_prune
+@json_option
+@click.pass_context
+def plan(context: click.Context, file: Path, devices: Path | None, prune: bool, as_json: bool) -> None:
+    """Print the exact difference between FILE and the registry; changes nothing."""
+    document = _read_or_refuse(file, devices)
+    changes = run(policy_store.plan(target_of(context), document, prune=prune))
+    show(_changes(changes), as_json, lambda: [*map(str, changes), f"{len(changes)} changes"])
+
+
+@policy.command()
+@_file
+@_devices
+@_prune
+@json_option
+@click.pass_context
+def apply(context: click.Context, file: Path, devices: Path | None, prune: bool, as_json: bool) -> None:
+    """Make the registry as FILE says, all or nothing, and print the registry version that serves it."""
+    document = _read_or_refuse(file, devices)
+    applied = run(policy_store.apply(target_of(context), document, actor=actor(), prune=prune))
+    end = (
+        "nothing to change"
+        if applied.version is None
+        else f"applied {len(applied.changes)} changes, version {applied.version}"
+    )
+    show(
+        {"version": applied.version, "changes": _changes(applied.changes)},
+        as_json,
+        lambda: [*map(str, applied.changes), end],
+    )
+
+
+@policy.command()
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write to FILE, mode 600, instead of standard output.",
+)
+@click.pass_context
+def export(context: click.Context, output: Path | None) -> None:
+    """Write the whole registry as a policy file; it holds password hashes."""
+    text = write(run(policy_store.export(target_of(context))))
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    output.touch(mode=0o600)
+    output.chmod(0o600)
+    output.write_text(text, encoding="utf-8")
+    click.echo(f"wrote {output}", err=True)

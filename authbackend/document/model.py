@@ -1,0 +1,112 @@
+"""What a policy file says. Absent sections are None and leave the registry alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+
+SCHEMA = "authbackend/1"
+
+
+@dataclass(frozen=True, slots=True)
+class RuleEntry:
+    """A topic rule; ``exchange`` only for accounts."""
+
+    effect: str
+    action: str
+    topic: str
+    exchange: str | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceTypeEntry:
+    """A device type; ``networks`` None is any address."""
+
+    name: str
+    description: str = ""
+    client_ids: tuple[str, ...] = ()
+    vhosts: tuple[str, ...] = ()
+    networks: tuple[str, ...] | None = None
+    rules: tuple[RuleEntry, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceEntry:
+    """
+    A device.
+
+    Args:
+        status: None leaves the status of a device that exists alone, so that no file reinstates a revoked device
+            by not mentioning it; a new device becomes active.
+        expires_at: None leaves the expiry of a device that exists alone.
+    """
+
+    device_id: str
+    common_name: str
+    type: str
+    status: str | None = None
+    status_reason: str | None = None
+    attributes: tuple[tuple[str, str], ...] = ()
+    expires_at: datetime | None = None
+    rules: tuple[RuleEntry, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AccountEntry:
+    """An account; ``password_hash`` None leaves the password alone."""
+
+    name: str
+    login: str
+    password_hash: str | None = field(default=None, repr=False)
+    tags: tuple[str, ...] = ()
+    vhosts: tuple[str, ...] = ()
+    networks: tuple[str, ...] | None = None
+    client_ids: tuple[str, ...] = ()
+    configure: tuple[str, ...] = ()
+    write: tuple[str, ...] = ()
+    read: tuple[str, ...] = ()
+    unchecked_dead_lettering: bool = False
+    rules: tuple[RuleEntry, ...] = ()
+
+
+@dataclass(slots=True)
+class Document:
+    """A policy file that has been read; names are unique within a section."""
+
+    device_types: dict[str, DeviceTypeEntry] | None = None
+    devices: dict[str, DeviceEntry] | None = None
+    accounts: dict[str, AccountEntry] | None = None
+
+    def rules(self) -> Iterator[tuple[str, str, RuleEntry]]:
+        """Yield (column of the owner, owner, rule)."""
+        for column, entries in (
+            ("device_type", self.device_types),
+            ("device_id", self.devices),
+            ("account", self.accounts),
+        ):
+            for owner, entry in (entries or {}).items():
+                for rule in entry.rules:
+                    yield column, owner, rule
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Problem:
+    """
+    Something wrong in a file; ``warning`` does not stop an apply.
+
+    Args:
+        line: From 1; 0 when the whole file is meant.
+        column: From 1.
+    """
+
+    file: str
+    line: int
+    column: int
+    message: str
+    warning: bool = False
+
+    def __str__(self) -> str:
+        level = "warning" if self.warning else "error"
+        return f"{self.file}:{self.line}:{self.column}: {level}: {self.message}"

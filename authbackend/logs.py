@@ -1,0 +1,85 @@
+"""Structured logs on standard error; no query string, no password and no hash is ever an argument of an event."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import MutableMapping
+from typing import Any, Literal
+
+import structlog
+
+WINDOW_S = 10.0
+_MOST_NAMES = 10_000
+
+
+def _printable(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Escape what a client chose, so that no name can forge a line or drive a terminal."""
+    for key, value in event.items():
+        if isinstance(value, str) and not value.isprintable() and key != "exception":
+            event[key] = value.encode("unicode_escape").decode("ascii")
+    return event
+
+
+def configure(form: Literal["json", "console"], level: str) -> None:
+    """Set up structlog and the standard library's logging, which aiohttp uses, in the same form."""
+    number = logging.getLevelName(level.upper())
+    renderer: Any = (
+        structlog.processors.JSONRenderer()
+        if form == "json"
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    )
+    shared: list[Any] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    finish: list[Any] = [_printable]
+    if form == "json":
+        finish = [structlog.processors.format_exc_info, _printable]
+    structlog.configure(
+        processors=[*shared, *finish, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *finish, renderer],
+            foreign_pre_chain=shared,
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(max(number, logging.WARNING))
+
+
+class Sampler:
+    """
+    Lets the first few denials of a name in each window through and counts the rest.
+
+    Memory is bounded: beyond 10,000 names in one window all further names share one budget.
+    """
+
+    def __init__(self, most_per_window: int) -> None:
+        self._most = most_per_window
+        self._window = 0
+        self._counts: dict[str, int] = {}
+        self._suppressed = 0
+
+    def admit(self, name: str, now: float | None = None) -> tuple[bool, int]:
+        """Return whether to log, and how many denials of the last window were not logged (once a window)."""
+        window = int((time.monotonic() if now is None else now) / WINDOW_S)
+        suppressed = 0
+        if window != self._window:
+            suppressed, self._suppressed = self._suppressed, 0
+            self._window = window
+            self._counts = {}
+        if name not in self._counts and len(self._counts) >= _MOST_NAMES:
+            name = ""
+        count = self._counts.get(name, 0) + 1
+        self._counts[name] = count
+        if count > self._most:
+            self._suppressed += 1
+        return count <= self._most, suppressed

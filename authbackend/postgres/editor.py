@@ -1,0 +1,223 @@
+"""Edits of single devices and accounts; each is one transaction with its audit row, or an error and no change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Any
+
+from authbackend.errors import Conflict, InvalidInput, NotFound
+from authbackend.policy.decide import Registry
+from authbackend.policy.names import possible_owners
+from authbackend.policy.rules import Device
+from authbackend.postgres import rows
+from authbackend.postgres.connection import Connection, Target, connected
+from authbackend.postgres.statements import load_statements
+from authbackend.registry.snapshot import Mark, Patch, Snapshot
+
+_DEVICE = (
+    "select device_id, common_name, type, status, status_reason, status_changed_at, attributes, expires_at from device"
+)
+
+
+@asynccontextmanager
+async def editing(target: Target, actor: str) -> AsyncIterator[Connection]:
+    """Open a transaction in which the audit trail names the acting person."""
+    async with connected(target) as connection, connection.transaction():
+        await connection.execute("select set_config('authbackend.actor', $1, true)", actor)
+        yield connection
+
+
+async def _version(connection: Connection) -> int:
+    return int(await connection.fetchval("select pg_current_xact_id()::text"))
+
+
+def _device(row: Any) -> dict[str, Any]:
+    device = dict(row)
+    device["attributes"] = json.loads(device["attributes"])
+    for name in ("status_changed_at", "expires_at"):
+        device[name] = device[name].isoformat() if device[name] else None
+    return device
+
+
+async def list_devices(
+    target: Target, *, device_type: str | None = None, status: str | None = None, limit: int = 1000
+) -> list[dict[str, Any]]:
+    """Return devices by id, at most ``limit``."""
+    async with connected(target) as connection:
+        found = await connection.fetch(
+            f"{_DEVICE} where ($1::text is null or type = $1) and ($2::text is null or status = $2) order by device_id limit $3",
+            device_type,
+            status,
+            limit,
+        )
+        return [_device(row) for row in found]
+
+
+async def get_device(target: Target, name: str) -> dict[str, Any]:
+    """
+    Return a device by its id, else by its common name, with its own rules and those of its type.
+
+    Raises:
+        NotFound: There is none.
+    """
+    async with connected(target) as connection:
+        row = await connection.fetchrow(
+            f"{_DEVICE} where device_id = $1 or common_name = $1 order by device_id = $1 desc limit 1", name
+        )
+        if row is None:
+            raise NotFound(f"no device has the id or common name {name!r}")
+        device = _device(row)
+        found = await connection.fetch(
+            "select id, device_type, effect, action, topic, note from topic_rule where device_id = $1 or device_type = $2 order by effect desc, action, topic",
+            device["device_id"],
+            device["type"],
+        )
+        device["rules"] = [
+            {
+                "id": rule["id"],
+                "of": "type" if rule["device_type"] else "device",
+                **{k: rule[k] for k in ("effect", "action", "topic", "note")},
+            }
+            for rule in found
+        ]
+        return device
+
+
+async def insert_device(
+    target: Target,
+    actor: str,
+    *,
+    device_id: str,
+    device_type: str,
+    common_name: str | None = None,
+    status: str = "active",
+    attributes: dict[str, str] | None = None,
+    expires_at: datetime | None = None,
+) -> int:
+    """
+    Register a device and return the registry version that serves it.
+
+    Raises:
+        InvalidInput: A name or the status is not possible.
+        Conflict: The id or common name is taken, or there is no such type.
+    """
+    async with editing(target, actor) as connection:
+        await connection.execute(
+            "insert into device (device_id, common_name, type, status, attributes, expires_at) values ($1, $2, $3, $4, $5, $6)",
+            *(device_id, common_name, device_type, status, json.dumps(attributes or {}), expires_at),
+        )
+        return await _version(connection)
+
+
+async def set_device_status(target: Target, actor: str, device_id: str, status: str, reason: str) -> int | None:
+    """
+    Change the status of a device and return the registry version that serves it, None if it had that status.
+
+    Raises:
+        NotFound: There is no such device.
+        Conflict: A revoked device can only be reinstated to ``active``.
+    """
+    async with editing(target, actor) as connection:
+        present = await connection.fetchval("select status from device where device_id = $1 for update", device_id)
+        if present is None:
+            raise NotFound(f"no device has the id {device_id!r}")
+        if present == status:
+            return None
+        if present == "revoked" and status == "suspended":
+            raise Conflict(f"device {device_id} is revoked, which is more than suspended; nothing was changed")
+        await connection.execute(
+            "update device set status = $2, status_reason = $3 where device_id = $1", device_id, status, reason
+        )
+        return await _version(connection)
+
+
+async def list_accounts(target: Target) -> list[dict[str, Any]]:
+    """Return the accounts by name; of a password only whether it is set."""
+    async with connected(target) as connection:
+        found = await connection.fetch(
+            "select name, login, password_hash is not null as password_set, tags, vhosts, networks::text[] as networks, "
+            "client_ids, configure, write, read, unchecked_dead_lettering from account order by name"
+        )
+        return [dict(row) for row in found]
+
+
+async def insert_account(
+    target: Target,
+    actor: str,
+    *,
+    name: str,
+    login: str,
+    password_hash: str | None,
+    lists: dict[str, tuple[str, ...]],
+) -> int:
+    """
+    Register an account and return the registry version that serves it.
+
+    Args:
+        lists: ``tags``, ``vhosts``, ``client_ids``, ``configure``, ``write`` and ``read``.
+    Raises:
+        InvalidInput: A name, tag, client id or permission is not possible.
+        Conflict: The name is taken.
+    """
+    columns = ("tags", "vhosts", "client_ids", "configure", "write", "read")
+    async with editing(target, actor) as connection:
+        await connection.execute(
+            f"insert into account (name, login, password_hash, {', '.join(columns)}) values ($1, $2, $3, $4, $5, $6, $7, $8, $9)",
+            *(name, login, password_hash, *(list(lists.get(column, ())) for column in columns)),
+        )
+        return await _version(connection)
+
+
+async def set_password(target: Target, actor: str, name: str, password_hash: str) -> int:
+    """
+    Set an account's password and return the registry version that serves it.
+
+    Raises:
+        NotFound: There is no such account.
+        InvalidInput: The account logs in by certificate.
+    """
+    async with editing(target, actor) as connection:
+        login = await connection.fetchval("select login from account where name = $1 for update", name)
+        if login is None:
+            raise NotFound(f"no account is named {name!r}")
+        if login != "password":
+            raise InvalidInput(f"account {name} logs in by certificate and has no password")
+        await connection.execute("update account set password_hash = $2 where name = $1", name, password_hash)
+        return await _version(connection)
+
+
+async def registry_around(target: Target, name: str, client_id: str | None) -> tuple[Registry, Device]:
+    """
+    Return the part of the registry that decides about one device: it, the devices that could own the client id,
+    and their types.
+
+    Raises:
+        NotFound: There is no such device.
+    """
+    statements = load_statements("registry")
+    async with connected(target) as connection, connection.transaction(isolation="repeatable_read", readonly=True):
+        device_id = await connection.fetchval(
+            "select device_id from device where device_id = $1 or common_name = $1 order by device_id = $1 desc limit 1",
+            name,
+        )
+        if device_id is None:
+            raise NotFound(f"no device has the id or common name {name!r}")
+        ids = [device_id, *possible_owners(client_id or device_id)]
+        found = await connection.fetch(statements.devices.sql, ids)
+        type_names = sorted({row["type"] for row in found})
+        rules = rows.RulesByOwner(await connection.fetch(statements.rules_of.sql, type_names, [device_id], []))
+        types = await connection.fetch(statements.device_types.sql, type_names)
+    snapshot = Snapshot()
+    snapshot.apply(
+        Patch(
+            device_types={row["name"]: rows.device_type(row, rules) for row in types},
+            devices={row["device_id"]: rows.device(row, rules) for row in found},
+        ),
+        Mark("", "", "0:0:"),
+    )
+    device = snapshot.device_by_id(device_id)
+    assert device is not None
+    return snapshot, device

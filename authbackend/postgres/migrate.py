@@ -1,0 +1,122 @@
+"""
+Applies the migrations of ``sql/migrations`` in dbmate's file format and with its ``schema_migrations`` table.
+
+Source: https://github.com/amacneil/dbmate#usage (file names ``VERSION_name.sql``, ``-- migrate:up``).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from authbackend.errors import ConfigurationError, Unavailable
+from authbackend.postgres.connection import Connection, Target, connected, translated_errors
+from authbackend.postgres.statements import SQL
+
+ADVISORY_LOCK = 724001
+LOCK_TIMEOUT = "4s"
+STATEMENT_TIMEOUT = "300s"
+OLDEST_SERVER = 150000
+
+_UP = re.compile(r"^--\s*migrate:up\s*$(.*?)(?:^--\s*migrate:down.*)?\Z", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """One file: its version (the digits of its name) and the statements to run."""
+
+    version: str
+    name: str
+    statements: str
+
+
+def migrations(folder: Path = SQL / "migrations") -> list[Migration]:
+    """
+    Return the migrations of a folder, oldest first.
+
+    Raises:
+        ConfigurationError: A file is not in dbmate's format, or there is none.
+    """
+    found = []
+    for path in sorted(folder.glob("*.sql")):
+        version, _, name = path.stem.partition("_")
+        up = _UP.search(path.read_text(encoding="utf-8"))
+        if not version.isdigit() or up is None:
+            raise ConfigurationError(f"{path}: not a dbmate migration (VERSION_name.sql with a line -- migrate:up)")
+        found.append(Migration(version, name, up.group(1)))
+    if not found:
+        raise ConfigurationError(f"no migrations in {folder}")
+    return found
+
+
+async def migrate(target: Target) -> list[Migration]:
+    """
+    Apply what is missing, each migration in a transaction of its own, and return what was applied.
+
+    Safe when several replicas start at once: an advisory lock lets one work and the others wait.
+
+    Raises:
+        Unavailable: The server cannot be reached, is older than PostgreSQL 15, or a lock was not free in time.
+    """
+    applied = []
+    async with connected(target) as connection:
+        version = connection.get_server_version()
+        if version.major < 15:
+            raise Unavailable(f"PostgreSQL {version.major} is too old: 15 to 18 are supported")
+        await connection.execute("set statement_timeout = 0")
+        await connection.execute("select pg_advisory_lock($1)", ADVISORY_LOCK, timeout=600)
+        try:
+            await connection.execute(
+                "create table if not exists public.schema_migrations (version varchar primary key)"
+            )
+            done = await _versions(connection)
+            for migration in migrations():
+                if migration.version not in done:
+                    await _apply(connection, migration)
+                    applied.append(migration)
+        finally:
+            await connection.execute("select pg_advisory_unlock($1)", ADVISORY_LOCK)
+    return applied
+
+
+async def missing(target: Target) -> list[Migration]:
+    """Return the migrations that the database lacks, which may be all of them."""
+    async with connected(target) as connection:
+        if await connection.fetchval("select to_regclass('public.schema_migrations')") is None:
+            return migrations()
+        done = await _versions(connection)
+        return [migration for migration in migrations() if migration.version not in done]
+
+
+async def repair_triggers(target: Target) -> int:
+    """
+    Enable every trigger of the registry again, as after a restore that disabled them, and return how many there are.
+
+    What was changed while they were disabled left no change rows: replicas find it by their next comparison, so
+    restart them or wait for ``registry.compare_interval_s``.
+    """
+    async with connected(target) as connection:
+        found = await connection.fetch(
+            "select tgrelid::regclass::text as watched, quote_ident(tgname) as name from pg_trigger "
+            "where not tgisinternal and tgenabled <> 'A' and tgrelid = any ($1::regclass[])",
+            ["device_type", "device", "account", "topic_rule", "audit"],
+        )
+        async with connection.transaction():
+            await connection.execute(f"set local lock_timeout = '{LOCK_TIMEOUT}'")
+            for row in found:
+                await connection.execute(f"alter table {row['watched']} enable always trigger {row['name']}")
+        return len(found)
+
+
+async def _versions(connection: Connection) -> set[str]:
+    return {row["version"] for row in await connection.fetch("select version from public.schema_migrations")}
+
+
+async def _apply(connection: Connection, migration: Migration) -> None:
+    with translated_errors():
+        async with connection.transaction():
+            await connection.execute(f"set local lock_timeout = '{LOCK_TIMEOUT}'")
+            await connection.execute(f"set local statement_timeout = '{STATEMENT_TIMEOUT}'")
+            await connection.execute(migration.statements, timeout=600)
+            await connection.execute("insert into public.schema_migrations (version) values ($1)", migration.version)

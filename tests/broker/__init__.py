@@ -1,0 +1,3 @@
+"""
+Tests against a real RabbitMQ, with the very files of ``rabbitmq/``. Run them with ``tools/test-broker``.
+"""

@@ -1,0 +1,223 @@
+"""
+Fixtures: one broker, one database and one service for all tests; clients for each test.
+
+Every process is started once per session. A test that stops or changes one of them puts it back.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from .clients import Management, Mosquitto, MQTTClient
+from .harness import (
+    LAX,
+    RABBITMQ_FILES,
+    Broker,
+    Certificates,
+    Database,
+    Identity,
+    Service,
+    anonymous_context,
+    remove_tree,
+)
+
+HERE = Path(__file__).parent
+ROOT = os.environ.get("AUTHBACKEND_TEST_RABBITMQ_ROOT", "")
+PLAIN_CONF = HERE / "overlay/plain.conf"
+WEB_MQTT = RABBITMQ_FILES / "conf.d-optional/web-mqtt.conf"
+PLAIN_MQTT = RABBITMQ_FILES / "conf.d-optional/plain-mqtt.advanced.config"
+
+_LOGS: dict[str, Path] = {}
+_MARKS = pytest.StashKey[dict[str, int]]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without the namespaces that tools/test-broker makes, these tests cannot run."""
+    if ROOT:
+        return
+    skip = pytest.mark.skip(reason="needs a RabbitMQ: run tools/test-broker, as root")
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker(skip)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Remember how long each log was, to show a failing test's own part of it."""
+    item.stash[_MARKS] = {name: path.stat().st_size for name, path in _LOGS.items() if path.exists()}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Any:  # pluggy's wrapper: yields, gets the report, returns it
+    """Add what the broker and the service logged during a failed test."""
+    report = yield
+    if report.failed and item.path.is_relative_to(HERE):
+        for name, path in _LOGS.items():
+            if path.exists():
+                begin = item.stash.get(_MARKS, {}).get(name, 0)
+                text = path.read_bytes()[begin:][-16_000:].decode(errors="replace")
+                report.sections.append((f"{name} ({call.when})", text))
+    return report
+
+
+@pytest.fixture(scope="session")
+def workplace() -> Iterator[Path]:
+    """
+    A directory for everything; kept when AUTHBACKEND_TEST_KEEP is set. Others may enter it: PostgreSQL must.
+    """
+    directory = Path(tempfile.mkdtemp(prefix="authbackend-broker-"))
+    directory.chmod(0o755)
+    yield directory
+    if not os.environ.get("AUTHBACKEND_TEST_KEEP"):
+        remove_tree(directory)
+
+
+@pytest.fixture(scope="session")
+def certificates(workplace: Path) -> Certificates:
+    """Both authorities, the servers' certificates, and clients on demand."""
+    return Certificates(workplace / "certs")
+
+
+@pytest.fixture(scope="session")
+def booting(workplace: Path, certificates: Certificates) -> Iterator[Callable[[str], Broker]]:
+    """Start nodes by name; both can boot while other fixtures are being made."""
+    with ThreadPoolExecutor(1) as pool:
+        strict = _broker(workplace, certificates, "rabbit")
+        future = pool.submit(strict.start)
+        started: dict[str, Broker] = {"rabbit": strict}
+
+        def get(name: str) -> Broker:
+            future.result()
+            if name not in started:
+                lax = _broker(workplace, certificates, name)
+                lax.start()
+                started[name] = lax
+            return started[name]
+
+        yield get
+        future.exception()
+        for node in reversed(started.values()):
+            node.close()
+
+
+def _broker(workplace: Path, certificates: Certificates, name: str) -> Broker:
+    state = workplace / name
+    state.mkdir()
+    node = Broker(Path(ROOT), state, certificates, name)
+    if name == "lax":
+        node.doors, node.overlays, node.advanced = LAX, [PLAIN_CONF, WEB_MQTT], PLAIN_MQTT
+        node.plugins = ["rabbitmq_web_mqtt"]
+    node.prepare()
+    _LOGS[f"RabbitMQ {name} log"], _LOGS[f"RabbitMQ {name} console"] = node.logs
+    return node
+
+
+@pytest.fixture(scope="session")
+def broker(booting: Callable[[str], Broker]) -> Broker:
+    """The node with the files of ``rabbitmq/`` as they are."""
+    return booting("rabbit")
+
+
+@pytest.fixture(scope="session")
+def lax_broker(booting: Callable[[str], Broker]) -> Broker:
+    """
+    The second node: plain MQTT, TLS that takes clients without a certificate, MQTT over WebSocket. Starts
+    when asked for.
+    """
+    return booting("lax")
+
+
+@pytest.fixture(scope="session")
+def policy_file() -> Path:
+    """What the registry contains when the tests begin."""
+    return HERE / "policy.yaml"
+
+
+@pytest.fixture(scope="session")
+def database(workplace: Path) -> Iterator[Database]:
+    """An empty PostgreSQL."""
+    server = Database(workplace / "postgresql")
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def service(
+    workplace: Path,
+    certificates: Certificates,
+    booting: Callable[[str], Broker],
+    database: Database,
+    policy_file: Path,
+) -> Iterator[Service]:
+    """This service, migrated, with the policy file applied, ready. The broker boots meanwhile."""
+    process = Service(workplace, certificates, database.dsn)
+    _LOGS["authbackend log"] = process.log
+    process.command("migrate")
+    process.command("policy", "apply", policy_file)
+    process.start()
+    yield process
+    process.stop()
+
+
+@pytest.fixture
+def device(certificates: Certificates) -> Callable[..., Identity]:
+    """``device(common_name, **validity)`` makes a client certificate."""
+    return certificates.device
+
+
+@pytest_asyncio.fixture
+async def mqtt(
+    broker: Broker, service: Service, certificates: Certificates
+) -> AsyncIterator[Callable[..., MQTTClient]]:
+    """
+    ``mqtt(identity, client_id=..., **options)`` makes a client that is not connected yet; closed after the
+    test.
+
+    ``identity`` is an Identity, the common name for a new one, or None for TLS without a certificate.
+    ``plain=True`` speaks TCP. ``port`` is the strict node's TLS door unless given. The client id is the
+    common name unless given.
+    """
+    clients: list[MQTTClient] = []
+
+    def make(identity: Identity | str | None, *, plain: bool = False, **options: Any) -> MQTTClient:
+        if isinstance(identity, str):
+            identity = certificates.device(identity)
+        options.setdefault("client_id", "" if identity is None else identity.name)
+        options.setdefault("port", broker.doors.mqtt_tls)
+        tls = anonymous_context(certificates.ca_file) if identity is None else identity.context()
+        client = MQTTClient(None if plain else tls, **options)
+        clients.append(client)
+        return client
+
+    yield make
+    for client in clients:
+        await client.close()
+
+
+@pytest_asyncio.fixture
+async def management(
+    broker: Broker, service: Service, certificates: Certificates
+) -> AsyncIterator[Callable[..., Management]]:
+    """
+    ``async with management("monitoring", "password") as api: status, body = await api.get("overview")``.
+    """
+
+    def make(username: str, password: str, *, port: int = broker.doors.management_tls) -> Management:
+        return Management(str(certificates.ca_file), port=port, username=username, password=password)
+
+    yield make
+
+
+@pytest.fixture
+def mosquitto(broker: Broker, service: Service, certificates: Certificates) -> Callable[[str], Mosquitto]:
+    """``mosquitto("APM0001")`` runs mosquitto_pub and mosquitto_sub with a certificate of that name."""
+    return lambda name: Mosquitto(certificates.device(name), broker.doors.mqtt_tls)

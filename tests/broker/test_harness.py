@@ -1,0 +1,43 @@
+"""The harness itself, where a mistake would reach beyond the tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from .harness import Broker, HarnessError, mount, mounts_below, remove_tree
+
+
+def test_removing_a_directory_spares_what_is_mounted_in_it(tmp_path: Path) -> None:
+    """Mounts are undone first, nested ones and stacked ones too; the files behind them stay."""
+    precious, workplace = tmp_path / "precious", tmp_path / "workplace"
+    (precious / "inner").mkdir(parents=True)
+    (precious / "file").write_text("kept")
+    (workplace / "tree").mkdir(parents=True)
+    mount("--bind", precious, workplace / "tree")
+    mount("-t", "tmpfs", "test", workplace / "tree/inner")
+    mount("--bind", precious, workplace / "tree/inner")
+    remove_tree(workplace)
+    assert not workplace.exists()
+    assert (precious / "file").read_text() == "kept"
+    assert (precious / "inner").is_dir()
+
+
+def test_nothing_is_mounted_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs these tests without the runner gets an error, not mounts."""
+    monkeypatch.setenv("AUTHBACKEND_TEST_OUTSIDE", os.readlink("/proc/self/ns/mnt"))
+    with pytest.raises(HarnessError, match="tools/test-broker"):
+        mount("-t", "tmpfs", "test", tmp_path)
+    assert mounts_below(tmp_path) == []
+
+
+def test_a_node_has_nothing_of_the_machine_mounted_writable(broker: Broker) -> None:
+    """Only the read-only root, and file systems of the tests' own: /dev is not the machine's."""
+    lines = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    inside = [fields for fields in lines if Path(fields[4]).is_relative_to(broker.state)]
+    assert {Path(fields[4]) for fields in inside} == set(mounts_below(broker.state))
+    kinds = {Path(fields[4]): (fields[5].split(",")[0], fields[fields.index("-") + 1]) for fields in inside}
+    assert kinds.pop(broker.chroot)[0] == "ro"
+    assert {kind for _, kind in kinds.values()} <= {"tmpfs", "proc"}
