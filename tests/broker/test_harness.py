@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ def test_removing_a_directory_spares_what_is_mounted_in_it(tmp_path: Path) -> No
 
 def test_nothing_is_mounted_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever runs these tests without the runner gets an error, not mounts."""
-    monkeypatch.setenv("AUTHBACKEND_TEST_OUTSIDE", os.readlink("/proc/self/ns/mnt"))
+    monkeypatch.setenv("AUTHBACKEND_TEST_OUTSIDE", str(Path("/proc/self/ns/mnt").readlink()))
     with pytest.raises(HarnessError, match="tools/test-broker"):
         mount("-t", "tmpfs", "test", tmp_path)
     assert mounts_below(tmp_path) == []

