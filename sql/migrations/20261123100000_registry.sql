@@ -60,7 +60,7 @@ begin
     return 'it must begin with {device_id}, else devices could share client ids';
   elsif pattern ~ '\*.' then
     return '"*" is possible only at the end';
-  elsif pattern ~ '[^_./-]\*$' then
+  elsif pattern ~ '^\{device_id\}.*[^_./-]\*$' then
     return '"*" is possible only straight after a separator (_ - . /)';
   elsif pattern ~ '^\{device_id\}[^_./-]' then
     return 'after {device_id} comes a separator (_ - . /), else APM1 would fit the devices APM1 and APM10';
@@ -99,7 +99,7 @@ begin
     return '":" is not possible: RabbitMQ splits "vhost:user" at it';
   elsif name ~ E'[\u0001-\u001f\u007f-\u009f\u2028\u2029]' then
     return 'a control character is not possible';
-  elsif name ~ '^\s|\s$' then
+  elsif name ~ E'^[ \u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]|[ \u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]$' then -- \s would depend on the locale
     return 'white space at an end is not possible';
   end if;
   return null;
@@ -160,7 +160,7 @@ declare
   pattern text;
 begin
   foreach pattern in array coalesce(new.client_ids, '{}') loop
-    if public.client_id_pattern_fault(pattern) is not null then
+    if octet_length(pattern) <= 128 and public.client_id_pattern_fault(pattern) is not null then -- else the table's own checks name the fault
       perform public.refuse(format('client id pattern %L of device type %L: %s', pattern, new.name, public.client_id_pattern_fault(pattern)));
     end if;
   end loop;
@@ -180,7 +180,8 @@ create table device (
   constraint device_id_form check (case when device_id ~ '^[A-Za-z0-9_-]{1,64}$' then true else public.refuse(format('device id %L: 1 to 64 letters, digits, "_" and "-" are possible, nothing else', device_id)) end),
   constraint device_common_name check (case when common_name = device_id then true when public.common_name_fault(common_name) is null then true else public.refuse(format('common name %L of device %L: %s', common_name, device_id, public.common_name_fault(common_name))) end),
   constraint device_status check (case when status in ('pending', 'active', 'suspended', 'revoked') then true else public.refuse(format('status %L of device %L: possible are pending, active, suspended and revoked', status, device_id)) end),
-  constraint device_attributes check (case when public.attributes_fault(attributes) is null then true else public.refuse(format('attributes of device %L: %s', device_id, public.attributes_fault(attributes))) end)
+  constraint device_attributes check (case when public.attributes_fault(attributes) is null then true else public.refuse(format('attributes of device %L: %s', device_id, public.attributes_fault(attributes))) end),
+  constraint device_expires_at check (case when expires_at is null or (expires_at >= '1970-01-01Z' and expires_at < '9999-12-31Z') then true else public.refuse(format('expiry of device %L: possible are the years 1970 to 9999; null is never', device_id)) end)
 );
 create index device_type_of on device (type);
 

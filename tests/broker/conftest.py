@@ -16,18 +16,13 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from .clients import Management, Mosquitto, MQTTClient
-from .harness import (
-    LAX,
-    RABBITMQ_FILES,
-    Broker,
-    Certificates,
-    Database,
-    Identity,
-    Service,
-    anonymous_context,
-    remove_tree,
-)
+from .clients import Management, Mosquitto
+from .fleet import EDITOR, Fleet
+from .identities import Certificates, Identity, anonymous_context
+from .mounts import remove_tree
+from .mqtt import MQTTClient
+from .node import LAX, RABBITMQ_FILES, REPOSITORY, Broker
+from .service import Database, Service
 
 HERE = Path(__file__).parent
 ROOT = os.environ.get("AUTHBACKEND_TEST_RABBITMQ_ROOT", "")
@@ -151,21 +146,39 @@ def database(workplace: Path) -> Iterator[Database]:
 
 
 @pytest.fixture(scope="session")
-def service(
-    workplace: Path,
-    certificates: Certificates,
-    booting: Callable[[str], Broker],
-    database: Database,
-    policy_file: Path,
-) -> Iterator[Service]:
-    """This service, migrated, with the policy file applied, ready. The broker boots meanwhile."""
-    process = Service(workplace, certificates, database.dsn)
-    _LOGS["authbackend log"] = process.log
-    process.command("migrate")
-    process.command("policy", "apply", policy_file)
-    process.start()
-    yield process
-    process.stop()
+def registry(workplace: Path, certificates: Certificates, database: Database, policy_file: Path) -> Service:
+    """The database migrated, the roles of sql/roles.sql made, the policy file applied; nothing is served yet."""
+    service = make_service(workplace, certificates, database)
+    service.command("migrate", dsn=database.dsn)
+    database.sql((REPOSITORY / "sql/roles.sql").read_text())
+    for role in ("authbackend_service", EDITOR, "authbackend_reader"):
+        database.sql(f"alter role {role} login")
+    service.command("policy", "apply", policy_file)
+    return service
+
+
+def make_service(workplace: Path, certificates: Certificates, database: Database, **ports: int) -> Service:
+    """This service with the least rights that do, not started."""
+    dsns = (database.dsn_of("authbackend_service"), database.dsn_of(EDITOR))
+    process = Service(workplace, certificates, *dsns, **ports)
+    _LOGS[f"authbackend log {process.broker_port}"] = process.log
+    return process
+
+
+@pytest.fixture(scope="session")
+def service(booting: Callable[[str], Broker], registry: Service) -> Iterator[Service]:
+    """This service, ready. The broker boots meanwhile."""
+    registry.start()
+    yield registry
+    registry.stop()
+
+
+@pytest.fixture(scope="session")
+def fleet(database: Database, service: Service) -> Fleet:
+    """Devices that no other test has used, and changes of the registry."""
+    fleet = Fleet(database, service)
+    fleet.register()
+    return fleet
 
 
 @pytest.fixture

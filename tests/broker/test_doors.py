@@ -8,8 +8,9 @@ import ssl
 
 import pytest
 
-from .clients import HOST, Disconnected, MQTTClient
-from .harness import Broker, Certificates, Identity, anonymous_context
+from .identities import Certificates, Identity, anonymous_context
+from .mqtt import HOST, Disconnected, MQTTClient
+from .node import Broker
 
 
 def test_the_node_listens_for_tls_only(broker: Broker) -> None:

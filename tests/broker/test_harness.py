@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from .harness import Broker, HarnessError, mount, mounts_below, remove_tree
+from .mounts import mount, mounts_below, remove_tree
+from .node import Broker
+from .processes import HarnessError
 
 
 def test_removing_a_directory_spares_what_is_mounted_in_it(tmp_path: Path) -> None:

@@ -1,0 +1,50 @@
+# authbackend as a container: not root, and nothing in it that the service does not need.
+#   docker build --tag authbackend .
+#   docker run --rm authbackend --help
+# What it needs to serve: AUTHBACKEND_DATABASE__DSN and the three AUTHBACKEND_BROKER__TLS__... files. See docs/operations.md.
+
+FROM python:3.13-slim AS build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
+WORKDIR /source
+# The tool that packs it, pinned here because constraints.txt holds what runs and what tests, not what packs; in an
+# environment that stays behind in this stage.
+COPY constraints.txt ./
+RUN python -m venv /opt/build && /opt/build/bin/pip install --constraint constraints.txt hatchling==1.33.0
+# Without pip inside: what is copied from here to the image below can run authbackend and install nothing.
+RUN python -m venv --without-pip /opt/authbackend
+# Dependencies first, each in the version that the tests ran with: this layer is kept while only the code changes.
+# --only-binary: wheels alone, so that no compiler is ever needed, and a missing wheel is an error here.
+COPY pyproject.toml ./
+RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
+      >/tmp/dependencies.txt \
+ && /opt/build/bin/pip --python /opt/authbackend/bin/python install --only-binary :all: --constraint constraints.txt \
+      --requirement /tmp/dependencies.txt
+# The package itself; pyproject.toml puts sql/ inside it.
+COPY README.md LICENSE ./
+COPY authbackend ./authbackend
+COPY sql ./sql
+RUN /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /tmp/wheels . \
+ && /opt/build/bin/pip --python /opt/authbackend/bin/python install --no-deps /tmp/wheels/authbackend-*.whl \
+ && /opt/authbackend/bin/authbackend --version
+
+FROM python:3.13-slim
+# A number as well as a name, so that Kubernetes can check runAsNonRoot. It owns nothing and needs to write nothing.
+RUN groupadd --gid 10001 authbackend \
+ && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin authbackend
+COPY --from=build /opt/authbackend /opt/authbackend
+# USER: the commands note who acts, and must have a name to note under any user id.
+ENV PATH=/opt/authbackend/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    USER=authbackend \
+    AUTHBACKEND_BROKER__LISTEN=0.0.0.0:8080 \
+    AUTHBACKEND_ADMIN__LISTEN=0.0.0.0:8081
+USER 10001:10001
+# 8080: RabbitMQ asks here; refuses to start without mutual TLS. 8081: health and metrics; keep it inside.
+EXPOSE 8080 8081
+# Asks the listener for people, in plain HTTP: the one for RabbitMQ wants a client certificate. "Live", not "ready": a
+# database that is away makes no container sick; whoever spreads the load looks at /health/ready.
+HEALTHCHECK --interval=10s --timeout=3s --start-period=20s --retries=3 \
+  CMD ["python", "-I", "-S", "-c", "import os, sys, http.client as h; c = h.HTTPConnection('127.0.0.1', int(os.environ['AUTHBACKEND_ADMIN__LISTEN'].rpartition(':')[2]), timeout=2); c.request('GET', '/health/live'); sys.exit(c.getresponse().status != 200)"]
+ENTRYPOINT ["authbackend"]
+CMD ["serve"]

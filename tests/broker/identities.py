@@ -1,0 +1,71 @@
+"""Certificates for clients, and the TLS settings that go with them."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from authbackend.pki.authority import Authority, Issued
+from authbackend.pki.directory import make_certificates
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A client certificate in files, and the authority that the client trusts."""
+
+    name: str
+    certificate_file: Path
+    key_file: Path
+    ca_file: Path
+
+    def context(self) -> ssl.SSLContext:
+        """TLS for a client that shows this certificate and checks the server's name."""
+        context = anonymous_context(self.ca_file)
+        context.load_cert_chain(self.certificate_file, self.key_file)
+        return context
+
+
+def anonymous_context(ca_file: Path | str) -> ssl.SSLContext:
+    """TLS for a client that shows no certificate and checks the server's name."""
+    return ssl.create_default_context(cafile=str(ca_file))
+
+
+class Certificates:
+    """The directory that ``authbackend certs`` makes, and clients made on demand."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        for _ in make_certificates(directory):
+            pass
+        self.ca_file = directory / "ca.pem"
+        self._authority = Authority.load(self.ca_file.read_bytes(), (directory / "ca.key").read_bytes())
+        self._count = 0
+
+    def device(
+        self,
+        common_name: str,
+        *,
+        more_common_names: Sequence[str] = (),
+        not_before: datetime | None = None,
+        not_after: datetime | None = None,
+    ) -> Identity:
+        """A new client certificate of the devices' authority; any name, any validity."""
+        issued = self._authority.issue_client(
+            common_name, more_common_names=more_common_names, not_before=not_before, not_after=not_after
+        )
+        return self._write(common_name, issued)
+
+    def stranger(self, common_name: str) -> Identity:
+        """A client certificate with that name, signed by an authority that the broker does not know."""
+        return self._write(common_name, Authority.create("somebody else's CA").issue_client(common_name))
+
+    def _write(self, name: str, issued: Issued) -> Identity:
+        self._count += 1
+        path = self.directory / f"client-{self._count}"
+        certificate, key = path.with_suffix(".pem"), path.with_suffix(".key")
+        certificate.write_bytes(issued.certificate_pem)
+        key.write_bytes(issued.key_pem)
+        return Identity(name, certificate, key, self.ca_file)

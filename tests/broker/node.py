@@ -1,0 +1,221 @@
+"""A RabbitMQ in a chroot, with the very files of ``rabbitmq/``."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import stat
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .identities import Certificates
+from .mounts import mount
+from .processes import HarnessError, Process
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RABBITMQ_FILES = REPOSITORY / "rabbitmq"
+BOOT_TIMEOUT_S = 90.0
+_DEVICES = {"null": (1, 3), "zero": (1, 5), "random": (1, 8), "urandom": (1, 9), "tty": (5, 0)}
+
+
+@dataclass(frozen=True, slots=True)
+class Doors:
+    """The ports of one node; 0 where there is no such door."""
+
+    amqp_tls: int = 5671
+    mqtt_tls: int = 8883
+    management_tls: int = 15671
+    mqtt_plain: int = 0
+    web_mqtt_tls: int = 0
+    distribution: int = 25672
+
+
+STRICT = Doors()
+"""The node with the files of ``rabbitmq/`` as they are."""
+
+LAX = Doors(
+    amqp_tls=5771,
+    mqtt_tls=8983,
+    management_tls=15771,
+    mqtt_plain=1883,
+    web_mqtt_tls=15676,
+    distribution=25673,
+)
+"""The second node: with ``overlay/plain.conf``, and the optional plain MQTT and WebSocket doors."""
+
+
+@dataclass(slots=True)
+class Broker:
+    """
+    One RabbitMQ node in a chroot, with the files of ``rabbitmq/`` in its /etc/rabbitmq.
+
+    The root is mounted read-only; what the node writes is in ``state`` (a tmpfs), and gone with the
+    namespaces.
+
+    Attributes:
+        root: as printed by ``tools/rabbitmq-root``.
+        state: an existing empty directory.
+        certificates: what it finds in /etc/rabbitmq/certs.
+        name: the node's name before the @.
+        doors: its ports, for clients to know; the files decide.
+        overlays: further files for /etc/rabbitmq/conf.d.
+        advanced: what becomes /etc/rabbitmq/advanced.config.
+        plugins: plugins to enable besides those of ``rabbitmq/enabled_plugins``.
+        boot_s: how long the last start took, in seconds.
+    """
+
+    root: Path
+    state: Path
+    certificates: Certificates
+    name: str = "rabbit"
+    doors: Doors = STRICT
+    overlays: Sequence[Path] = ()
+    advanced: Path = RABBITMQ_FILES / "advanced.config"
+    plugins: Sequence[str] = ()
+    boot_s: float = 0.0
+    _process: Process | None = field(default=None, init=False)
+    _epmd: Process | None = field(default=None, init=False)
+
+    @property
+    def chroot(self) -> Path:
+        """Where the root is mounted."""
+        return self.state / "root"
+
+    @property
+    def logs(self) -> tuple[Path, ...]:
+        """The node's log and its console output."""
+        return (self.state / "log" / f"{self.name}@localhost.log", self.state / "console.log")
+
+    def prepare(self) -> None:
+        """
+        Mount the root and put the files in their places. Once, before the first start.
+
+        Raises:
+            HarnessError: a mount failed, usually because ``tools/test-broker`` was not used.
+        """
+        mount("-t", "tmpfs", "-o", "mode=755,size=2g", "authbackend-test", self.state)
+        writable = {
+            "etc": self.chroot / "etc/rabbitmq",
+            "lib": self.chroot / "var/lib/rabbitmq",
+            "log": self.chroot / "var/log/rabbitmq",
+            "tmp": self.chroot / "tmp",
+        }
+        for place in [self.chroot, *(self.state / name for name in writable)]:
+            place.mkdir(mode=0o755)
+        self._write_files(self.state / "etc")
+        mount("--bind", self.root, self.chroot)
+        mount("-o", "remount,bind,ro", self.chroot)
+        for name, target in writable.items():
+            mount("--bind", self.state / name, target)
+        mount("--bind", self.state / "etc/hosts", self.chroot / "etc/hosts")
+        mount("-t", "proc", "proc", self.chroot / "proc")
+        # Never the machine's own /dev: whatever is mounted below a directory that is removed later is
+        # removed with it.
+        mount("-t", "tmpfs", "-o", "mode=755,size=1m", "authbackend-test-dev", self.chroot / "dev")
+        for name, (major, minor) in _DEVICES.items():
+            node = self.chroot / "dev" / name
+            os.mknod(node, stat.S_IFCHR | 0o666, os.makedev(major, minor))
+            node.chmod(0o666)
+        (self.chroot / "dev/fd").symlink_to("/proc/self/fd")
+
+    def _write_files(self, etc: Path) -> None:
+        for file in ("rabbitmq.conf", "rabbitmq-env.conf"):
+            shutil.copy(RABBITMQ_FILES / file, etc / file)
+        shutil.copy(self.advanced, etc / "advanced.config")
+        enabled = (RABBITMQ_FILES / "enabled_plugins").read_text()
+        (etc / "enabled_plugins").write_text(enabled.replace("].", "".join(f",{p}" for p in self.plugins) + "]."))
+        (etc / "conf.d").mkdir()
+        for overlay in self.overlays:
+            shutil.copy(overlay, etc / "conf.d" / overlay.name)
+        (etc / "certs").mkdir()
+        for name in (
+            "ca.pem",
+            "internal-ca.pem",
+            "rabbitmq.pem",
+            "rabbitmq.key",
+            "broker-client.pem",
+            "broker-client.key",
+        ):
+            shutil.copy(self.certificates.directory / name, etc / "certs" / name)
+        (etc / "hosts").write_text("127.0.0.1 localhost authbackend\n::1 localhost\n")
+        cookie = self.state / "lib/.erlang.cookie"
+        cookie.write_text(secrets.token_hex(20))
+        cookie.chmod(0o400)
+        user, group = self._user()
+        for place in ("etc", "lib", "log", "tmp"):
+            for path in [self.state / place, *(self.state / place).rglob("*")]:
+                os.chown(path, user, group)
+
+    def _user(self) -> tuple[int, int]:
+        for line in (self.root / "etc/passwd").read_text().splitlines():
+            parts = line.split(":")
+            if parts[0] == "rabbitmq":
+                return int(parts[2]), int(parts[3])
+        raise HarnessError(f"no user rabbitmq in {self.root}: build it again with tools/rabbitmq-root")
+
+    def _environment(self) -> dict[str, str]:
+        return {
+            "HOME": "/var/lib/rabbitmq",
+            "LANG": "C.UTF-8",
+            "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "RABBITMQ_NODENAME": f"{self.name}@localhost",
+            "RABBITMQ_DIST_PORT": str(self.doors.distribution),
+        }
+
+    def _command(self, program: str, *arguments: str) -> list[str | Path]:
+        user, group = self._user()
+        server = next((self.root / "usr/lib/rabbitmq/lib").glob("rabbitmq_server-*"))
+        path = f"/{server.relative_to(self.root)}/sbin/{program}" if program.startswith("rabbit") else program
+        return ["chroot", f"--userspec={user}:{group}", self.chroot, path, *arguments]
+
+    def start(self) -> None:
+        """
+        Start the node and wait until it says that all of its plugins have started.
+
+        Raises:
+            HarnessError: it did not within 90 s; the message ends with its last output.
+        """
+        if self._epmd is None or not self._epmd.running:
+            # Started by itself, a node leaves an epmd behind. One serves all nodes; a second one ends at
+            # once.
+            self._epmd = Process(self._command("epmd"), self.state / "epmd.log", self._environment())
+        begin = time.monotonic()
+        self._process = Process(self._command("rabbitmq-server"), self.state / "console.log", self._environment())
+        self._process.wait_for_line("completed with", BOOT_TIMEOUT_S)
+        self.boot_s = time.monotonic() - begin
+
+    def stop(self) -> None:
+        """Stop the node in good order; what it stored stays for the next start."""
+        if self._process is not None:
+            self._process.stop()
+            self._process = None
+
+    def kill(self) -> None:
+        """Stop the node as a crash would."""
+        if self._process is not None:
+            self._process.kill()
+            self._process = None
+
+    def close(self) -> None:
+        """Stop the node and its epmd for good."""
+        self.stop()
+        if self._epmd is not None:
+            self._epmd.stop()
+            self._epmd = None
+
+    def control(self, *arguments: str) -> str:
+        """
+        Run ``rabbitmqctl`` on the node (about a second) and return what it prints.
+
+        Raises:
+            HarnessError: it failed; the message has its output.
+        """
+        command = self._command("rabbitmqctl", "--quiet", *arguments)
+        done = subprocess.run(command, env=self._environment(), capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise HarnessError(f"rabbitmqctl {' '.join(arguments)}: {done.stdout}{done.stderr}")
+        return done.stdout

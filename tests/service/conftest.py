@@ -1,0 +1,143 @@
+"""The service in this process, on free ports of loopback, with a database of the test's own."""
+
+import asyncio
+import contextlib
+import json
+import time
+from dataclasses import dataclass
+
+import aiohttp
+import asyncpg
+import pytest
+
+from authbackend import bootstrap
+from authbackend.document.read import read
+from authbackend.postgres import policy_store
+from authbackend.postgres.connection import Target
+from authbackend.settings import load
+
+POLICY = """
+schema: authbackend/1
+device_types:
+  APM:
+    client_ids: ["{device_id}", "{device_id}_*"]
+    vhosts: ["/"]
+    rules:
+      - {effect: allow, action: publish, topic: "fleet/{device_id}/telemetry/#"}
+      - {effect: allow, action: subscribe, topic: "fleet/{device_id}/commands/#"}
+devices:
+  - {device_id: APM0001, type: APM}
+  - {device_id: APM0002, type: APM}
+  - {device_id: GONE, type: APM, status: revoked}
+accounts:
+  - {name: ops, login: password, tags: [monitoring, management], vhosts: ["/"], password_hash: HASH}
+"""
+# Of "correct horse", with little work: what is tested is not how slow argon2id is.
+HASH = "$argon2id$v=19$m=64,t=1,p=1$ILOCj2QWgXeueD+AJ6035g$3iEr/r/DmyFDXcKU0O2MHtxAp8iWZzsl2J54aNKSTHE"
+
+
+async def apply(dsn, text):
+    """Load a policy file's text into a registry."""
+    document, problems = read(text, "test.yaml")
+    assert not problems, problems
+    return await policy_store.apply(Target(dsn), document, actor="test")
+
+
+async def until(condition, what, deadline_s=10.0):
+    """Wait until something is true; the deadline is a guard, not a measurement."""
+    end = time.monotonic() + deadline_s
+    while True:
+        result = await condition()
+        if result:
+            return result
+        assert time.monotonic() < end, f"not within {deadline_s} s: {what}"
+        await asyncio.sleep(0.01)
+
+
+@dataclass
+class Running:
+    """A running service and a client of both its listeners."""
+
+    broker: str
+    admin: str
+    http: aiohttp.ClientSession
+
+    async def ask(self, question, form, **kwargs):
+        """POST a form (a dict, or the raw body) to /auth/QUESTION; returns (status, text)."""
+        headers = {"Content-Type": "application/x-www-form-urlencoded"}
+        async with self.http.post(f"{self.broker}/auth/{question}", data=form, headers=headers, **kwargs) as response:
+            return response.status, await response.text()
+
+    async def login(self, username, **form):
+        """The answer to a login."""
+        return (await self.ask("user", {"username": username, **form}))[1]
+
+    async def publish(self, username, key, client_id=None):
+        """The answer to a publish."""
+        form = {
+            "username": username,
+            "vhost": "/",
+            "resource": "topic",
+            "name": "amq.topic",
+            "permission": "write",
+            "routing_key": key,
+            "variable_map.client_id": client_id or username,
+        }
+        return (await self.ask("topic", form))[1]
+
+    async def get(self, url):
+        """GET a path of the people's listener; returns (status, text)."""
+        async with self.http.get(self.admin + url) as response:
+            return response.status, await response.text()
+
+    async def ready(self):
+        """Whether the service says that it is ready."""
+        return (await self.get("/health/ready"))[0] == 200
+
+    async def metric(self, name, **labels):
+        """The value of one series, 0 when it is not there."""
+        _, text = await self.get("/metrics")
+        for line in text.splitlines():
+            head, _, value = line.rpartition(" ")
+            found, _, rest = head.partition("{")
+            pairs = dict(part.split("=", 1) for part in rest.rstrip("}").split(",") if part)
+            if found == name and all(json.loads(pairs.get(key, '""')) == wanted for key, wanted in labels.items()):
+                return float(value)
+        return 0.0
+
+
+@contextlib.asynccontextmanager
+async def running(dsn, *, wait=True, **environment):
+    """Run the service with further settings, for example ``BROKER__DENY_REASONS="true"``."""
+    variables = {f"AUTHBACKEND_{name}": value for name, value in environment.items()}
+    settings = load(
+        {
+            "AUTHBACKEND_DATABASE__DSN": dsn,
+            "AUTHBACKEND_BROKER__LISTEN": "127.0.0.1:0",
+            "AUTHBACKEND_ADMIN__LISTEN": "127.0.0.1:0",
+            **variables,
+        }
+    )
+    async with bootstrap.service(settings) as where, aiohttp.ClientSession() as http:
+        service = Running(where["broker"], where["admin"], http)
+        if wait:
+            await until(service.ready, "the service is ready")
+        yield service
+
+
+@pytest.fixture
+async def service(dsn):
+    """A running service with the sample registry."""
+    await apply(dsn, POLICY.replace("HASH", f'"{HASH}"'))
+    async with running(dsn) as started:
+        yield started
+
+
+@pytest.fixture
+async def sql(dsn):
+    """Run a statement as a person with psql would."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        yield connection.execute
+    finally:
+        await connection.close()

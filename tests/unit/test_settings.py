@@ -1,0 +1,117 @@
+"""Settings: nothing is ignored in silence, nothing secret is shown."""
+
+import pytest
+
+from authbackend import bootstrap
+from authbackend.errors import ConfigurationError
+from authbackend.settings import load, read_dsn, setting_names, variable
+
+DSN = "postgresql://service:hunter2@db/authbackend"
+
+
+def test_every_setting_can_come_from_the_environment():
+    settings = load({"AUTHBACKEND_DATABASE__DSN": DSN, "AUTHBACKEND_BROKER__LISTEN": "127.0.0.1:1", "AUTHBACKEND_ACCOUNTS__RESERVED": "ops,kick"})
+    assert settings.broker.listen == "127.0.0.1:1"
+    assert settings.accounts.reserved == ("ops", "kick")
+    assert read_dsn(settings.database) == DSN
+    assert variable(("broker", "tls", "key_file")) == "AUTHBACKEND_BROKER__TLS__KEY_FILE"
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("AUTHBACKEND_BROKER__LISTN", "AUTHBACKEND_BROKER__LISTEN"),
+        ("AUTHBACKEND_DSN", "AUTHBACKEND_DATABASE__DSN"),
+        ("AUTHBACKEND_BROKER_INSECURE", "AUTHBACKEND_BROKER__INSECURE"),
+        ("AUTHBACKEND_BROKER__TLS__KEY", "AUTHBACKEND_BROKER__TLS__KEY_FILE"),
+    ],
+)
+def test_an_unknown_name_is_an_error_with_the_nearest(name, nearest):
+    with pytest.raises(ConfigurationError, match=f"did you mean {nearest}"):
+        load({name: "1"})
+
+
+def test_the_file_is_read_and_the_environment_wins(tmp_path):
+    file = tmp_path / "authbackend.toml"
+    file.write_text('[broker]\nlisten = "127.0.0.1:1"\ndeny_reasons = true\n[accounts]\nreserved = ["a"]\n')
+    settings = load({"AUTHBACKEND_BROKER__LISTEN": "127.0.0.1:2", "AUTHBACKEND_CONFIG": str(file)})
+    assert settings.broker.listen == "127.0.0.1:2"
+    assert settings.broker.deny_reasons
+    assert settings.accounts.reserved == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("[broker]\nlissen = 1", "unknown setting broker.lissen; did you mean broker.listen"),
+        ("[borker]\nlisten = 'x'", "unknown setting borker"),
+        ("nonsense", "is not TOML"),
+        ("[broker]\nlisten = 'here'", "host:port"),
+        ("[broker]\nrequest_timeout_s = 'soon'", "AUTHBACKEND_BROKER__REQUEST_TIMEOUT_S"),
+        ("[broker]\nkeepalive_timeout_s = 5", "greater than or equal to 120"),
+    ],
+)
+def test_faults_of_a_file_are_told(tmp_path, text, fault):
+    file = tmp_path / "x.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigurationError, match=fault):
+        load({}, file)
+
+
+def test_a_missing_file_is_an_error(tmp_path):
+    with pytest.raises(ConfigurationError, match="cannot read the configuration file"):
+        load({}, tmp_path / "nowhere.toml")
+
+
+def test_without_a_database_the_two_ways_are_named():
+    with pytest.raises(ConfigurationError, match=r"(?s)AUTHBACKEND_DATABASE__DSN.*--embedded"):
+        bootstrap.target(load({}))
+
+
+def test_a_secret_is_in_no_repr_and_no_error():
+    settings = load({"AUTHBACKEND_DATABASE__DSN": DSN})
+    assert "hunter2" not in repr(settings)
+    assert "hunter2" not in repr(bootstrap.target(settings))
+    with pytest.raises(ConfigurationError) as refused:
+        load({"AUTHBACKEND_DATABASE__DSN": DSN, "AUTHBACKEND_BROKER__LISTEN": "nonsense"})
+    assert "hunter2" not in str(refused.value)
+
+
+def test_the_password_can_come_from_a_file(tmp_path):
+    file = tmp_path / "password"
+    file.write_text("p@ss/word\n")
+    settings = load({"AUTHBACKEND_DATABASE__DSN": "postgresql://role@db:5432/x", "AUTHBACKEND_DATABASE__PASSWORD_FILE": str(file)})
+    assert read_dsn(settings.database) == "postgresql://role:p%40ss%2Fword@db:5432/x"
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:8080", "[::]:8080", "192.0.2.1:8080", "authbackend:8080"])
+def test_a_listener_beyond_loopback_needs_mutual_tls(listen):
+    with pytest.raises(ConfigurationError, match="mutual TLS"):
+        bootstrap.broker_tls(load({"AUTHBACKEND_BROKER__LISTEN": listen}).broker)
+    insecure = load({"AUTHBACKEND_BROKER__LISTEN": listen, "AUTHBACKEND_BROKER__INSECURE": "true"})
+    assert bootstrap.broker_tls(insecure.broker) is None
+
+
+def test_tls_without_client_certificates_is_not_enough(tmp_path):
+    settings = load(
+        {
+            "AUTHBACKEND_BROKER__LISTEN": "0.0.0.0:8080",
+            "AUTHBACKEND_BROKER__TLS__CERTIFICATE_FILE": "a.pem",
+            "AUTHBACKEND_BROKER__TLS__KEY_FILE": "a.key",
+        }
+    )
+    with pytest.raises(ConfigurationError, match="client_ca_file"):
+        bootstrap.broker_tls(settings.broker)
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", "localhost:0", "[::1]:0", "127.9.9.9:1"])
+def test_loopback_needs_none(listen):
+    assert bootstrap.broker_tls(load({"AUTHBACKEND_BROKER__LISTEN": listen}).broker) is None
+
+
+def test_every_setting_has_a_description():
+    for path in setting_names():
+        model = type(load({}))
+        for part in path[:-1]:
+            model = model.model_fields[part].annotation
+        assert model.model_fields[path[-1]].description, path

@@ -1,0 +1,134 @@
+"""What RabbitMQ sends is read strictly; what it is answered is exact."""
+
+from urllib.parse import urlencode
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from authbackend.broker import wire
+from authbackend.broker.wire import Malformed, MalformedRequest, parse_form
+from authbackend.policy.decide import Decision
+from authbackend.policy.reasons import Reason
+
+
+@pytest.mark.parametrize(
+    ("form", "cause"),
+    [
+        (b"username=a&username=b", Malformed.PARAMETER_TWICE),
+        (b"username=a&username=a", Malformed.PARAMETER_TWICE),
+        (b"username=a&variable_map.username=b", Malformed.PARAMETERS_CONTRADICT),
+        (b"client_id=a&variable_map.client_id=b", Malformed.PARAMETERS_CONTRADICT),
+        (b"vhost=a&variable_map.vhost=b", Malformed.PARAMETERS_CONTRADICT),
+        (b"username=%FF", Malformed.BAD_ENCODING),
+        (b"username=\xff", Malformed.BAD_ENCODING),
+        (b"username=%C0%80", Malformed.BAD_ENCODING),
+        (b"username=%zz", Malformed.BAD_ENCODING),
+        (b"username=%", Malformed.BAD_ENCODING),
+        (b"username=a%00b", Malformed.NUL),
+        (b"username=a\x00b", Malformed.NUL),
+        (b"username=" + b"a" * 1025, Malformed.PARAMETER_TOO_LONG),
+        (b"routing_key=" + b"a" * 65536, Malformed.PARAMETER_TOO_LONG),
+        (b"routing_key=" + "é".encode() * 32768, Malformed.PARAMETER_TOO_LONG),
+        (b"&".join(b"x%d=1" % n for n in range(65)), Malformed.TOO_MANY_PARAMETERS),
+        (b"x=" + b"a" * wire.LONGEST_BODY_BYTES, Malformed.TOO_LARGE),
+    ],
+)
+def test_refused_forms(form, cause):
+    with pytest.raises(MalformedRequest) as refused:
+        parse_form(form)
+    assert refused.value.cause is cause
+
+
+@pytest.mark.parametrize(
+    ("read", "form"),
+    [
+        (wire.login_request, b"vhost=%2F"),
+        (wire.vhost_request, b"username=a&vhost=%2F"),
+        (wire.resource_request, b"username=a&vhost=%2F&resource=queue&name=q"),
+        (wire.topic_request, b"username=a&vhost=%2F&resource=topic&name=amq.topic&permission=write"),
+    ],
+)
+def test_required_parameters(read, form):
+    with pytest.raises(MalformedRequest) as refused:
+        read(parse_form(form))
+    assert refused.value.cause is Malformed.PARAMETER_MISSING
+
+
+@pytest.mark.parametrize(
+    ("read", "values"),
+    [
+        (wire.resource_request, {"resource": "topic", "permission": "write"}),
+        (wire.resource_request, {"resource": "queue", "permission": "Write"}),
+        (wire.topic_request, {"resource": "queue", "permission": "write"}),
+        (wire.topic_request, {"resource": "topic", "permission": "configure"}),
+    ],
+)
+def test_closed_values(read, values):
+    form = urlencode({"username": "a", "vhost": "/", "name": "n", "routing_key": "k", **values}).encode()
+    with pytest.raises(MalformedRequest) as refused:
+        read(parse_form(form))
+    assert refused.value.cause is Malformed.BAD_VALUE
+
+
+def test_present_and_empty_is_not_absent():
+    assert wire.login_request(parse_form(b"username=a&password=")).password == ""
+    assert wire.login_request(parse_form(b"username=a")).password is None
+    request = wire.topic_request(
+        parse_form(b"username=a&vhost=%2F&resource=topic&name=amq.topic&permission=read&tags=&routing_key=")
+    )
+    assert request.routing_key == ""
+
+
+def test_the_variable_map_gives_the_client_id():
+    form = b"username=a&vhost=%2F&resource=topic&name=x&permission=read&routing_key=k&variable_map.client_id=c"
+    assert wire.topic_request(parse_form(form)).client_id == "c"
+
+
+def test_a_name_is_only_separated_by_ampersands():
+    assert parse_form(b"username=a;vhost=b") == {"username": "a;vhost=b"}
+
+
+def test_unknown_parameters_are_ignored_also_twice():
+    assert parse_form(b"username=a&new=1&new=2&tags=&tags=x") == {"username": "a"}
+
+
+def test_a_key_of_65535_bytes_passes_in_its_longest_form():
+    key = "é" * 32767 + "a"
+    form = urlencode({"routing_key": key}).encode()
+    assert parse_form(form)["routing_key"] == key
+    assert len(b"routing_key=" + b"%41" * 65535) <= wire.LONGEST_BODY_BYTES
+
+
+text = st.text(alphabet=st.characters(blacklist_categories=["Cs"], blacklist_characters="\x00"), max_size=40)
+
+
+@given(text, text)
+@settings(max_examples=500, deadline=None)
+def test_what_the_broker_encodes_is_read_back_unchanged(name, key):
+    """``+`` in a topic stays ``+``, and no value injects a parameter."""
+    form = urlencode({"username": name, "routing_key": key}).encode()
+    assert parse_form(form) == {"username": name, "routing_key": key}
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=1000, deadline=None)
+def test_no_bytes_make_anything_but_parameters_or_a_refusal(form):
+    try:
+        for read in (wire.login_request, wire.vhost_request, wire.resource_request, wire.topic_request):
+            read(parse_form(form))
+    except MalformedRequest:
+        pass
+
+
+def test_answers_are_exact():
+    allow = Decision(True, Reason.ALLOWED)
+    assert wire.answer(allow) == "allow"
+    assert wire.answer(Decision(True, Reason.ALLOWED, tags=("monitoring", "management"))) == "allow monitoring management"
+    deny = Decision(False, Reason.NO_RULE_ALLOWS)
+    assert wire.answer(deny) == "deny"
+    assert wire.answer(deny, with_reason=True) == "deny no_rule_allows"
+
+
+def test_a_denial_never_carries_tags():
+    assert wire.answer(Decision(False, Reason.PASSWORD_WRONG, tags=("administrator",))) == "deny"
