@@ -8,7 +8,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
-export XDG_RUNTIME_DIR ?= /tmp
 
 .PHONY: run test check test-fast format docs clean
 .DEFAULT_GOAL := check

@@ -90,15 +90,48 @@ async def service(settings: Settings) -> AsyncIterator[dict[str, str]]:
     tls = broker_tls(settings.broker)
     metrics = Metrics()
     rules = Rules(mqtt_exchange=settings.broker.mqtt_exchange)
+    feed = ChangeFeed(target(settings), settings.registry.change_retention_s)
+    copy = _registry_copy(settings, feed, metrics)
+    passwords = _password_checker(settings, metrics)
+    health = Health(copy)
+    server = BrokerServer(
+        _endpoints(settings, copy, passwords, metrics, rules),
+        {"/health/live": health.live, "/health/ready": health.ready},
+        keepalive_timeout_s=settings.broker.keepalive_timeout_s,
+    )
+    app = application(copy, metrics, health, rules, loopback=is_loopback(settings.admin.listen))
+    host, port = host_and_port(settings.broker.listen)
+    admin_host, admin_port = host_and_port(settings.admin.listen)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(passwords.close)
+        stack.push_async_callback(feed.close)
+        await stack.enter_async_context(following(copy))
+        if tls is not None:
+            await stack.enter_async_context(_background(watch(tls)))
+        backlog = settings.broker.backlog
+        port = await stack.enter_async_context(listening(server, host, port, tls=tls, backlog=backlog))
+        admin_port = await stack.enter_async_context(_application_listening(app, admin_host, admin_port))
+        scheme = "https" if tls else "http"
+        where = {"broker": f"{scheme}://{host}:{port}", "admin": f"http://{admin_host}:{admin_port}"}
+        log.info("service.listening", **where)
+        yield where
+        log.info("service.stopping")
+
+
+def _registry_copy(settings: Settings, feed: ChangeFeed, metrics: Metrics) -> RegistryCopy:
     registry = settings.registry
-    feed = ChangeFeed(target(settings), registry.change_retention_s)
     times = SyncTimes(
         registry.poll_interval_s, registry.max_staleness_s, registry.compare_interval_s, registry.prune_interval_s
     )
     copy = RegistryCopy(feed, metrics, times)
     metrics.watch_sync_age(lambda: copy.age_s)
-    passwords = _password_checker(settings, metrics)
-    endpoints = Endpoints(
+    return copy
+
+
+def _endpoints(
+    settings: Settings, copy: RegistryCopy, passwords: PasswordChecker, metrics: Metrics, rules: Rules
+) -> Endpoints:
+    return Endpoints(
         copy,
         passwords,
         metrics,
@@ -107,30 +140,6 @@ async def service(settings: Settings) -> AsyncIterator[dict[str, str]]:
         request_timeout_s=settings.broker.request_timeout_s,
         deny_reasons=settings.broker.deny_reasons,
     )
-    health = Health(copy)
-    async with contextlib.AsyncExitStack() as stack:
-        stack.callback(passwords.close)
-        stack.push_async_callback(feed.close)
-        await stack.enter_async_context(following(copy))
-        if tls is not None:
-            await stack.enter_async_context(_background(watch(tls)))
-        server = BrokerServer(
-            endpoints,
-            {"/health/live": health.live, "/health/ready": health.ready},
-            keepalive_timeout_s=settings.broker.keepalive_timeout_s,
-        )
-        host, port = host_and_port(settings.broker.listen)
-        broker_port = await stack.enter_async_context(
-            listening(server, host, port, tls=tls, backlog=settings.broker.backlog)
-        )
-        app = application(copy, metrics, health, rules, loopback=is_loopback(settings.admin.listen))
-        admin_host, admin_port = host_and_port(settings.admin.listen)
-        admin_port = await stack.enter_async_context(_application_listening(app, admin_host, admin_port))
-        scheme = "https" if tls else "http"
-        where = {"broker": f"{scheme}://{host}:{broker_port}", "admin": f"http://{admin_host}:{admin_port}"}
-        log.info("service.listening", **where)
-        yield where
-        log.info("service.stopping")
 
 
 def _password_checker(settings: Settings, metrics: Metrics) -> PasswordChecker:

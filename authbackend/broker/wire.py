@@ -13,7 +13,8 @@ from enum import StrEnum
 from typing import TypeVar
 from urllib.parse import parse_qsl
 
-from authbackend.policy.decide import Decision, LoginRequest, ResourceRequest, TopicRequest, VhostRequest
+from authbackend.policy.decide import Decision
+from authbackend.policy.requests import LoginRequest, ResourceRequest, TopicRequest, VhostRequest
 
 LONGEST_BODY_BYTES = 256 * 1024
 LONGEST_REQUEST_LINE_BYTES = 8 * 1024

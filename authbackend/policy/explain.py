@@ -13,6 +13,7 @@ from authbackend.policy import decide
 from authbackend.policy.decide import Decision, PasswordCheck, Registry
 from authbackend.policy.names import DEVICE_ID_PLACEHOLDER
 from authbackend.policy.reasons import Reason
+from authbackend.policy.requests import LoginRequest, ResourceRequest, TopicRequest, VhostRequest
 from authbackend.policy.rules import Device, DeviceType, Permission, TopicRule, Values
 from authbackend.policy.topics import MANY, ONE, split, to_routing_key
 
@@ -81,10 +82,10 @@ def explain(registry: Registry, device: Device, attempt: Attempt, now: float, se
     key = to_routing_key(attempt.topic)
     exchange = settings.mqtt_exchange
     name = device.common_name
-    login = decide.LoginRequest(name, None, client_id)
-    on_vhost = decide.VhostRequest(name, vhost, ip, client_id)
-    on_exchange = decide.ResourceRequest(name, vhost, "exchange", exchange, attempt.permission, client_id)
-    on_topic = decide.TopicRequest(name, vhost, exchange, attempt.permission, key, client_id)
+    login = LoginRequest(name, None, client_id)
+    on_vhost = VhostRequest(name, vhost, ip, client_id)
+    on_exchange = ResourceRequest(name, vhost, "exchange", exchange, attempt.permission, client_id)
+    on_topic = TopicRequest(name, vhost, exchange, attempt.permission, key, client_id)
     questions: tuple[tuple[str, Callable[[], Decision | PasswordCheck]], ...] = (
         ("login", lambda: decide.login(registry, login, now)),
         ("vhost", lambda: decide.vhost(registry, on_vhost, now)),

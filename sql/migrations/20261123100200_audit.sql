@@ -73,4 +73,7 @@ end $$;
 create trigger append_only before update or delete or truncate on audit for each statement execute function audit_refuse();
 alter table audit enable always trigger append_only;
 
+-- With a trigger on a temporary table of his own, anybody could write into the trail.
+revoke execute on function audit_note() from public;
+
 -- migrate:down

@@ -157,10 +157,17 @@ def registry(workplace: Path, certificates: Certificates, database: Database, po
     return service
 
 
-def make_service(workplace: Path, certificates: Certificates, database: Database, **ports: int) -> Service:
+def make_service(
+    workplace: Path,
+    certificates: Certificates,
+    database: Database,
+    *,
+    broker_port: int = 8080,
+    admin_port: int = 8081,
+) -> Service:
     """This service with the least rights that do, not started."""
     dsns = (database.dsn_of("authbackend_service"), database.dsn_of(EDITOR))
-    process = Service(workplace, certificates, *dsns, **ports)
+    process = Service(workplace, certificates, *dsns, broker_port=broker_port, admin_port=admin_port)
     _LOGS[f"authbackend log {process.broker_port}"] = process.log
     return process
 

@@ -54,6 +54,18 @@ class Will:
     delay_s: int = 0
 
 
+class _Unchecked(paho.Client):
+    """RabbitMQ takes topics and filters that paho would not send; so does whoever attacks it."""
+
+    @staticmethod
+    def _raise_for_invalid_topic(topic: bytes) -> None:
+        pass
+
+    @staticmethod
+    def _filter_wildcard_len_check(sub: bytes) -> paho.MQTTErrorCode:
+        return paho.MQTT_ERR_SUCCESS
+
+
 class MQTTClient:
     """
     One MQTT connection, MQTT 3.1.1 (``version=4``) or 5.0 (``version=5``).
@@ -114,7 +126,7 @@ class MQTTClient:
             self._set_will(will)
 
     def _paho(self, client_id: str, clean: bool, transport: Literal["tcp", "websockets"]) -> paho.Client:
-        client = paho.Client(
+        client = _Unchecked(
             CallbackAPIVersion.VERSION2,
             client_id=client_id,
             clean_session=None if self._version == 5 else clean,
@@ -123,9 +135,6 @@ class MQTTClient:
             transport=transport,
         )
         client.ws_set_options("/ws")
-        # RabbitMQ takes topics and filters that paho would not send; so does whoever attacks it.
-        client._raise_for_invalid_topic = lambda _topic: None  # type: ignore[method-assign]
-        client._filter_wildcard_len_check = lambda _filter: paho.MQTT_ERR_SUCCESS  # type: ignore[method-assign]
         client.on_connect = lambda _c, _u, flags, code, _p: self._call(self._on_connect, flags.session_present, code)
         client.on_disconnect = lambda _c, _u, _f, code, _p: self._call(self._on_disconnect, code)
         client.on_publish = lambda _c, _u, mid, code, _p: self._call(self._on_answer, "publish", mid, [code])

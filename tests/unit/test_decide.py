@@ -3,16 +3,9 @@
 import pytest
 
 from authbackend.policy import decide
-from authbackend.policy.decide import (
-    Decision,
-    LoginRequest,
-    PasswordCheck,
-    ResourceRequest,
-    Rules,
-    TopicRequest,
-    VhostRequest,
-)
+from authbackend.policy.decide import Decision, PasswordCheck, Rules
 from authbackend.policy.reasons import Reason
+from authbackend.policy.requests import LoginRequest, ResourceRequest, TopicRequest, VhostRequest
 from authbackend.policy.rules import Networks, RuleSet, resource_matches
 from tests.unit.fleet import APM, FLEET, NOW, account, device, registry, rule
 

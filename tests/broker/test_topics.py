@@ -1,0 +1,277 @@
+"""What devices publish and subscribe to: inside their rules it works, outside nothing arrives."""
+
+from __future__ import annotations
+
+import asyncio
+import unicodedata
+from collections.abc import Callable
+
+import aiomqtt
+import pytest
+
+from .clients import Mosquitto
+from .fleet import Fleet
+from .identities import Identity
+from .mqtt import HOST, Disconnected, MQTTClient
+from .node import Broker
+from .service import Service
+
+Clients = Callable[..., MQTTClient]
+NOBODY_SUBSCRIBED = 0x10
+LONGEST_TOPIC_BYTES = 65_535
+
+OUTSIDE_TO_PUBLISH = (
+    "fleet/{victim}/telemetry/speed",
+    "fleet/{victim}/commands/stop",
+    "fleet/{own}/commands/stop",  # only subscribing is allowed there
+    "fleet/+/telemetry/speed",  # RabbitMQ takes wildcards in a publish
+    "fleet/*/telemetry/speed",
+    "+/{victim}/telemetry/speed",
+    "fleet/#",
+    "#",
+    "/fleet/{own}/telemetry/speed",
+    "fleet/{own}/telemetryx",
+    "Fleet/{own}/telemetry/speed",
+    "$SYS/x",
+)
+OUTSIDE_TO_SUBSCRIBE = (
+    "fleet/#",
+    "#",
+    "+/#",
+    "+/{victim}/#",
+    "fleet/*/x",
+    "fleet/*/telemetry/#",
+    "fleet/+/commands/#",
+    "fleet/{own}/#",
+    "fleet/{victim}/commands/#",
+    "fleet.{victim}.commands.#",  # a dot is a slash to RabbitMQ
+    "fleet/#/{own}/commands/#",
+    "$SYS/#",
+    "$share/group/fleet/{victim}/commands/#",
+)
+
+
+@pytest.mark.parametrize("version", [4, 5])
+async def test_a_device_publishes_and_subscribes(mqtt: Clients, fleet: Fleet, version: int) -> None:
+    """Two connections of one device with its own client ids; both qualities of service arrive."""
+    me = fleet.device()
+    reader, writer = mqtt(me, version=version), mqtt(me, version=version, client_id=f"{me}_pub")
+    assert await asyncio.gather(reader.connect(), writer.connect()) == [0, 0]
+    assert await reader.subscribe(f"fleet/{me}/telemetry/#", f"fleet/{me}/commands/#") == [1, 1]
+    for qos in (0, 1):
+        assert await writer.publish(f"fleet/{me}/telemetry/speed", b"3.5", qos=qos) == 0
+        message = await reader.message()
+        assert (message.topic, message.payload, message.qos) == (f"fleet/{me}/telemetry/speed", b"3.5", qos)
+    assert await reader.alive()
+
+
+async def test_mosquittos_command_line(mosquitto: Callable[[str], Mosquitto], fleet: Fleet) -> None:
+    """The two commands of the README."""
+    me = fleet.device()
+    device = mosquitto(me)
+    options = ["-V", "mqttv5", "-t", "test", "-q", "1"]
+    user = ["--property", "CONNECT", "user-property", "client_type", "APM"]
+    # A persistent session made first, so that the message waits for the subscriber and nothing has to be timed.
+    session = ["-i", me, "-c", "-x", "60"]
+    assert (await device.subscribe(*options, *session, *user, "-E")).status == 0
+    sent = await device.publish(*options, "-i", f"{me}_pub", "-m", "hello")
+    assert (sent.status, sent.errors) == (0, "")
+    received = await device.subscribe(*options, *session, "-C", "1")
+    assert (received.status, received.output) == (0, "hello\n")
+
+
+async def test_mosquittos_command_line_outside_the_rules(mosquitto: Callable[[str], Mosquitto], fleet: Fleet) -> None:
+    """What somebody sees who mistypes: the publish does not succeed, the subscription is refused by name."""
+    me, other = fleet.device(), fleet.device()
+    device = mosquitto(me)
+    sent = await device.publish("-V", "mqttv311", "-t", f"fleet/{other}/telemetry/x", "-q", "1", "-i", me, "-m", "x")
+    assert sent.status != 0
+    received = await device.subscribe("-V", "mqttv311", "-t", "fleet/#", "-i", me, "-W", "10")
+    assert received.output == ""
+    assert "denied" in received.errors
+
+
+async def test_aiomqtt(broker: Broker, service: Service, device: Callable[..., Identity], fleet: Fleet) -> None:
+    """The other common client of Python, as its manual uses it."""
+    me = fleet.device()
+    tls = device(me).context()
+    async with aiomqtt.Client(HOST, broker.doors.mqtt_tls, identifier=me, tls_context=tls) as client:
+        await client.subscribe(f"fleet/{me}/telemetry/#", qos=1)
+        await client.publish(f"fleet/{me}/telemetry/speed", b"3.5", qos=1)
+        async with asyncio.timeout(10):
+            message = await anext(aiter(client.messages))
+        assert (str(message.topic), message.payload) == (f"fleet/{me}/telemetry/speed", b"3.5")
+
+
+@pytest.mark.parametrize("version", [4, 5])
+async def test_a_publish_outside_the_rules_ends_the_connection(mqtt: Clients, fleet: Fleet, version: int) -> None:
+    """RabbitMQ denies a publish by closing. What is denied reaches nobody: the first to arrive is allowed."""
+    me, victim = fleet.device(), fleet.device()
+    reader, owner = mqtt(victim), mqtt(victim, client_id=f"{victim}_pub")
+    assert await asyncio.gather(reader.connect(), owner.connect()) == [0, 0]
+    assert await reader.subscribe(f"fleet/{victim}/telemetry/#", f"fleet/{victim}/commands/#") == [1, 1]
+    denied = fleet.service.denials(endpoint="topic", reason="no_rule_allows")
+
+    async def attempt(number: int, topic: str) -> None:
+        client = mqtt(me, client_id=f"{me}_{number}", version=version)
+        assert await client.connect() == 0
+        with pytest.raises(Disconnected):
+            await client.publish(topic.format(own=me, victim=victim), b"denied")
+
+    await asyncio.gather(*(attempt(number, topic) for number, topic in enumerate(OUTSIDE_TO_PUBLISH)))
+    assert fleet.service.denials(endpoint="topic", reason="no_rule_allows") == denied + len(OUTSIDE_TO_PUBLISH)
+    assert await owner.publish(f"fleet/{victim}/telemetry/speed", b"allowed") == 0
+    assert (await reader.message()).payload == b"allowed"
+
+
+async def test_a_denied_publish_without_acknowledgement_ends_the_connection(mqtt: Clients, fleet: Fleet) -> None:
+    """QoS 0 promises nothing, and is refused all the same."""
+    me, victim = fleet.device(), fleet.device()
+    client = mqtt(me)
+    assert await client.connect() == 0
+    assert await client.publish(f"fleet/{victim}/telemetry/speed", b"denied", qos=0) == 0
+    await client.disconnected()
+
+
+@pytest.mark.parametrize(("version", "refused"), [(4, 0x80), (5, 0x87)])
+async def test_a_subscription_outside_the_rules_is_refused(
+    mqtt: Clients, fleet: Fleet, version: int, refused: int
+) -> None:
+    """The refusal is told, the connection ends, and the session has not kept what was refused."""
+    me, victim = fleet.device(), fleet.device()
+    session = {"version": version, "clean": False, "session_expiry_s": 60 if version == 5 else 0}
+    denied = fleet.service.denials(endpoint="topic", reason="no_rule_allows")
+
+    async def attempt(number: int, topic: str) -> None:
+        options = {"client_id": f"{me}_{number}", **session}
+        client = mqtt(me, **options)
+        assert await client.connect() == 0
+        assert await client.subscribe(f"fleet/{me}/telemetry/#") == [1]
+        assert await client.subscribe(topic.format(own=me, victim=victim)) == [refused]
+        await client.disconnected()
+        again = mqtt(me, **options)
+        assert await again.connect() == 0
+        assert again.session_present
+        sessions.append(again)
+
+    sessions: list[MQTTClient] = []
+    await asyncio.gather(*(attempt(number, topic) for number, topic in enumerate(OUTSIDE_TO_SUBSCRIBE)))
+    assert fleet.service.denials(endpoint="topic", reason="no_rule_allows") == denied + len(OUTSIDE_TO_SUBSCRIBE)
+    other, own = mqtt(victim), mqtt(me)
+    assert await asyncio.gather(other.connect(), own.connect()) == [0, 0]
+    assert await other.publish(f"fleet/{victim}/telemetry/speed", b"of the victim") == NOBODY_SUBSCRIBED
+    assert await own.publish(f"fleet/{me}/telemetry/speed", b"mine") == 0
+    assert {(await session.message()).payload for session in sessions} == {b"mine"}
+
+
+async def test_of_several_subscriptions_the_allowed_ones_are_not_lost(mqtt: Clients, fleet: Fleet) -> None:
+    """One SUBSCRIBE with both kinds: every filter has its own answer."""
+    me = fleet.device()
+    client = mqtt(me)
+    assert await client.connect() == 0
+    assert await client.subscribe(f"fleet/{me}/telemetry/#", "fleet/#", f"fleet/{me}/commands/#") == [1, 0x87, 0x87]
+    await client.disconnected()
+
+
+async def test_dots_are_slashes(mqtt: Clients, fleet: Fleet) -> None:
+    """To RabbitMQ ``a.b`` and ``a/b`` are one topic; so they are to the rules, in both directions."""
+    me = fleet.device()
+    client = mqtt(me)
+    assert await client.connect() == 0
+    assert await client.subscribe(f"fleet.{me}/telemetry.#") == [1]
+    assert await client.publish(f"fleet.{me}.telemetry/speed", b"x") == 0
+    assert (await client.message()).topic == f"fleet/{me}/telemetry/speed"
+
+
+async def test_odd_names_reach_the_service_to_the_letter(mqtt: Clients, fleet: Fleet) -> None:
+    """
+    What a form must escape is allowed where a rule says exactly that; what a wrong decoder would make of it is not.
+    """
+    topics = ["sp ace", "100%", "a%2Fb", "a&b=c;d", "ünï/日本", "\U0001f4e6", "quote\"'\\$?"]
+    others = [
+        "sp+ace",
+        "sp%20ace",
+        "100%25",
+        "100",
+        "a/b",
+        "a%252Fb",
+        "a",
+        "a&b",
+        "a%26b%3Dc%3Bd",
+        "%C3%BCn%C3%AF/日本",
+    ]
+    others += [unicodedata.normalize("NFD", "ünï/日本"), "ÜNÏ/日本"]
+    client = mqtt("ODD0001")
+    assert await client.connect() == 0
+    assert await client.subscribe("odd/#") == [1]
+    for topic in topics:
+        assert await client.publish(f"odd/{topic}", b"x") == 0
+        assert (await client.message()).topic == f"odd/{topic}"
+    await client.disconnect()
+    malformed = fleet.service.count("authbackend_malformed_requests")
+    for topic in others:
+        attempt = mqtt("ODD0001")
+        assert await attempt.connect() == 0
+        with pytest.raises(Disconnected):
+            await attempt.publish(f"odd/{topic}", b"x")
+    assert fleet.service.count("authbackend_malformed_requests") == malformed
+
+
+@pytest.mark.parametrize("letter", ["x", "日"])
+async def test_the_longest_topic(mqtt: Clients, fleet: Fleet, letter: str) -> None:
+    """65,535 bytes, in a form up to three times as many: answered by the rules, within the device and outside."""
+    me, other = fleet.device(), fleet.device()
+    denied = fleet.service.denials(endpoint="topic", reason="no_rule_allows")
+    malformed = fleet.service.count("authbackend_malformed_requests")
+    client = mqtt(me)
+    assert await client.connect() == 0
+    assert await client.publish(_longest(f"fleet/{me}/telemetry/", letter), b"x") == NOBODY_SUBSCRIBED
+    with pytest.raises(Disconnected):
+        await client.publish(_longest(f"fleet/{other}/telemetry/", letter), b"x")
+    assert fleet.service.denials(endpoint="topic", reason="no_rule_allows") == denied + 1
+    assert fleet.service.count("authbackend_malformed_requests") == malformed
+
+
+def _longest(begin: str, letter: str) -> str:
+    room = LONGEST_TOPIC_BYTES - len(begin)
+    count = room // len(letter.encode())
+    return begin + letter * count + "." * (room - count * len(letter.encode()))
+
+
+@pytest.mark.parametrize("version", [4, 5])
+async def test_a_retained_message_waits_for_its_reader(mqtt: Clients, fleet: Fleet, version: int) -> None:
+    """Retaining needs no more rights than publishing."""
+    me = fleet.device()
+    writer = mqtt(me, client_id=f"{me}_pub", version=version)
+    assert await writer.connect() == 0
+    assert await writer.publish(f"fleet/{me}/telemetry/state", b"parked", retain=True) in (0, NOBODY_SUBSCRIBED)
+    reader = mqtt(me, version=version)
+    assert await reader.connect() == 0
+    assert await reader.subscribe(f"fleet/{me}/telemetry/#") == [1]
+    message = await reader.message()
+    assert (message.payload, message.retain) == (b"parked", True)
+
+
+async def test_unsubscribing_works_after_idleness(mqtt: Clients, fleet: Fleet) -> None:
+    """RabbitMQ forgets what it was allowed after a second without traffic, and asks again for an UNSUBSCRIBE."""
+    me = fleet.device()
+    client = mqtt(me)
+    assert await client.connect() == 0
+    assert await client.subscribe(f"fleet/{me}/telemetry/#") == [1]
+    asked, denied = fleet.service.count("authbackend_decisions", endpoint="topic"), fleet.service.denials()
+    await asyncio.sleep(2)  # The broker's own idleness, of which nobody is told.
+    assert await client.unsubscribe(f"fleet/{me}/telemetry/#") == [0]
+    assert fleet.service.count("authbackend_decisions", endpoint="topic") == asked + 1
+    assert fleet.service.denials() == denied
+    assert await client.publish(f"fleet/{me}/telemetry/speed", b"x") == NOBODY_SUBSCRIBED
+
+
+async def test_a_type_without_publish_rules_cannot_reach_the_exchange(mqtt: Clients, fleet: Fleet) -> None:
+    """No rule of the type could allow a publish: refused one question earlier, and it may subscribe."""
+    client = mqtt("READER1")
+    assert await client.connect() == 0
+    assert await client.subscribe("fleet/+/telemetry/#") == [1]
+    denied = fleet.service.denials(endpoint="resource", reason="no_rule_allows", device_type="READER")
+    with pytest.raises(Disconnected):
+        await client.publish("fleet/x/telemetry/y", b"x")
+    assert fleet.service.denials(endpoint="resource", reason="no_rule_allows", device_type="READER") == denied + 1

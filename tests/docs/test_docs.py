@@ -1,0 +1,36 @@
+"""The documentation says what the code does: generated pages are fresh, and the README's files exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from authbackend.cli.reference import REASONS, pages
+from authbackend.policy.reasons import Reason
+from authbackend.settings import setting_names, variable
+
+REPO = Path(__file__).parent.parent.parent
+
+
+@pytest.mark.parametrize("name", list(pages()))
+def test_generated_pages_are_fresh(name):
+    assert (REPO / "docs" / name).read_text(encoding="utf-8") == pages()[name], "run: make docs"
+
+
+def test_every_setting_is_in_the_reference():
+    text = pages()["configuration.md"]
+    for path in setting_names():
+        assert f"`{variable(path)}`" in text
+
+
+def test_every_reason_is_explained():
+    assert set(REASONS) == set(Reason)
+
+
+def test_links_of_the_documentation_lead_somewhere():
+    broken = []
+    for page in [REPO / "README.md", REPO / "CHANGELOG.md", REPO / "rabbitmq" / "README.md", *(REPO / "docs").rglob("*.md")]:
+        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if "://" not in link and not (page.parent / link).exists():
+                broken.append(f"{page.relative_to(REPO)}: {link}")
+    assert broken == []
