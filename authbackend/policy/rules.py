@@ -54,16 +54,30 @@ def usable(value: object) -> bool:
 class Values:
     """The values of the placeholders in one request."""
 
-    __slots__ = ("_attributes", "_values")
+    __slots__ = ("_attributes", "_known", "_values")
 
     def __init__(self, values: Mapping[str, str | None], attributes: Mapping[str, str] | None = None) -> None:
         self._values = values
         self._attributes = attributes or {}
+        self._known: dict[str, str | None] = {}
 
     def get(self, name: str) -> str | None:
         """Return the value of a placeholder, None when it is missing or unusable."""
-        value = self._attributes.get(name[5:]) if name.startswith("attr.") else self._values.get(name)
-        return value if usable(value) else None
+        try:
+            return self._known[name]
+        except KeyError:
+            value = self._attributes.get(name[5:]) if name.startswith("attr.") else self._values.get(name)
+            known = self._known[name] = value if usable(value) else None
+            return known
+
+
+@dataclass(frozen=True, slots=True)
+class _Placeholder:
+    name: str
+
+
+_Expected = str | _Placeholder | None
+"""A literal word, a placeholder's value, or any word."""
 
 
 class TopicRule:
@@ -77,7 +91,10 @@ class TopicRule:
         exchange: For accounts, a topic exchange other than the MQTT exchange; None is the MQTT exchange.
     """
 
-    __slots__ = ("_levels", "_names", "_static", "effect", "exchange", "owner", "permission", "rule_id", "topic")
+    __slots__ = (
+        *("_levels", "_names", "_prefix", "_static", "_tail"),
+        *("effect", "exchange", "owner", "permission", "rule_id", "topic"),
+    )
 
     def __init__(
         self,
@@ -100,10 +117,13 @@ class TopicRule:
             self._levels: tuple[str, ...] = ()
             self._names: tuple[str, ...] = ()
             self._static: Pattern | None = Pattern((MANY,)) if effect is Effect.DENY else None
+            self._prefix: tuple[_Expected, ...] | None = None
+            self._tail = False
             return
         self._levels = tuple(topic.split("/"))
         self._names = tuple(dict.fromkeys(name for level in self._levels for name in placeholders_of(level)))
         self._static = None if self._names else Pattern(self._words({}))
+        self._prefix, self._tail = self._word_by_word()
 
     @property
     def placeholders(self) -> tuple[str, ...]:
@@ -122,6 +142,35 @@ class TopicRule:
             elif self.effect is Effect.ALLOW:
                 return None
         return Pattern(self._words(known))
+
+    def matches(self, values: Values, words: Sequence[str]) -> bool:
+        """
+        Return whether the rule matches a concrete key.
+
+        Nearly every rule is compared word by word, without building a pattern; the rest by its pattern.
+        """
+        if self._prefix is None or (self.effect is Effect.DENY and any(values.get(n) is None for n in self._names)):
+            pattern = self.pattern(values)
+            return pattern is not None and match(pattern, words)
+        if len(words) < len(self._prefix) or (not self._tail and len(words) != len(self._prefix)):
+            return False
+        for expected, word in zip(self._prefix, words, strict=False):
+            if expected is None:
+                continue
+            if (expected if type(expected) is str else values.get(expected.name)) != word:
+                return False
+        return True
+
+    def _word_by_word(self) -> tuple[tuple[_Expected, ...] | None, bool]:
+        """Return what is expected before a final ``#``, and whether there is one; None if a level is not simple."""
+        levels = self._levels[:-1] if self._levels[-1] == MANY else self._levels
+        words: list[_Expected] = []
+        for level in levels:
+            names = placeholders_of(level)
+            if level == MANY or (names and level != f"{{{names[0]}}}"):
+                return None, False
+            words.extend((_Placeholder(names[0]),) if names else (None,) if level == "+" else level.split("."))
+        return tuple(words), len(levels) < len(self._levels)
 
     def _words(self, known: dict[str, str]) -> list[str]:
         words: list[str] = []
@@ -188,11 +237,11 @@ def applies(rule: TopicRule, values: Values, words: Sequence[str]) -> bool:
     A write key must be matched. A read filter must be contained in an allow rule, and is refused by a deny rule
     that overlaps it.
     """
+    if rule.permission is Permission.WRITE:
+        return rule.matches(values, words)
     pattern = rule.pattern(values)
     if pattern is None:
         return False
-    if rule.permission is Permission.WRITE:
-        return match(pattern, words)
     if rule.effect is Effect.ALLOW:
         return contains(pattern.words, words)
     return overlaps(pattern, words)

@@ -284,6 +284,8 @@ def test_another_mqtt_exchange_is_a_setting():
         ("write", "fleet.APM0001.telemetry.rawx", Reason.ALLOWED),
         ("write", "fleet.APM0002.telemetry.x", Reason.NO_RULE_ALLOWS),
         ("write", "fleet.*.telemetry.x", Reason.NO_RULE_ALLOWS),
+        ("write", "fleet.{device_id}.telemetry.x", Reason.NO_RULE_ALLOWS),
+        ("write", "fleet.+.telemetry.x", Reason.NO_RULE_ALLOWS),
         ("write", "#", Reason.NO_RULE_ALLOWS),
         ("write", "", Reason.NO_RULE_ALLOWS),
         ("read", "fleet.APM0001.commands.#", Reason.ALLOWED),

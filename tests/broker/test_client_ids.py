@@ -1,0 +1,108 @@
+"""A client id is bound to its device: RabbitMQ hands the session of a client id to whoever it lets in with it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from .fleet import Fleet
+from .mqtt import MQTTClient
+
+Clients = Callable[..., MQTTClient]
+REFUSED, TAKEN_OVER = 0x86, 0x8E
+
+
+@pytest.mark.parametrize("version", [4, 5])
+async def test_another_devices_client_id_is_refused_before_the_takeover(
+    mqtt: Clients, fleet: Fleet, version: int
+) -> None:
+    """The device stays connected, and what is queued for it arrives at it; nobody else has seen or deleted it."""
+    victim, thief = fleet.device(), fleet.device()
+    session: dict[str, Any] = {"version": version, "clean": False, "session_expiry_s": 60 if version == 5 else 0}
+    online, asleep = mqtt(victim, **session), mqtt(victim, client_id=f"{victim}_asleep", **session)
+    assert await asyncio.gather(online.connect(), asleep.connect()) == [0, 0]
+    assert await online.subscribe(f"fleet/{victim}/telemetry/#") == [1]
+    assert await asleep.subscribe(f"fleet/{victim}/telemetry/#") == [1]
+    await asleep.disconnect()
+    writer = mqtt(victim, client_id=f"{victim}_pub")
+    assert await writer.connect() == 0
+    assert await writer.publish(f"fleet/{victim}/telemetry/speed", b"1") == 0
+
+    before = fleet.service.denials(endpoint="user", reason="client_id_not_bound")
+    thieves = [
+        mqtt(thief, client_id=client_id, version=wire, clean=clean, session_expiry_s=expiry)
+        for client_id in (victim, f"{victim}_asleep")
+        for wire, clean, expiry in ((4, True, 0), (4, False, 0), (5, True, 0), (5, False, 60))
+    ]
+    assert await asyncio.gather(*(client.connect() for client in thieves)) == [REFUSED] * len(thieves)
+    assert fleet.service.denials(endpoint="user", reason="client_id_not_bound") == before + len(thieves)
+
+    assert await online.alive()
+    assert await writer.publish(f"fleet/{victim}/telemetry/speed", b"2") == 0
+    assert [(await online.message()).payload for _ in range(2)] == [b"1", b"2"]
+    awake = mqtt(victim, client_id=f"{victim}_asleep", **session)
+    assert await awake.connect() == 0
+    assert awake.session_present
+    assert [(await awake.message()).payload for _ in range(2)] == [b"1", b"2"]
+    assert not any(client.messages() for client in thieves)
+
+
+async def test_the_longest_device_id_owns_a_client_id(mqtt: Clients, fleet: Fleet) -> None:
+    """Devices A and A_2: ``A_2_pub`` fits a pattern of both, and is A_2's alone, whatever its status."""
+    short = fleet.device()
+    long = f"{short}_2"
+    await fleet.change(f"insert into device (device_id, type, status) values ('{long}', 'APM', 'active')")
+    before = fleet.service.denials(endpoint="user", reason="client_id_of_another_device")
+    assert await asyncio.gather(
+        mqtt(long, client_id=f"{long}_pub").connect(),
+        mqtt(short, client_id=f"{short}_3").connect(),
+        mqtt(short, client_id=long).connect(),
+        mqtt(short, client_id=f"{long}_pub").connect(),
+    ) == [0, 0, REFUSED, REFUSED]
+    await fleet.change(f"update device set status = 'revoked' where device_id = '{long}'")
+    assert await mqtt(short, client_id=f"{long}_pub").connect() == REFUSED
+    assert fleet.service.denials(endpoint="user", reason="client_id_of_another_device") == before + 3
+
+
+async def test_client_ids_that_only_look_bound_are_refused(mqtt: Clients, fleet: Fleet) -> None:
+    """None at all (the broker invents one), a longer one without separator, wildcards, other cases."""
+    me = fleet.device()
+    client_ids = ["", f"{me}x", f"x{me}", me.lower(), f"{me} ", f"{me}-pub", "#", "*", f"+_{me}", "{device_id}"]
+    before = fleet.service.denials(endpoint="user", reason="client_id_not_bound")
+    answers = await asyncio.gather(*(mqtt(me, client_id=client_id).connect() for client_id in client_ids))
+    assert answers == [REFUSED] * len(client_ids)
+    assert fleet.service.denials(endpoint="user", reason="client_id_not_bound") == before + len(client_ids)
+
+
+@pytest.mark.parametrize("ending", ["a b", "a+b", "a%20b", "a&username=x", "a=b;c", "ünï/日本", "#", "\U0001f4e6"])
+async def test_odd_client_ids_reach_the_service_to_the_letter(mqtt: Clients, fleet: Fleet, ending: str) -> None:
+    """The id is in six questions, three times as part of a queue's name; a wrong decoder would deny one of them."""
+    me = fleet.device()
+    denied = fleet.service.denials()
+    options: dict[str, Any] = {"client_id": f"{me}_{ending}", "clean": False, "session_expiry_s": 60}
+    client = mqtt(me, **options)
+    assert await client.connect() == 0
+    assert await client.subscribe(f"fleet/{me}/telemetry/#") == [1]
+    await client.drop()
+    again = mqtt(me, **options)
+    assert await again.connect() == 0
+    assert again.session_present
+    assert await again.publish(f"fleet/{me}/telemetry/x", b"x") == 0
+    assert (await again.message()).payload == b"x"
+    assert fleet.service.denials() == denied
+
+
+async def test_a_device_takes_over_from_itself(mqtt: Clients, fleet: Fleet) -> None:
+    """A device that lost its line and comes back with its own client id gets its session, and the old line ends."""
+    me = fleet.device()
+    first, second = (mqtt(me, clean=False, session_expiry_s=60) for _ in range(2))
+    assert await first.connect() == 0
+    assert await first.subscribe(f"fleet/{me}/telemetry/#") == [1]
+    assert await second.connect() == 0
+    assert await first.disconnected() == TAKEN_OVER
+    assert second.session_present
+    assert await second.publish(f"fleet/{me}/telemetry/x", b"x") == 0
+    assert (await second.message()).payload == b"x"
