@@ -4,8 +4,6 @@
 set check_function_bodies = false;
 select pg_catalog.set_config('search_path', '', false);
 
-COMMENT ON SCHEMA public IS 'standard public schema';
-
 CREATE FUNCTION public.account_check() RETURNS trigger
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog'

@@ -157,7 +157,7 @@ class TopicRule:
         for expected, word in zip(self._prefix, words, strict=False):
             if expected is None:
                 continue
-            if (expected if type(expected) is str else values.get(expected.name)) != word:
+            if (values.get(expected.name) if isinstance(expected, _Placeholder) else expected) != word:
                 return False
         return True
 

@@ -183,8 +183,9 @@ async def _old_server(version: str, reader: asyncio.StreamReader, writer: asynci
         answer += b"S" + struct.pack("!i", len(pair) + 4) + pair
     writer.write(answer + b"Z" + struct.pack("!i", 5) + b"I")
     await writer.drain()
-    await reader.read()
+    await reader.readexactly(5)  # it says goodbye
     writer.close()
+    await writer.wait_closed()
 
 
 @contextlib.asynccontextmanager

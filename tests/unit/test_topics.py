@@ -186,3 +186,17 @@ def test_no_value_narrows_a_deny_rule(topic_filter, value, key):
     denied = not decide.by_rules(rules, good, Permission.WRITE, routing_key).allowed
     if denied and value not in ("d1", "{client_id}"):
         assert value == "x" or not decide.by_rules(rules, other, Permission.WRITE, routing_key).allowed
+
+
+@given(
+    st.lists(st.sampled_from(["x", "+", "{device_id}", "{client_id}", "p-{client_id}", "", "a.b", "#"]), min_size=1, max_size=5),
+    values,
+    st.lists(st.sampled_from(["x", "d1", "", "a", "b", "p-x", "{device_id}", "*", "#"]), max_size=6),
+    st.sampled_from(list(Effect)),
+)
+@settings(max_examples=2000, deadline=None)
+def test_comparing_word_by_word_is_matching_the_pattern(levels, client_id, key, effect):
+    rule = TopicRule(effect, Permission.WRITE, "/".join(levels) or "x")
+    placeholders = Values({"device_id": "d1", "client_id": client_id})
+    pattern = rule.pattern(placeholders)
+    assert rule.matches(placeholders, key) == (pattern is not None and match(pattern, key))
