@@ -112,10 +112,14 @@ async def service(settings: Settings) -> AsyncIterator[dict[str, str]]:
         port = await stack.enter_async_context(listening(server, host, port, tls=tls, backlog=backlog))
         admin_port = await stack.enter_async_context(_application_listening(app, admin_host, admin_port))
         scheme = "https" if tls else "http"
-        where = {"broker": f"{scheme}://{host}:{port}", "admin": f"http://{admin_host}:{admin_port}"}
+        where = {"broker": _url(scheme, host, port), "admin": _url("http", admin_host, admin_port)}
         log.info("service.listening", **where)
         yield where
         log.info("service.stopping")
+
+
+def _url(scheme: str, host: str, port: int) -> str:
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _registry_copy(settings: Settings, feed: ChangeFeed, metrics: Metrics) -> RegistryCopy:

@@ -107,12 +107,10 @@ def add(
     )
 
 
-def _transition(name: str, status: str, text: str, *, reason_required: bool) -> Callable[..., Any]:
+def _transition(name: str, status: str, text: str) -> Callable[..., Any]:
     @device.command(name, help=text)
     @click.argument("device_id")
-    @click.option(
-        "--reason", required=reason_required, default="", help="Why; kept with the device and in the audit trail."
-    )
+    @click.option("--reason", default="", help="Why; kept with the device and in the audit trail.")
     @json_option
     @click.pass_context
     def command(context: click.Context, device_id: str, reason: str, as_json: bool) -> None:
@@ -124,13 +122,10 @@ def _transition(name: str, status: str, text: str, *, reason_required: bool) -> 
     return command
 
 
-suspend = _transition("suspend", "suspended", "Deny a device for now.", reason_required=True)
+suspend = _transition("suspend", "suspended", "Deny a device for now.")
 revoke = _transition(
     "revoke",
     "revoked",
     "Deny a device for good. RabbitMQ does not ask again about what is already connected: close its connections too.",
-    reason_required=True,
 )
-reinstate = _transition(
-    "reinstate", "active", "Let a pending, suspended or revoked device in again.", reason_required=False
-)
+reinstate = _transition("reinstate", "active", "Let a pending, suspended or revoked device in again.")

@@ -70,9 +70,9 @@ class ChangeFeed:
             patch = await self._changes(connection, snapshot, mark, floor)
             return None if patch is None else (patch, Snapshot(mark))
 
-    async def differences(self, snapshot: Snapshot) -> int:
+    async def differences(self, snapshot: Snapshot) -> int | None:
         """
-        Bring a copy up to date and return how many rows still differ from the database.
+        Bring a copy up to date and return how many rows still differ; None if it must be loaded anew anyway.
 
         Compares value by value in one snapshot of the database, which is stronger than a digest, in chunks.
 
@@ -82,7 +82,7 @@ class ChangeFeed:
         async with self._look() as (connection, mark, floor):
             patch = await self._changes(connection, snapshot, mark, floor)
             if patch is None:
-                return sum(snapshot.sizes().values())
+                return None
             snapshot.apply(patch, mark)
             rules = rows.RulesByOwner(await connection.fetch(self._statements.all_rules.sql))
             differ = 0

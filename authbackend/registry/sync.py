@@ -50,8 +50,8 @@ class Reader(Protocol):
     async def changes(self, snapshot: Snapshot) -> tuple[Patch, Snapshot] | None:
         """Return what changed since a snapshot and a bare snapshot with the new mark, None if it must be loaded."""
 
-    async def differences(self, snapshot: Snapshot) -> int:
-        """Return how many rows differ between the database and a copy, which is brought up to date first."""
+    async def differences(self, snapshot: Snapshot) -> int | None:
+        """Bring a copy up to date and return how many rows still differ; None if it must be loaded anew anyway."""
 
     async def prune(self) -> None:
         """Delete change rows that every reader has seen."""
@@ -170,6 +170,9 @@ class RegistryCopy:
         """
         assert self.snapshot is not None
         differences = await self._reader.differences(self.snapshot)
+        if differences is None:
+            self.snapshot = await self._reader.load()
+            return 0
         self._observer.compared(differences)
         if differences:
             log.error("registry.differs", rows=differences, next="loading it anew")
@@ -206,12 +209,16 @@ class RegistryCopy:
 
     async def _listen(self) -> None:
         while True:
-            with contextlib.suppress(AuthbackendError):
+            try:
                 async with self._reader.wake_ups() as next_change:
                     self._wake.set()
                     while True:
                         await next_change()
                         self._wake.set()
+            except AuthbackendError:
+                pass  # the poll follows meanwhile, and says what is wrong with the database
+            except Exception:  # a fault of ours must not end the listening for good
+                log.exception("registry.listen_crashed")
             await asyncio.sleep(random.uniform(0.5, 1.0) * self._times.poll_s)
 
 

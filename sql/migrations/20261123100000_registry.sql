@@ -170,7 +170,7 @@ create trigger client_id_patterns before insert or update on device_type for eac
 
 create table device (
   device_id text primary key,
-  common_name text not null unique,
+  common_name text not null unique deferrable, -- checked at the end of a statement, so that names can change hands
   type text not null references device_type (name) on update cascade,
   status text not null default 'active',
   status_reason text not null default '',

@@ -69,6 +69,7 @@ async def test_delayed_wills(mqtt: Clients, fleet: Fleet) -> None:
     fires = loser("fires", f"fleet/{me}/telemetry/fires", 3)
     cancelled = loser("cancelled", f"fleet/{me}/telemetry/cancelled", 2)
     assert await asyncio.gather(fires.connect(), cancelled.connect()) == [0, 0]
+    assert await cancelled.subscribe(f"fleet/{me}/commands/#") == [1]
     await asyncio.gather(fires.drop(), cancelled.drop())
     back = mqtt(me, client_id=f"{me}_cancelled", clean=False, session_expiry_s=60)
     assert await back.connect() == 0
@@ -78,10 +79,11 @@ async def test_delayed_wills(mqtt: Clients, fleet: Fleet) -> None:
     assert await back.alive()
     assert fleet.service.denials() == denied
 
+    topics = fleet.service.denials(endpoint="topic", reason="no_rule_allows")
     outside = loser("outside", f"fleet/{victim}/telemetry/x", 1)
     assert await outside.connect() == 0
     await outside.drop()
-    await until(lambda: fleet.service.denials(endpoint="topic", reason="no_rule_allows") > 0)
+    await until(lambda: fleet.service.denials(endpoint="topic", reason="no_rule_allows") == topics + 1)
     assert await others.publish(f"fleet/{victim}/telemetry/x", b"allowed") == 0
     assert (await others.message()).payload == b"allowed"
 
