@@ -89,7 +89,9 @@ def test_export_then_apply_changes_nothing(cli, policy, tmp_path):
 
 
 def test_nothing_is_removed_without_prune(cli, policy):
-    policy.write_text("schema: authbackend/1\ndevices:\n  - {device_id: D1, type: APM, attributes: {site: hamburg}}\naccounts: []\n")
+    policy.write_text(
+        "schema: authbackend/1\ndevices:\n  - {device_id: D1, type: APM, attributes: {site: hamburg}}\naccounts: []\n"
+    )
     assert json.loads(cli("policy", "apply", policy, "--json").stdout)["changes"] == []
     pruned = cli("policy", "apply", policy, "--prune").stdout
     assert "- device D2" in pruned
@@ -122,7 +124,9 @@ def test_a_file_never_reinstates_by_forgetting(cli, policy):
 
 
 def test_names_can_change_hands_in_one_apply(cli, policy):
-    text = POLICY.replace("device_id: D1, type: APM", "device_id: D1, type: APM, common_name: two").replace("type: APM, common_name: \"two\"", "type: APM, common_name: D1")
+    text = POLICY.replace("device_id: D1, type: APM", "device_id: D1, type: APM, common_name: two").replace(
+        'type: APM, common_name: "two"', "type: APM, common_name: D1"
+    )
     policy.write_text(text)
     assert "2 changes" in cli("policy", "apply", policy).stdout
     assert json.loads(cli("device", "show", "D2", "--json").stdout)["common_name"] == "D1"
@@ -150,7 +154,9 @@ def test_devices_from_a_file_of_their_own(cli, policy, tmp_path):
 
 
 def test_the_life_of_a_device(cli, policy, dsn):
-    added = json.loads(cli("device", "add", "D3", "--type", "APM", "--attribute", "site=kiel", "--status", "pending", "--json").stdout)
+    added = json.loads(
+        cli("device", "add", "D3", "--type", "APM", "--attribute", "site=kiel", "--status", "pending", "--json").stdout
+    )
     assert added["status"] == "pending"
     assert isinstance(added["version"], int)
     cli("device", "reinstate", "D3")
@@ -160,7 +166,9 @@ def test_the_life_of_a_device(cli, policy, dsn):
     cli("device", "suspend", "D3", "--reason", "x", exit_code=4)
     shown = json.loads(cli("device", "show", "D3", "--json").stdout)
     assert (shown["status"], shown["status_reason"], shown["attributes"]) == ("revoked", "stolen", {"site": "kiel"})
-    trail = rows(dsn, "select after->>'status' as status, actor from audit where entity = 'device' and key = 'D3' order by id")
+    trail = rows(
+        dsn, "select after->>'status' as status, actor from audit where entity = 'device' and key = 'D3' order by id"
+    )
     assert [row["status"] for row in trail] == ["pending", "active", "suspended", "revoked"]
     listed = json.loads(cli("device", "list", "--status", "revoked", "--json").stdout)
     assert [device["device_id"] for device in listed] == ["D3"]
@@ -210,7 +218,20 @@ def test_serve_without_a_database_names_the_two_ways(cli):
 
 
 def test_accounts(cli, policy, dsn):
-    cli("account", "add", "svc", "--tag", "management", "--vhost", "/", "--read", "app.*", "--password-file", "-", stdin="correct horse\n")
+    cli(
+        "account",
+        "add",
+        "svc",
+        "--tag",
+        "management",
+        "--vhost",
+        "/",
+        "--read",
+        "app.*",
+        "--password-file",
+        "-",
+        stdin="correct horse\n",
+    )
     cli("account", "add", "short", "--password-file", "-", stdin="short\n", exit_code=2)
     listed = json.loads(cli("account", "list", "--json").stdout)
     svc = next(account for account in listed if account["name"] == "svc")

@@ -86,12 +86,18 @@ async def test_first_and_second_start_with_a_database_of_its_own(start, tmp_path
 
 async def test_a_taken_port_is_told(start, dsn):
     process = await start(
-        "serve", AUTHBACKEND_DATABASE__DSN=dsn, AUTHBACKEND_BROKER__LISTEN="127.0.0.1:0", AUTHBACKEND_ADMIN__LISTEN="127.0.0.1:0"
+        "serve",
+        AUTHBACKEND_DATABASE__DSN=dsn,
+        AUTHBACKEND_BROKER__LISTEN="127.0.0.1:0",
+        AUTHBACKEND_ADMIN__LISTEN="127.0.0.1:0",
     )
     printed = await read_until(process, "answering RabbitMQ on")
     port = printed.rpartition("answering RabbitMQ on http://127.0.0.1:")[2].split(",")[0]
     other = await start(
-        "serve", AUTHBACKEND_DATABASE__DSN=dsn, AUTHBACKEND_BROKER__LISTEN=f"127.0.0.1:{port}", AUTHBACKEND_ADMIN__LISTEN="127.0.0.1:0"
+        "serve",
+        AUTHBACKEND_DATABASE__DSN=dsn,
+        AUTHBACKEND_BROKER__LISTEN=f"127.0.0.1:{port}",
+        AUTHBACKEND_ADMIN__LISTEN="127.0.0.1:0",
     )
     output, _ = await asyncio.wait_for(other.communicate(), 30)
     assert other.returncode == 2

@@ -29,7 +29,12 @@ def test_every_reason_is_explained():
 
 def test_links_of_the_documentation_lead_somewhere():
     broken = []
-    for page in [REPO / "README.md", REPO / "CHANGELOG.md", REPO / "rabbitmq" / "README.md", *(REPO / "docs").rglob("*.md")]:
+    for page in [
+        REPO / "README.md",
+        REPO / "CHANGELOG.md",
+        REPO / "rabbitmq" / "README.md",
+        *(REPO / "docs").rglob("*.md"),
+    ]:
         for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             if "://" not in link and not (page.parent / link).exists():
                 broken.append(f"{page.relative_to(REPO)}: {link}")

@@ -102,7 +102,10 @@ async def test_what_is_not_rabbitmqs_is_denied_and_counted(service, cause, metho
     assert body_of(answer) == (b"" if method == b"HEAD" else b"deny")
 
     async def counted():
-        found = [await service.metric("authbackend_malformed_requests_total", endpoint=e, cause=cause) for e in ("user", "none")]
+        found = [
+            await service.metric("authbackend_malformed_requests_total", endpoint=e, cause=cause)
+            for e in ("user", "none")
+        ]
         return sum(found) == 1
 
     await until(counted, "the malformed request is counted by its cause")

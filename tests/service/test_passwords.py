@@ -107,6 +107,7 @@ async def test_more_checks_than_may_wait_are_refused_at_once(make, observer, hel
     held.set()
     await asyncio.gather(*waiting)
     assert observer.results.count("refused") == 1
+
     async def free():
         return checker._running() == 0
 

@@ -39,7 +39,9 @@ APM = DeviceType(
         ]
     ),
 )
-TIED = DeviceType("TIED", client_ids=("{device_id}",), vhosts=("/", "plant"), networks=Networks.parse(["10.20.0.0/16", "::1/128"]))
+TIED = DeviceType(
+    "TIED", client_ids=("{device_id}",), vhosts=("/", "plant"), networks=Networks.parse(["10.20.0.0/16", "::1/128"])
+)
 MUTE = DeviceType("MUTE", client_ids=("{device_id}",), vhosts=("/",))
 
 

@@ -21,7 +21,9 @@ def vhost(username, client_id, name="/", ip="127.0.0.1"):
 
 
 def resource(username, client_id, kind, name, permission, vhost_name="/", settings=SETTINGS):
-    return decide.resource(FLEET, ResourceRequest(username, vhost_name, kind, name, permission, client_id), NOW, settings)
+    return decide.resource(
+        FLEET, ResourceRequest(username, vhost_name, kind, name, permission, client_id), NOW, settings
+    )
 
 
 def topic(username, client_id, permission, key, exchange="amq.topic", vhost_name="/", fleet=FLEET):
@@ -143,7 +145,9 @@ def test_a_device_speaks_mqtt_only():
     """Only a login may lack a client id, because RabbitMQ 3.x sends none there."""
     assert login("APM0001").allowed
     assert vhost("APM0001", None).reason is Reason.CLIENT_ID_MISSING
-    assert resource("APM0001", None, "queue", "mqtt-subscription-APM0001qos1", "read").reason is Reason.CLIENT_ID_MISSING
+    assert (
+        resource("APM0001", None, "queue", "mqtt-subscription-APM0001qos1", "read").reason is Reason.CLIENT_ID_MISSING
+    )
     assert resource("APM0001", None, "exchange", "amq.default", "write").reason is Reason.CLIENT_ID_MISSING
     assert topic("APM0001", None, "write", "fleet.APM0001.telemetry.x").reason is Reason.CLIENT_ID_MISSING
 
@@ -271,7 +275,9 @@ def test_a_rule_whose_placeholder_has_no_value_opens_no_exchange():
 def test_another_mqtt_exchange_is_a_setting():
     mine = Rules(mqtt_exchange="fleet")
     assert resource("APM0001", C, "exchange", "fleet", "write", settings=mine).allowed
-    assert resource("APM0001", C, "exchange", "amq.topic", "write", settings=mine).reason is Reason.RESOURCE_NOT_PERMITTED
+    assert (
+        resource("APM0001", C, "exchange", "amq.topic", "write", settings=mine).reason is Reason.RESOURCE_NOT_PERMITTED
+    )
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_a_good_file_has_no_problem_and_survives_writing():
         ("2027-01-31T12:00:00Z", "soon", "17:17", "is no time"),
         ("login: certificate", "login: token", "22:12", "password or certificate"),
         ("exchange: events", "exchange: ''", "26:68", "exchange is empty"),
-        ("vhosts: [\"/\"]\n    networks", "vhosts: [\"/\", \"/\"]\n    networks", "6:19", "twice"),
+        ('vhosts: ["/"]\n    networks', 'vhosts: ["/", "/"]\n    networks', "6:19", "twice"),
         ("description: mover", "description: &a mover\n    vhosts: *a", "5:13", "aliases"),
         ("devices:", "devices: [", "", "not YAML"),
     ],
@@ -88,14 +88,27 @@ def test_a_hash_is_in_no_problem():
     assert "hunter2" not in str(problems)
 
 
-@pytest.mark.parametrize("text", ["", "- a", "schema: authbackend/1\ndevices: {a: b}", "schema: [", "a: b", "\x00", "x: !!python/object/apply:os.system [ls]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "- a",
+        "schema: authbackend/1\ndevices: {a: b}",
+        "schema: [",
+        "a: b",
+        "\x00",
+        "x: !!python/object/apply:os.system [ls]",
+    ],
+)
 def test_what_is_no_policy_file_is_told(text):
     assert read(text, "f")[1]
 
 
 def test_devices_from_csv_and_json_lines(tmp_path):
     csv = tmp_path / "d.csv"
-    csv.write_text("device_id,common_name,type,status,attr.site,expires_at\nA1,,APM,,hamburg,2027-01-31\nA2,cn two,APM,revoked,,\n")
+    csv.write_text(
+        "device_id,common_name,type,status,attr.site,expires_at\nA1,,APM,,hamburg,2027-01-31\nA2,cn two,APM,revoked,,\n"
+    )
     devices, problems = read_devices(csv)
     assert problems == []
     assert devices["A1"].common_name == "A1"
@@ -111,7 +124,7 @@ def test_devices_from_csv_and_json_lines(tmp_path):
     ("line", "fault"),
     [
         ("A 1,,APM", "letters"),
-        ("A1,\"a,b\",APM", "joins"),
+        ('A1,"a,b",APM', "joins"),
         ("A1,,", "no type"),
         ("A1,,APM,more", "a cell too many"),
         ("A0,,APM", "twice"),
@@ -139,7 +152,14 @@ accounts: [{name: a, login: certificate, vhosts: ["/"], rules: [{effect: allow, 
     document, problems = read(text, "f")
     assert problems == []
     warnings = "\n".join(lint(document))
-    for part in ("topics of every other device", "no client_ids", "no vhosts", "covers it", "no attribute site", "no value for an account"):
+    for part in (
+        "topics of every other device",
+        "no client_ids",
+        "no vhosts",
+        "covers it",
+        "no attribute site",
+        "no value for an account",
+    ):
         assert part in warnings
 
 

@@ -10,7 +10,13 @@ DSN = "postgresql://service:hunter2@db/authbackend"
 
 
 def test_every_setting_can_come_from_the_environment():
-    settings = load({"AUTHBACKEND_DATABASE__DSN": DSN, "AUTHBACKEND_BROKER__LISTEN": "127.0.0.1:1", "AUTHBACKEND_ACCOUNTS__RESERVED": "ops,kick"})
+    settings = load(
+        {
+            "AUTHBACKEND_DATABASE__DSN": DSN,
+            "AUTHBACKEND_BROKER__LISTEN": "127.0.0.1:1",
+            "AUTHBACKEND_ACCOUNTS__RESERVED": "ops,kick",
+        }
+    )
     assert settings.broker.listen == "127.0.0.1:1"
     assert settings.accounts.reserved == ("ops", "kick")
     assert read_dsn(settings.database) == DSN
@@ -80,7 +86,9 @@ def test_a_secret_is_in_no_repr_and_no_error():
 def test_the_password_can_come_from_a_file(tmp_path):
     file = tmp_path / "password"
     file.write_text("p@ss/word\n")
-    settings = load({"AUTHBACKEND_DATABASE__DSN": "postgresql://role@db:5432/x", "AUTHBACKEND_DATABASE__PASSWORD_FILE": str(file)})
+    settings = load(
+        {"AUTHBACKEND_DATABASE__DSN": "postgresql://role@db:5432/x", "AUTHBACKEND_DATABASE__PASSWORD_FILE": str(file)}
+    )
     assert read_dsn(settings.database) == "postgresql://role:p%40ss%2Fword@db:5432/x"
 
 

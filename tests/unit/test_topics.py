@@ -13,8 +13,7 @@ from authbackend.policy.rules import Effect, Permission, RuleSet, TopicRule, Val
 from authbackend.policy.topics import Pattern, contains, match, overlaps, split, to_routing_key, topic_filter_fault
 
 VECTORS = [
-    json.loads(line)
-    for line in (Path(__file__).parent.parent / "cases" / "acl-vectors.jsonl").read_text().splitlines()
+    json.loads(line) for line in (Path(__file__).parent.parent / "cases" / "acl-vectors.jsonl").read_text().splitlines()
 ]
 
 
@@ -90,7 +89,9 @@ def test_overlaps_is_a_common_key(one, other):
 FRESH = ("x", "y", "", "fresh")
 
 
-@given(st.lists(st.sampled_from(["x", "y", "*", "#"]), max_size=3), st.lists(st.sampled_from(["x", "*", "#"]), max_size=3))
+@given(
+    st.lists(st.sampled_from(["x", "y", "*", "#"]), max_size=3), st.lists(st.sampled_from(["x", "*", "#"]), max_size=3)
+)
 @settings(max_examples=800, deadline=None)
 def test_contains_is_every_key(outer, inner):
     """Keys of up to 5 words with a word that neither pattern names tell containment of patterns of up to 3 words."""
@@ -108,7 +109,16 @@ def test_general_containment_gives_up_as_not_contained():
 
 @pytest.mark.parametrize(
     ("topic", "key"),
-    [("a/b", "a.b"), ("a/+/c", "a.*.c"), ("a.b/c", "a.b.c"), ("+", "*"), ("a+b", "a*b"), ("#", "#"), ("", ""), ("/", ".")],
+    [
+        ("a/b", "a.b"),
+        ("a/+/c", "a.*.c"),
+        ("a.b/c", "a.b.c"),
+        ("+", "*"),
+        ("a+b", "a*b"),
+        ("#", "#"),
+        ("", ""),
+        ("/", "."),
+    ],
 )
 def test_translation_is_the_brokers(topic, key):
     assert to_routing_key(topic) == key
@@ -139,7 +149,9 @@ def test_refused_filters_name_the_fault(topic_filter, fault):
     assert fault in (topic_filter_fault(topic_filter) or "")
 
 
-@pytest.mark.parametrize("topic_filter", ["#", "+", "a", "a/+/b/#", "a//b", "/", "a.b/c", "dev-{device_id}/{attr.site}/+", "$SYS/#"])
+@pytest.mark.parametrize(
+    "topic_filter", ["#", "+", "a", "a/+/b/#", "a//b", "/", "a.b/c", "dev-{device_id}/{attr.site}/+", "$SYS/#"]
+)
 def test_good_filters_pass(topic_filter):
     assert topic_filter_fault(topic_filter) is None
 
@@ -155,13 +167,23 @@ def test_a_filter_met_in_spite_of_its_fault_grants_nothing(text):
         values = Values({"device_id": "a"})
         allow = RuleSet([TopicRule(Effect.ALLOW, Permission.WRITE, text)])
         assert not decide.by_rules(allow, values, Permission.WRITE, key).allowed
-        denied = RuleSet([TopicRule(Effect.ALLOW, Permission.WRITE, "#"), TopicRule(Effect.DENY, Permission.WRITE, text)])
+        denied = RuleSet(
+            [TopicRule(Effect.ALLOW, Permission.WRITE, "#"), TopicRule(Effect.DENY, Permission.WRITE, text)]
+        )
         assert not decide.by_rules(denied, values, Permission.WRITE, key).allowed
 
 
 values = st.one_of(st.none(), st.sampled_from(["d1", "x", "#", "+", "*", "a.b", "a/b", "", "{client_id}", "d1.#"]))
 rule_filters = st.sampled_from(
-    ["fleet/{device_id}/#", "fleet/{client_id}/x", "{client_id}/#", "dev-{client_id}", "{vhost}/#", "a/{client_id}/b", "x"]
+    [
+        "fleet/{device_id}/#",
+        "fleet/{client_id}/x",
+        "{client_id}/#",
+        "dev-{client_id}",
+        "{vhost}/#",
+        "a/{client_id}/b",
+        "x",
+    ]
 )
 
 
@@ -170,9 +192,21 @@ rule_filters = st.sampled_from(
 def test_no_value_widens_an_allow_rule(topic_filter, value, key):
     """An allow rule never matches a key that it would not match with the value as one literal word."""
     rule = TopicRule(Effect.ALLOW, Permission.WRITE, topic_filter)
-    if decide.by_rules(RuleSet([rule]), Values({"client_id": value, "device_id": "d1", "vhost": value}), Permission.WRITE, ".".join(key)).allowed:
-        wanted = topic_filter.replace("{device_id}", "d1").replace("{client_id}", value or "").replace("{vhost}", value or "")
-        assert spelled([{"+": "*"}.get(w, w) for w in wanted.split("/")], [{"*": "star", "#": "hash"}.get(w, w) for w in split(".".join(key))])
+    if decide.by_rules(
+        RuleSet([rule]),
+        Values({"client_id": value, "device_id": "d1", "vhost": value}),
+        Permission.WRITE,
+        ".".join(key),
+    ).allowed:
+        wanted = (
+            topic_filter.replace("{device_id}", "d1")
+            .replace("{client_id}", value or "")
+            .replace("{vhost}", value or "")
+        )
+        assert spelled(
+            [{"+": "*"}.get(w, w) for w in wanted.split("/")],
+            [{"*": "star", "#": "hash"}.get(w, w) for w in split(".".join(key))],
+        )
 
 
 @given(rule_filters, values, keys)
@@ -181,7 +215,9 @@ def test_no_value_narrows_a_deny_rule(topic_filter, value, key):
     """Whatever a deny rule covers for a good value, it covers for an unusable one too."""
     good = Values({"client_id": "x", "device_id": "d1", "vhost": "x"})
     other = Values({"client_id": value, "device_id": "d1", "vhost": value})
-    rules = RuleSet([TopicRule(Effect.ALLOW, Permission.WRITE, "#"), TopicRule(Effect.DENY, Permission.WRITE, topic_filter)])
+    rules = RuleSet(
+        [TopicRule(Effect.ALLOW, Permission.WRITE, "#"), TopicRule(Effect.DENY, Permission.WRITE, topic_filter)]
+    )
     routing_key = ".".join(key)
     denied = not decide.by_rules(rules, good, Permission.WRITE, routing_key).allowed
     if denied and value not in ("d1", "{client_id}"):
@@ -189,7 +225,11 @@ def test_no_value_narrows_a_deny_rule(topic_filter, value, key):
 
 
 @given(
-    st.lists(st.sampled_from(["x", "+", "{device_id}", "{client_id}", "p-{client_id}", "", "a.b", "#"]), min_size=1, max_size=5),
+    st.lists(
+        st.sampled_from(["x", "+", "{device_id}", "{client_id}", "p-{client_id}", "", "a.b", "#"]),
+        min_size=1,
+        max_size=5,
+    ),
     values,
     st.lists(st.sampled_from(["x", "d1", "", "a", "b", "p-x", "{device_id}", "*", "#"]), max_size=6),
     st.sampled_from(list(Effect)),

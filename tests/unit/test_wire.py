@@ -124,7 +124,9 @@ def test_no_bytes_make_anything_but_parameters_or_a_refusal(form):
 def test_answers_are_exact():
     allow = Decision(True, Reason.ALLOWED)
     assert wire.answer(allow) == "allow"
-    assert wire.answer(Decision(True, Reason.ALLOWED, tags=("monitoring", "management"))) == "allow monitoring management"
+    assert (
+        wire.answer(Decision(True, Reason.ALLOWED, tags=("monitoring", "management"))) == "allow monitoring management"
+    )
     deny = Decision(False, Reason.NO_RULE_ALLOWS)
     assert wire.answer(deny) == "deny"
     assert wire.answer(deny, with_reason=True) == "deny no_rule_allows"
