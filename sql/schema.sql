@@ -640,7 +640,7 @@ ALTER TABLE ONLY public.change_horizon
     ADD CONSTRAINT change_horizon_pkey PRIMARY KEY (at);
 
 ALTER TABLE ONLY public.device
-    ADD CONSTRAINT device_common_name_key UNIQUE (common_name);
+    ADD CONSTRAINT device_common_name_key UNIQUE (common_name) DEFERRABLE;
 
 ALTER TABLE ONLY public.device
     ADD CONSTRAINT device_pkey PRIMARY KEY (device_id);

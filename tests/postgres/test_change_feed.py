@@ -164,6 +164,8 @@ STATEMENTS = {
     "all devices deleted": "delete from device",
     "everything deleted": "delete from topic_rule; delete from device; delete from account; delete from device_type",
     "deleted and made again": "delete from device where device_id = 'd1'; insert into device (device_id, type, status) values ('d1', 'agv', 'pending')",
+    "swapped at once": "update device set common_name = case device_id when 'd1' then 'd2' else 'd1' end where device_id in ('d1', 'd2')",
+    "moved on by one": "update device set common_name = 'd' || (substr(device_id, 2)::int % 3 + 1)",
     "swapped": "update device set common_name = 'x' where device_id = 'd1'; update device set common_name = 'd1' where device_id = 'd2'; update device set common_name = 'd2' where device_id = 'd1'",
     "swapped in a ring": "update device set common_name = 'x' where device_id = 'd1'; update device set common_name = 'd1' where device_id = 'd2'; update device set common_name = 'd2' where device_id = 'd3'; update device set common_name = 'd3' where device_id = 'd1'",
     "handed on": "update device set common_name = 'old' where device_id = 'd1'; insert into device (device_id, common_name, type) values ('n1', 'd1', 'agv')",
@@ -171,12 +173,13 @@ STATEMENTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("together", [True, False], ids=["one transaction", "one by one"])
-@pytest.mark.parametrize("what", STATEMENTS)
+@pytest.mark.parametrize(
+    ("what", "together"),
+    [(what, True) for what in STATEMENTS] + [(what, False) for what in STATEMENTS if "; " in STATEMENTS[what]],
+)
 async def test_every_way_to_change_something_is_followed(
     follower: Following, connection: asyncpg.Connection, what: str, together: bool
 ) -> None:
-    before = follower.devices(), str(list(follower.snapshot.device_types())), str(list(follower.snapshot.accounts()))
     if together:
         await connection.execute(STATEMENTS[what])
     else:
@@ -184,8 +187,6 @@ async def test_every_way_to_change_something_is_followed(
             await connection.execute(statement)
             await follows(follower)
     await follows(follower)
-    after = follower.devices(), str(list(follower.snapshot.device_types())), str(list(follower.snapshot.accounts()))
-    assert before != after or "device" in what or "made again" in what
     assert await refresh(follower) == 0
 
 
@@ -234,19 +235,17 @@ async def test_truncate_leads_to_a_whole_load(
     assert await refresh(follower) == 0
 
 
-@pytest.mark.parametrize("share", [0.15, 1.0], ids=["patched", "loaded anew"])
-async def test_a_bulk_change_of_100000_devices_is_followed_without_stalling(
-    dsn: str, connection: asyncpg.Connection, share: float
-) -> None:
+async def test_a_bulk_change_of_100000_devices_is_followed(dsn: str, connection: asyncpg.Connection) -> None:
     await fleet(connection, 100_000)
     async with copied(dsn) as follower:
-        number = int(100_000 * share)
-        await connection.execute("update device set status = 'suspended' where substr(device_id, 2)::int <= $1", number)
-        refreshed = await follower.copy.refresh()
-        assert refreshed.full == (share == 1.0)
-        assert [status for *_, status in follower.devices().values()].count("suspended") == number
-        assert await follower.agrees()
+        await connection.execute("update device set status = 'suspended' where substr(device_id, 2)::int <= 15000")
+        assert await refresh(follower) == 15_000  # a few: patched
+        assert [status for *_, status in follower.devices().values()].count("suspended") == 15_000
         assert await follower.copy.compare() == 0
+        await connection.execute("update device set expires_at = '2001-01-01Z'")
+        assert (await follower.copy.refresh()).full  # all of them: loading is cheaper
+        assert {device.expires_at for device in follower.snapshot._by_name.values()} == {978307200.0}
+        assert await follower.agrees()
 
 
 # --- notifications ---------------------------------------------------------------------------------------------------
@@ -306,7 +305,7 @@ async def test_a_killed_reader_keeps_the_copy_and_follows_again(dsn: str, connec
         )
         await connection.execute("update device set status = 'revoked'")
         await until_revoked(follower)
-    assert follower.observed.failures >= 1
+    assert [refreshed.full for refreshed in follower.observed.refreshes].count(True) == 1
     await follower.feed.close()
 
 
@@ -461,7 +460,6 @@ async def test_rows_and_floors_from_a_cluster_that_was_ahead_do_not_last(
     assert (await follower.copy.refresh()).full
     assert (await follower.copy.refresh()).full  # right, but dear: until the next pruning
     await follower.feed.prune()
-    assert (await follower.copy.refresh()).full
     assert await refresh(follower) == 0
     await connection.execute("update device set status = 'revoked'")
     assert await refresh(follower) == 3
@@ -481,7 +479,7 @@ async def test_a_mark_ahead_of_the_server_leads_to_a_whole_load(
 
 UNSEEN = {
     "device changed": ("device", "update device set status = 'revoked' where device_id = 'd1'", 1),
-    "device added": ("device", "insert into device (device_id, type) values ('n1', 'agv')", 1),
+    "device added": ("device", "insert into device (device_id, common_name, type) values ('n1', 'n1', 'agv')", 1),
     "device deleted": ("device", "delete from device where device_id = 'd1'", 1),
     "account changed": ("account", "update account set tags = '{monitoring}'", 1),
     "type changed": ("device_type", "update device_type set vhosts = '{}'", 1),
