@@ -13,6 +13,8 @@ from authbackend.postgres.connection import Target
 from authbackend.postgres.migrate import migrate
 from tests.support.postgres import BinariesMissing, Server, connected, run
 
+# Taken out of the environment: the service, which many tests start, refuses a name that is no setting.
+VERSION = os.environ.pop("AUTHBACKEND_TEST_POSTGRES", "18")
 TEMPLATE = "registry_template"
 _numbers = itertools.count(1)
 
@@ -22,7 +24,7 @@ def postgres() -> Iterator[Server]:
     """A running PostgreSQL of the version in AUTHBACKEND_TEST_POSTGRES (15 to 18, default 18)."""
     fault = None
     try:
-        server = Server(os.environ.get("AUTHBACKEND_TEST_POSTGRES", "18"))
+        server = Server(VERSION)
     except BinariesMissing as error:
         fault = str(error)
     if fault is not None:

@@ -48,7 +48,8 @@ def translated_errors() -> Iterator[None]:
         raise Unavailable("the database has no registry yet; run: authbackend migrate") from error
     except asyncpg.PostgresError as error:
         raise Unavailable(f"PostgreSQL: {error.args[0]}") from error
-    except (OSError, TimeoutError, asyncpg.InterfaceError) as error:
+    except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
+        # The last is what asyncpg makes of a server that says goodbye in the middle of an answer.
         raise Unavailable(f"PostgreSQL cannot be reached: {type(error).__name__}") from error
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 
 import pytest
 
 from .clients import Management
 from .fleet import Fleet
-from .mqtt import Disconnected, MQTTClient
+from .mqtt import Disconnected, MQTTClient, connect_all
 
 Clients = Callable[..., MQTTClient]
 Managements = Callable[..., Management]
@@ -71,7 +70,7 @@ async def test_an_account_uses_mqtt_with_its_own_client_id(mqtt: Clients, fleet:
     """The door needs some certificate of the devices' authority; the account is who its name and password say."""
     me, carrier = fleet.device(), fleet.device()
     dashboard, device = mqtt(carrier, **DASHBOARD), mqtt(me)
-    assert await asyncio.gather(dashboard.connect(), device.connect()) == [0, 0]
+    assert await connect_all(dashboard, device) == [0, 0]
     assert await dashboard.subscribe("fleet/+/telemetry/#") == [1]
     assert await device.publish(f"fleet/{me}/telemetry/x", b"x") == 0
     assert (await dashboard.message()).topic == f"fleet/{me}/telemetry/x"
@@ -87,7 +86,7 @@ async def test_an_account_with_a_devices_client_id_is_refused(mqtt: Clients, fle
     victim, carrier = fleet.device(), fleet.device()
     session = {"clean": False, "session_expiry_s": 60}
     online, asleep = mqtt(victim, **session), mqtt(victim, client_id=f"{victim}_asleep", **session)
-    assert await asyncio.gather(online.connect(), asleep.connect()) == [0, 0]
+    assert await connect_all(online, asleep) == [0, 0]
     assert await online.subscribe(f"fleet/{victim}/telemetry/#") == [1]
     assert await asleep.subscribe(f"fleet/{victim}/telemetry/#") == [1]
     await asleep.disconnect()
@@ -101,7 +100,7 @@ async def test_an_account_with_a_devices_client_id_is_refused(mqtt: Clients, fle
     ]
     # An account whose certificate is its login, too.
     attempts += [mqtt("collector", client_id=client_id) for client_id in (victim, "collector")]
-    assert await asyncio.gather(*(client.connect() for client in attempts)) == [LOGIN_REFUSED] * len(attempts)
+    assert await connect_all(*attempts) == [LOGIN_REFUSED] * len(attempts)
     after = fleet.service.denials(endpoint="user", reason="client_id_not_bound", device_type="account")
     assert after == before + len(attempts)
 
@@ -112,6 +111,20 @@ async def test_an_account_with_a_devices_client_id_is_refused(mqtt: Clients, fle
     assert (await awake.message()).payload == b"queued"
 
 
+async def test_an_accounts_client_id_is_taken_to_the_letter(mqtt: Clients, fleet: Fleet) -> None:
+    """What a form must escape, and what a wrong decoder would make of it."""
+    carrier = fleet.device()
+    others = [
+        "dash+board 100%+ü",
+        "dash board 100% ü",
+        "dash%20board 100%+ü",
+        "dash board 100%25+ü",
+        "dash board 100%+Ü",
+    ]
+    clients = [mqtt(carrier, **(DASHBOARD | {"client_id": name})) for name in ["dash board 100%+ü", *others]]
+    assert await connect_all(*clients) == [0] + [LOGIN_REFUSED] * len(others)
+
+
 async def test_wrong_passwords_do_not_disturb_devices(mqtt: Clients, fleet: Fleet) -> None:
     """Thirty guesses at once; devices are let in meanwhile as ever, and the account afterwards."""
     carrier = fleet.device()
@@ -120,6 +133,6 @@ async def test_wrong_passwords_do_not_disturb_devices(mqtt: Clients, fleet: Flee
         for number in range(30)
     ]
     devices = [mqtt(fleet.device()) for _ in range(5)]
-    answers = await asyncio.gather(*(client.connect() for client in [*guesses, *devices]))
+    answers = await connect_all(*guesses, *devices)
     assert answers == [LOGIN_REFUSED] * len(guesses) + [0] * len(devices)
     assert await mqtt(carrier, **DASHBOARD).connect() == 0

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 import pytest_asyncio
 from aio_pika import Message
-from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage, AbstractQueue
+from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage, AbstractQueue, HeadersType
 from aio_pika.exceptions import AMQPConnectionError, AMQPError, ChannelClosed
 
 from .clients import connect_amqp
@@ -132,20 +132,21 @@ async def test_a_service_publishes_to_devices_inside_its_rules(amqp: Connections
     name = await _queue_of_a_sleeping_device(mqtt, victim)
     connection = await amqp("dispatcher")
 
-    async def publish(exchange: str, key: str, **headers: list[str]) -> None:
+    async def publish(exchange: str, key: str, copies: HeadersType) -> None:
         channel: AbstractChannel = await connection.channel()
         target = await channel.get_exchange(exchange, ensure=False) if exchange else channel.default_exchange
         async with asyncio.timeout(10):
-            await target.publish(Message(exchange.encode() or b"forged", headers=dict(headers)), key)
+            await target.publish(Message(exchange.encode() or b"forged", headers=copies), key)
 
-    for exchange, key, headers in (
+    refused: list[tuple[str, str, HeadersType]] = [
         ("amq.topic", f"fleet.{victim}.telemetry.x", {}),
         ("amq.topic", "#", {}),
         ("amq.topic", f"fleet.{victim}.commands.stop", {"CC": [f"fleet.{victim}.telemetry.x"]}),
         ("amq.topic", f"fleet.{victim}.commands.stop", {"BCC": [f"fleet.{victim}.telemetry.x"]}),
         ("", name, {}),
-    ):
+    ]
+    for exchange, key, copies in refused:
         with pytest.raises(ChannelClosed, match=ACCESS_REFUSED):
-            await publish(exchange, key, **headers)
-    await publish("amq.topic", f"fleet.{victim}.commands.stop")
+            await publish(exchange, key, copies)
+    await publish("amq.topic", f"fleet.{victim}.commands.stop", {})
     assert await _messages_of(mqtt, victim, 2) == [b"for the device", b"amq.topic"]

@@ -11,7 +11,7 @@ import pytest
 from .clients import Management
 from .fleet import Fleet
 from .identities import Certificates
-from .mqtt import Disconnected, MQTTClient
+from .mqtt import Disconnected, MQTTClient, connect_all
 from .node import Broker
 
 Clients = Callable[..., MQTTClient]
@@ -38,7 +38,7 @@ async def test_names_that_look_like_a_device_are_nobody(mqtt: Clients, fleet: Fl
     unknown, missing = (
         fleet.service.denials(endpoint="user", reason=r) for r in ("unknown_identity", "password_missing")
     )
-    answers = await asyncio.gather(*(mqtt(name, client_id=victim).connect() for name in names))
+    answers = await connect_all(*(mqtt(name, client_id=victim) for name in names))
     assert answers == [REFUSED] * len(names)
     assert fleet.service.denials(endpoint="user", reason="unknown_identity") == unknown + len(names) - 1
     assert fleet.service.denials(endpoint="user", reason="password_missing") == missing + 1
@@ -51,8 +51,8 @@ async def test_a_certificate_with_two_names_is_neither(mqtt: Clients, certificat
     attempts = []
     for first, second in ((one, other), (other, one)):
         identity = certificates.device(first, more_common_names=[second])
-        attempts += [mqtt(identity, client_id=client_id).connect() for client_id in (one, other)]
-    assert await asyncio.gather(*attempts) == [REFUSED] * 4
+        attempts += [mqtt(identity, client_id=client_id) for client_id in (one, other)]
+    assert await connect_all(*attempts) == [REFUSED] * 4
     assert fleet.service.denials(endpoint="user", reason="unknown_identity") == unknown + 4
 
 
@@ -92,7 +92,7 @@ async def test_a_device_logs_in_over_websocket(mqtt: Clients, lax_broker: Broker
     me, other = fleet.device(), fleet.device()
     options = {"websocket": True, "port": lax_broker.doors.web_mqtt_tls, "version": version}
     client, stranger = mqtt(me, **options), mqtt("APM9999", **options)
-    assert await asyncio.gather(client.connect(), stranger.connect()) == [0, REFUSED]
+    assert await connect_all(client, stranger) == [0, REFUSED]
     assert await client.subscribe(f"fleet/{me}/telemetry/#") == [1]
     assert await client.publish(f"fleet/{me}/telemetry/speed", b"x") == 0
     assert (await client.message()).payload == b"x"

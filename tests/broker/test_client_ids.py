@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from .fleet import Fleet
-from .mqtt import MQTTClient
+from .mqtt import MQTTClient, connect_all
 
 Clients = Callable[..., MQTTClient]
 REFUSED, TAKEN_OVER = 0x86, 0x8E
@@ -23,7 +22,7 @@ async def test_another_devices_client_id_is_refused_before_the_takeover(
     victim, thief = fleet.device(), fleet.device()
     session: dict[str, Any] = {"version": version, "clean": False, "session_expiry_s": 60 if version == 5 else 0}
     online, asleep = mqtt(victim, **session), mqtt(victim, client_id=f"{victim}_asleep", **session)
-    assert await asyncio.gather(online.connect(), asleep.connect()) == [0, 0]
+    assert await connect_all(online, asleep) == [0, 0]
     assert await online.subscribe(f"fleet/{victim}/telemetry/#") == [1]
     assert await asleep.subscribe(f"fleet/{victim}/telemetry/#") == [1]
     await asleep.disconnect()
@@ -37,7 +36,7 @@ async def test_another_devices_client_id_is_refused_before_the_takeover(
         for client_id in (victim, f"{victim}_asleep")
         for wire, clean, expiry in ((4, True, 0), (4, False, 0), (5, True, 0), (5, False, 60))
     ]
-    assert await asyncio.gather(*(client.connect() for client in thieves)) == [REFUSED] * len(thieves)
+    assert await connect_all(*thieves) == [REFUSED] * len(thieves)
     assert fleet.service.denials(endpoint="user", reason="client_id_not_bound") == before + len(thieves)
 
     assert await online.alive()
@@ -56,11 +55,11 @@ async def test_the_longest_device_id_owns_a_client_id(mqtt: Clients, fleet: Flee
     long = f"{short}_2"
     await fleet.change(f"insert into device (device_id, type, status) values ('{long}', 'APM', 'active')")
     before = fleet.service.denials(endpoint="user", reason="client_id_of_another_device")
-    assert await asyncio.gather(
-        mqtt(long, client_id=f"{long}_pub").connect(),
-        mqtt(short, client_id=f"{short}_3").connect(),
-        mqtt(short, client_id=long).connect(),
-        mqtt(short, client_id=f"{long}_pub").connect(),
+    assert await connect_all(
+        mqtt(long, client_id=f"{long}_pub"),
+        mqtt(short, client_id=f"{short}_3"),
+        mqtt(short, client_id=long),
+        mqtt(short, client_id=f"{long}_pub"),
     ) == [0, 0, REFUSED, REFUSED]
     await fleet.change(f"update device set status = 'revoked' where device_id = '{long}'")
     assert await mqtt(short, client_id=f"{long}_pub").connect() == REFUSED
@@ -72,14 +71,14 @@ async def test_client_ids_that_only_look_bound_are_refused(mqtt: Clients, fleet:
     me = fleet.device()
     client_ids = ["", f"{me}x", f"x{me}", me.lower(), f"{me} ", f"{me}-pub", "#", "*", f"+_{me}", "{device_id}"]
     before = fleet.service.denials(endpoint="user", reason="client_id_not_bound")
-    answers = await asyncio.gather(*(mqtt(me, client_id=client_id).connect() for client_id in client_ids))
+    answers = await connect_all(*(mqtt(me, client_id=client_id) for client_id in client_ids))
     assert answers == [REFUSED] * len(client_ids)
     assert fleet.service.denials(endpoint="user", reason="client_id_not_bound") == before + len(client_ids)
 
 
 @pytest.mark.parametrize("ending", ["a b", "a+b", "a%20b", "a&username=x", "a=b;c", "ünï/日本", "#", "\U0001f4e6"])
-async def test_odd_client_ids_reach_the_service_to_the_letter(mqtt: Clients, fleet: Fleet, ending: str) -> None:
-    """The id is in six questions, three times as part of a queue's name; a wrong decoder would deny one of them."""
+async def test_odd_client_ids_work(mqtt: Clients, fleet: Fleet, ending: str) -> None:
+    """The id is in every question, and part of the queues' names; login, subscription and a resumed session work."""
     me = fleet.device()
     denied = fleet.service.denials()
     options: dict[str, Any] = {"client_id": f"{me}_{ending}", "clean": False, "session_expiry_s": 60}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 
 from .fleet import Fleet
-from .mqtt import MQTTClient
+from .mqtt import MQTTClient, connect_all
 from .node import Broker
 
 Clients = Callable[..., MQTTClient]
@@ -48,7 +47,7 @@ async def test_a_devices_name_with_a_password_is_refused(
     port = (lax_broker if door.lax else broker).doors.mqtt_tls
     session = {"port": port, "clean": False, "session_expiry_s": 60}
     online, asleep = mqtt(victim, **session), mqtt(victim, client_id=f"{victim}_asleep", **session)
-    assert await asyncio.gather(online.connect(), asleep.connect()) == [0, 0]
+    assert await connect_all(online, asleep) == [0, 0]
     assert await online.subscribe(f"fleet/{victim}/telemetry/#") == [1]
     assert await asleep.subscribe(f"fleet/{victim}/telemetry/#") == [1]
     await asleep.disconnect()
@@ -69,7 +68,7 @@ async def test_a_devices_name_with_a_password_is_refused(
         for client_id in (victim, f"{victim}_asleep", thief)
         for version, clean in ((4, True), (4, False), (5, False))
     ]
-    assert await asyncio.gather(*(attempt.connect() for attempt in attempts)) == [REFUSED] * len(attempts)
+    assert await connect_all(*attempts) == [REFUSED] * len(attempts)
     expected = len(attempts) * len(ASKED_ABOUT) // len(PASSWORDS)
     assert fleet.service.denials(endpoint="user", reason=REASON) == before + expected
 
@@ -92,7 +91,7 @@ async def test_without_name_and_certificate_nobody_gets_in(mqtt: Clients, lax_br
         for version in (4, 5)
         for username, password in ((None, None), ("", "none"))
     ]
-    assert await asyncio.gather(*(attempt.connect() for attempt in attempts)) == [REFUSED] * len(attempts)
+    assert await connect_all(*attempts) == [REFUSED] * len(attempts)
 
 
 async def test_the_owners_certificate_with_its_name_and_a_password_is_refused(mqtt: Clients, fleet: Fleet) -> None:
@@ -107,5 +106,5 @@ async def test_a_certificate_account_has_no_password_either(mqtt: Clients, fleet
     """The same trick with the name of a service that logs in by certificate."""
     before = fleet.service.denials(endpoint="user", reason=REASON, device_type="account")
     attempts = [mqtt(fleet.device(), username="collector", password=password) for password in ("none", "x")]
-    assert await asyncio.gather(*(attempt.connect() for attempt in attempts)) == [REFUSED] * 2
+    assert await connect_all(*attempts) == [REFUSED] * 2
     assert fleet.service.denials(endpoint="user", reason=REASON, device_type="account") == before + 2

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from .conftest import HERE, make_service
+from . import balancer
+from .conftest import make_service
 from .fleet import Fleet
 from .identities import Certificates
-from .mqtt import HOST, Disconnected, MQTTClient
+from .mqtt import HOST, Disconnected, MQTTClient, connect_all
 from .node import Broker
-from .processes import HarnessError, Process, until
+from .processes import Process, until
 from .service import Database, Service
 
 Clients = Callable[..., MQTTClient]
@@ -43,7 +44,7 @@ async def test_the_service_is_restarted(mqtt: Clients, fleet: Fleet) -> None:
     """
     me = fleet.device()
     reader, steady, unlucky = (mqtt(me, client_id=f"{me}_{name}") for name in ("reader", "steady", "unlucky"))
-    assert await asyncio.gather(*(client.connect() for client in (reader, steady, unlucky))) == [0, 0, 0]
+    assert await connect_all(reader, steady, unlucky) == [0, 0, 0]
     assert await reader.subscribe(f"fleet/{me}/telemetry/#") == [1]
 
     async def publish_steadily() -> None:
@@ -73,7 +74,7 @@ async def test_the_broker_is_restarted(mqtt: Clients, broker: Broker, fleet: Fle
     me = fleet.device()
     sleeper = mqtt(me, clean=False, session_expiry_s=600)
     writer = mqtt(me, client_id=f"{me}_pub")
-    assert await asyncio.gather(sleeper.connect(), writer.connect()) == [0, 0]
+    assert await connect_all(sleeper, writer) == [0, 0]
     assert await sleeper.subscribe(f"fleet/{me}/telemetry/#") == [1]
     await sleeper.disconnect()
     assert await writer.publish(f"fleet/{me}/telemetry/x", b"queued") == 0
@@ -95,7 +96,7 @@ async def test_the_database_is_down(mqtt: Clients, fleet: Fleet) -> None:
     await asyncio.to_thread(fleet.database.server.stop, "immediate")
     try:
         client = mqtt(me)
-        assert await asyncio.gather(client.connect(), mqtt(revoked).connect()) == [0, REFUSED]
+        assert await connect_all(client, mqtt(revoked)) == [0, REFUSED]
         assert await client.publish(f"fleet/{me}/telemetry/x", b"x") == NOBODY_SUBSCRIBED
         with pytest.raises(Disconnected):
             await client.publish(f"fleet/{revoked}/telemetry/x", b"x")
@@ -136,18 +137,16 @@ async def replicas(
     """Two replicas behind haproxy instead of the one service, which is back afterwards."""
     pair = [make_service(workplace, certificates, database, broker_port=8090 + n, admin_port=8190 + n) for n in (1, 2)]
     await asyncio.to_thread(service.stop)
-    balancer: Process | None = None
+    haproxy: Process | None = None
     try:
         await asyncio.gather(*(asyncio.to_thread(replica.start) for replica in pair))
-        command = ["haproxy", "-db", "-f", str(HERE / "overlay/haproxy.cfg")]
-        balancer = Process(command, workplace / "haproxy.log", {"PATH": "/usr/sbin:/usr/bin"})
+        haproxy = balancer.start(workplace, pair)
         await until(lambda: _accepts(8080))
         yield pair
     finally:
-        if balancer is not None:
-            balancer.kill()
-        for replica in pair:
-            await asyncio.to_thread(replica.stop)
+        if haproxy is not None:
+            haproxy.kill()
+        await asyncio.gather(*(asyncio.to_thread(replica.stop) for replica in pair))
         await asyncio.to_thread(service.start)
 
 
@@ -175,20 +174,22 @@ async def test_one_of_two_replicas_is_restarted_and_nobody_notices(
     def asked(replica: Service) -> int:
         return replica.count("authbackend_decisions", verdict="allow")
 
-    async def used(replica: Service) -> None:
-        before = asked(replica)
-        await until(lambda: asked(replica) > before)
+    async def busy_one() -> Service:
+        """RabbitMQ keeps its connections, so that all questions may go to one replica: that is the one to stop."""
+        before = [asked(replica) for replica in replicas]
+        await until(lambda: [asked(replica) for replica in replicas] != before)
+        return max(replicas, key=lambda replica: asked(replica) - before[replicas.index(replica)])
 
-    async with (
-        background(publish(fleet.device())),
-        background(publish(fleet.device())),
-        background(log_in(fleet.device())),
-    ):
-        for replica, other in (replicas, replicas[::-1]):
-            await used(replica)
-            await asyncio.to_thread(replica.kill if crash else replica.stop)
-            await used(other)
-            await asyncio.to_thread(replica.start)
-            await used(replica)
-    assert done["publishes"] > 100
-    assert done["logins"] > 10
+    async def go_on() -> None:
+        publishes, logins = done["publishes"] + 50, done["logins"] + 3
+        await until(lambda: done["publishes"] > publishes and done["logins"] > logins)
+
+    publishers = [background(publish(fleet.device())) for _ in range(3)]
+    async with publishers[0], publishers[1], publishers[2], background(log_in(fleet.device())):
+        stopped = []
+        for _ in range(2):
+            stopped.append(busy := await busy_one())
+            await asyncio.to_thread(busy.kill if crash else busy.stop)
+            await go_on()
+            await asyncio.to_thread(busy.start)
+        assert stopped[0] is not stopped[1]

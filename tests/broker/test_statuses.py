@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from .fleet import Fleet
-from .mqtt import Disconnected, MQTTClient
+from .mqtt import Disconnected, MQTTClient, connect_all
 
 Clients = Callable[..., MQTTClient]
 LOGIN_REFUSED, VHOST_REFUSED = 0x86, 0x87
@@ -29,7 +29,7 @@ async def test_inactive_devices_are_refused_at_login(mqtt: Clients, fleet: Fleet
         return {reason: fleet.service.denials(endpoint="user", reason=reason) for reason in INACTIVE.values()}
 
     before = counted()
-    answers = await asyncio.gather(*(mqtt(name, version=version).connect() for name in INACTIVE))
+    answers = await connect_all(*(mqtt(name, version=version) for name in INACTIVE))
     assert answers == [LOGIN_REFUSED] * len(INACTIVE)
     assert counted() == {reason: number + 1 for reason, number in before.items()}
 
@@ -38,13 +38,13 @@ async def test_a_device_in_the_wrong_place_is_refused(mqtt: Clients, fleet: Flee
     """Its login is good; its type is for another network, or another virtual host."""
     reasons = ("address_not_in_networks", "vhost_not_listed")
     before = [fleet.service.denials(endpoint="vhost", reason=reason) for reason in reasons]
-    answers = await asyncio.gather(mqtt("FAR0001").connect(), mqtt("ELSE001").connect())
+    answers = await connect_all(mqtt("FAR0001"), mqtt("ELSE001"))
     assert answers == [VHOST_REFUSED, VHOST_REFUSED]
     assert [fleet.service.denials(endpoint="vhost", reason=reason) for reason in reasons] == [n + 1 for n in before]
 
 
 async def test_the_devices_networks_are_those_of_its_connection(mqtt: Clients, fleet: Fleet) -> None:
-    """RabbitMQ reports the address on a dual-stack listener as IPv4-mapped; the IPv4 network covers it."""
+    """RabbitMQ's dual-stack listener reports an IPv4 address as ::ffff:127.0.0.1; the IPv4 network covers it."""
     me = fleet.device()
     await fleet.change(
         "insert into device_type (name, client_ids, vhosts, networks) values"

@@ -12,7 +12,7 @@ import pytest
 from .clients import Mosquitto
 from .fleet import Fleet
 from .identities import Identity
-from .mqtt import HOST, Disconnected, MQTTClient
+from .mqtt import HOST, Disconnected, MQTTClient, connect_all
 from .node import Broker
 from .service import Service
 
@@ -56,7 +56,7 @@ async def test_a_device_publishes_and_subscribes(mqtt: Clients, fleet: Fleet, ve
     """Two connections of one device with its own client ids; both qualities of service arrive."""
     me = fleet.device()
     reader, writer = mqtt(me, version=version), mqtt(me, version=version, client_id=f"{me}_pub")
-    assert await asyncio.gather(reader.connect(), writer.connect()) == [0, 0]
+    assert await connect_all(reader, writer) == [0, 0]
     assert await reader.subscribe(f"fleet/{me}/telemetry/#", f"fleet/{me}/commands/#") == [1, 1]
     for qos in (0, 1):
         assert await writer.publish(f"fleet/{me}/telemetry/speed", b"3.5", qos=qos) == 0
@@ -108,7 +108,7 @@ async def test_a_publish_outside_the_rules_ends_the_connection(mqtt: Clients, fl
     """RabbitMQ denies a publish by closing. What is denied reaches nobody: the first to arrive is allowed."""
     me, victim = fleet.device(), fleet.device()
     reader, owner = mqtt(victim), mqtt(victim, client_id=f"{victim}_pub")
-    assert await asyncio.gather(reader.connect(), owner.connect()) == [0, 0]
+    assert await connect_all(reader, owner) == [0, 0]
     assert await reader.subscribe(f"fleet/{victim}/telemetry/#", f"fleet/{victim}/commands/#") == [1, 1]
     denied = fleet.service.denials(endpoint="topic", reason="no_rule_allows")
 
@@ -158,7 +158,7 @@ async def test_a_subscription_outside_the_rules_is_refused(
     await asyncio.gather(*(attempt(number, topic) for number, topic in enumerate(OUTSIDE_TO_SUBSCRIBE)))
     assert fleet.service.denials(endpoint="topic", reason="no_rule_allows") == denied + len(OUTSIDE_TO_SUBSCRIBE)
     other, own = mqtt(victim), mqtt(me)
-    assert await asyncio.gather(other.connect(), own.connect()) == [0, 0]
+    assert await connect_all(other, own) == [0, 0]
     assert await other.publish(f"fleet/{victim}/telemetry/speed", b"of the victim") == NOBODY_SUBSCRIBED
     assert await own.publish(f"fleet/{me}/telemetry/speed", b"mine") == 0
     assert {(await session.message()).payload for session in sessions} == {b"mine"}

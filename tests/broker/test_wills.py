@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from .fleet import Fleet
-from .mqtt import MQTTClient, Will
+from .mqtt import MQTTClient, Will, connect_all
 from .processes import until
 
 Clients = Callable[..., MQTTClient]
@@ -30,7 +30,7 @@ async def test_a_will_inside_the_rules_is_sent(mqtt: Clients, fleet: Fleet, vers
     reader = await _reader(mqtt, me)
     wills = {end: Will(f"fleet/{me}/telemetry/{end}", end.encode(), qos=qos) for end in ("ended", "lost")}
     ended, lost = (mqtt(me, client_id=f"{me}_{end}", version=version, will=will) for end, will in wills.items())
-    assert await asyncio.gather(ended.connect(), lost.connect()) == [0, 0]
+    assert await connect_all(ended, lost) == [0, 0]
     await ended.disconnect()
     await lost.drop()
     message = await reader.message()
@@ -68,7 +68,7 @@ async def test_delayed_wills(mqtt: Clients, fleet: Fleet) -> None:
 
     fires = loser("fires", f"fleet/{me}/telemetry/fires", 3)
     cancelled = loser("cancelled", f"fleet/{me}/telemetry/cancelled", 2)
-    assert await asyncio.gather(fires.connect(), cancelled.connect()) == [0, 0]
+    assert await connect_all(fires, cancelled) == [0, 0]
     assert await cancelled.subscribe(f"fleet/{me}/commands/#") == [1]
     await asyncio.gather(fires.drop(), cancelled.drop())
     back = mqtt(me, client_id=f"{me}_cancelled", clean=False, session_expiry_s=60)

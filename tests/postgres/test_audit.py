@@ -20,14 +20,20 @@ async def trail(connection: asyncpg.Connection, entity: str) -> list[dict[str, A
     """Return the trail of an entity, oldest first."""
     rows = await connection.fetch("select * from audit where entity = $1 order by id", entity)
     return [
-        {**row, "before": row["before"] and json.loads(row["before"]), "after": row["after"] and json.loads(row["after"])}
+        {
+            **row,
+            "before": row["before"] and json.loads(row["before"]),
+            "after": row["after"] and json.loads(row["after"]),
+        }
         for row in rows
     ]
 
 
 async def add_devices(connection: asyncpg.Connection, number: int = 1) -> None:
     await connection.execute("insert into device_type (name) values ('agv') on conflict do nothing")
-    await connection.execute("insert into device (device_id, type) select 'd' || n, 'agv' from generate_series(1, $1) n", number)
+    await connection.execute(
+        "insert into device (device_id, type) select 'd' || n, 'agv' from generate_series(1, $1) n", number
+    )
 
 
 async def test_a_change_is_told_with_who_what_when_and_version(dsn: str, connection: asyncpg.Connection) -> None:
@@ -115,7 +121,9 @@ async def test_copy_upsert_merge_and_cascades_are_told(scratch: asyncpg.Connecti
         ("DELETE", "d1"),
         ("INSERT", "m1"),
     ]
-    await scratch.execute("insert into topic_rule (device_id, effect, action, topic) values ('m1', 'allow', 'publish', 'x')")
+    await scratch.execute(
+        "insert into topic_rule (device_id, effect, action, topic) values ('m1', 'allow', 'publish', 'x')"
+    )
     await scratch.execute("delete from device where device_id = 'm1'")
     cascaded = (await trail(scratch, "topic_rule"))[-1]
     assert (cascaded["operation"], cascaded["before"]["topic"]) == ("DELETE", "x")
@@ -169,7 +177,10 @@ async def test_a_password_hash_is_told_as_set_or_changed_only(scratch: asyncpg.C
     await scratch.execute("delete from account")
     rows = await trail(scratch, "account")
     shown = [
-        tuple(side and (side["password_hash"] if side["password_hash"] is not None else "none") for side in (row["before"], row["after"]))
+        tuple(
+            side and (side["password_hash"] if side["password_hash"] is not None else "none")
+            for side in (row["before"], row["after"])
+        )
         for row in rows
     ]
     assert shown[:6] == [
@@ -186,7 +197,10 @@ async def test_a_password_hash_is_told_as_set_or_changed_only(scratch: asyncpg.C
     assert "escudvJCsgt3ub" not in everything
 
 
-@pytest.mark.parametrize("statement", ["update audit set actor = 'x'", "delete from audit", "truncate audit", "delete from audit where false"])
+@pytest.mark.parametrize(
+    "statement",
+    ["update audit set actor = 'x'", "delete from audit", "truncate audit", "delete from audit where false"],
+)
 @pytest.mark.parametrize("role", ["origin", "replica"])
 async def test_the_trail_is_append_only_even_for_its_owner(
     scratch: asyncpg.Connection, statement: str, role: str

@@ -166,6 +166,7 @@ STATEMENTS = {
     "deleted and made again": "delete from device where device_id = 'd1'; insert into device (device_id, type, status) values ('d1', 'agv', 'pending')",
     "swapped at once": "update device set common_name = case device_id when 'd1' then 'd2' else 'd1' end where device_id in ('d1', 'd2')",
     "moved on by one": "update device set common_name = 'd' || (substr(device_id, 2)::int % 3 + 1)",
+    "swapped names that differ from the ids": "update device set common_name = 'N' || device_id; update device set common_name = case device_id when 'd1' then 'Nd2' when 'd2' then 'Nd1' else 'N' end",
     "swapped": "update device set common_name = 'x' where device_id = 'd1'; update device set common_name = 'd1' where device_id = 'd2'; update device set common_name = 'd2' where device_id = 'd1'",
     "swapped in a ring": "update device set common_name = 'x' where device_id = 'd1'; update device set common_name = 'd1' where device_id = 'd2'; update device set common_name = 'd2' where device_id = 'd3'; update device set common_name = 'd3' where device_id = 'd1'",
     "handed on": "update device set common_name = 'old' where device_id = 'd1'; insert into device (device_id, common_name, type) values ('n1', 'd1', 'agv')",
@@ -226,9 +227,7 @@ async def test_a_change_by_a_session_that_skips_ordinary_triggers_is_followed(
 
 
 @pytest.mark.parametrize("table", ["device_type", "device", "account", "topic_rule"])
-async def test_truncate_leads_to_a_whole_load(
-    follower: Following, connection: asyncpg.Connection, table: str
-) -> None:
+async def test_truncate_leads_to_a_whole_load(follower: Following, connection: asyncpg.Connection, table: str) -> None:
     await connection.execute(f"truncate {table} cascade")
     assert (await follower.copy.refresh()).full
     assert await follower.agrees()

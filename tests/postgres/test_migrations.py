@@ -68,7 +68,6 @@ def test_several_processes_that_start_at_once_all_succeed(postgres: Server, empt
 def test_the_command_says_what_it_applied_and_then_that_nothing_is_left(
     postgres: Server, empty: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("AUTHBACKEND_TEST_POSTGRES", raising=False)
     monkeypatch.setenv("AUTHBACKEND_DATABASE__DSN", postgres.dsn(empty))
     assert "applied 20261123100000_registry" in CliRunner().invoke(main, ["migrate"]).output
     again = CliRunner().invoke(main, ["migrate", "--repair-triggers"])
@@ -133,7 +132,9 @@ async def test_who_waits_for_the_advisory_lock_goes_on_when_its_holder_dies(post
         waiting = asyncio.create_task(migrations.migrate(target))
 
         async def waits() -> bool:
-            return bool(await observer.fetchval("select count(*) from pg_locks where locktype = 'advisory' and not granted"))
+            return bool(
+                await observer.fetchval("select count(*) from pg_locks where locktype = 'advisory' and not granted")
+            )
 
         await until(waits, "the migration waits for the lock")
         await observer.execute("select pg_terminate_backend($1)", holder.get_server_pid())
@@ -190,9 +191,7 @@ async def _old_server(version: str, reader: asyncio.StreamReader, writer: asynci
 
 @contextlib.asynccontextmanager
 async def old_server(folder: Path, version: str) -> AsyncIterator[str]:
-    server = await asyncio.start_unix_server(
-        functools.partial(_old_server, version), folder / ".s.PGSQL.5432"
-    )
+    server = await asyncio.start_unix_server(functools.partial(_old_server, version), folder / ".s.PGSQL.5432")
     async with server:
         yield f"postgresql://anybody@/registry?host={folder}"
 
@@ -229,7 +228,9 @@ def _dbmate() -> Path | None:
     """Return dbmate: installed, cached, or fetched with npm into the cache; None where neither can be."""
     if found := shutil.which("dbmate"):
         return Path(found)
-    cache = Path(os.environ.get("AUTHBACKEND_CACHE") or Path.home() / ".cache" / "authbackend") / f"dbmate-{DBMATE_VERSION}"
+    cache = (
+        Path(os.environ.get("AUTHBACKEND_CACHE") or Path.home() / ".cache" / "authbackend") / f"dbmate-{DBMATE_VERSION}"
+    )
     program = cache / "node_modules" / ".bin" / "dbmate"
     if not program.exists() and shutil.which("npm"):
         cache.mkdir(parents=True, exist_ok=True)
@@ -247,12 +248,15 @@ def test_dbmate_applies_the_same_migrations(postgres: Server, migrated_template:
     def ask(command: str, database: str) -> str:
         url = f"postgres://{SUPERUSER}@/{database}?socket={postgres.folder}"
         options = ["--url", url, "--migrations-dir", str(SQL / "migrations"), "--no-dump-schema"]
-        return subprocess.run([dbmate, *options, command], check=True, capture_output=True, text=True, timeout=60).stdout
+        return subprocess.run(
+            [dbmate, *options, command], check=True, capture_output=True, text=True, timeout=60
+        ).stdout
 
     ask("migrate", empty)
     # Its table of versions differs in the length of the column at most.
     ours, theirs = (
-        schema(postgres, name).replace("character varying(128)", "character varying") for name in (migrated_template, empty)
+        schema(postgres, name).replace("character varying(128)", "character varying")
+        for name in (migrated_template, empty)
     )
     assert theirs == ours
     assert run(migrations.missing(Target(postgres.dsn(empty)))) == []
@@ -298,7 +302,9 @@ def test_the_embedded_server_keeps_its_data_from_one_start_to_the_next(tmp_path:
     with embedded(folder) as dsn:
         assert run(first(dsn)) == ""
         version = subprocess.run([tools() / "psql", "--version"], check=True, capture_output=True, text=True).stdout
-        server = subprocess.run([tools() / "psql", "-XAtc", "show server_version", dsn], check=True, capture_output=True, text=True).stdout
+        server = subprocess.run(
+            [tools() / "psql", "-XAtc", "show server_version", dsn], check=True, capture_output=True, text=True
+        ).stdout
         assert server.split(".")[0] in version
     with pytest.raises(Unavailable):
         run(migrations.missing(Target(dsn)))

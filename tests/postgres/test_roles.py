@@ -248,7 +248,6 @@ def edited(postgres: Server, migrated_template: str) -> Iterator[str]:
 def test_the_admin_role_suffices_for_every_command(
     postgres: Server, edited: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("AUTHBACKEND_TEST_POSTGRES", raising=False)
     monkeypatch.setenv("AUTHBACKEND_DATABASE__DSN", postgres.dsn(edited, ADMIN))
     monkeypatch.setenv("AUTHBACKEND_ACTOR", "ann")
     password = tmp_path / "password"
@@ -260,7 +259,9 @@ def test_the_admin_role_suffices_for_every_command(
         assert result.exit_code == code, f"{line}: {result.output}"
         return result
 
-    postgres.psql(edited, "insert into device_type (name, client_ids, vhosts) values ('agv', array['{device_id}'], array['/'])")
+    postgres.psql(
+        edited, "insert into device_type (name, client_ids, vhosts) values ('agv', array['{device_id}'], array['/'])"
+    )
     command("device add d1 --type agv --attribute site=north --expires 2031-01-01")
     command("device add d2 --type agv --status pending --common-name 'Number 2'")
     command("device list --json")
@@ -291,7 +292,9 @@ def test_the_admin_role_suffices_for_every_command(
 
 
 def test_the_script_can_be_run_again(postgres: Server, edited: str) -> None:
-    before = postgres.psql(edited, "select relname, relacl from pg_class where relnamespace = 'public'::regnamespace order by 1")
+    before = postgres.psql(
+        edited, "select relname, relacl from pg_class where relnamespace = 'public'::regnamespace order by 1"
+    )
     give_roles(postgres, edited)
     assert before == postgres.psql(
         edited, "select relname, relacl from pg_class where relnamespace = 'public'::regnamespace order by 1"

@@ -126,8 +126,13 @@ async def fleet(connection: asyncpg.Connection, number: int = 3) -> None:
         "insert into device_type (name, client_ids, vhosts) values ('agv', array['{device_id}'], array['/'])"
     )
     await connection.execute("insert into account (name, login) values ('robot', 'certificate')")
-    await connection.execute("insert into device (device_id, common_name, type) select 'd' || n, 'd' || n, 'agv' from generate_series(1, $1) n", number)
+    await connection.execute(
+        "insert into device (device_id, common_name, type) select 'd' || n, 'd' || n, 'agv' from generate_series(1, $1) n",
+        number,
+    )
     await connection.execute(
         "insert into topic_rule (device_type, effect, action, topic) values ('agv', 'allow', 'publish', 'fleet/{device_id}/#')"
     )
-    await connection.execute("insert into topic_rule (account, effect, action, topic) values ('robot', 'allow', 'subscribe', 'fleet/#')")
+    await connection.execute(
+        "insert into topic_rule (account, effect, action, topic) values ('robot', 'allow', 'subscribe', 'fleet/#')"
+    )

@@ -15,7 +15,9 @@ _HEAD = """\
 set check_function_bodies = false;
 select pg_catalog.set_config('search_path', '', false);
 """
-_NOISE = re.compile(r"^(SET |CREATE SCHEMA public|COMMENT ON SCHEMA public|SELECT pg_catalog\.set_config|--|\\(un)?restrict )")
+_NOISE = re.compile(
+    r"^(SET |CREATE SCHEMA public|COMMENT ON SCHEMA public|SELECT pg_catalog\.set_config|--|\\(un)?restrict )"
+)
 
 
 def schema(server: Server, database: str) -> str:

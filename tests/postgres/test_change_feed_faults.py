@@ -1,0 +1,431 @@
+"""The copy in memory stays right through crashes, restores, standbys and changes of the schema."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import asyncpg
+import pytest
+
+from authbackend.errors import Unavailable
+from authbackend.policy import decide
+from authbackend.policy.requests import LoginRequest
+from authbackend.postgres import migrate as migrations
+from authbackend.postgres.connection import Target
+from authbackend.postgres.feed import ChangeFeed
+from authbackend.registry.snapshot import Mark
+from authbackend.registry.sync import SyncTimes, following
+from tests.support.postgres import Server, connected, run, until
+from tests.support.registry import Following, copied, fleet
+
+SOON = SyncTimes(poll_s=0.02)
+
+
+@pytest.fixture
+async def follower(dsn: str, connection: asyncpg.Connection) -> AsyncIterator[Following]:
+    """A loaded copy of a small fleet, refreshed by hand."""
+    await fleet(connection)
+    async with copied(dsn) as loaded:
+        yield loaded
+
+
+@contextlib.asynccontextmanager
+async def in_background(dsn: str) -> AsyncIterator[Following]:
+    """A copy that follows by itself, looking often."""
+    follower = Following(dsn, times=SOON)
+    async with following(follower.copy):
+        await until(lambda: _is(follower.copy.snapshot is not None), "the copy is loaded")
+        yield follower
+    await follower.feed.close()
+
+
+async def _is(value: bool) -> bool:
+    return value
+
+
+async def execute(dsn: str, *statements: str) -> None:
+    async with connected(dsn) as connection:
+        for statement in statements:
+            await connection.execute(statement)
+
+
+async def refreshed_fully(follower: Following) -> None:
+    """Refresh after a break of the connection or of the server, which must end in a whole load."""
+    await follower.feed.close()
+    assert (await follower.copy.refresh()).full
+    assert await follower.agrees()
+    assert not (await follower.copy.refresh()).full
+
+
+async def catch_up(dsn: str, mark: Mark) -> None:
+    """Let the counter of transaction ids get past a mark of a life that is over: then nothing of it looks odd."""
+
+    async with connected(dsn) as connection:
+
+        async def past() -> bool:
+            await connection.execute("select pg_current_xact_id()")
+            return int(await connection.fetchval("select pg_snapshot_xmin(pg_current_snapshot())::text")) > mark.xmax
+
+        await until(past, "the counter has caught up")
+
+
+# --- crashes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lazy_wal(postgres: Server) -> Iterator[None]:
+    """Keep what was committed asynchronously out of the WAL for seconds, so that a crash loses it for certain."""
+    for setting in ("wal_writer_delay = '10s'", "wal_writer_flush_after = '1GB'"):
+        postgres.psql("postgres", f"alter system set {setting}")
+    postgres.psql("postgres", "select pg_reload_conf()")
+    yield
+    postgres.psql("postgres", "alter system reset all")
+    postgres.psql("postgres", "select pg_reload_conf()")
+
+
+async def test_transaction_ids_given_out_again_after_a_crash_hide_no_change(
+    postgres: Server, dsn: str, follower: Following, lazy_wal: None
+) -> None:
+    for _ in range(5):  # a checkpoint or another writer may have flushed the WAL: try again
+        async with connected(dsn) as victim:
+            await victim.execute("set synchronous_commit = off")
+            for _ in range(3):
+                await victim.execute("update device set status = 'suspended' where device_id = 'd1'")
+            await follower.copy.refresh()
+            seen = follower.mark
+            assert follower.devices()["d1"][2] == "suspended"
+            await postgres.kill_backend(victim.get_server_pid())
+        async with connected(dsn) as writer, writer.transaction():
+            await writer.execute("update device set status = 'revoked' where device_id = 'd2'")
+            version = int(await writer.fetchval("select pg_current_xact_id()::text"))
+        if version < seen.xmax:
+            break
+        await refreshed_fully(follower)
+        await execute(dsn, "update device set status = 'active'")
+        await follower.copy.refresh()
+    assert seen.serves(version), "the crash gave no transaction id out again"
+    await catch_up(dsn, seen)
+    await refreshed_fully(follower)
+    assert follower.devices()["d2"][2] == "revoked"
+    assert follower.devices()["d1"][2] == "active"  # what the crash lost is lost in the copy too
+    assert follower.mark.incarnation != seen.incarnation
+    assert follower.mark.epoch == seen.epoch  # nothing else would have told
+
+
+@pytest.mark.parametrize("mode", ["immediate", "fast"])
+async def test_a_server_that_was_stopped_is_followed_again(postgres: Server, dsn: str, mode: str) -> None:
+    await execute(dsn, "select 1")
+    async with connected(dsn) as connection:
+        await fleet(connection)
+    async with in_background(dsn) as follower:
+        before = follower.mark
+        postgres.stop(mode)
+        try:
+            await until(lambda: _is(follower.copy.fault is not None), "the fault is told")
+            assert follower.copy.fault is not None
+            assert "PostgreSQL" in follower.copy.fault
+            assert str(postgres.folder) not in follower.copy.fault
+            assert len(follower.devices()) == 3
+        finally:
+            postgres.start()
+        await execute(dsn, "update device set status = 'revoked'")
+        await until(lambda: _is({s for *_, s in follower.devices().values()} == {"revoked"}), "the change is followed")
+        await until(lambda: _is(follower.copy.fault is None), "the fault is over")
+        assert follower.mark.epoch != before.epoch
+        assert (follower.mark.incarnation != before.incarnation) == (mode == "immediate")
+        assert [refreshed.full for refreshed in follower.observed.refreshes].count(True) == 2
+
+
+async def test_replicas_agree_on_the_incarnation_that_a_crash_made_necessary(
+    postgres: Server, dsn: str, follower: Following
+) -> None:
+    postgres.crash()
+    others = [ChangeFeed(Target(dsn)) for _ in range(4)]
+    try:
+        snapshots = await asyncio.gather(*(feed.load() for feed in others))
+        marks = {(snapshot.mark.epoch, snapshot.mark.incarnation) for snapshot in snapshots if snapshot.mark}
+        assert len(marks) == 1
+    finally:
+        for feed in others:
+            await feed.close()
+
+
+# --- schema changes ------------------------------------------------------------------------------------------------
+
+REWRITE = "alter table device add column made_by uuid not null default gen_random_uuid()"
+
+
+async def waits_for_lock(admin: asyncpg.Connection) -> None:
+    sql = "select count(*) from pg_stat_activity where application_name = 'authbackend' and wait_event_type = 'Lock'"
+
+    async def waits() -> bool:
+        return bool(await admin.fetchval(sql))
+
+    await until(waits, "the reader waits for the lock")
+
+
+async def test_a_load_during_a_rewrite_of_a_table_is_not_empty(dsn: str, connection: asyncpg.Connection) -> None:
+    await fleet(connection)
+    async with connected(dsn) as altering:
+        transaction = altering.transaction()
+        await transaction.start()
+        await altering.execute(REWRITE)
+        feed = ChangeFeed(Target(dsn))
+        loading = asyncio.create_task(feed.load())
+        await waits_for_lock(connection)
+        await transaction.commit()
+        snapshot = await loading
+        await feed.close()
+    assert snapshot.sizes() == {"device": 3, "device_type": 1, "account": 1}
+
+
+async def test_a_refresh_during_a_rewrite_of_a_table_misses_nothing(
+    dsn: str, follower: Following, connection: asyncpg.Connection
+) -> None:
+    async with connected(dsn) as altering:
+        transaction = altering.transaction()
+        await transaction.start()
+        await altering.execute("update device set status = 'revoked' where device_id = 'd1'")
+        await altering.execute(REWRITE)
+        refreshing = asyncio.create_task(follower.copy.refresh())
+        await waits_for_lock(connection)
+        await transaction.commit()
+        await refreshing
+    assert await follower.agrees()
+    assert follower.devices()["d1"][2] == "revoked"
+
+
+async def test_a_table_locked_for_long_is_a_fault_that_keeps_the_copy(
+    dsn: str, follower: Following, connection: asyncpg.Connection
+) -> None:
+    async with connected(dsn) as altering:
+        transaction = altering.transaction()
+        await transaction.start()
+        await altering.execute("lock table device in access exclusive mode")
+        with pytest.raises(Unavailable, match="lock timeout"):
+            await follower.copy.refresh()
+        assert len(follower.devices()) == 3
+        await transaction.rollback()
+    await follower.copy.refresh()
+    assert await follower.agrees()
+
+
+async def test_a_changed_column_type_costs_one_reconnect(dsn: str, connection: asyncpg.Connection) -> None:
+    await fleet(connection)
+    async with in_background(dsn) as follower:
+
+        async def vhosts() -> tuple[str, ...]:
+            found = follower.snapshot.device_type("agv")
+            return found.vhosts if found is not None else ()
+
+        async def first() -> bool:
+            return await vhosts() == ("/", "first")
+
+        async def second() -> bool:
+            return await vhosts() == ("/", "second") and follower.copy.fault is None
+
+        await connection.execute("update device_type set vhosts = '{/,first}'")
+        await until(first, "the first change is followed")
+        await connection.execute("alter table device_type alter column vhosts type varchar(255)[]")
+        await connection.execute("update device_type set vhosts = '{/,second}'")
+        await until(second, "the second change is followed")
+        assert follower.observed.failures == 1
+        assert await follower.agrees()
+
+
+# --- restores ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("single", [True, False], ids=["single transaction", "table by table"])
+async def test_a_restore_into_the_same_database_never_empties_the_copy(
+    postgres: Server, database: str, dsn: str, connection: asyncpg.Connection, single: bool
+) -> None:
+    await fleet(connection)
+    dump = postgres.folder / f"{database}.dump"
+    async with in_background(dsn) as follower:
+        before = follower.mark
+        postgres.run("pg_dump", "-Fc", "-f", dump, database)
+        await connection.execute("update device set status = 'suspended'")
+        await until(lambda: _is({s for *_, s in follower.devices().values()} == {"suspended"}), "the last change")
+        sizes = set()
+        restoring = asyncio.create_task(
+            asyncio.to_thread(
+                postgres.run,
+                *("pg_restore", "--clean", "--if-exists", "--exit-on-error"),
+                *(["--single-transaction"] if single else []),
+                *("-d", database, dump),
+            )
+        )
+        while not restoring.done():
+            sizes.add(str(follower.snapshot.sizes()))
+            await asyncio.sleep(0.001)
+        await restoring
+        await until(lambda: _is({s for *_, s in follower.devices().values()} == {"active"}), "the restore is followed")
+        await until(lambda: _is(follower.copy.fault is None), "the fault is over")
+        assert sizes == {str({"device": 3, "device_type": 1, "account": 1})}
+        assert follower.mark.epoch != before.epoch
+        assert follower.mark.incarnation == before.incarnation  # it travels in the dump: the tables alone are new
+        await execute(dsn, "update device set status = 'revoked'")
+        await until(lambda: _is({s for *_, s in follower.devices().values()} == {"revoked"}), "the next change")
+        assert await follower.agrees()
+
+
+async def test_a_restore_of_data_alone_is_told_repaired_and_healed(
+    postgres: Server, database: str, dsn: str, follower: Following, connection: asyncpg.Connection
+) -> None:
+    dump = postgres.folder / f"{database}.dump"
+    postgres.run("pg_dump", "-Fc", "-f", dump, database)
+    await connection.execute("delete from device")
+    await follower.copy.refresh()
+    assert follower.devices() == {}
+    postgres.run("pg_restore", "--data-only", "--disable-triggers", "-t", "device", "-d", database, dump)
+    with pytest.raises(Unavailable, match=r"12 of 16 change triggers .* Run: authbackend migrate --repair-triggers"):
+        await follower.copy.refresh()
+    assert follower.devices() == {}
+    assert await migrations.repair_triggers(Target(dsn)) > 0
+    await follower.copy.refresh()
+    assert follower.devices() == {}  # no change row told of it
+    assert await follower.copy.compare() == 3
+    assert await follower.agrees()
+    assert len(follower.devices()) == 3
+    await connection.execute("update device set status = 'revoked'")
+    assert (await follower.copy.refresh()).changed == 3
+
+
+@pytest.mark.parametrize("trigger", ["change_i", "change_u", "change_d", "change_t"])
+@pytest.mark.parametrize("how", ["disable trigger {}", "enable trigger {}", "enable replica trigger {}"])
+async def test_a_missing_trigger_keeps_the_copy_and_the_fault_is_told(
+    follower: Following, connection: asyncpg.Connection, trigger: str, how: str
+) -> None:
+    await connection.execute(f"alter table account {how.format(trigger)}")
+    with pytest.raises(Unavailable, match="15 of 16 change triggers are there and enabled"):
+        await follower.copy.refresh()
+    with pytest.raises(Unavailable, match="15 of 16 change triggers are there and enabled"):
+        await follower.copy.compare()
+    assert len(follower.devices()) == 3
+    assert await migrations.repair_triggers(Target(follower.dsn)) == 1
+    assert not (await follower.copy.refresh()).full
+
+
+async def test_another_database_of_the_same_name_is_loaded_anew(
+    postgres: Server, database: str, migrated_template: str, follower: Following
+) -> None:
+    await execute(
+        postgres.dsn("postgres"),
+        f"drop database {database} with (force)",
+        f"create database {database} template {migrated_template}",
+    )
+    await refreshed_fully(follower)
+    assert follower.devices() == {}
+
+
+# --- other servers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def primary(postgres: Server) -> Iterator[Server]:
+    """A second cluster with a small fleet in the database ``registry``."""
+    server = Server(postgres.version)
+    try:
+        server.create()
+        server.start()
+        server.psql("postgres", "create database registry")
+
+        async def fill() -> None:
+            await migrations.migrate(Target(server.dsn("registry")))
+            async with connected(server.dsn("registry")) as connection:
+                await fleet(connection)
+
+        run(fill())
+        yield server
+    finally:
+        server.remove()
+
+
+async def test_a_standby_is_refused_until_it_is_promoted(primary: Server) -> None:
+    standby = Server(primary.version)
+    try:
+        primary.run("pg_basebackup", "-D", standby.data, "-R", "-X", "stream", "-c", "fast")
+        standby.start()
+        async with copied(primary.dsn("registry")) as original:
+            feed = ChangeFeed(Target(standby.dsn("registry")))
+            with pytest.raises(Unavailable, match=r"the server is a standby.* Connect to the primary"):
+                await feed.load()
+            standby.run("pg_ctl", "promote", "-w", "-D", standby.data)
+            promoted = await feed.load()
+            await feed.close()
+            assert promoted.sizes() == original.snapshot.sizes()
+            assert promoted.mark is not None
+            timelines = [mark.epoch.split("/")[2] for mark in (original.mark, promoted.mark)]
+            assert timelines == ["00000001", "00000002"]
+            assert promoted.mark.incarnation != original.mark.incarnation
+    finally:
+        standby.remove()
+
+
+async def test_an_older_copy_of_the_files_is_loaded_anew(primary: Server) -> None:
+    dsn = primary.dsn("registry")
+    primary.stop()
+    older = primary.folder / "older"
+    subprocess.run(["cp", "-a", primary.data, older], check=True)
+    primary.start()
+    async with copied(dsn) as follower:
+        await execute(dsn, *["update device set status = 'suspended'"] * 5)
+        await follower.copy.refresh()
+        ahead = follower.mark
+        primary.stop()
+        shutil.rmtree(primary.data)
+        older.rename(primary.data)
+        primary.start()
+        async with connected(dsn) as connection, connection.transaction():
+            await connection.execute("update device set status = 'revoked' where device_id = 'd1'")
+            version = int(await connection.fetchval("select pg_current_xact_id()::text"))
+        assert ahead.serves(version)
+        await catch_up(dsn, ahead)
+        await refreshed_fully(follower)
+        assert {key: status for key, (*_, status) in follower.devices().items()} == {
+            "d1": "revoked",
+            "d2": "active",
+            "d3": "active",
+        }
+
+
+# --- how soon --------------------------------------------------------------------------------------------------------
+
+
+async def test_what_psql_commits_is_what_is_decided_by(
+    postgres: Server, database: str, dsn: str, connection: asyncpg.Connection
+) -> None:
+    await fleet(connection)
+    follower = Following(dsn)  # with the times of production
+
+    def allowed() -> bool:
+        decision: Any = decide.login(follower.snapshot, LoginRequest("d1", client_id="d1"), time.time())
+        return bool(decision.allowed)
+
+    command = [str(postgres.bin / "psql"), "-XAtq", "-h", str(postgres.folder), "-U", "postgres", "-d", database]
+    psql = await asyncio.create_subprocess_exec(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert psql.stdin is not None
+    assert psql.stdout is not None
+    took = []
+    async with following(follower.copy):
+        await until(lambda: _is(follower.copy.snapshot is not None), "the copy is loaded")
+        for status in ["revoked", "active"] * 10:
+            psql.stdin.write(f"update device set status = '{status}' where device_id = 'd1';\n\\echo done\n".encode())
+            await psql.stdout.readline()
+            committed = time.monotonic()
+            async with asyncio.timeout(10):
+                while allowed() != (status == "active"):
+                    await asyncio.sleep(0.0005)
+            took.append((time.monotonic() - committed) * 1000)
+    psql.stdin.close()
+    await psql.wait()
+    await follower.feed.close()
+    print(f"psql committed -> decided by: median {statistics.median(took):.1f} ms, longest {max(took):.1f} ms")
