@@ -34,6 +34,7 @@ class Metrics:
         )
         info.labels(__version__, platform.python_version()).set(1)
         self._durations: dict[str, Histogram] = {}
+        self._decision_children: dict[tuple[str, bool, str, str], Counter] = {}
 
     def _broker_metrics(self) -> None:
         self._decisions = Counter(
@@ -116,7 +117,13 @@ class Metrics:
 
     def decided(self, endpoint: str, decision: Decision) -> None:
         """Count an answer."""
-        self._decisions.labels(endpoint, "allow" if decision.allowed else "deny", decision.reason, decision.kind).inc()
+        key = (endpoint, decision.allowed, decision.reason, decision.kind)
+        child = self._decision_children.get(key)
+        if child is None:
+            verdict = "allow" if decision.allowed else "deny"
+            child = self._decisions.labels(endpoint, verdict, decision.reason, decision.kind)
+            self._decision_children[key] = child
+        child.inc()
 
     def answered(self, endpoint: str, seconds: float) -> None:
         """Note how long an answer took."""

@@ -79,11 +79,10 @@ class Endpoints:
 
     async def answer(self, question: _Question, request: web.BaseRequest) -> web.Response:
         """Answer one request; never raises but for cancellation."""
-        started = time.perf_counter()
+        started = time.monotonic()
         self._metrics.in_flight.inc()
         try:
-            async with asyncio.timeout(self._timeout_s):
-                return await self._answer(question, request)
+            return await self._answer(question, request, started + self._timeout_s)
         except TimeoutError:
             return self._failed(question.name, "timeout")
         except ConnectionError:
@@ -93,7 +92,7 @@ class Endpoints:
             return self._failed(question.name, "crash")
         finally:
             self._metrics.in_flight.dec()
-            self._metrics.answered(question.name, time.perf_counter() - started)
+            self._metrics.answered(question.name, time.monotonic() - started)
 
     def malformed(self, endpoint: str, cause: Malformed) -> web.Response:
         """Deny a request that is not RabbitMQ's, and count why."""
@@ -104,9 +103,9 @@ class Endpoints:
             log.info("malformed", endpoint=endpoint, cause=str(cause), unlogged=suppressed)
         return web.Response(text=wire.answer(_MALFORMED, with_reason=self._deny_reasons))
 
-    async def _answer(self, question: _Question, request: web.BaseRequest) -> web.Response:
+    async def _answer(self, question: _Question, request: web.BaseRequest, deadline: float) -> web.Response:
         try:
-            parsed = question.parse(wire.parse_form(await _form(request)))
+            parsed = question.parse(wire.parse_form(await _form(request, deadline)))
         except MalformedRequest as fault:
             return self.malformed(question.name, fault.cause)
         snapshot = self._copy.snapshot
@@ -116,7 +115,11 @@ class Endpoints:
             decision = _STALE
         else:
             outcome = question.decide(snapshot, parsed, time.time(), self._rules)
-            decision = outcome if isinstance(outcome, Decision) else await self._checked(outcome, parsed.password)
+            if isinstance(outcome, Decision):
+                decision = outcome
+            else:
+                async with asyncio.timeout_at(_loop_time(deadline)):
+                    decision = await self._checked(outcome, parsed.password)
         self._metrics.decided(question.name, decision)
         if decision.allowed:
             log.debug("allowed", endpoint=question.name, name=parsed.username)
@@ -165,11 +168,18 @@ class Endpoints:
         )
 
 
-async def _form(request: web.BaseRequest) -> bytes:
+def _loop_time(deadline: float) -> float:
+    return asyncio.get_running_loop().time() + deadline - time.monotonic()
+
+
+async def _form(request: web.BaseRequest, deadline: float) -> bytes:
     """Return the form that carries the parameters: the body of a POST, the query of a GET."""
     if request.method == "POST":
         try:
-            return await request.read()
+            if request.content.is_eof():  # nearly always: the body came with the head
+                return await request.read()
+            async with asyncio.timeout_at(_loop_time(deadline)):
+                return await request.read()
         except web.HTTPRequestEntityTooLarge:
             raise MalformedRequest(Malformed.TOO_LARGE) from None
     if request.method == "GET":

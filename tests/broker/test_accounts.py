@@ -114,14 +114,8 @@ async def test_an_account_with_a_devices_client_id_is_refused(mqtt: Clients, fle
 async def test_an_accounts_client_id_is_taken_to_the_letter(mqtt: Clients, fleet: Fleet) -> None:
     """What a form must escape, and what a wrong decoder would make of it."""
     carrier = fleet.device()
-    others = [
-        "dash+board 100%+ü",
-        "dash board 100% ü",
-        "dash%20board 100%+ü",
-        "dash board 100%25+ü",
-        "dash board 100%+Ü",
-    ]
-    clients = [mqtt(carrier, **(DASHBOARD | {"client_id": name})) for name in ["dash board 100%+ü", *others]]
+    others = ["dash+board 100%ü", "dash%20board 100%ü", "dash board 100%25ü", "dash board 100%Ü", "dash board 100"]
+    clients = [mqtt(carrier, **(DASHBOARD | {"client_id": name})) for name in ["dash board 100%ü", *others]]
     assert await connect_all(*clients) == [0] + [LOGIN_REFUSED] * len(others)
 
 
