@@ -64,7 +64,13 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 
 def actor() -> str:
     """Return who acts, for the audit trail: ``AUTHBACKEND_ACTOR``, else user@host."""
-    return os.environ.get("AUTHBACKEND_ACTOR") or f"{getpass.getuser()}@{socket.gethostname()}"
+    if named := os.environ.get("AUTHBACKEND_ACTOR"):
+        return named
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user id without a name
+        user = f"uid {os.getuid()}"
+    return f"{user}@{socket.gethostname()}"
 
 
 def show(value: Any, as_json: bool, lines: Callable[[], Iterable[str]]) -> None:

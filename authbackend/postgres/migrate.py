@@ -64,6 +64,9 @@ async def migrate(target: Target) -> list[Migration]:
         version = connection.get_server_version()
         if version.major < 15:
             raise Unavailable(f"PostgreSQL {version.major} is too old: 15 to 18 are supported")
+        encoding = await connection.fetchval("show server_encoding")
+        if encoding != "UTF8":
+            raise ConfigurationError(f"the database's encoding is {encoding}; create it with: ENCODING 'UTF8' TEMPLATE template0")
         await connection.execute("set statement_timeout = 0")
         await connection.execute("select pg_advisory_lock($1)", ADVISORY_LOCK, timeout=600)
         try:
