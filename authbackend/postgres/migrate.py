@@ -66,7 +66,9 @@ async def migrate(target: Target) -> list[Migration]:
             raise Unavailable(f"PostgreSQL {version.major} is too old: 15 to 18 are supported")
         encoding = await connection.fetchval("show server_encoding")
         if encoding != "UTF8":
-            raise ConfigurationError(f"the database's encoding is {encoding}; create it with: ENCODING 'UTF8' TEMPLATE template0")
+            raise ConfigurationError(
+                f"the database's encoding is {encoding}; create it with: ENCODING 'UTF8' TEMPLATE template0"
+            )
         await connection.execute("set statement_timeout = 0")
         await connection.execute("select pg_advisory_lock($1)", ADVISORY_LOCK, timeout=600)
         try:

@@ -203,6 +203,17 @@ async def test_a_server_older_than_15_is_refused_by_name(tmp_path: Path, version
             await migrations.migrate(Target(dsn))
 
 
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+async def test_a_database_that_is_not_utf_8_is_refused_and_stays_empty(postgres: Server, encoding: str) -> None:
+    postgres.psql("postgres", f"create database other template template0 locale 'C' encoding '{encoding}'")
+    try:
+        with pytest.raises(ConfigurationError, match=f"encoding is {encoding}; create it with: ENCODING 'UTF8'"):
+            await migrations.migrate(Target(postgres.dsn("other")))
+        assert postgres.psql("other", "select count(*) from pg_tables where schemaname = 'public'").strip() == "0"
+    finally:
+        postgres.psql("postgres", "drop database other with (force)")
+
+
 # --- what they add up to -------------------------------------------------------------------------------------------
 
 
