@@ -19,6 +19,9 @@ begin
   end loop;
 end $$;
 
+-- Databases that began before PostgreSQL 15 let everybody create functions and tables here.
+revoke create on schema public from public;
+
 revoke all on device_type, device, account, topic_rule, audit, change, change_floor, change_horizon, incarnation, identity_guard, schema_migrations
   from public, authbackend_service, authbackend_admin, authbackend_reader;
 

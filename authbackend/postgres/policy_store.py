@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from authbackend.document.model import AccountEntry, DeviceEntry, DeviceTypeEntry, Document, RuleEntry
@@ -62,6 +63,7 @@ _ACCOUNTS = _Table(
     ),
     {"password_hash": "null"},
 )
+_shown = partial(json.dumps, ensure_ascii=False)
 _RULE_KEY = ("device_type", "device_id", "account", "effect", "action", "topic", "exchange")
 
 
@@ -99,8 +101,7 @@ class Applied:
     version: int | None
 
 
-def _shown(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+LONGEST_STATEMENT_S = 3600.0  # a million devices are one statement over a million rows, with their audit rows
 
 
 async def plan(target: Target, document: Document, *, prune: bool = False) -> list[Change]:
@@ -110,7 +111,10 @@ async def plan(target: Target, document: Document, *, prune: bool = False) -> li
     Raises:
         AuthbackendError: The database cannot be reached or refuses to read.
     """
-    async with connected(target) as connection, _rolled_back(connection):
+    async with (
+        connected(replace(target, statement_timeout_s=LONGEST_STATEMENT_S)) as connection,
+        _rolled_back(connection),
+    ):
         await _stage(connection, document)
         return await _differences(connection, document, prune)
 
@@ -124,7 +128,10 @@ async def apply(target: Target, document: Document, *, actor: str, prune: bool =
         Conflict: A name is taken or still referred to; nothing was changed.
         Forbidden, Unavailable: The role lacks a right, or there is no connection.
     """
-    async with connected(target) as connection, connection.transaction():
+    async with (
+        connected(replace(target, statement_timeout_s=LONGEST_STATEMENT_S)) as connection,
+        connection.transaction(),
+    ):
         await connection.execute("select set_config('authbackend.actor', $1, true)", actor)
         await connection.execute("lock table device_type, device, account, topic_rule in share row exclusive mode")
         await _stage(connection, document)
