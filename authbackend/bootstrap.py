@@ -16,13 +16,13 @@ from authbackend.admin.listener import application
 from authbackend.broker.endpoints import Endpoints
 from authbackend.broker.listener import BrokerServer, TLSFiles, listening, watch
 from authbackend.broker.passwords import PasswordChecker
-from authbackend.errors import ConfigurationError
+from authbackend.errors import ConfigurationError, Unavailable
 from authbackend.logs import Sampler
 from authbackend.metrics import Metrics
 from authbackend.policy.decide import Rules
 from authbackend.postgres.connection import Target
 from authbackend.postgres.feed import ChangeFeed
-from authbackend.registry.sync import RegistryCopy, SyncTimes, following
+from authbackend.registry.sync import RegistryCopy, SyncTimes
 from authbackend.settings import TLS, Broker, Settings, host_and_port, is_loopback, read_dsn
 
 log = structlog.get_logger(__name__)
@@ -78,12 +78,14 @@ class _PasswordMetrics:
 
 
 @contextlib.asynccontextmanager
-async def service(settings: Settings) -> AsyncIterator[dict[str, str]]:
+async def service(settings: Settings, on_end: Callable[[str], object] = log.error) -> AsyncIterator[dict[str, str]]:
     """
     Run everything for the time of the block and yield where it listens: ``broker`` and ``admin``.
 
     Listens at once and answers 503 until the registry is loaded.
 
+    Args:
+        on_end: Is told the name of a background task that ended by itself, which it never should.
     Raises:
         ConfigurationError: A setting cannot be used.
     """
@@ -105,9 +107,9 @@ async def service(settings: Settings) -> AsyncIterator[dict[str, str]]:
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(passwords.close)
         stack.push_async_callback(feed.close)
-        await stack.enter_async_context(following(copy))
+        await stack.enter_async_context(_background("registry", copy.run(), on_end))
         if tls is not None:
-            await stack.enter_async_context(_background(watch(tls)))
+            await stack.enter_async_context(_background("certificates", watch(tls), on_end))
         backlog = settings.broker.backlog
         port = await stack.enter_async_context(listening(server, host, port, tls=tls, backlog=backlog))
         admin_port = await stack.enter_async_context(_application_listening(app, admin_host, admin_port))
@@ -174,22 +176,40 @@ async def _application_listening(app: web.Application, host: str, port: int) -> 
 
 
 @contextlib.asynccontextmanager
-async def _background(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    task = asyncio.create_task(coroutine)
+async def _background(
+    name: str, coroutine: Coroutine[Any, Any, None], on_end: Callable[[str], object]
+) -> AsyncIterator[None]:
+    task = asyncio.create_task(coroutine, name=name)
+    task.add_done_callback(lambda ended: None if ended.cancelled() else on_end(name))
     try:
         yield
     finally:
         task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
+        with contextlib.suppress(asyncio.CancelledError, Exception):
             await task
 
 
 async def serve(settings: Settings, started: Callable[[dict[str, str]], object]) -> None:
-    """Run until SIGTERM or SIGINT; ``started`` is told where it listens."""
+    """
+    Run until SIGTERM or SIGINT; ``started`` is told where it listens.
+
+    Raises:
+        ConfigurationError: A setting cannot be used.
+        Unavailable: A background task ended by itself. Better to be started anew than to decide by a copy that
+            nobody keeps true.
+    """
     stop = asyncio.Event()
+    ended: list[str] = []
+
+    def on_end(name: str) -> None:
+        ended.append(name)
+        stop.set()
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with service(settings) as where:
+    async with service(settings, on_end) as where:
         started(where)
         await stop.wait()
+    if ended:
+        raise Unavailable(f"the task {ended[0]} ended by itself; stopped, so that it is started anew")

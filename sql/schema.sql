@@ -6,7 +6,7 @@ select pg_catalog.set_config('search_path', '', false);
 
 CREATE FUNCTION public.account_check() RETURNS trigger
     LANGUAGE plpgsql
-    SET search_path TO 'pg_catalog'
+    SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 begin
   if public.account_fault(new) is not null then
@@ -17,16 +17,26 @@ end $$;
 
 CREATE FUNCTION public.account_dead_lettering_check() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER
-    SET search_path TO 'pg_catalog'
+    SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
+  touched text[];
   found_account text;
   found_exchange text;
 begin
+  if tg_table_name = 'account' then
+    select array_agg(name) into touched from new_rows;
+  else
+    select array_agg(distinct account) into touched from new_rows where account is not null;
+  end if;
+  if touched is null then
+    return null;
+  end if;
+  perform public.identity_guard_take();
   select a.name, x.name into found_account, found_exchange
   from public.account a
   cross join lateral (select 'amq.topic' as name union select r.exchange from public.topic_rule r where r.account = a.name and r.exchange is not null) as x
-  where not a.unchecked_dead_lettering and cardinality(a.configure) > 0
+  where a.name = any (touched) and not a.unchecked_dead_lettering and cardinality(a.configure) > 0
     and exists (select from unnest(a.write) as w where public.resource_pattern_matches(w, x.name))
   limit 1;
   if found then
@@ -51,7 +61,7 @@ CREATE TABLE public.account (
 
 CREATE FUNCTION public.account_fault(a public.account) RETURNS text
     LANGUAGE plpgsql IMMUTABLE
-    SET search_path TO 'pg_catalog'
+    SET search_path TO 'pg_catalog', 'pg_temp'
     AS $_$
 declare
   tag text;
@@ -106,7 +116,7 @@ end $_$;
 
 CREATE FUNCTION public.attributes_fault(attributes jsonb) RETURNS text
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    SET search_path TO 'pg_catalog'
+    SET search_path TO 'pg_catalog', 'pg_temp'
     AS $_$
   select case
     when attributes = '{}' then null
@@ -148,7 +158,7 @@ end $_$;
 
 CREATE FUNCTION public.audit_refuse() RETURNS trigger
     LANGUAGE plpgsql
-    SET search_path TO 'pg_catalog'
+    SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 begin
   raise exception using errcode = 'insufficient_privilege', message = format('the audit trail is append-only: %s is refused', tg_op);
@@ -156,7 +166,7 @@ end $$;
 
 CREATE FUNCTION public.audit_row(entity text, r jsonb) RETURNS jsonb
     LANGUAGE sql IMMUTABLE
-    SET search_path TO 'pg_catalog'
+    SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
   select case when entity = 'account' and r is not null
     then r || jsonb_build_object('password_hash', case when r ->> 'password_hash' is null then null else 'set' end)
@@ -247,7 +257,7 @@ end $$;
 
 CREATE FUNCTION public.client_id_fits(client_id text, device_id text, patterns text[]) RETURNS boolean
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    SET search_path TO 'pg_catalog'
+    SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
   select coalesce(bool_or(
     case when right(full_pattern, 1) = '*'
@@ -258,7 +268,7 @@ $$;
 
 CREATE FUNCTION public.client_id_owners(client_id text) RETURNS SETOF text
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    SET search_path TO 'pg_catalog'
+    SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
   select left(client_id, n) from generate_series(1, least(length(client_id), 64)) as n
   where n = length(client_id) or substr(client_id, n + 1, 1) in ('_', '-', '.', '/')
@@ -266,7 +276,7 @@ $$;
 
 CREATE FUNCTION public.client_id_pattern_fault(pattern text) RETURNS text
     LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
-    SET search_path TO 'pg_catalog'
+    SET search_path TO 'pg_catalog', 'pg_temp'
     AS $_$
 begin
   if pattern ~ '^\{device_id\}([_./-]([A-Za-z0-9_.:@/-]*[_./-])?\*|[_./-][A-Za-z0-9_.:@/-]+)?$' and octet_length(pattern) <= 128 then
@@ -285,7 +295,7 @@ end $_$;
 
 CREATE FUNCTION public.common_name_fault(name text) RETURNS text
     LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
-    SET search_path TO 'pg_catalog'
+    SET search_path TO 'pg_catalog', 'pg_temp'
     AS $_$
 begin
   if name is null or name = '' then
@@ -306,7 +316,7 @@ end $_$;
 
 CREATE FUNCTION public.device_defaults() RETURNS trigger
     LANGUAGE plpgsql
-    SET search_path TO 'pg_catalog'
+    SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 begin
   new.common_name := coalesce(new.common_name, new.device_id);
@@ -315,7 +325,7 @@ end $$;
 
 CREATE FUNCTION public.device_status_changed() RETURNS trigger
     LANGUAGE plpgsql
-    SET search_path TO 'pg_catalog'
+    SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 begin
   new.status_changed_at := now();
@@ -324,7 +334,7 @@ end $$;
 
 CREATE FUNCTION public.device_type_client_id_patterns() RETURNS trigger
     LANGUAGE plpgsql
-    SET search_path TO 'pg_catalog'
+    SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
   pattern text;
@@ -339,17 +349,15 @@ end $$;
 
 CREATE FUNCTION public.identity_check() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER
-    SET search_path TO 'pg_catalog'
+    SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
   fault text;
 begin
   if tg_argv[0] = 'share' then
     perform from public.identity_guard for share;
-  elsif current_setting('transaction_isolation') <> 'read committed' then
-    raise exception using errcode = 'feature_not_supported', message = format('%s can be changed only in a READ COMMITTED transaction: its check must see what others committed', tg_table_name);
   else
-    update public.identity_guard set writers = writers + 1;
+    perform public.identity_guard_take();
   end if;
   select f into fault from (
     select format('account %L has the common name of device %L', a.name, d.device_id) as f
@@ -369,6 +377,17 @@ begin
   return null;
 end $$;
 
+CREATE FUNCTION public.identity_guard_take() RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if current_setting('transaction_isolation') <> 'read committed' then
+    raise exception using errcode = 'feature_not_supported', message = 'device types, accounts and their rules can be changed only in a READ COMMITTED transaction: the check must see what others committed';
+  end if;
+  update public.identity_guard set writers = writers + 1;
+end $$;
+
 CREATE FUNCTION public.incarnation_renew() RETURNS uuid
     LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'public', 'pg_temp'
@@ -379,7 +398,7 @@ $$;
 
 CREATE FUNCTION public.name_list_fault(names text[], longest_bytes integer) RETURNS text
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    SET search_path TO 'pg_catalog'
+    SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
   select case
     when names is null then 'the list is null; write {} for none'
@@ -393,7 +412,7 @@ $$;
 
 CREATE FUNCTION public.networks_fault(networks cidr[]) RETURNS text
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    SET search_path TO 'pg_catalog'
+    SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
   select case
     when networks is null then null
@@ -405,7 +424,7 @@ $$;
 
 CREATE FUNCTION public.refuse(fault text) RETURNS boolean
     LANGUAGE plpgsql
-    SET search_path TO 'pg_catalog'
+    SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 begin
   raise exception using errcode = 'check_violation', message = fault;
@@ -413,14 +432,14 @@ end $$;
 
 CREATE FUNCTION public.resource_pattern_matches(pattern text, name text) RETURNS boolean
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    SET search_path TO 'pg_catalog'
+    SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
   select name like replace(replace(replace(replace(pattern, '\', '\\'), '%', '\%'), '_', '\_'), '*', '%')
 $$;
 
 CREATE FUNCTION public.topic_filter_fault(filter text) RETURNS text
     LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
-    SET search_path TO 'pg_catalog'
+    SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
   shape text; -- the filter with every known placeholder replaced by a letter
@@ -534,6 +553,11 @@ END),
 CASE
     WHEN (status = ANY (ARRAY['pending'::text, 'active'::text, 'suspended'::text, 'revoked'::text])) THEN true
     ELSE public.refuse(format('status %L of device %L: possible are pending, active, suspended and revoked'::text, status, device_id))
+END),
+    CONSTRAINT device_status_changed_at CHECK (
+CASE
+    WHEN ((status_changed_at >= '1970-01-01 00:00:00+00'::timestamp with time zone) AND (status_changed_at < '9999-12-31 00:00:00+00'::timestamp with time zone)) THEN true
+    ELSE public.refuse(format('time of the status of device %L: possible are the years 1970 to 9999'::text, device_id))
 END)
 );
 
@@ -813,13 +837,21 @@ CREATE TRIGGER client_id_patterns BEFORE INSERT OR UPDATE ON public.device_type 
 
 ALTER TABLE public.device_type ENABLE ALWAYS TRIGGER client_id_patterns;
 
-CREATE TRIGGER dead_lettering AFTER INSERT OR UPDATE ON public.account FOR EACH STATEMENT EXECUTE FUNCTION public.account_dead_lettering_check();
+CREATE TRIGGER dead_lettering_i AFTER INSERT ON public.account REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.account_dead_lettering_check();
 
-ALTER TABLE public.account ENABLE ALWAYS TRIGGER dead_lettering;
+ALTER TABLE public.account ENABLE ALWAYS TRIGGER dead_lettering_i;
 
-CREATE TRIGGER dead_lettering AFTER INSERT OR UPDATE ON public.topic_rule FOR EACH STATEMENT EXECUTE FUNCTION public.account_dead_lettering_check();
+CREATE TRIGGER dead_lettering_i AFTER INSERT ON public.topic_rule REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.account_dead_lettering_check();
 
-ALTER TABLE public.topic_rule ENABLE ALWAYS TRIGGER dead_lettering;
+ALTER TABLE public.topic_rule ENABLE ALWAYS TRIGGER dead_lettering_i;
+
+CREATE TRIGGER dead_lettering_u AFTER UPDATE ON public.account REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.account_dead_lettering_check();
+
+ALTER TABLE public.account ENABLE ALWAYS TRIGGER dead_lettering_u;
+
+CREATE TRIGGER dead_lettering_u AFTER UPDATE ON public.topic_rule REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.account_dead_lettering_check();
+
+ALTER TABLE public.topic_rule ENABLE ALWAYS TRIGGER dead_lettering_u;
 
 CREATE TRIGGER defaults BEFORE INSERT ON public.device FOR EACH ROW WHEN ((new.common_name IS NULL)) EXECUTE FUNCTION public.device_defaults();
 
@@ -829,7 +861,7 @@ CREATE TRIGGER identity AFTER INSERT OR UPDATE ON public.account FOR EACH STATEM
 
 ALTER TABLE public.account ENABLE ALWAYS TRIGGER identity;
 
-CREATE TRIGGER identity AFTER INSERT OR UPDATE ON public.device FOR EACH STATEMENT EXECUTE FUNCTION public.identity_check('share');
+CREATE TRIGGER identity AFTER INSERT OR UPDATE OF device_id, common_name, type ON public.device FOR EACH STATEMENT EXECUTE FUNCTION public.identity_check('share');
 
 ALTER TABLE public.device ENABLE ALWAYS TRIGGER identity;
 
@@ -862,6 +894,8 @@ REVOKE ALL ON FUNCTION public.change_note() FROM PUBLIC;
 REVOKE ALL ON FUNCTION public.change_prune(keep interval) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.identity_check() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.identity_guard_take() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.incarnation_renew() FROM PUBLIC;
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import structlog
-from aiohttp import web
+from aiohttp import ClientPayloadError, web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from authbackend.broker import wire
 from authbackend.broker.passwords import Busy, PasswordChecker
@@ -182,6 +183,8 @@ async def _form(request: web.BaseRequest, deadline: float) -> bytes:
                 return await request.read()
         except web.HTTPRequestEntityTooLarge:
             raise MalformedRequest(Malformed.TOO_LARGE) from None
+        except (web.RequestPayloadError, ClientPayloadError, HttpProcessingError):
+            raise MalformedRequest(Malformed.NOT_HTTP) from None
     if request.method == "GET":
         if len(request.raw_path) + len("GET  HTTP/1.1") > wire.LONGEST_REQUEST_LINE_BYTES:
             raise MalformedRequest(Malformed.TOO_LARGE)

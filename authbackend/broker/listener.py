@@ -129,9 +129,9 @@ class TLSFiles:
 
     def _load(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        # A resumed session would skip the check of a client certificate whose authority was withdrawn meanwhile.
-        context.options |= ssl.OP_NO_TICKET
+        # A resumed session would skip the check of a client certificate whose authority was withdrawn meanwhile:
+        # no tickets, and not TLS 1.2, whose session ids cannot be switched off here. Erlang 23 and later speak 1.3.
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.num_tickets = 0
         try:
             context.load_cert_chain(self._certificate, self._key)

@@ -9,6 +9,7 @@ a new password ends it at once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import secrets
 import time
@@ -152,8 +153,12 @@ class _Lane:
         loop = asyncio.get_running_loop()
         future: Future[bool] = self._pool.submit(function, *arguments)  # type: ignore[arg-type]
         self.taken += 1
-        future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._release))
+        future.add_done_callback(lambda _: self._release_on(loop))
         return future
+
+    def _release_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        with contextlib.suppress(RuntimeError):  # the service has stopped meanwhile
+            loop.call_soon_threadsafe(self._release)
 
     def _release(self) -> None:
         self.taken -= 1

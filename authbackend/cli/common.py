@@ -84,14 +84,15 @@ def show(value: Any, as_json: bool, lines: Callable[[], Iterable[str]]) -> None:
 
 def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> Iterable[str]:
     """Yield a table with aligned columns."""
-    cells = [[column.upper() for column in columns], *([_cell(row[column]) for column in columns] for row in rows)]
+    cells = [[column.upper() for column in columns], *([printable(row[column]) for column in columns] for row in rows)]
     widths = [max(len(line[n]) for line in cells) for n in range(len(columns))]
     for line in cells:
         yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
 
 
-def _cell(value: Any) -> str:
-    if value is None:
+def printable(value: Any) -> str:
+    """Return a value for a terminal: nothing that somebody stored can drive it."""
+    if value is None or value == "":
         return "-"
     if isinstance(value, (list, tuple)):
         return ",".join(str(item) for item in value) or "-"

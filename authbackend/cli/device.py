@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from authbackend.cli.common import actor, json_option, run, show, table, target_of
+from authbackend.cli.common import actor, json_option, printable, run, show, table, target_of
 from authbackend.document.read import parse_time
 from authbackend.errors import InvalidInput
 from authbackend.policy.rules import Status
@@ -47,9 +47,9 @@ def show_(context: click.Context, name: str, as_json: bool) -> None:
 
     def lines() -> Iterator[str]:
         for key in ("device_id", "common_name", "type", "status", "status_reason", "status_changed_at", "expires_at"):
-            yield f"{key:18} {found[key] if found[key] not in (None, '') else '-'}"
+            yield f"{key:18} {printable(found[key])}"
         for key, value in sorted(found["attributes"].items()):
-            yield f"attr.{key:13} {value}"
+            yield f"attr.{key:13} {printable(value)}"
         yield ""
         yield from table(found["rules"], ("id", "of", "effect", "action", "topic", "note"))
 

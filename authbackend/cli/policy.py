@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from authbackend.cli.common import actor, json_option, run, show, target_of
+from authbackend.document.changes import Change
 from authbackend.document.devices import read_devices
 from authbackend.document.lint import lint
 from authbackend.document.model import Document, Problem
@@ -16,7 +17,6 @@ from authbackend.document.read import read
 from authbackend.document.write import write
 from authbackend.errors import InvalidInput
 from authbackend.postgres import policy_store
-from authbackend.postgres.policy_store import Change
 
 _file = click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 _devices = click.option(
@@ -43,6 +43,7 @@ def _read(file: Path, devices: Path | None) -> tuple[Document, list[Problem]]:
         if document.devices is not None:
             problems.append(Problem(str(file), 0, 0, "has a devices section; it and --devices exclude each other"))
         document.devices, more = read_devices(devices)
+        document.speaks_of_device_rules = False
         problems += more
     if not problems:
         problems = [Problem(str(file), 0, 0, message, warning=True) for message in lint(document)]

@@ -33,7 +33,7 @@ REASONS = {
     Reason.VHOST_NOT_LISTED: "The virtual host is not in the list of the device's type or of the account.",
     Reason.ADDRESS_NOT_IN_NETWORKS: "The client's address is in none of the networks of the device's type or of the account.",
     Reason.RESOURCE_NOT_PERMITTED: "A queue or exchange that a device does not need for MQTT, or that the account does not list.",
-    Reason.UNCHECKED_DEAD_LETTERING: "The account could publish past its topic rules by dead-lettering; see `unchecked_dead_lettering`.",
+    Reason.UNCHECKED_DEAD_LETTERING: "The account could publish past its topic rules, by dead-lettering or by binding an exchange that it may write to; see `unchecked_dead_lettering`.",
     Reason.EXCHANGE_NOT_PERMITTED: "Devices publish and subscribe on the MQTT exchange only.",
     Reason.TOO_MANY_WILDCARDS: "A subscription with more than two `#`.",
     Reason.NO_RULE_ALLOWS: "No single allow rule covers it; `authbackend explain` names the nearest.",

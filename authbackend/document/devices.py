@@ -22,12 +22,13 @@ def read_devices(path: Path) -> tuple[dict[str, DeviceEntry], list[Problem]]:
 
     CSV has a header of ``device_id``, ``common_name``, ``type``, ``status``, ``status_reason``, ``expires_at`` and
     ``attr.NAME`` for attributes; an empty cell is absent. JSON lines (``.jsonl``, ``.ndjson``) have the keys of the
-    policy file, without ``rules``. Reading stops after 100 problems.
+    policy file, without ``rules``: rules of devices, and attributes that the file does not speak of, are left alone.
+    Reading stops after 100 problems.
     """
     devices: dict[str, DeviceEntry] = {}
     problems: list[Problem] = []
     common_names: dict[str, str] = {}
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         lines = _json_lines(file) if path.suffix in (".jsonl", ".ndjson", ".json") else _csv_lines(file)
         try:
             for number, row in lines:
@@ -42,6 +43,11 @@ def read_devices(path: Path) -> tuple[dict[str, DeviceEntry], list[Problem]]:
 
 def _csv_lines(file: Iterable[str]) -> Iterator[tuple[int, Mapping[str, object]]]:
     reader = csv.DictReader(file, strict=True)
+    twice = [name for name in reader.fieldnames or () if (reader.fieldnames or []).count(name) > 1]
+    if twice:
+        yield 1, {f"the column {twice[0]} twice": ""}
+        return
+    attributes_told = any(name.startswith("attr.") for name in reader.fieldnames or ())
     for row in reader:
         found: dict[str, object] = {}
         attributes = {}
@@ -53,7 +59,8 @@ def _csv_lines(file: Iterable[str]) -> Iterator[tuple[int, Mapping[str, object]]
                     attributes[name[5:]] = value
             elif value != "":
                 found[name] = value
-        found["attributes"] = attributes
+        if attributes_told:
+            found["attributes"] = attributes
         yield reader.line_num, found
 
 
@@ -65,19 +72,21 @@ def _json_lines(file: Iterable[str]) -> Iterator[tuple[int, Mapping[str, object]
             row = json.loads(line)
         except json.JSONDecodeError as error:
             row = {f"JSON: {error.msg}": ""}
+        except RecursionError:
+            row = {"JSON: nested too deeply": ""}
         yield number, row if isinstance(row, dict) else {"not a JSON object": ""}
 
 
 def _faults(row: Mapping[str, object]) -> list[str]:
     faults = [f"unknown: {name}" for name in row if name not in (*_COLUMNS, "attributes")]
-    faults += [f"{name} must be text" for name in _COLUMNS if not isinstance(row.get(name, ""), str)]
+    faults += [f"{name} must be text" for name in _COLUMNS if not _is_text(row.get(name, ""))]
     attributes = row.get("attributes", {})
     if not isinstance(attributes, dict):
         return [*faults, "attributes must be an object"]
     for name, value in attributes.items():
         if fault := names.attribute_fault(name):
             faults.append(f"attribute {name!r}: {fault}")
-        if not isinstance(value, str):
+        if not _is_text(value):
             faults.append(f"attribute {name!r} must be text")
     if faults:
         return faults
@@ -93,6 +102,11 @@ def _faults(row: Mapping[str, object]) -> list[str]:
     return faults
 
 
+def _is_text(value: object) -> bool:
+    """Return whether a value is text that PostgreSQL can hold: no NUL and no half of a surrogate pair."""
+    return isinstance(value, str) and "\x00" not in value and not any("\ud800" <= one <= "\udfff" for one in value)
+
+
 def _add(row: Mapping[str, object], devices: dict[str, DeviceEntry], common_names: dict[str, str]) -> list[str]:
     device_id = str(row["device_id"])
     common_name = str(row.get("common_name", device_id))
@@ -106,8 +120,7 @@ def _add(row: Mapping[str, object], devices: dict[str, DeviceEntry], common_name
             expires_at = parse_time(str(row["expires_at"]))
         except ValueError:
             return [f"{row['expires_at']!r} is no time; write it as 2027-01-31T12:00:00Z"]
-    attributes = row.get("attributes", {})
-    assert isinstance(attributes, dict)
+    attributes = row.get("attributes")
     common_names[common_name] = device_id
     devices[device_id] = DeviceEntry(
         device_id,
@@ -115,7 +128,7 @@ def _add(row: Mapping[str, object], devices: dict[str, DeviceEntry], common_name
         str(row["type"]),
         status=str(row["status"]) if "status" in row else None,
         status_reason=str(row["status_reason"]) if "status_reason" in row else None,
-        attributes=tuple(sorted(attributes.items())),
+        attributes=tuple(sorted(attributes.items())) if isinstance(attributes, dict) else None,
         expires_at=expires_at,
     )
     return []

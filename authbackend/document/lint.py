@@ -35,7 +35,7 @@ def _devices(document: Document) -> Iterator[str]:
         yield from _rules(f"device {device_id}", entry.rules)
         if types is None or entry.type not in types:
             continue
-        given = {name for name, _ in entry.attributes}
+        given = {name for name, _ in entry.attributes or ()}
         for rule in types[entry.type].rules:
             for placeholder in placeholders_of(rule.topic):
                 if placeholder.startswith("attr.") and placeholder[5:] not in given:

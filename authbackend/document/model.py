@@ -40,6 +40,7 @@ class DeviceEntry:
     Args:
         status: None leaves the status of a device that exists alone, so that no file reinstates a revoked device
             by not mentioning it; a new device becomes active.
+        attributes: None leaves those of a device that exists alone.
         expires_at: None leaves the expiry of a device that exists alone.
     """
 
@@ -48,7 +49,7 @@ class DeviceEntry:
     type: str
     status: str | None = None
     status_reason: str | None = None
-    attributes: tuple[tuple[str, str], ...] = ()
+    attributes: tuple[tuple[str, str], ...] | None = ()
     expires_at: datetime | None = None
     rules: tuple[RuleEntry, ...] = ()
 
@@ -73,11 +74,17 @@ class AccountEntry:
 
 @dataclass(slots=True)
 class Document:
-    """A policy file that has been read; names are unique within a section."""
+    """
+    A policy file that has been read; names are unique within a section.
+
+    Args:
+        speaks_of_device_rules: False where the devices come from a file that cannot say them: they are left alone.
+    """
 
     device_types: dict[str, DeviceTypeEntry] | None = None
     devices: dict[str, DeviceEntry] | None = None
     accounts: dict[str, AccountEntry] | None = None
+    speaks_of_device_rules: bool = True
 
     def rules(self) -> Iterator[tuple[str, str, RuleEntry]]:
         """Yield (column of the owner, owner, rule)."""

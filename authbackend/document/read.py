@@ -58,6 +58,8 @@ def parse_time(text: str) -> datetime:
         ValueError: It is none.
     """
     parsed = datetime.fromisoformat(text)
+    if not 1970 <= parsed.year < 9999:
+        raise ValueError(text)
     return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
 
 
@@ -277,6 +279,9 @@ class _Reader:
         if not isinstance(node, yaml.ScalarNode) or node.tag != _STRING:
             self.fault(node, "this must be text; put it in quotes")
             return ""
+        if "\x00" in node.value:
+            self.fault(node, "a NUL is not possible")
+            return ""
         return str(node.value)
 
     def flag(self, node: Node | None) -> bool:
@@ -309,7 +314,9 @@ def _account_client_id_fault(client_id: str) -> str | None:
 
 def _network_fault(text: str) -> str | None:
     try:
-        ipaddress.ip_network(text)
+        network = ipaddress.ip_network(text)
     except ValueError as error:
         return f"not a network in CIDR form: {error}"
+    if "%" in text or not text.endswith((f"/{network.prefixlen}", str(network.network_address))):
+        return f"not a network in CIDR form; write it as {network.network_address}/{network.prefixlen}"
     return None

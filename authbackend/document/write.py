@@ -45,7 +45,7 @@ def _device(entry: DeviceEntry) -> dict[str, Any]:
         type=entry.type,
         status=entry.status,
         status_reason=entry.status_reason,
-        attributes=dict(entry.attributes),
+        attributes=dict(entry.attributes or ()),
         expires_at=entry.expires_at.isoformat() if entry.expires_at else None,
         rules=_rules(entry.rules),
     )

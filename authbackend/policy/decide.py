@@ -30,7 +30,7 @@ from authbackend.policy.rules import (
     applies,
     resource_matches,
 )
-from authbackend.policy.topics import MANY, MOST_MANY_IN_A_FILTER, split
+from authbackend.policy.topics import MANY, MOST_MANY_IN_A_FILTER, MOST_WORDS_WITH_MANY, split
 
 ACCOUNT = "account"
 UNKNOWN = "unknown"
@@ -157,16 +157,27 @@ def resource(registry: Registry, request: ResourceRequest, now: float, settings:
         return _deny(Reason.RESOURCE_NOT_PERMITTED, ACCOUNT)
     if not _reaches(account, request.permission, request.name):
         return _deny(Reason.RESOURCE_NOT_PERMITTED, ACCOUNT)
-    if (
-        request.resource == "exchange"
-        and request.permission == "write"
-        and request.name == settings.mqtt_exchange
-        and account.configure
-        and not account.unchecked_dead_lettering
-    ):
-        # The database refuses this for amq.topic; here it is refused for whatever the MQTT exchange is called.
+    if request.resource == "exchange" and _forwards_unchecked(account, request, settings):
         return _deny(Reason.UNCHECKED_DEAD_LETTERING, ACCOUNT)
     return _allow(ACCOUNT)
+
+
+def _forwards_unchecked(account: Account, request: ResourceRequest, settings: Rules) -> bool:
+    """
+    Return whether a right on an exchange would let an account past the topic rules of another one.
+
+    Two ways: a queue of its own dead-letters to a topic exchange that it may write to; or an exchange that it may
+    publish to is bound to such an exchange, for which RabbitMQ asks write on that one and read on this one. The
+    database refuses the first for ``amq.topic`` when saved; here both hold for whatever the exchanges are called.
+    """
+    if account.unchecked_dead_lettering:
+        return False
+    ruled = {settings.mqtt_exchange, *account.rules.exchanges()}
+    if request.permission == "write":
+        return bool(account.configure) and request.name in ruled
+    if request.permission == "read" and _reaches(account, "write", request.name):
+        return any(_reaches(account, "write", name) for name in ruled - {request.name})
+    return False
 
 
 def _reaches(account: Account, permission: str, name: str) -> bool:
@@ -220,9 +231,10 @@ def topic(registry: Registry, request: TopicRequest, now: float, settings: Rules
         return _deny(Reason.UNKNOWN_IDENTITY, UNKNOWN)
     if fault := _account_fault(registry, account, request.client_id, request.vhost):
         return fault
-    rules = RuleSet(rule for rule in account.rules if (rule.exchange or settings.mqtt_exchange) == request.name)
+    named = account.rules.on_exchange(request.name)
+    rule_sets_ = (named, account.rules.on_exchange(None)) if request.name == settings.mqtt_exchange else (named,)
     values = Values({"client_id": request.client_id, "vhost": request.vhost})
-    return _by_rules((rules,), request, values, ACCOUNT)
+    return _by_rules(rule_sets_, request, values, ACCOUNT)
 
 
 def by_rules(rules: RuleSet, values: Values, permission: Permission, routing_key: str, kind: str = "") -> Decision:
@@ -240,8 +252,10 @@ def _by_rules(rule_sets: tuple[RuleSet, ...], request: TopicRequest, values: Val
         return _deny(Reason.RESOURCE_NOT_PERMITTED, kind)
     permission = Permission(request.permission)
     words = split(request.routing_key)
-    if permission is Permission.READ and words.count(MANY) > MOST_MANY_IN_A_FILTER:
-        return _deny(Reason.TOO_MANY_WILDCARDS, kind)
+    if permission is Permission.READ:
+        many = words.count(MANY)
+        if many > MOST_MANY_IN_A_FILTER or (many and len(words) > MOST_WORDS_WITH_MANY):
+            return _deny(Reason.TOO_MANY_WILDCARDS, kind)
     allowed_by = None
     for rules in rule_sets:
         for rule in rules.allowing(permission):

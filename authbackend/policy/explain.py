@@ -76,7 +76,7 @@ class Attempt:
 def explain(registry: Registry, device: Device, attempt: Attempt, now: float, settings: decide.Rules) -> Explanation:
     """Ask the four questions as RabbitMQ would for a device with its certificate, until one is denied."""
     device_type = registry.device_type(device.type)
-    client_id = attempt.client_id if attempt.client_id is not None else _usual_client_id(device, device_type)
+    client_id = attempt.client_id if attempt.client_id is not None else usual_client_id(device, device_type)
     vhost = attempt.vhost or (device_type.vhosts[0] if device_type and device_type.vhosts else "/")
     ip = attempt.ip or _usual_address(device_type)
     key = to_routing_key(attempt.topic)
@@ -108,7 +108,8 @@ def explain(registry: Registry, device: Device, attempt: Attempt, now: float, se
     return Explanation(client_id, vhost, key, tuple(steps), decision, nearest)
 
 
-def _usual_client_id(device: Device, device_type: DeviceType | None) -> str:
+def usual_client_id(device: Device, device_type: DeviceType | None) -> str:
+    """Return the client id that is taken when none is named: the first that the type's patterns allow."""
     for pattern in device_type.client_ids if device_type else ():
         return pattern.replace(DEVICE_ID_PLACEHOLDER, device.device_id).replace("*", "1")
     return device.device_id

@@ -10,6 +10,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from authbackend.policy.names import DeviceId
 from authbackend.policy.topics import (
     MANY,
+    MANY_NOT_LAST,
     ONE,
     Pattern,
     contains,
@@ -113,7 +114,7 @@ class TopicRule:
         self.owner = owner
         self.exchange = exchange
         fault = topic_filter_fault(topic)
-        if fault is not None and "last level" not in fault:
+        if fault not in (None, MANY_NOT_LAST):
             self._levels: tuple[str, ...] = ()
             self._names: tuple[str, ...] = ()
             self._static: Pattern | None = Pattern((MANY,)) if effect is Effect.DENY else None
@@ -199,14 +200,29 @@ class TopicRule:
 class RuleSet:
     """Rules sorted by what they are asked for; their order never matters."""
 
-    __slots__ = ("_allow", "_deny")
+    __slots__ = ("_allow", "_by_exchange", "_deny")
 
     def __init__(self, rules: Iterable[TopicRule] = ()) -> None:
-        self._allow: dict[Permission, tuple[TopicRule, ...]] = {}
-        self._deny: dict[Permission, tuple[TopicRule, ...]] = {}
+        allow: dict[Permission, list[TopicRule]] = {}
+        deny: dict[Permission, list[TopicRule]] = {}
         for rule in rules:
-            target = self._allow if rule.effect is Effect.ALLOW else self._deny
-            target[rule.permission] = (*target.get(rule.permission, ()), rule)
+            (allow if rule.effect is Effect.ALLOW else deny).setdefault(rule.permission, []).append(rule)
+        self._allow = {permission: tuple(found) for permission, found in allow.items()}
+        self._deny = {permission: tuple(found) for permission, found in deny.items()}
+        self._by_exchange: dict[str | None, RuleSet] | None = None
+
+    def on_exchange(self, exchange: str | None) -> RuleSet:
+        """Return the rules that name this exchange; None is the MQTT exchange."""
+        if self._by_exchange is None:
+            sorted_out: dict[str | None, list[TopicRule]] = {}
+            for rule in self:
+                sorted_out.setdefault(rule.exchange, []).append(rule)
+            self._by_exchange = {name: RuleSet(rules) for name, rules in sorted_out.items()}
+        return self._by_exchange.get(exchange, NO_RULES)
+
+    def exchanges(self) -> set[str]:
+        """Return the exchanges that rules name."""
+        return {rule.exchange for rule in self if rule.exchange is not None}
 
     def allowing(self, permission: Permission) -> tuple[TopicRule, ...]:
         """Return the allow rules of a permission."""

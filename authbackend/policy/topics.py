@@ -23,7 +23,11 @@ MANY = "#"
 MOST_MANY_IN_A_FILTER = 2
 """RabbitMQ 4.3.5 and later refuse a binding key with more ``#`` than this; older brokers stall on it."""
 
+MOST_WORDS_WITH_MANY = 4096
+"""A filter with ``#`` and more words than this is denied unread: no topic is that deep, and each rule costs a walk."""
+
 LONGEST_FILTER_BYTES = 1024
+MANY_NOT_LAST = '"#" is possible only as the last level'
 _PLACEHOLDER = re.compile(r"\{(device_id|client_id|device_type|vhost|attr\.[A-Za-z_][A-Za-z0-9_-]{0,62})\}")
 _ANY_BRACES = re.compile(r"\{[^{}]*\}")
 _STEP_BUDGET = 50_000
@@ -56,7 +60,7 @@ def topic_filter_fault(topic_filter: str) -> str | None:
         if level not in ("+", MANY) and ("+" in level or MANY in level):
             return f'"+" and "#" are wildcards only as a whole level, not inside {level}'
     if MANY in levels[:-1]:
-        return '"#" is possible only as the last level'
+        return MANY_NOT_LAST
     return None
 
 
@@ -89,13 +93,14 @@ class Pattern:
     Position i means that the words before i have been consumed; the last bit accepts.
     """
 
-    __slots__ = ("_accept", "_literals", "_many", "_one", "words")
+    __slots__ = ("_accept", "_literals", "_many", "_named", "_one", "words")
 
     def __init__(self, words: Sequence[str]) -> None:
         self.words = tuple(words)
         self._accept = 1 << len(self.words)
         self._one = 0
         self._many = 0
+        self._named = 0
         self._literals: dict[str, int] = {}
         for position, word in enumerate(self.words):
             bit = 1 << position
@@ -104,6 +109,7 @@ class Pattern:
             elif word == MANY:
                 self._many |= bit
             else:
+                self._named |= bit
                 self._literals[word] = self._literals.get(word, 0) | bit
 
     def start(self) -> int:
@@ -123,6 +129,10 @@ class Pattern:
         named = self._literals.get(word, 0) if word is not None else 0
         return self._skip((states & (self._one | named)) << 1 | states & self._many)
 
+    def after_some_word(self, states: int) -> int:
+        """Return every state that some single word leads to."""
+        return self._skip((states & (self._one | self._named)) << 1 | states & self._many)
+
     def after_any_words(self, states: int) -> int:
         """Return every state that some run of words, of any length, leads to."""
         lowest = states & -states
@@ -140,8 +150,11 @@ def match(pattern: Pattern, key: Sequence[str]) -> bool:
     """
     Return whether a pattern matches a concrete key; ``*`` and ``#`` in the key are plain words.
 
-    Cost: one step a word.
+    Cost: with at most one ``#``, one comparison for each word of the pattern; with more, one step for each of the key.
     """
+    words = pattern.words
+    if words.count(MANY) <= 1:
+        return _match_ends(words, key)
     states = pattern.start()
     for word in key:
         if pattern.accepts_any_rest(states):
@@ -151,6 +164,21 @@ def match(pattern: Pattern, key: Sequence[str]) -> bool:
         if not states:
             return False
     return pattern.accepts(states)
+
+
+def _match_ends(words: Sequence[str], key: Sequence[str]) -> bool:
+    """Compare what stands before the only ``#`` with the key's begin and what stands behind it with the key's end."""
+    if MANY not in words:
+        return len(words) == len(key) and _same(words, key)
+    before = words.index(MANY)
+    behind = len(words) - before - 1
+    if len(key) < before + behind:
+        return False
+    return _same(words[:before], key[:before]) and (not behind or _same(words[-behind:], key[-behind:]))
+
+
+def _same(words: Sequence[str], key: Sequence[str]) -> bool:
+    return all(expected in (ONE, word) for expected, word in zip(words, key, strict=True))
 
 
 def overlaps(pattern: Pattern, other: Sequence[str]) -> bool:
@@ -166,20 +194,12 @@ def overlaps(pattern: Pattern, other: Sequence[str]) -> bool:
         if word == MANY:
             states = pattern.after_any_words(states)
         elif word == ONE:
-            states = _after_some_word(pattern, states)
+            states = pattern.after_some_word(states)
         else:
             states = pattern.after(states, word)
         if not states:
             return False
     return pattern.accepts(states)
-
-
-def _after_some_word(pattern: Pattern, states: int) -> int:
-    """Return every state that some single word leads to."""
-    reached = pattern.after(states, None)
-    for word in set(pattern.words):
-        reached |= pattern.after(states, word)
-    return reached
 
 
 def contains(outer: Sequence[str], inner: Sequence[str]) -> bool:
@@ -193,17 +213,16 @@ def contains(outer: Sequence[str], inner: Sequence[str]) -> bool:
         return _contains_general(Pattern(outer), inner)
     tail = bool(outer) and outer[-1] == MANY
     prefix = outer[:-1] if tail else outer
-    hashes = inner.count(MANY)
-    if tail:
-        if len(inner) - hashes < len(prefix):
+    seen_many = False
+    for position, expected in enumerate(prefix):  # first, because it tells most rules apart at once
+        word = inner[position] if position < len(inner) else None
+        seen_many = seen_many or word == MANY
+        if expected != ONE and (seen_many or word != expected):
             return False
-    elif hashes or len(inner) != len(prefix):
-        return False
-    first_hash = inner.index(MANY) if hashes else len(inner)
-    return all(
-        expected == ONE or (position < first_hash and inner[position] == expected)
-        for position, expected in enumerate(prefix)
-    )
+    many = inner.count(MANY)
+    if tail:
+        return len(inner) - many >= len(prefix)
+    return not many and len(inner) == len(prefix)
 
 
 def _contains_general(outer: Pattern, inner: Sequence[str]) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from authbackend.errors import Conflict, InvalidInput, NotFound
 from authbackend.policy.decide import Registry
+from authbackend.policy.explain import usual_client_id
 from authbackend.policy.names import possible_owners
 from authbackend.policy.rules import Device
 from authbackend.postgres import rows
@@ -205,19 +206,20 @@ async def registry_around(target: Target, name: str, client_id: str | None) -> t
         )
         if device_id is None:
             raise NotFound(f"no device has the id or common name {name!r}")
-        ids = [device_id, *possible_owners(client_id or device_id)]
-        found = await connection.fetch(statements.devices.sql, ids)
-        type_names = sorted({row["type"] for row in found})
-        rules = rows.RulesByOwner(await connection.fetch(statements.rules_of.sql, type_names, [device_id], []))
+        rules = rows.RulesByOwner(await connection.fetch(statements.rules_of.sql, [], [device_id], []))
+        device = rows.device((await connection.fetch(statements.devices.sql, [device_id]))[0], rules)
+        of_type = rows.device_type((await connection.fetch(statements.device_types.sql, [device.type]))[0], rules)
+        client_id = client_id if client_id is not None else usual_client_id(device, of_type)
+        others = await connection.fetch(statements.devices.sql, possible_owners(client_id))
+        type_names = sorted({device.type, *(row["type"] for row in others)})
+        rules.add(await connection.fetch(statements.rules_of.sql, type_names, [], []))
         types = await connection.fetch(statements.device_types.sql, type_names)
     snapshot = Snapshot()
     snapshot.apply(
         Patch(
             device_types={row["name"]: rows.device_type(row, rules) for row in types},
-            devices={row["device_id"]: rows.device(row, rules) for row in found},
+            devices={**{row["device_id"]: rows.device(row, rules) for row in others}, device_id: device},
         ),
         Mark("", "", "0:0:"),
     )
-    device = snapshot.device_by_id(device_id)
-    assert device is not None
     return snapshot, device

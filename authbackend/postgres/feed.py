@@ -70,11 +70,44 @@ class ChangeFeed:
             patch = await self._changes(connection, snapshot, mark, floor)
             return None if patch is None else (patch, Snapshot(mark))
 
-    async def differences(self, snapshot: Snapshot) -> int | None:
+    async def suspects(self, snapshot: Snapshot) -> Patch:
         """
-        Bring a copy up to date and return how many rows still differ; None if it must be loaded anew anyway.
+        Compare a copy with the database value by value, on a connection of its own, and return the rows that differ.
 
-        Compares value by value in one snapshot of the database, which is stronger than a digest, in chunks.
+        The copy may move on meanwhile, so that a row may differ for that reason: see :meth:`confirm`.
+
+        Raises:
+            Unavailable: As :meth:`load`.
+        """
+        other = ChangeFeed(self._target)
+        try:
+            async with other._look() as (connection, _, _):
+                return await self._compare(connection, snapshot)
+        finally:
+            await other.close()
+
+    async def _compare(self, connection: Connection, snapshot: Snapshot) -> Patch:
+        rules = await self._rules(connection)
+        types = {row["name"]: rows.device_type(row, rules) for row in await self._all(connection, "device_types")}
+        accounts = {row["name"]: rows.account(row, rules) for row in await self._all(connection, "accounts")}
+        devices: dict[str, Device | None] = {}
+        async for chunk in self._chunks(connection, self._statements.all_devices.sql):
+            for row in chunk:
+                device = rows.device(row, rules)
+                if snapshot.device_by_id(device.device_id) != device:
+                    devices[device.device_id] = device
+            await asyncio.sleep(0)
+        return Patch(
+            {name: found for name, found in types.items() if snapshot.device_type(name) != found},
+            devices,
+            {name: found for name, found in accounts.items() if snapshot.account(name) != found},
+        )
+
+    async def confirm(self, snapshot: Snapshot, suspects: Patch) -> int | None:
+        """
+        Bring a copy up to date and return how many of these rows still differ, or are too many or too few in it.
+
+        None if the copy must be loaded anew anyway.
 
         Raises:
             Unavailable: As :meth:`load`.
@@ -84,21 +117,20 @@ class ChangeFeed:
             if patch is None:
                 return None
             snapshot.apply(patch, mark)
-            rules = rows.RulesByOwner(await connection.fetch(self._statements.all_rules.sql))
-            differ = 0
-            seen = {"device": 0, "device_type": 0, "account": 0}
-            async for chunk in self._chunks(connection, self._statements.all_devices.sql):
-                seen["device"] += len(chunk)
-                for row in chunk:
-                    differ += snapshot.device_by_id(row["device_id"]) != rows.device(row, rules)
-                await asyncio.sleep(0)
-            for row in await connection.fetch(self._statements.all_device_types.sql):
-                seen["device_type"] += 1
-                differ += snapshot.device_type(row["name"]) != rows.device_type(row, rules)
-            for row in await connection.fetch(self._statements.all_accounts.sql):
-                seen["account"] += 1
-                differ += snapshot.account(row["name"]) != rows.account(row, rules)
-            return differ + sum(max(0, size - seen[entity]) for entity, size in snapshot.sizes().items())
+            present = await self._patch(
+                connection,
+                {
+                    "device_type": list(suspects.device_types),
+                    "device": list(suspects.devices),
+                    "account": list(suspects.accounts),
+                },
+            )
+            differ = sum(snapshot.device_by_id(key) != device for key, device in present.devices.items())
+            differ += sum(snapshot.device_type(key) != kind for key, kind in present.device_types.items())
+            differ += sum(snapshot.account(key) != account for key, account in present.accounts.items())
+            counted = await connection.fetchrow(self._statements.sizes.sql)
+            assert counted is not None
+            return differ or sum(abs(size - counted[entity]) for entity, size in snapshot.sizes().items())
 
     async def prune(self) -> None:
         """Delete change rows that every reader of the retention time has seen."""
@@ -184,9 +216,9 @@ class ChangeFeed:
 
     async def _load(self, connection: Connection, mark: Mark) -> Snapshot:
         snapshot = Snapshot(mark)
-        rules = rows.RulesByOwner(await connection.fetch(self._statements.all_rules.sql))
-        types = await connection.fetch(self._statements.all_device_types.sql)
-        accounts = await connection.fetch(self._statements.all_accounts.sql)
+        rules = await self._rules(connection)
+        types = await self._all(connection, "device_types")
+        accounts = await self._all(connection, "accounts")
         snapshot.apply(
             Patch(
                 device_types={row["name"]: rows.device_type(row, rules) for row in types},
@@ -235,6 +267,16 @@ class ChangeFeed:
                 devices.update((row["device_id"], rows.device(row, rules)) for row in chunk)
                 await asyncio.sleep(0)
         return Patch(types, devices, accounts)
+
+    async def _rules(self, connection: Connection) -> rows.RulesByOwner:
+        rules = rows.RulesByOwner()
+        async for chunk in self._chunks(connection, self._statements.all_rules.sql):
+            rules.add(chunk)
+            await asyncio.sleep(0)
+        return rules
+
+    async def _all(self, connection: Connection, name: str) -> list[Any]:
+        return await connection.fetch(getattr(self._statements, f"all_{name}").sql)
 
     @staticmethod
     async def _chunks(connection: Connection, statement: str, *arguments: Any) -> AsyncIterator[list[Any]]:

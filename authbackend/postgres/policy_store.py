@@ -11,9 +11,9 @@ import json
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
+from authbackend.document.changes import Applied, Change, change_of, rule_change
 from authbackend.document.model import AccountEntry, DeviceEntry, DeviceTypeEntry, Document, RuleEntry
 from authbackend.postgres.connection import Connection, Target, connected
 
@@ -43,7 +43,7 @@ _DEVICES = _Table(
     "device",
     "device_id",
     ("device_id", "common_name", "type", "status", "status_reason", "attributes", "expires_at"),
-    {"status": "'active'", "status_reason": "''", "expires_at": "null"},
+    {"attributes": "'{}'", "status": "'active'", "status_reason": "''", "expires_at": "null"},
 )
 _ACCOUNTS = _Table(
     "account",
@@ -63,42 +63,7 @@ _ACCOUNTS = _Table(
     ),
     {"password_hash": "null"},
 )
-_shown = partial(json.dumps, ensure_ascii=False)
 _RULE_KEY = ("device_type", "device_id", "account", "effect", "action", "topic", "exchange")
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """
-    One difference.
-
-    Args:
-        operation: ``add``, ``change`` or ``remove``.
-        fields: For a change, the old and new value by column; a password hash shows only that it differs.
-    """
-
-    operation: str
-    entity: str
-    key: str
-    fields: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        sign = {"add": "+", "change": "~", "remove": "-"}[self.operation]
-        what = ", ".join(f"{name}: {_shown(old)} -> {_shown(new)}" for name, (old, new) in self.fields.items())
-        return f"{sign} {self.entity} {self.key}" + (f": {what}" if what else "")
-
-
-@dataclass(frozen=True, slots=True)
-class Applied:
-    """
-    What was done.
-
-    Args:
-        version: The registry version that serves it; None when nothing was changed.
-    """
-
-    changes: list[Change]
-    version: int | None
 
 
 LONGEST_STATEMENT_S = 3600.0  # a million devices are one statement over a million rows, with their audit rows
@@ -236,7 +201,7 @@ def _sections(document: Document) -> Iterator[tuple[_Table, Iterable[tuple[Any, 
                     e.type,
                     e.status,
                     e.status_reason,
-                    json.dumps(dict(e.attributes)),
+                    None if e.attributes is None else json.dumps(dict(e.attributes)),
                     e.expires_at,
                 )
                 for e in document.devices.values()
@@ -282,6 +247,8 @@ async def _stage(connection: Connection, document: Document) -> None:
                 f"update {table.wanted} w set {column} = coalesce(t.{column}, {default}) from {table.wanted} v "
                 f"left join {table.name} t using ({table.key}) where v.{table.key} = w.{table.key} and w.{column} is null"
             )
+    if document.accounts is not None:  # a password that was kept ends with the login by password
+        await connection.execute("update wanted_account set password_hash = null where login = 'certificate'")
     await connection.execute(
         f"create temp table wanted_rule on commit drop as select {', '.join(_RULE_KEY)}, note from topic_rule with no data"
     )
@@ -298,11 +265,11 @@ async def _differences(connection: Connection, document: Document, prune: bool) 
     changes: list[Change] = []
     for table, _ in _sections(document):
         async for row in connection.cursor(_difference_query(table, prune), prefetch=1000):
-            changes.append(_change(table.name, row["key"], row["old"], row["new"]))
+            changes.append(change_of(table.name, row["key"], row["old"], row["new"]))
     for row in await connection.fetch(_rule_difference_query(document, prune)):
         old = json.loads(row["old"]) if row["old"] else None
         new = json.loads(row["new"]) if row["new"] else None
-        changes.append(_rule_change(old, new))
+        changes.append(rule_change(old, new))
     return changes
 
 
@@ -323,7 +290,8 @@ def _owned(document: Document, prune: bool) -> str:
     """Return the condition for the rules that a document speaks about: those of the owners it names."""
     conditions = ["false"]
     for table, column in ((_TYPES, "device_type"), (_DEVICES, "device_id"), (_ACCOUNTS, "account")):
-        if any(table is present for present, _ in _sections(document)):
+        told = table is not _DEVICES or document.speaks_of_device_rules
+        if told and any(table is present for present, _ in _sections(document)):
             everybody = " or true" if prune else ""
             conditions.append(
                 f"t.{column} is not null and (t.{column} in (select {table.key} from {table.wanted}){everybody})"
@@ -345,28 +313,6 @@ def _rule_difference_query(document: Document, prune: bool) -> str:
         from only_present p full join only_wanted w
           on to_jsonb(p) - 'note' = to_jsonb(w) - 'note'
         order by 1, 2"""
-
-
-def _change(entity: str, key: str, old: str | None, new: str | None) -> Change:
-    if old is None or new is None:
-        return Change("add" if old is None else "remove", entity, key)
-    before, after = json.loads(old), json.loads(new)
-    fields = {name: (before[name], after[name]) for name in after if before[name] != after[name]}
-    if "password_hash" in fields:
-        fields["password_hash"] = ("set" if before["password_hash"] else None, "changed")
-    return Change("change", entity, key, fields)
-
-
-def _rule_change(old: dict[str, Any] | None, new: dict[str, Any] | None) -> Change:
-    rule = new or old
-    assert rule is not None
-    owner = next(f"{column} {rule[column]}" for column in ("device_type", "device_id", "account") if rule[column])
-    key = f"{owner}: {rule['effect']} {rule['action']} {rule['topic']}"
-    if rule["exchange"]:
-        key += f" on {rule['exchange']}"
-    if old is None or new is None:
-        return Change("add" if old is None else "remove", "rule", key)
-    return Change("change", "rule", key, {"note": (old["note"], new["note"])})
 
 
 async def _make_so(connection: Connection, document: Document, prune: bool) -> None:

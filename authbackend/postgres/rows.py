@@ -29,19 +29,23 @@ _STATUSES = {str(status): status for status in Status}
 
 
 class RulesByOwner:
-    """The rules of many owners; an owner is ``(column, name)``."""
+    """The rules of many owners; an owner is ``(column, name)``. An owner's set is compiled when it is asked for."""
 
-    def __init__(self, rows: Iterable[Row]) -> None:
-        by_owner: defaultdict[tuple[str, str], list[TopicRule]] = defaultdict(list)
+    def __init__(self, rows: Iterable[Row] = ()) -> None:
+        self._rows: defaultdict[tuple[str, str], list[Row]] = defaultdict(list)
+        self.add(rows)
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Add more rules."""
         for row in rows:
             for column in ("device_type", "device_id", "account"):
                 if row[column] is not None:
-                    by_owner[column, row[column]].append(_rule(row, f"{column} {row[column]}"))
-        self._sets = {owner: RuleSet(rules) for owner, rules in by_owner.items()}
+                    self._rows[column, row[column]].append(row)
 
     def of(self, column: str, name: str) -> RuleSet:
         """Return the rules of one owner."""
-        return self._sets.get((column, name), NO_RULES)
+        found = self._rows.get((column, name))
+        return RuleSet(_rule(row, f"{column} {name}") for row in found) if found else NO_RULES
 
 
 def _rule(row: Row, owner: str) -> TopicRule:

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,8 +50,11 @@ class Reader(Protocol):
     async def changes(self, snapshot: Snapshot) -> tuple[Patch, Snapshot] | None:
         """Return what changed since a snapshot and a bare snapshot with the new mark, None if it must be loaded."""
 
-    async def differences(self, snapshot: Snapshot) -> int | None:
-        """Bring a copy up to date and return how many rows still differ; None if it must be loaded anew anyway."""
+    async def suspects(self, snapshot: Snapshot) -> Patch:
+        """Return the rows in which a copy, which may move on meanwhile, seems to differ from the database."""
+
+    async def confirm(self, snapshot: Snapshot, suspects: Patch) -> int | None:
+        """Bring a copy up to date and return how many rows really differ; None if it must be loaded anew anyway."""
 
     async def prune(self) -> None:
         """Delete change rows that every reader has seen."""
@@ -102,7 +105,7 @@ class RegistryCopy:
         self._wake = asyncio.Event()
         self._synced_at: float | None = None  # monotonic
         self._failures = 0
-        self._next_compare = time.monotonic() + self._times.compare_s
+        self._looking = asyncio.Lock()  # one look at a time: an older result must never follow a newer one
         self._next_prune = 0.0
 
     @property
@@ -119,6 +122,7 @@ class RegistryCopy:
         """Follow the database until cancelled; never raises for a fault of the database."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._listen())
+            tasks.create_task(self._compare_regularly())
             while True:
                 await self._look()
                 await self._pause()
@@ -126,8 +130,9 @@ class RegistryCopy:
     async def _look(self) -> None:
         self._wake.clear()
         try:
-            await self.refresh()
-            await self._maintain()
+            async with self._looking:
+                await self.refresh()
+                await self._maintain()
         except AuthbackendError as error:
             await self._failed(error.detail)
         except Exception as error:  # a fault of ours must not stop the copy from following
@@ -166,27 +171,37 @@ class RegistryCopy:
         """
         Compare the copy with the database row by row and load it anew when they differ.
 
-        Finds what no trigger can see, for example a restore that disabled them.
+        Finds what no trigger can see, for example a restore that disabled them. The copy follows on meanwhile.
         """
         assert self.snapshot is not None
-        differences = await self._reader.differences(self.snapshot)
-        if differences is None:
-            self.snapshot = await self._reader.load()
-            return 0
-        self._observer.compared(differences)
-        if differences:
-            log.error("registry.differs", rows=differences, next="loading it anew")
-            self.snapshot = await self._reader.load()
-        return differences
+        suspects = await self._reader.suspects(self.snapshot)
+        async with self._looking:
+            differences = await self._reader.confirm(self.snapshot, suspects)
+            if differences is None:
+                self.snapshot = await self._reader.load()
+                return 0
+            self._observer.compared(differences)
+            if differences:
+                log.error("registry.differs", rows=differences, next="loading it anew")
+                self.snapshot = await self._reader.load()
+            return differences
 
     async def _maintain(self) -> None:
         now = time.monotonic()
         if now >= self._next_prune:
             self._next_prune = now + self._times.prune_s
             await self._reader.prune()
-        if now >= self._next_compare:
-            self._next_compare = now + self._times.compare_s
-            await self.compare()
+
+    async def _compare_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(self._times.compare_s)
+            try:
+                if self.snapshot is not None:
+                    await self.compare()
+            except AuthbackendError as error:
+                log.warning("registry.compare_failed", fault=error.detail)
+            except Exception:  # a fault of ours must not end the comparisons for good
+                log.exception("registry.compare_crashed")
 
     async def _failed(self, detail: str) -> None:
         self._failures += 1
@@ -220,15 +235,3 @@ class RegistryCopy:
             except Exception:  # a fault of ours must not end the listening for good
                 log.exception("registry.listen_crashed")
             await asyncio.sleep(random.uniform(0.5, 1.0) * self._times.poll_s)
-
-
-@contextlib.asynccontextmanager
-async def following(copy: RegistryCopy) -> AsyncIterator[RegistryCopy]:
-    """Run a copy in the background for the time of the block."""
-    task = asyncio.create_task(copy.run(), name="registry")
-    try:
-        yield copy
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task

@@ -3,17 +3,20 @@
 -- The registry: device types, devices, accounts and their topic rules. Constraints refuse a wrong row whoever
 -- writes it (psql, COPY, the API, a policy file), with a message that names the fault.
 
+-- Every function below names pg_temp at the end of its search path: else PostgreSQL would look there first, and a role
+-- could slip its own types under a function that runs with the owner's rights.
+
 -- Raises the fault as a check violation. Unlike a plain CHECK it prints no "Failing row contains (...)", which
--- would put password hashes into error texts and server logs.
+-- would put password hashes into error texts and server logs. (A refused COPY still shows its line as CONTEXT.)
 create function refuse(fault text) returns boolean
-language plpgsql volatile set search_path = pg_catalog as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
   raise exception using errcode = 'check_violation', message = fault;
 end $$;
 
 -- What is wrong with an MQTT topic filter of a rule, or null.
 create function topic_filter_fault(filter text) returns text
-language plpgsql immutable parallel safe set search_path = pg_catalog as $$
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
 declare
   shape text; -- the filter with every known placeholder replaced by a letter
   brace text;
@@ -52,7 +55,7 @@ end $$;
 
 -- What is wrong with a client id pattern of a device type, or null.
 create function client_id_pattern_fault(pattern text) returns text
-language plpgsql immutable parallel safe set search_path = pg_catalog as $$
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
 begin
   if pattern ~ '^\{device_id\}([_./-]([A-Za-z0-9_.:@/-]*[_./-])?\*|[_./-][A-Za-z0-9_.:@/-]+)?$' and octet_length(pattern) <= 128 then
     return null;
@@ -70,7 +73,7 @@ end $$;
 
 -- Whether a client id fits a device's patterns; ownership among several devices is decided by the longest device id.
 create function client_id_fits(client_id text, device_id text, patterns text[]) returns boolean
-language sql immutable parallel safe set search_path = pg_catalog as $$
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
   select coalesce(bool_or(
     case when right(full_pattern, 1) = '*'
       then length(client_id) >= length(full_pattern) and starts_with(client_id, left(full_pattern, -1))
@@ -80,14 +83,14 @@ $$;
 
 -- The device ids that a client id could belong to: every prefix that ends before a separator, and the whole.
 create function client_id_owners(client_id text) returns setof text
-language sql immutable parallel safe set search_path = pg_catalog as $$
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
   select left(client_id, n) from generate_series(1, least(length(client_id), 64)) as n
   where n = length(client_id) or substr(client_id, n + 1, 1) in ('_', '-', '.', '/')
 $$;
 
 -- What is wrong with a name that RabbitMQ takes from a certificate or from a client, or null.
 create function common_name_fault(name text) returns text
-language plpgsql immutable parallel safe set search_path = pg_catalog as $$
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
 begin
   if name is null or name = '' then
     return 'it is empty';
@@ -106,7 +109,7 @@ begin
 end $$;
 
 create function name_list_fault(names text[], longest_bytes integer) returns text
-language sql immutable parallel safe set search_path = pg_catalog as $$
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
   select case
     when names is null then 'the list is null; write {} for none'
     when coalesce(array_ndims(names), 1) <> 1 then 'the list has more than one dimension'
@@ -118,7 +121,7 @@ language sql immutable parallel safe set search_path = pg_catalog as $$
 $$;
 
 create function networks_fault(networks cidr[]) returns text
-language sql immutable parallel safe set search_path = pg_catalog as $$
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
   select case
     when networks is null then null
     when coalesce(array_ndims(networks), 1) <> 1 then 'the list has more than one dimension'
@@ -128,7 +131,7 @@ language sql immutable parallel safe set search_path = pg_catalog as $$
 $$;
 
 create function attributes_fault(attributes jsonb) returns text
-language sql immutable parallel safe set search_path = pg_catalog as $$
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
   select case
     when attributes = '{}' then null
     when attributes is null or jsonb_typeof(attributes) <> 'object' then 'they must be a JSON object'
@@ -155,7 +158,7 @@ create table device_type (
 );
 
 create function device_type_client_id_patterns() returns trigger
-language plpgsql set search_path = pg_catalog as $$
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   pattern text;
 begin
@@ -181,12 +184,13 @@ create table device (
   constraint device_common_name check (case when common_name = device_id then true when public.common_name_fault(common_name) is null then true else public.refuse(format('common name %L of device %L: %s', common_name, device_id, public.common_name_fault(common_name))) end),
   constraint device_status check (case when status in ('pending', 'active', 'suspended', 'revoked') then true else public.refuse(format('status %L of device %L: possible are pending, active, suspended and revoked', status, device_id)) end),
   constraint device_attributes check (case when public.attributes_fault(attributes) is null then true else public.refuse(format('attributes of device %L: %s', device_id, public.attributes_fault(attributes))) end),
-  constraint device_expires_at check (case when expires_at is null or (expires_at >= '1970-01-01Z' and expires_at < '9999-12-31Z') then true else public.refuse(format('expiry of device %L: possible are the years 1970 to 9999; null is never', device_id)) end)
+  constraint device_expires_at check (case when expires_at is null or (expires_at >= '1970-01-01Z' and expires_at < '9999-12-31Z') then true else public.refuse(format('expiry of device %L: possible are the years 1970 to 9999; null is never', device_id)) end),
+  constraint device_status_changed_at check (case when status_changed_at >= '1970-01-01Z' and status_changed_at < '9999-12-31Z' then true else public.refuse(format('time of the status of device %L: possible are the years 1970 to 9999', device_id)) end)
 );
 create index device_type_of on device (type);
 
 create function device_defaults() returns trigger
-language plpgsql set search_path = pg_catalog as $$
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   new.common_name := coalesce(new.common_name, new.device_id);
   return new;
@@ -194,7 +198,7 @@ end $$;
 create trigger defaults before insert on device for each row when (new.common_name is null) execute function device_defaults();
 
 create function device_status_changed() returns trigger
-language plpgsql set search_path = pg_catalog as $$
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   new.status_changed_at := now();
   return new;
@@ -237,13 +241,13 @@ create index topic_rule_account on topic_rule (account) where account is not nul
 
 -- Whether a resource permission of an account ("*" stands for any run of characters) reaches a name.
 create function resource_pattern_matches(pattern text, name text) returns boolean
-language sql immutable parallel safe set search_path = pg_catalog as $$
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
   select name like replace(replace(replace(replace(pattern, '\', '\\'), '%', '\%'), '_', '\_'), '*', '%')
 $$;
 
 -- What is wrong with an account's own columns, or null. Never prints the hash.
 create function account_fault(a account) returns text
-language plpgsql immutable set search_path = pg_catalog as $$
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 declare
   tag text;
   client_id text;
@@ -296,7 +300,7 @@ begin
 end $$;
 
 create function account_check() returns trigger
-language plpgsql set search_path = pg_catalog as $$
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   if public.account_fault(new) is not null then
     perform public.refuse(format('account %L: %s', new.name, public.account_fault(new)));
@@ -305,18 +309,42 @@ begin
 end $$;
 create trigger account_check before insert or update on account for each row execute function account_check();
 
+-- Checks that span tables are serialised by one row: statements on devices share it; those on types, accounts and
+-- accounts' rules take it alone, so that none checks against rows it cannot see.
+create table identity_guard (one boolean primary key default true check (one), writers bigint not null default 0);
+insert into identity_guard default values;
+
+create function identity_guard_take() returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+begin
+  if current_setting('transaction_isolation') <> 'read committed' then
+    raise exception using errcode = 'feature_not_supported', message = 'device types, accounts and their rules can be changed only in a READ COMMITTED transaction: the check must see what others committed';
+  end if;
+  update public.identity_guard set writers = writers + 1;
+end $$;
+
 -- Dead-lettering publishes with a routing key that RabbitMQ does not check: who may configure queues and write to a
 -- topic exchange would get past every topic rule.
 create function account_dead_lettering_check() returns trigger
-language plpgsql security definer set search_path = pg_catalog as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
+  touched text[];
   found_account text;
   found_exchange text;
 begin
+  if tg_table_name = 'account' then
+    select array_agg(name) into touched from new_rows;
+  else
+    select array_agg(distinct account) into touched from new_rows where account is not null;
+  end if;
+  if touched is null then
+    return null;
+  end if;
+  perform public.identity_guard_take();
   select a.name, x.name into found_account, found_exchange
   from public.account a
   cross join lateral (select 'amq.topic' as name union select r.exchange from public.topic_rule r where r.account = a.name and r.exchange is not null) as x
-  where not a.unchecked_dead_lettering and cardinality(a.configure) > 0
+  where a.name = any (touched) and not a.unchecked_dead_lettering and cardinality(a.configure) > 0
     and exists (select from unnest(a.write) as w where public.resource_pattern_matches(w, x.name))
   limit 1;
   if found then
@@ -324,25 +352,21 @@ begin
   end if;
   return null;
 end $$;
-create trigger dead_lettering after insert or update on account for each statement execute function account_dead_lettering_check();
-create trigger dead_lettering after insert or update on topic_rule for each statement execute function account_dead_lettering_check();
+create trigger dead_lettering_i after insert on account referencing new table as new_rows for each statement execute function account_dead_lettering_check();
+create trigger dead_lettering_u after update on account referencing new table as new_rows for each statement execute function account_dead_lettering_check();
+create trigger dead_lettering_i after insert on topic_rule referencing new table as new_rows for each statement execute function account_dead_lettering_check();
+create trigger dead_lettering_u after update on topic_rule referencing new table as new_rows for each statement execute function account_dead_lettering_check();
 
--- Devices, types and accounts together decide who owns a name and a client id. One row serialises the writers:
--- devices share it, types and accounts take it alone, so that neither checks against rows it cannot see.
-create table identity_guard (one boolean primary key default true check (one), writers bigint not null default 0);
-insert into identity_guard default values;
-
+-- Devices, types and accounts together decide who owns a name and a client id.
 create function identity_check() returns trigger
-language plpgsql security definer set search_path = pg_catalog as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   fault text;
 begin
   if tg_argv[0] = 'share' then
     perform from public.identity_guard for share;
-  elsif current_setting('transaction_isolation') <> 'read committed' then
-    raise exception using errcode = 'feature_not_supported', message = format('%s can be changed only in a READ COMMITTED transaction: its check must see what others committed', tg_table_name);
   else
-    update public.identity_guard set writers = writers + 1;
+    perform public.identity_guard_take();
   end if;
   select f into fault from (
     select format('account %L has the common name of device %L', a.name, d.device_id) as f
@@ -361,14 +385,15 @@ begin
   end if;
   return null;
 end $$;
-create trigger identity after insert or update on device for each statement execute function identity_check('share');
+-- Not on a change of status: a revocation waits for nobody.
+create trigger identity after insert or update of device_id, common_name, type on device for each statement execute function identity_check('share');
 create trigger identity after insert or update on device_type for each statement execute function identity_check('alone');
 create trigger identity after insert or update on account for each statement execute function identity_check('alone');
 
 -- Also for sessions with session_replication_role = replica.
 alter table device_type enable always trigger client_id_patterns, enable always trigger identity;
 alter table device enable always trigger defaults, enable always trigger status_changed, enable always trigger identity;
-alter table account enable always trigger account_check, enable always trigger dead_lettering, enable always trigger identity;
-alter table topic_rule enable always trigger dead_lettering;
+alter table account enable always trigger account_check, enable always trigger dead_lettering_i, enable always trigger dead_lettering_u, enable always trigger identity;
+alter table topic_rule enable always trigger dead_lettering_i, enable always trigger dead_lettering_u;
 
 -- migrate:down

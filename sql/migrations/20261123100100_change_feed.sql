@@ -97,6 +97,6 @@ begin
 end $$;
 
 -- Of the trigger functions too: with a trigger on a temporary table of his own, anybody could write change rows.
-revoke execute on function change_prune(interval), incarnation_renew(), change_note(), identity_check(), account_dead_lettering_check() from public;
+revoke execute on function change_prune(interval), incarnation_renew(), change_note(), identity_check(), identity_guard_take(), account_dead_lettering_check() from public;
 
 -- migrate:down

@@ -20,7 +20,7 @@ create index audit_key on audit (entity, key, id);
 
 -- A row as the trail shows it: the hash itself is a secret and is replaced by whether it is set.
 create function audit_row(entity text, r jsonb) returns jsonb
-language sql immutable set search_path = pg_catalog as $$
+language sql immutable set search_path = pg_catalog, pg_temp as $$
   select case when entity = 'account' and r is not null
     then r || jsonb_build_object('password_hash', case when r ->> 'password_hash' is null then null else 'set' end)
     else r end
@@ -66,7 +66,7 @@ call audit_watch('account', 'account', 'name');
 call audit_watch('topic_rule', 'topic_rule', 'id');
 
 create function audit_refuse() returns trigger
-language plpgsql set search_path = pg_catalog as $$
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   raise exception using errcode = 'insufficient_privilege', message = format('the audit trail is append-only: %s is refused', tg_op);
 end $$;

@@ -64,3 +64,7 @@ select id, device_type, device_id, account, effect, action, topic, exchange from
 -- params: 1 device types, 2 device ids, 3 accounts
 select id, device_type, device_id, account, effect, action, topic, exchange from topic_rule
 where device_type = any ($1::text[]) or device_id = any ($2::text[]) or account = any ($3::text[]);
+
+-- name: sizes^
+select (select count(*) from device) as device, (select count(*) from device_type) as device_type,
+       (select count(*) from account) as account;

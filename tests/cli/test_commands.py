@@ -69,14 +69,13 @@ def test_plan_tells_every_difference_and_changes_nothing(cli, policy, dsn):
     policy.write_text(POLICY.replace("ticket 1", "ticket 2").replace("hamburg", "kiel").replace("news", "olds"))
     before = rows(dsn, "select count(*) from audit")
     lines = cli("policy", "plan", policy).stdout.splitlines()
-    assert lines == [
+    assert set(lines) == {
         '~ device D1: attributes: {"site": "hamburg"} -> {"site": "kiel"}',
         '~ rule device_type APM: allow publish fleet/{device_id}/#: note: "ticket 1" -> "ticket 2"',
         "- rule device_id D2: allow subscribe news",
         "+ rule device_id D2: allow subscribe olds",
         "4 changes",
-    ] or sorted(lines) == sorted(lines)
-    assert len(lines) == 5
+    }
     assert rows(dsn, "select count(*) from audit") == before
 
 

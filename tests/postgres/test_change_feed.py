@@ -14,9 +14,9 @@ from authbackend.postgres import editor
 from authbackend.postgres.connection import Target
 from authbackend.postgres.feed import ChangeFeed
 from authbackend.registry.snapshot import Patch, Snapshot
-from authbackend.registry.sync import SyncTimes, following
+from authbackend.registry.sync import SyncTimes
 from tests.support.postgres import Server, connected, until
-from tests.support.registry import DeafFeed, Following, copied, fleet
+from tests.support.registry import DeafFeed, Following, copied, fleet, following
 
 NEVER_S = 3600.0
 

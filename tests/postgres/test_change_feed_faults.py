@@ -21,9 +21,9 @@ from authbackend.postgres import migrate as migrations
 from authbackend.postgres.connection import Target
 from authbackend.postgres.feed import ChangeFeed
 from authbackend.registry.snapshot import Mark
-from authbackend.registry.sync import SyncTimes, following
+from authbackend.registry.sync import SyncTimes
 from tests.support.postgres import Server, connected, run, until
-from tests.support.registry import Following, copied, fleet
+from tests.support.registry import Following, copied, fleet, following
 
 SOON = SyncTimes(poll_s=0.02)
 

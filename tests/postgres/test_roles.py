@@ -215,7 +215,7 @@ async def test_the_service_role_follows_the_registry_and_prunes(
             changes = await feed.changes(copy)
             assert changes is not None
             assert list(changes[0].devices) == ["d1"]
-            assert await feed.differences(copy) == 0
+            assert await feed.confirm(copy, await feed.suspects(copy)) == 0
             assert await connection.fetchval("select count(*) from change") > 0
             await feed.prune()
             await connection.execute("select pg_current_xact_id()")

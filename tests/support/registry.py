@@ -136,3 +136,15 @@ async def fleet(connection: asyncpg.Connection, number: int = 3) -> None:
     await connection.execute(
         "insert into topic_rule (account, effect, action, topic) values ('robot', 'allow', 'subscribe', 'fleet/#')"
     )
+
+
+@contextlib.asynccontextmanager
+async def following(copy: RegistryCopy) -> AsyncIterator[RegistryCopy]:
+    """Run a copy in the background for the time of the block."""
+    task = asyncio.create_task(copy.run(), name="registry")
+    try:
+        yield copy
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task

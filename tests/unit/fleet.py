@@ -91,6 +91,7 @@ FLEET = registry(
             configure=("app.*",),
             write=("app.*", "events"),
             read=("app.*", "mqtt-subscription-APM0001qos1"),
+            unchecked_dead_lettering=True,
             rules=RuleSet([rule("allow", "write", "app/#", "events"), rule("allow", "read", "fleet/#")]),
         ),
         account("dead-letters", configure=("q",), write=("*",)),

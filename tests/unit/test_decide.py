@@ -6,7 +6,7 @@ from authbackend.policy import decide
 from authbackend.policy.decide import Decision, PasswordCheck, Rules
 from authbackend.policy.reasons import Reason
 from authbackend.policy.requests import LoginRequest, ResourceRequest, TopicRequest, VhostRequest
-from authbackend.policy.rules import Networks, RuleSet, resource_matches
+from authbackend.policy.rules import Login, Networks, RuleSet, resource_matches
 from tests.unit.fleet import APM, FLEET, NOW, account, device, registry, rule
 
 SETTINGS = Rules()
@@ -153,21 +153,48 @@ def test_a_device_speaks_mqtt_only():
 
 
 @pytest.mark.parametrize("question", ["vhost", "resource", "topic"])
-@pytest.mark.parametrize("name", ["PENDING", "SUSPENDED", "REVOKED", "EXPIRED", "ORPHAN"])
-def test_a_device_that_is_not_active_is_denied_at_every_question(question, name):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("PENDING", Reason.DEVICE_PENDING),
+        ("SUSPENDED", Reason.DEVICE_SUSPENDED),
+        ("REVOKED", Reason.DEVICE_REVOKED),
+        ("EXPIRED", Reason.DEVICE_EXPIRED),
+        ("ORPHAN", Reason.DEVICE_TYPE_UNKNOWN),
+    ],
+)
+def test_a_device_that_is_not_active_is_denied_at_every_question(question, name, reason):
     ask = {
         "vhost": lambda: vhost(name, name),
         "resource": lambda: resource(name, name, "exchange", "amq.topic", "write"),
         "topic": lambda: topic(name, name, "write", f"fleet.{name}.telemetry.x"),
     }[question]
     assert not ask().allowed
-    assert ask().reason in {
-        Reason.DEVICE_PENDING,
-        Reason.DEVICE_SUSPENDED,
-        Reason.DEVICE_REVOKED,
-        Reason.DEVICE_EXPIRED,
-        Reason.DEVICE_TYPE_UNKNOWN,
-    }
+    assert ask().reason is reason
+
+
+def test_an_account_cannot_forward_past_its_topic_rules_by_binding_exchanges():
+    """Bound to amq.topic, amq.fanout would carry any topic there: write on the one and read on the other are asked."""
+    everything = account("wide", login=Login.CERTIFICATE, password_hash=None, write=("*",), read=("*",))
+    split_rights = account("split", login=Login.CERTIFICATE, password_hash=None, write=("amq.topic",), read=("*",))
+    own_exchange = account(
+        "own",
+        write=("events", "amq.fanout"),
+        read=("amq.fanout",),
+        rules=RuleSet([rule("allow", "write", "x", "events")]),
+    )
+    fleet = registry(accounts=(everything, split_rights, own_exchange))
+
+    def ask(name, exchange, permission):
+        request = ResourceRequest(name, "/", "exchange", exchange, permission)
+        return decide.resource(fleet, request, NOW, SETTINGS).reason
+
+    assert ask("wide", "amq.topic", "write") is Reason.ALLOWED
+    assert ask("wide", "amq.topic", "read") is Reason.ALLOWED
+    assert ask("wide", "amq.fanout", "write") is Reason.ALLOWED
+    assert ask("wide", "amq.fanout", "read") is Reason.UNCHECKED_DEAD_LETTERING
+    assert ask("split", "amq.fanout", "read") is Reason.ALLOWED
+    assert ask("own", "amq.fanout", "read") is Reason.UNCHECKED_DEAD_LETTERING
 
 
 def test_accounts_use_mqtt_only_with_listed_client_ids_and_never_a_devices():

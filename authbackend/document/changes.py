@@ -1,0 +1,68 @@
+"""What differs between a policy file and the registry."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+_shown = partial(json.dumps, ensure_ascii=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """
+    One difference.
+
+    Args:
+        operation: ``add``, ``change`` or ``remove``.
+        fields: For a change, the old and new value by column; a password hash shows only that it differs.
+    """
+
+    operation: str
+    entity: str
+    key: str
+    fields: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        sign = {"add": "+", "change": "~", "remove": "-"}[self.operation]
+        what = ", ".join(f"{name}: {_shown(old)} -> {_shown(new)}" for name, (old, new) in self.fields.items())
+        return f"{sign} {self.entity} {self.key}" + (f": {what}" if what else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """
+    What was done.
+
+    Args:
+        version: The registry version that serves it; None when nothing was changed.
+    """
+
+    changes: list[Change]
+    version: int | None
+
+
+def change_of(entity: str, key: str, old: str | None, new: str | None) -> Change:
+    """Return the difference between two rows as JSON texts; None is no row."""
+    if old is None or new is None:
+        return Change("add" if old is None else "remove", entity, key)
+    before, after = json.loads(old), json.loads(new)
+    fields = {name: (before[name], after[name]) for name in after if before[name] != after[name]}
+    if "password_hash" in fields:
+        fields["password_hash"] = ("set" if before["password_hash"] else None, "changed")
+    return Change("change", entity, key, fields)
+
+
+def rule_change(old: dict[str, Any] | None, new: dict[str, Any] | None) -> Change:
+    """Return the difference between two rules; None is no rule."""
+    rule = new or old
+    assert rule is not None
+    owner = next(f"{column} {rule[column]}" for column in ("device_type", "device_id", "account") if rule[column])
+    key = f"{owner}: {rule['effect']} {rule['action']} {rule['topic']}"
+    if rule["exchange"]:
+        key += f" on {rule['exchange']}"
+    if old is None or new is None:
+        return Change("add" if old is None else "remove", "rule", key)
+    return Change("change", "rule", key, {"note": (old["note"], new["note"])})
