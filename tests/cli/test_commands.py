@@ -272,3 +272,36 @@ def test_settings_can_come_from_a_file(cli, policy, tmp_path, dsn):
     file.write_text('[database]\ndns = "x"\n')
     result = cli("--config", file, "device", "list", exit_code=2, AUTHBACKEND_DATABASE__DSN=None)
     assert "did you mean database.dsn" in result.stderr
+
+
+def test_devices_from_a_file_leave_alone_what_the_file_cannot_say(cli, policy, tmp_path):
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("schema: authbackend/1\n")
+    devices = tmp_path / "devices.csv"
+    devices.write_text("device_id,common_name,type\nD1,,APM\nD2,two,APM\n")
+    assert "nothing to change" in cli("policy", "apply", empty, "--devices", devices).stdout
+    shown = json.loads(cli("device", "show", "D2", "--json").stdout)
+    assert [rule["topic"] for rule in shown["rules"] if rule["of"] == "device"] == ["news"]
+
+
+def test_an_account_can_change_to_login_by_certificate(cli, policy):
+    cli("account", "passwd", "ops", "--password-file", "-", stdin="correct horse\n")
+    policy.write_text(POLICY.replace("login: password", "login: certificate"))
+    cli("policy", "apply", policy)
+    found = json.loads(cli("account", "list", "--json").stdout)[0]
+    assert (found["login"], found["password_set"]) == ("certificate", False)
+
+
+def test_explain_takes_the_owner_of_the_usual_client_id_into_account(cli, policy):
+    """As the listener does: D1's usual client id would be D1_1, which is another device's id."""
+    policy.write_text(POLICY.replace('client_ids: ["{device_id}", "{device_id}_*"]', 'client_ids: ["{device_id}_*"]'))
+    cli("policy", "apply", policy)
+    cli("device", "add", "D1_1", "--type", "APM")
+    denied = json.loads(cli("explain", "D1", "publish", "fleet/D1/x", "--json", exit_code=6).stdout)
+    assert denied["reason"] == "client_id_of_another_device"
+
+
+def test_what_is_stored_cannot_drive_a_terminal(cli, policy):
+    cli("device", "suspend", "D1", "--reason", "\x1b[31mred")
+    for command in (("device", "show", "D1"), ("device", "list")):
+        assert "\x1b" not in cli(*command).stdout
