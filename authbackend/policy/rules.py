@@ -11,6 +11,7 @@ from authbackend.policy.names import DeviceId
 from authbackend.policy.topics import (
     MANY,
     MANY_NOT_LAST,
+    MOST_WORDS_WITH_MANY,
     ONE,
     Pattern,
     contains,
@@ -151,6 +152,8 @@ class TopicRule:
         Nearly every rule is compared word by word, without building a pattern; the rest by its pattern.
         """
         if self._prefix is None or (self.effect is Effect.DENY and any(values.get(n) is None for n in self._names)):
+            if self.effect is Effect.DENY and len(words) > MOST_WORDS_WITH_MANY:
+                return True  # no topic is that deep: a client that chose such an id and such a key wants to cost time
             pattern = self.pattern(values)
             return pattern is not None and match(pattern, words)
         if len(words) < len(self._prefix) or (not self._tail and len(words) != len(self._prefix)):
