@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from authbackend.cli.common import json_option, show
 from authbackend.pki.authority import PKIError
 from authbackend.pki.directory import Outcome, make_certificates
 
@@ -46,7 +47,8 @@ A bench authority for trying things out: production certificates come from your 
     help="A host name or address that clients use for the broker. May be given several times; "
     "given at all, it replaces localhost, 127.0.0.1, ::1 and rabbitmq.",
 )
-def certs(directory: Path, devices: tuple[str, ...], servers: tuple[str, ...]) -> None:
+@json_option
+def certs(directory: Path, devices: tuple[str, ...], servers: tuple[str, ...], as_json: bool) -> None:
     """
     Make the certificates of a bench set-up in DIR.
 
@@ -58,13 +60,17 @@ def certs(directory: Path, devices: tuple[str, ...], servers: tuple[str, ...]) -
     For demonstrations and tests: the authorities' keys lie unencrypted in DIR.
     """
     try:
-        for outcome in make_certificates(directory, devices=devices, servers=servers or None):
-            click.echo(_line(directory, outcome))
+        outcomes = list(make_certificates(directory, devices=devices, servers=servers or None))
     except PKIError as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:
         raise click.ClickException(f"{error.filename or directory}: {error.strerror}") from error
-    click.echo(_WHERE.format(directory=directory.absolute()))
+    result = [
+        {"file": f"{directory / outcome.name}.pem", "written": outcome.written, "expires": outcome.expires.isoformat()}
+        for outcome in outcomes
+    ]
+    where = _WHERE.format(directory=directory.absolute())
+    show(result, as_json, lambda: [*(_line(directory, outcome) for outcome in outcomes), where])
 
 
 def _line(directory: Path, outcome: Outcome) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ from authbackend.document.devices import read_devices
 from authbackend.document.lint import lint
 from authbackend.document.model import Document, Problem
 from authbackend.document.read import read
-from authbackend.document.write import write
+from authbackend.document.write import as_tree, write
 from authbackend.errors import InvalidInput
 from authbackend.postgres import policy_store
 
@@ -133,10 +134,12 @@ def apply(context: click.Context, file: Path, devices: Path | None, prune: bool,
     metavar="FILE",
     help="Write to FILE, mode 600, instead of standard output.",
 )
+@json_option
 @click.pass_context
-def export(context: click.Context, output: Path | None) -> None:
+def export(context: click.Context, output: Path | None, as_json: bool) -> None:
     """Write the whole registry as a policy file; it holds password hashes."""
-    text = write(run(policy_store.export(target_of(context))))
+    document = run(policy_store.export(target_of(context)))
+    text = json.dumps(as_tree(document), indent=2, ensure_ascii=False) + "\n" if as_json else write(document)
     if output is None:
         click.echo(text, nl=False)
         return

@@ -9,8 +9,8 @@ import yaml
 from authbackend.document.model import SCHEMA, AccountEntry, DeviceEntry, DeviceTypeEntry, Document, RuleEntry
 
 
-def write(document: Document) -> str:
-    """Return the document as YAML, sorted by name, with absent values left out."""
+def as_tree(document: Document) -> dict[str, Any]:
+    """Return the document as plain values, sorted by name, with absent values left out."""
     tree: dict[str, Any] = {"schema": SCHEMA}
     if document.device_types is not None:
         tree["device_types"] = {name: _device_type(entry) for name, entry in sorted(document.device_types.items())}
@@ -18,6 +18,12 @@ def write(document: Document) -> str:
         tree["devices"] = [_device(entry) for _, entry in sorted(document.devices.items())]
     if document.accounts is not None:
         tree["accounts"] = [_account(entry) for _, entry in sorted(document.accounts.items())]
+    return tree
+
+
+def write(document: Document) -> str:
+    """Return the document as YAML."""
+    tree = as_tree(document)
     return yaml.dump(
         tree, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False, allow_unicode=True, width=120
     )

@@ -85,6 +85,8 @@ def test_export_then_apply_changes_nothing(cli, policy, tmp_path):
     assert (tmp_path / "out.yaml").stat().st_mode & 0o777 == 0o600
     result = json.loads(cli("policy", "plan", tmp_path / "out.yaml", "--prune", "--json").stdout)
     assert result == []
+    (tmp_path / "out.json").write_text(cli("policy", "export", "--json").stdout)  # JSON is YAML
+    assert json.loads(cli("policy", "plan", tmp_path / "out.json", "--prune", "--json").stdout) == []
 
 
 def test_nothing_is_removed_without_prune(cli, policy):
