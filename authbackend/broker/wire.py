@@ -8,9 +8,7 @@ the tests.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from enum import StrEnum
-from typing import TypeVar
 from urllib.parse import parse_qsl
 
 from authbackend.policy.decide import Decision
@@ -23,8 +21,6 @@ LONGEST_NAME_BYTES = 65_535 + 32  # a queue name holds a client id, which MQTT a
 LONGEST_USERNAME_BYTES = 1024
 LONGEST_PASSWORD_BYTES = 4096
 MOST_PARAMETERS = 64
-
-T = TypeVar("T")
 
 
 class Malformed(StrEnum):
@@ -150,9 +146,6 @@ def topic_request(parameters: dict[str, str]) -> TopicRequest:
     if resource != "topic" or permission not in ("write", "read"):
         raise MalformedRequest(Malformed.BAD_VALUE)
     return TopicRequest(username, vhost, name, permission, routing_key, parameters.get("client_id"))
-
-
-Parser = Callable[[dict[str, str]], T]
 
 
 def answer(decision: Decision, *, with_reason: bool = False) -> str:

@@ -225,7 +225,7 @@ def topic(registry: Registry, request: TopicRequest, now: float, settings: Rules
         if request.name != settings.mqtt_exchange:
             return _deny(Reason.EXCHANGE_NOT_PERMITTED, device.type)
         values = device_values(device, request.client_id, request.vhost)
-        return _by_rules(rule_sets(registry, device), request, values, device.type)
+        return by_rules(rule_sets(registry, device), values, request.permission, request.routing_key, device.type)
     account = registry.account(request.username)
     if account is None:
         return _deny(Reason.UNKNOWN_IDENTITY, UNKNOWN)
@@ -234,40 +234,33 @@ def topic(registry: Registry, request: TopicRequest, now: float, settings: Rules
     named = account.rules.on_exchange(request.name)
     rule_sets_ = (named, account.rules.on_exchange(None)) if request.name == settings.mqtt_exchange else (named,)
     values = Values({"client_id": request.client_id, "vhost": request.vhost})
-    return _by_rules(rule_sets_, request, values, ACCOUNT)
+    return by_rules(rule_sets_, values, request.permission, request.routing_key, ACCOUNT)
 
 
-def by_rules(rules: RuleSet, values: Values, permission: Permission, routing_key: str, kind: str = "") -> Decision:
+def by_rules(
+    rule_sets: tuple[RuleSet, ...], values: Values, permission: str, routing_key: str, kind: str = ""
+) -> Decision:
     """
     Decide a topic by rules alone: default deny, deny wins, order never matters.
 
     A read filter must be inside one allow rule; two that cover it only together do not count.
     """
-    request = TopicRequest("", "", "", permission, routing_key)
-    return _by_rules((rules,), request, values, kind)
-
-
-def _by_rules(rule_sets: tuple[RuleSet, ...], request: TopicRequest, values: Values, kind: str) -> Decision:
-    if request.permission not in ("write", "read"):
+    if permission not in ("write", "read"):
         return _deny(Reason.RESOURCE_NOT_PERMITTED, kind)
-    permission = Permission(request.permission)
-    words = split(request.routing_key)
-    if permission is Permission.READ:
+    asked = Permission(permission)
+    words = split(routing_key)
+    if asked is Permission.READ:
         many = words.count(MANY)
         if many > MOST_MANY_IN_A_FILTER or (many and len(words) > MOST_WORDS_WITH_MANY):
             return _deny(Reason.TOO_MANY_WILDCARDS, kind)
-    allowed_by = None
-    for rules in rule_sets:
-        for rule in rules.allowing(permission):
-            if applies(rule, values, words):
-                allowed_by = rule
-                break
+    allowing = (rule for rules in rule_sets for rule in rules.allowing(asked) if applies(rule, values, words))
+    allowed_by = next(allowing, None)
     if allowed_by is None:
         return _deny(Reason.NO_RULE_ALLOWS, kind)
-    for rules in rule_sets:
-        for rule in rules.denying(permission):
-            if applies(rule, values, words):
-                return Decision(False, Reason.RULE_DENIES, kind, rule)
+    denying = (rule for rules in rule_sets for rule in rules.denying(asked) if applies(rule, values, words))
+    denied_by = next(denying, None)
+    if denied_by is not None:
+        return Decision(False, Reason.RULE_DENIES, kind, denied_by)
     return Decision(True, Reason.ALLOWED, kind, allowed_by)
 
 

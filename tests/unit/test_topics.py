@@ -42,7 +42,7 @@ def answer(vector):
         TopicRule(Effect(rule["effect"]), Permission(rule["permission"]), rule["filter"]) for rule in vector["rules"]
     )
     values = Values(given_values, attributes)
-    return decide.by_rules(rules, values, Permission(vector["permission"]), vector["routing_key"]).allowed
+    return decide.by_rules((rules,), values, Permission(vector["permission"]), vector["routing_key"]).allowed
 
 
 @pytest.mark.parametrize("vector", VECTORS, ids=[vector["id"] for vector in VECTORS])
@@ -175,11 +175,11 @@ def test_a_filter_met_in_spite_of_its_fault_grants_nothing(text):
     for key in ("", "a", "a.b", "b", "a.b.a"):
         values = Values({"device_id": "a"})
         allow = RuleSet([TopicRule(Effect.ALLOW, Permission.WRITE, text)])
-        assert not decide.by_rules(allow, values, Permission.WRITE, key).allowed
+        assert not decide.by_rules((allow,), values, Permission.WRITE, key).allowed
         denied = RuleSet(
             [TopicRule(Effect.ALLOW, Permission.WRITE, "#"), TopicRule(Effect.DENY, Permission.WRITE, text)]
         )
-        assert not decide.by_rules(denied, values, Permission.WRITE, key).allowed
+        assert not decide.by_rules((denied,), values, Permission.WRITE, key).allowed
 
 
 values = st.one_of(st.none(), st.sampled_from(["d1", "x", "#", "+", "*", "a.b", "a/b", "", "{client_id}", "d1.#"]))
@@ -202,7 +202,7 @@ def test_no_value_widens_an_allow_rule(topic_filter, value, key):
     """An allow rule never matches a key that it would not match with the value as one literal word."""
     rule = TopicRule(Effect.ALLOW, Permission.WRITE, topic_filter)
     if decide.by_rules(
-        RuleSet([rule]),
+        (RuleSet([rule]),),
         Values({"client_id": value, "device_id": "d1", "vhost": value}),
         Permission.WRITE,
         ".".join(key),
@@ -228,9 +228,9 @@ def test_no_value_narrows_a_deny_rule(topic_filter, value, key):
         [TopicRule(Effect.ALLOW, Permission.WRITE, "#"), TopicRule(Effect.DENY, Permission.WRITE, topic_filter)]
     )
     routing_key = ".".join(key)
-    denied = not decide.by_rules(rules, good, Permission.WRITE, routing_key).allowed
+    denied = not decide.by_rules((rules,), good, Permission.WRITE, routing_key).allowed
     if denied and value not in ("d1", "{client_id}"):
-        assert value == "x" or not decide.by_rules(rules, other, Permission.WRITE, routing_key).allowed
+        assert value == "x" or not decide.by_rules((rules,), other, Permission.WRITE, routing_key).allowed
 
 
 @given(
@@ -255,4 +255,4 @@ def test_comparing_word_by_word_is_matching_the_pattern(levels, client_id, key, 
 def test_no_text_of_a_filter_passes_for_a_lesser_fault(topic_filter):
     rules = RuleSet([TopicRule(Effect.ALLOW, Permission.WRITE, topic_filter)])
     key = to_routing_key(topic_filter)
-    assert not decide.by_rules(rules, Values({}), Permission.WRITE, key).allowed
+    assert not decide.by_rules((rules,), Values({}), Permission.WRITE, key).allowed
