@@ -73,9 +73,6 @@ class _PasswordMetrics:
     def checked(self, result: str) -> None:
         self._metrics.password_checks.labels(result).inc()
 
-    def running(self, number: int) -> None:
-        self._metrics.passwords_running.set(number)
-
 
 @contextlib.asynccontextmanager
 async def service(settings: Settings, on_end: Callable[[str], object] = log.error) -> AsyncIterator[dict[str, str]]:
@@ -150,7 +147,7 @@ def _endpoints(
 
 def _password_checker(settings: Settings, metrics: Metrics) -> PasswordChecker:
     accounts = settings.accounts
-    return PasswordChecker(
+    passwords = PasswordChecker(
         _PasswordMetrics(metrics),
         threads=accounts.hashing_threads,
         queue=accounts.hashing_queue,
@@ -158,6 +155,8 @@ def _password_checker(settings: Settings, metrics: Metrics) -> PasswordChecker:
         remember_s=accounts.remember_s,
         remember_most=accounts.remember_most,
     )
+    metrics.passwords_running.set_function(lambda: passwords.running)
+    return passwords
 
 
 @contextlib.asynccontextmanager

@@ -33,9 +33,6 @@ class Observer(Protocol):
     def checked(self, result: str) -> None:
         """``right``, ``wrong``, ``remembered`` or ``refused``."""
 
-    def running(self, number: int) -> None:
-        """How many checks run or wait."""
-
 
 def hash_password(password: str) -> str:
     """Return an argon2id hash in PHC form with the parameters of RFC 9106 for little memory (64 MiB, 3 passes)."""
@@ -92,8 +89,6 @@ class PasswordChecker:
         except Busy:
             self._observer.checked("refused")
             raise
-        finally:
-            self._observer.running(self._running())
         right = right and stored is not None
         self._observer.checked("right" if right else "wrong")
         if right:
@@ -105,7 +100,9 @@ class PasswordChecker:
         for lane in (self._common, *self._reserved.values()):
             lane.close()
 
-    def _running(self) -> int:
+    @property
+    def running(self) -> int:
+        """How many checks run or wait for a thread."""
         return self._common.taken + sum(lane.taken for lane in self._reserved.values())
 
     def _verify(self, stored: str, password: str) -> bool:

@@ -18,9 +18,6 @@ class Watched:
     def checked(self, result):
         self.results.append(result)
 
-    def running(self, number):
-        pass
-
 
 OPS = account("ops", password_hash=HASH)
 
@@ -109,7 +106,7 @@ async def test_more_checks_than_may_wait_are_refused_at_once(make, observer, hel
     assert observer.results.count("refused") == 1
 
     async def free():
-        return checker._running() == 0
+        return checker.running == 0
 
     await until(free, "the slots are free again")
     assert await checker.check(OPS, "correct horse")
@@ -131,6 +128,7 @@ async def test_a_reserved_account_has_a_slot_of_its_own(make, held):
 async def test_device_decisions_do_not_wait_for_passwords(service, held):
     logins = [asyncio.create_task(service.login("ops", password=f"guess{n}")) for n in range(30)]
     assert await service.login("APM0001") == "allow"
+    assert await service.metric("authbackend_password_checks_running") == 18  # two threads, a queue of sixteen
     held.set()
     answers = await asyncio.gather(*logins)
     assert set(answers) == {"deny"}
