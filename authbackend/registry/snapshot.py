@@ -65,7 +65,7 @@ class Snapshot:
 
     A patch is applied without giving way to any other task, so no request sees half a change.
 
-    Cost: two dictionary lookups at most for a device; about 100 bytes a device for the index, beside the device.
+    Cost: two dictionary lookups at most for a device.
     """
 
     __slots__ = ("_accounts", "_by_id", "_by_name", "_device_types", "mark")

@@ -139,15 +139,15 @@ class RegistryCopy:
             log.exception("registry.refresh_crashed")
             await self._failed(f"{type(error).__name__} while reading the registry")
 
-    async def refresh(self) -> Refreshed:
+    async def refresh(self, *, full: bool = False) -> Refreshed:
         """
-        Look at the database once and apply what changed.
+        Look at the database once and apply what changed, or load everything anew.
 
         Raises:
             AuthbackendError: The database could not be read; the copy stays as it was.
         """
         started = time.monotonic()
-        changes = None if self.snapshot is None else await self._reader.changes(self.snapshot)
+        changes = None if full or self.snapshot is None else await self._reader.changes(self.snapshot)
         if changes is None or self.snapshot is None:
             self.snapshot = await self._reader.load()
             refreshed = Refreshed(True, sum(self.snapshot.sizes().values()), time.monotonic() - started)
@@ -177,14 +177,13 @@ class RegistryCopy:
         suspects = await self._reader.suspects(self.snapshot)
         async with self._looking:
             differences = await self._reader.confirm(self.snapshot, suspects)
-            if differences is None:
-                self.snapshot = await self._reader.load()
-                return 0
-            self._observer.compared(differences)
+            if differences is not None:
+                self._observer.compared(differences)
             if differences:
                 log.error("registry.differs", rows=differences, next="loading it anew")
-                self.snapshot = await self._reader.load()
-            return differences
+            if differences != 0:
+                await self.refresh(full=True)
+            return differences or 0
 
     async def _maintain(self) -> None:
         now = time.monotonic()
