@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: run test check test-fast format docs clean
+.PHONY: run test check format docs clean
 .DEFAULT_GOAL := check
 
 # A missing part of Debian is named with the line that installs it.

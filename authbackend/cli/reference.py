@@ -35,7 +35,7 @@ REASONS = {
     Reason.RESOURCE_NOT_PERMITTED: "A queue or exchange that a device does not need for MQTT, or that the account does not list.",
     Reason.UNCHECKED_DEAD_LETTERING: "The account could publish past its topic rules, by dead-lettering or by binding an exchange that it may write to; see `unchecked_dead_lettering`.",
     Reason.EXCHANGE_NOT_PERMITTED: "Devices publish and subscribe on the MQTT exchange only.",
-    Reason.TOO_MANY_WILDCARDS: "A subscription with more than two `#`.",
+    Reason.TOO_MANY_WILDCARDS: "A subscription with more than two `#`, or with `#` among more than 4,096 levels.",
     Reason.NO_RULE_ALLOWS: "No single allow rule covers it; `authbackend explain` names the nearest.",
     Reason.RULE_DENIES: "A deny rule covers it, or overlaps the subscription; the log names the rule.",
     Reason.MALFORMED_REQUEST: "The request is not one of RabbitMQ's; `authbackend_malformed_requests_total` says why.",
