@@ -1,0 +1,142 @@
+"""A certificate for every device of a load test, by several processes, and the files that register the devices."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from authbackend.pki.authority import Authority, PKIError
+from authbackend.pki.directory import device_name_fault, make_certificates
+from authbackend_load.plan import CERTIFICATES, DEVICES_FILE, PUBLISH, SUBSCRIBE, LoadError
+
+POLICY_FILE = "policy.yaml"
+_PORTION = 250
+_POLICY = """\
+# The device type of a load test: what the devices of authbackend-load do unless told otherwise. Register them with
+#   authbackend policy apply {directory}/{policy} --devices {directory}/{devices}
+schema: authbackend/1
+
+device_types:
+  {type}:
+    description: Devices of a load test
+    client_ids: ["{{device_id}}"]
+    vhosts: ["/"]
+    rules:
+      - {{effect: allow, action: subscribe, topic: "{subscribe}"}}
+      - {{effect: allow, action: publish, topic: "{publish}/#"}}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """
+    What became of the certificates.
+
+    Attributes:
+        written: made now.
+        kept: there before.
+    """
+
+    written: int
+    kept: int
+
+
+def device_ids(prefix: str, count: int) -> list[str]:
+    """
+    Return PREFIX000001, PREFIX000002, and so on.
+
+    Raises:
+        LoadError: the prefix cannot be part of a device id.
+    """
+    ids = [f"{prefix}{number:06d}" for number in range(1, count + 1)]
+    if fault := device_name_fault(ids[-1]):
+        raise LoadError(fault)
+    return ids
+
+
+def make(
+    directory: Path,
+    ids: list[str],
+    *,
+    device_type: str,
+    revoked: int = 0,
+    processes: int = 1,
+    progress: Callable[[int], None] = lambda _done: None,
+) -> Made:
+    """
+    Make what is missing: authorities and servers' certificates as ``authbackend certs`` does, a certificate for each
+    device, ``devices.csv`` and ``policy.yaml``.
+
+    Args:
+        revoked: so many devices at the end of the list are registered as revoked.
+        progress: called with the number of certificates done.
+    Raises:
+        LoadError: a file there cannot be used or written.
+    """
+    try:
+        for _ in make_certificates(directory):
+            pass
+        folder = directory / CERTIFICATES
+        folder.mkdir(exist_ok=True)
+        present = {path.stem for path in folder.glob("*.pem")}
+        missing = [device_id for device_id in ids if device_id not in present]
+        for done in _issue(directory, folder, missing, processes):
+            progress(done)
+        _write_devices(directory / DEVICES_FILE, ids, device_type, revoked)
+        _write_policy(directory, device_type)
+    except PKIError as error:
+        raise LoadError(str(error)) from error
+    except OSError as error:
+        raise LoadError(f"{error.filename or directory}: {error.strerror}") from error
+    return Made(len(missing), len(ids) - len(missing))
+
+
+def _issue(directory: Path, folder: Path, ids: list[str], processes: int) -> Iterator[int]:
+    ca = ((directory / "ca.pem").read_bytes(), (directory / "ca.key").read_bytes())
+    portions = [ids[begin : begin + _PORTION] for begin in range(0, len(ids), _PORTION)]
+    done = 0
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        for count in pool.map(_issue_portion, [ca] * len(portions), [folder] * len(portions), portions):
+            done += count
+            yield done
+
+
+def _issue_portion(ca: tuple[bytes, bytes], folder: Path, ids: list[str]) -> int:
+    authority = Authority.load(*ca)
+    for device_id in ids:
+        issued = authority.issue_client(device_id)
+        beside = folder / f".{device_id}.{os.getpid()}"
+        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(issued.certificate_pem + issued.key_pem)
+        beside.rename(folder / f"{device_id}.pem")  # half a file is never taken for a certificate
+    return len(ids)
+
+
+def _write_devices(file: Path, ids: list[str], device_type: str, revoked: int) -> None:
+    with file.open("w", newline="", encoding="utf-8") as lines:
+        writer = csv.writer(lines, lineterminator="\n")
+        writer.writerow(("device_id", "common_name", "type", "status"))
+        for place, device_id in enumerate(ids):
+            status = "revoked" if place >= len(ids) - revoked else "active"
+            writer.writerow((device_id, device_id, device_type, status))
+
+
+def _write_policy(directory: Path, device_type: str) -> None:
+    file = directory / POLICY_FILE
+    if file.exists():  # somebody may have written rules into it
+        return
+    text = _POLICY.format(
+        type=device_type,
+        directory=directory,
+        policy=POLICY_FILE,
+        devices=DEVICES_FILE,
+        subscribe=SUBSCRIBE,
+        publish=PUBLISH,
+    )
+    file.write_text(text, encoding="utf-8")
