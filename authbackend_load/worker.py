@@ -104,14 +104,13 @@ class Worker:
     async def _live(self, device: Device, at: float, place: int) -> None:
         start = at + (place / self._plan.rate_per_s if self._plan.rate_per_s else 0.0)
         await asyncio.sleep(max(0.0, start - time.monotonic()))
-        first, failures, done = 0.0, 0, False
+        failures, done = 0, False
         while True:
             try:
                 async with self._slots or contextlib.nullcontext():
-                    first = first or time.monotonic()
                     await device.cycle()
                 if not done:
-                    self._completed(device, first)
+                    self._completed(device, start)
                 failures, done = 0, True
                 await device.stay()
             except Failed as failure:
@@ -121,7 +120,7 @@ class Worker:
                 delay_s = min(self._plan.retry_delay_s * 2 ** min(failures - 1, 10), _LONGEST_RETRY_S)
                 await asyncio.sleep(delay_s * random.uniform(0.5, 1.5))
 
-    def _completed(self, device: Device, first: float) -> None:
+    def _completed(self, device: Device, start: float) -> None:
         if not device.identity.active:
             self._judged += 1
             return
@@ -129,7 +128,8 @@ class Worker:
         self.complete += 1
         self.last_complete_at = now
         self.record.count("completed")
-        self.record.latency("cycle", now - first)
+        # From the planned start: the wait for a slot, for a late loop and for another try is the device's wait.
+        self.record.latency("cycle", now - start)
 
     async def end(self, *, cut: bool) -> None:
         """End all connections, ``cut`` or in good order, and all that was under way."""

@@ -73,6 +73,14 @@ def test_a_cycle_can_end_early(directory: Path, until: str, sent: set[str]) -> N
     assert set(broker.received) - {"disconnect"} == sent
 
 
+def test_a_cycle_counts_from_its_planned_start_waiting_for_its_turn_included(directory: Path) -> None:
+    with FakeBroker(directory) as broker:
+        done = invoke(directory, broker.port, "--count", "10", "--processes", "1", "--in-flight", "1")
+    result = result_of(done)
+    all_s = result["storms"][0]["duration_s"]  # one after the other, and all were planned for the beginning
+    assert result["latency_ms"]["cycle"]["max"] == pytest.approx(all_s * 1000, abs=1)
+
+
 def test_topics_can_be_new_each_time(directory: Path) -> None:
     with FakeBroker(directory) as broker:
         done = invoke(directory, broker.port, "--count", "1", "-p", "t/{device_id}/{n}", "--publishes", "3")
@@ -188,7 +196,6 @@ def test_shares_do_not_overlap(directory: Path) -> None:
 
 
 def test_the_result_is_written_and_drawn(directory: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     output, picture = tmp_path / "result.json", tmp_path / "result.png"
     with FakeBroker(directory) as broker:
         done = invoke(directory, broker.port, "--count", "3", "--output", str(output), "--plot", str(picture))
