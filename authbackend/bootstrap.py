@@ -4,39 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
+import os
+import socket
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import structlog
 from aiohttp import web
+from prometheus_client import CollectorRegistry
 
+from authbackend import __version__, metrics
 from authbackend.admin.health import Health
 from authbackend.admin.listener import application
-from authbackend.broker.endpoints import Endpoints
+from authbackend.board import Board
+from authbackend.broker.endpoints import Endpoints, Limits
 from authbackend.broker.listener import BrokerServer, TLSFiles, listening, watch
 from authbackend.broker.passwords import PasswordChecker
-from authbackend.errors import ConfigurationError, Unavailable
+from authbackend.errors import ConfigurationError
+from authbackend.ground import Ground, prepared, target
 from authbackend.logs import Sampler
-from authbackend.metrics import Metrics
-from authbackend.policy.decide import Rules
-from authbackend.postgres.connection import Target
+from authbackend.metrics import BrokerMetrics, RegistryMetrics
+from authbackend.policy.decide import DecisionSettings
 from authbackend.postgres.feed import ChangeFeed
-from authbackend.registry.sync import RegistryCopy, SyncTimes
-from authbackend.settings import TLS, Broker, Settings, host_and_port, is_loopback, read_dsn
+from authbackend.postgres.replicas import Announcer, Identity
+from authbackend.registry.presence import Presence
+from authbackend.registry.store import Store
+from authbackend.registry.sync import Look, Refreshed, RegistryCopy, SyncTimes
+from authbackend.settings import TLS, Broker, Settings, host_and_port, is_loopback
 
 log = structlog.get_logger(__name__)
 
-
-def target(settings: Settings, application_name: str = "authbackend") -> Target:
-    """
-    Return where the database is.
-
-    Raises:
-        ConfigurationError: No connection URI is set.
-    """
-    database = settings.database
-    return Target(read_dsn(database), database.connect_timeout_s, database.statement_timeout_s, application_name)
+BEAT_S = 0.1
 
 
 def broker_tls(broker: Broker) -> TLSFiles | None:
@@ -66,118 +66,267 @@ def _tls_files(tls: TLS) -> TLSFiles | None:
     return TLSFiles(tls.certificate_file, tls.key_file, tls.client_ca_file)
 
 
-class _PasswordMetrics:
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-
-    def checked(self, result: str) -> None:
-        self._metrics.password_checks.labels(result).inc()
+OnEnd = Callable[[str], object]
 
 
 @contextlib.asynccontextmanager
-async def service(settings: Settings, on_end: Callable[[str], object] = log.error) -> AsyncIterator[dict[str, str]]:
+async def following(
+    settings: Settings,
+    ground: Ground,
+    store: Store,
+    admin: socket.socket,
+    on_end: OnEnd,
+    collected: CollectorRegistry | None = None,
+) -> AsyncIterator[None]:
     """
-    Run everything for the time of the block and yield where it listens: ``broker`` and ``admin``.
-
-    Listens at once and answers 503 until the registry is loaded.
+    Follow the database and answer people, for the time of the block; what one process of a replica does.
 
     Args:
+        admin: The listening socket for people and Prometheus.
+        collected: The metrics of this process; those of others come from files.
         on_end: Is told the name of a background task that ended by itself, which it never should.
+    """
+    collected = collected or CollectorRegistry()
+
+    def present() -> metrics.Present:
+        return metrics.Present(store.state(), store.sizes(), ground.board.states(), ground.board.restarts)
+
+    counted = RegistryMetrics(collected, present)
+    registry = settings.registry
+    database = target(settings)
+    identity = _identity(settings, ground)
+    feed = ChangeFeed(database, registry.change_retention_s, identity)
+    announcer = Announcer(database, identity)
+    presence = Presence(announcer, counted, comes_back=ground.disk is not None)
+    times = SyncTimes(registry.poll_interval_s, registry.compare_interval_s, registry.prune_interval_s)
+    copy = RegistryCopy(feed, store, _Observers(counted, presence), times, ground.disk)
+    reader = store.reader()
+
+    app = application(
+        store.reader(),
+        lambda: metrics.exposition(collected, ground.metrics, counted),
+        Health(reader, ground.board, registry.max_staleness_s),
+        DecisionSettings(mqtt_exchange=settings.broker.mqtt_exchange),
+        loopback=is_loopback(settings.admin.listen),
+    )
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(feed.close)
+        stack.push_async_callback(presence.leave)
+        await stack.enter_async_context(_background("registry", copy.run(), on_end))
+        await stack.enter_async_context(_background("presence", presence.run(), on_end))
+        await stack.enter_async_context(_application_listening(app, admin))
+        yield
+
+
+class _Observers:
+    """Tells metrics and presence what the copy does."""
+
+    def __init__(self, counted: RegistryMetrics, presence: Presence) -> None:
+        self._presence = presence
+        self._counted = counted
+        self.refresh_failed = counted.refresh_failed
+        self.compared = counted.compared
+
+    def refreshed(self, look: Look, refreshed: Refreshed, *, lasting: bool) -> None:
+        self._counted.refreshed(look, refreshed, lasting=lasting)
+        if lasting:
+            self._presence.serves(look)
+
+
+def _identity(settings: Settings, ground: Ground) -> Identity:
+    return Identity(
+        id=ground.replica_id,
+        name=settings.replica.name or socket.gethostname(),
+        program_version=__version__,
+        workers=settings.replica.workers,
+        longest_staleness_s=settings.registry.max_staleness_s,
+    )
+
+
+@contextlib.asynccontextmanager
+async def answering(
+    settings: Settings,
+    ground: Ground,
+    store: Store,
+    worker: int,
+    port: int,
+    on_end: OnEnd,
+    collected: CollectorRegistry | None = None,
+) -> AsyncIterator[int]:
+    """
+    Answer RabbitMQ for the time of the block and yield the port; what each worker does.
+
     Raises:
-        ConfigurationError: A setting cannot be used.
+        ConfigurationError: The address or the certificates cannot be used.
     """
     tls = broker_tls(settings.broker)
-    metrics = Metrics()
-    rules = Rules(mqtt_exchange=settings.broker.mqtt_exchange)
-    feed = ChangeFeed(target(settings), settings.registry.change_retention_s)
-    copy = _registry_copy(settings, feed, metrics)
-    passwords = _password_checker(settings, metrics)
-    health = Health(copy)
-    server = BrokerServer(
-        _endpoints(settings, copy, passwords, metrics, rules),
-        {"/health/live": health.live, "/health/ready": health.ready},
-        keepalive_timeout_s=settings.broker.keepalive_timeout_s,
-    )
-    app = application(copy, metrics, health, rules, loopback=is_loopback(settings.admin.listen))
-    host, port = host_and_port(settings.broker.listen)
-    admin_host, admin_port = host_and_port(settings.admin.listen)
+    counted = BrokerMetrics(collected or CollectorRegistry())
+    broker = settings.broker
+    passwords = _password_checker(settings, counted)
+    server = _broker_server(settings, ground, store, counted, passwords)
+    host, _ = host_and_port(broker.listen)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(passwords.close)
-        stack.push_async_callback(feed.close)
-        await stack.enter_async_context(_background("registry", copy.run(), on_end))
         if tls is not None:
             await stack.enter_async_context(_background("certificates", watch(tls), on_end))
-        backlog = settings.broker.backlog
-        port = await stack.enter_async_context(listening(server, host, port, tls=tls, backlog=backlog))
-        admin_port = await stack.enter_async_context(_application_listening(app, admin_host, admin_port))
-        scheme = "https" if tls else "http"
-        where = {"broker": _url(scheme, host, port), "admin": _url("http", admin_host, admin_port)}
-        log.info("service.listening", **where)
-        yield where
-        log.info("service.stopping")
+        port = await stack.enter_async_context(
+            listening(
+                server,
+                host,
+                port,
+                tls=tls,
+                backlog=broker.backlog,
+                shared=ground.shared,
+                drain_s=settings.replica.drain_timeout_s / 2,
+            )
+        )
+        await stack.enter_async_context(_background("beat", _beat(ground.board, worker, counted), on_end))
+        yield port
 
 
-def _url(scheme: str, host: str, port: int) -> str:
-    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
-
-
-def _registry_copy(settings: Settings, feed: ChangeFeed, metrics: Metrics) -> RegistryCopy:
-    registry = settings.registry
-    times = SyncTimes(
-        registry.poll_interval_s, registry.max_staleness_s, registry.compare_interval_s, registry.prune_interval_s
-    )
-    copy = RegistryCopy(feed, metrics, times)
-    metrics.watch_sync_age(lambda: copy.age_s)
-    return copy
-
-
-def _endpoints(
-    settings: Settings, copy: RegistryCopy, passwords: PasswordChecker, metrics: Metrics, rules: Rules
-) -> Endpoints:
-    return Endpoints(
-        copy,
+def _broker_server(
+    settings: Settings, ground: Ground, store: Store, counted: BrokerMetrics, passwords: PasswordChecker
+) -> BrokerServer:
+    broker = settings.broker
+    health = Health(store.reader(), ground.board, settings.registry.max_staleness_s)
+    endpoints = Endpoints(
+        store.reader(),
         passwords,
-        metrics,
-        Sampler(settings.log.denials_per_device),
-        rules,
-        request_timeout_s=settings.broker.request_timeout_s,
-        deny_reasons=settings.broker.deny_reasons,
+        counted,
+        Sampler(settings.log.denials_per_device, settings.log.denials),
+        DecisionSettings(mqtt_exchange=broker.mqtt_exchange),
+        Limits(broker.request_timeout_s, settings.registry.max_staleness_s),
+        deny_reasons=broker.deny_reasons,
+    )
+    return BrokerServer(
+        endpoints,
+        {"/health/live": health.live, "/health/ready": health.ready},
+        counted,
+        keepalive_timeout_s=broker.keepalive_timeout_s,
+        request_timeout_s=broker.request_timeout_s,
+        max_connections=broker.max_connections,
     )
 
 
-def _password_checker(settings: Settings, metrics: Metrics) -> PasswordChecker:
+async def _beat(board: Board, worker: int, counted: BrokerMetrics) -> None:
+    """Say that the worker serves, and notice how late its event loop is."""
+    process_id = os.getpid()
+    while True:
+        board.beat(worker, process_id)
+        due = time.monotonic() + BEAT_S
+        await asyncio.sleep(BEAT_S)
+        counted.stalls.observe(max(0.0, time.monotonic() - due))
+
+
+class _PasswordMetrics:
+    def __init__(self, counted: BrokerMetrics) -> None:
+        self._counted = counted
+
+    def checked(self, result: str) -> None:
+        self._counted.password_checks.labels(result).inc()
+
+    def running(self, number: int) -> None:
+        self._counted.passwords_running.set(number)
+
+
+def _password_checker(settings: Settings, counted: BrokerMetrics) -> PasswordChecker:
     accounts = settings.accounts
-    passwords = PasswordChecker(
-        _PasswordMetrics(metrics),
+    return PasswordChecker(
+        _PasswordMetrics(counted),
         threads=accounts.hashing_threads,
         queue=accounts.hashing_queue,
         reserved=accounts.reserved,
         remember_s=accounts.remember_s,
         remember_most=accounts.remember_most,
     )
-    metrics.passwords_running.set_function(lambda: passwords.running)
-    return passwords
 
 
 @contextlib.asynccontextmanager
-async def _application_listening(app: web.Application, host: str, port: int) -> AsyncIterator[int]:
+async def service(settings: Settings, folder: Path, on_end: OnEnd = log.error) -> AsyncIterator[dict[str, str]]:
+    """
+    Run everything in this process, with one worker, for the time of the block; yields the URLs ``broker`` and ``admin``.
+
+    Listens at once and answers 503 until the registry is loaded. For tests; ``supervisor.serve`` runs the processes
+    of a replica from the same parts.
+
+    Args:
+        folder: Empty, on a file system in memory.
+    Raises:
+        ConfigurationError: A setting cannot be used.
+    """
+    _, port = host_and_port(settings.broker.listen)
+    with prepared(settings, folder, shared=False) as made, contextlib.closing(Store(folder)) as store:
+        admin = listening_socket("admin.listen", settings.admin.listen)
+        collected = CollectorRegistry()
+        async with (
+            following(settings, made, store, admin, on_end, collected),
+            answering(settings, made, store, 0, port, on_end, collected) as found,
+        ):
+            where = urls(settings, found, admin)
+            log.info("service.listening", **where)
+            yield where
+            log.info("service.stopping")
+
+
+def urls(settings: Settings, port: int, admin: socket.socket) -> dict[str, str]:
+    """Return where RabbitMQ and people are answered."""
+    scheme = "https" if settings.broker.tls.certificate_file else "http"
+    host, _ = host_and_port(settings.broker.listen)
+    admin_host, _ = host_and_port(settings.admin.listen)
+    return {"broker": _url(scheme, host, port), "admin": _url("http", admin_host, admin.getsockname()[1])}
+
+
+def _url(scheme: str, host: str, port: int) -> str:
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def listening_socket(setting: str, listen: str) -> socket.socket:
+    """
+    Return a socket that listens already.
+
+    Raises:
+        ConfigurationError: The address cannot be listened on.
+    """
+    opened = bound_socket(setting, listen)
+    opened.listen(128)
+    return opened
+
+
+def bound_socket(setting: str, listen: str, port: int | None = None, *, shared: bool = False) -> socket.socket:
+    """
+    Return a socket that is bound and does not listen.
+
+    Raises:
+        ConfigurationError: The address cannot be had.
+    """
+    host, wanted = host_and_port(listen)
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(
+            host or None, wanted if port is None else port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        opened = socket.socket(family, kind)
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        opened.bind(address)
+    except OSError as error:
+        raise ConfigurationError(f"{setting}: cannot listen on {listen}: {error.strerror}") from error
+    return opened
+
+
+@contextlib.asynccontextmanager
+async def _application_listening(app: web.Application, opened: socket.socket) -> AsyncIterator[None]:
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=2)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, host, port)
-        try:
-            await site.start()
-        except OSError as error:
-            raise ConfigurationError(f"admin.listen: cannot listen on {host}:{port}: {error.strerror}") from error
-        yield runner.addresses[0][1]
+        await web.SockSite(runner, opened).start()
+        yield
     finally:
         await runner.cleanup()
 
 
 @contextlib.asynccontextmanager
-async def _background(
-    name: str, coroutine: Coroutine[Any, Any, None], on_end: Callable[[str], object]
-) -> AsyncIterator[None]:
+async def _background(name: str, coroutine: Coroutine[Any, Any, None], on_end: OnEnd) -> AsyncIterator[None]:
     task = asyncio.create_task(coroutine, name=name)
     task.add_done_callback(lambda ended: None if ended.cancelled() else on_end(name))
     try:
@@ -186,29 +335,3 @@ async def _background(
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError, Exception):
             await task
-
-
-async def serve(settings: Settings, started: Callable[[dict[str, str]], object]) -> None:
-    """
-    Run until SIGTERM or SIGINT; ``started`` is told where it listens.
-
-    Raises:
-        ConfigurationError: A setting cannot be used.
-        Unavailable: A background task ended by itself. Better to be started anew than to decide by a copy that
-            nobody keeps true.
-    """
-    stop = asyncio.Event()
-    ended: list[str] = []
-
-    def on_end(name: str) -> None:
-        ended.append(name)
-        stop.set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    async with service(settings, on_end) as where:
-        started(where)
-        await stop.wait()
-    if ended:
-        raise Unavailable(f"the task {ended[0]} ended by itself; stopped, so that it is started anew")

@@ -9,7 +9,8 @@ Errors of this project; a refusal by policy is never one of them but a value (``
     ├── NotFound             what was named does not exist
     ├── Conflict             what was given collides with what is there
     ├── Forbidden            the database role lacks the right
-    └── Unavailable          the database or a peer cannot be reached now
+    ├── Unavailable          the database or a peer cannot be reached now
+    └── Unconfirmed          a change is committed, and not everybody is known to decide by it
 
 Each has a ``detail`` that is safe to show to the person who asked; the cause is chained for the log.
 """
@@ -63,3 +64,9 @@ class Forbidden(AuthbackendError):
     """The database role lacks the right."""
 
     exit_code = 7
+
+
+class Unconfirmed(AuthbackendError):
+    """A change is committed, and not everybody is known to decide by it."""
+
+    exit_code = 8

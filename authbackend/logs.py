@@ -23,11 +23,17 @@ def _printable(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMappi
     return event
 
 
-def configure(form: Literal["json", "console"], level: str) -> None:
-    """Set up structlog and the standard library's logging, which aiohttp uses, in the same form."""
+def configure(form: Literal["json", "console"], level: str, process: str | None = None) -> None:
+    """
+    Set up structlog and the standard library's logging, which aiohttp uses, in the same form.
+
+    Args:
+        process: Written into each line, to tell the processes of a replica apart.
+    """
     number = logging.getLevelName(level.upper())
     renderer: Any = structlog.processors.JSONRenderer() if form == "json" else _console_renderer()
     shared: list[Any] = [
+        *([lambda _, __, event: {**event, "process": process}] if process else []),
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
@@ -71,13 +77,15 @@ class _StderrLogger:
 
 class Sampler:
     """
-    Lets the first few denials of a name in each window through and counts the rest.
+    Lets the first few denials of a name in each window through, and no more than so many of all; counts the rest.
 
     Memory is bounded: beyond 10,000 names in one window all further names share one budget.
     """
 
-    def __init__(self, most_per_window: int) -> None:
-        self._most = most_per_window
+    def __init__(self, most_per_name: int, most: int = 10_000) -> None:
+        self._most_per_name = most_per_name
+        self._most = most
+        self._admitted = 0
         self._window = 0
         self._counts: dict[str, int] = {}
         self._suppressed = 0
@@ -90,10 +98,14 @@ class Sampler:
             suppressed, self._suppressed = self._suppressed, 0
             self._window = window
             self._counts = {}
+            self._admitted = 0
         if name not in self._counts and len(self._counts) >= _MOST_NAMES:
             name = ""
         count = self._counts.get(name, 0) + 1
         self._counts[name] = count
-        if count > self._most:
+        admitted = count <= self._most_per_name and self._admitted < self._most
+        if admitted:
+            self._admitted += 1
+        else:
             self._suppressed += 1
-        return count <= self._most, suppressed
+        return admitted, suppressed

@@ -1,118 +1,138 @@
 """
 Prometheus metrics. The number of series depends on device types and reasons, never on the number of devices.
 
-Names and meaning are part of the interface: docs/metrics.md lists them, and a test holds the two together.
+Names and meaning are part of the interface: docs/metrics.md lists them, and a test holds the two together. The
+processes of a replica share them through files in memory (prometheus_client's multiprocess mode): a worker that is
+started again goes on with the counters of the one that died, and the gauges of one that is gone are forgotten.
 """
 
 from __future__ import annotations
 
+import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, multiprocess, values
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector
 
 from authbackend import __version__
 from authbackend.policy.decide import Decision
-from authbackend.registry.snapshot import Snapshot
-from authbackend.registry.sync import Refreshed
+from authbackend.registry.store import State
+from authbackend.registry.sync import Look, Refreshed
 
 REQUEST_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 SYNC_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+STALL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
+
+_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 
-class Metrics:
-    """Every metric of one process; also the observer of the registry's copy."""
+def share(folder: Path, process: str) -> None:
+    """
+    Keep the metrics made from now on in a folder that several processes share; ``process`` names this one.
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self._broker_metrics()
-        self._registry_metrics()
-        info = Gauge(
-            "authbackend_build_info", "Always 1; labels tell what runs.", ["version", "python"], registry=self.registry
-        )
-        info.labels(__version__, platform.python_version()).set(1)
-        self._durations: dict[str, Histogram] = {}
-        self._decision_children: dict[tuple[str, bool, str, str], Counter] = {}
+    Source: prometheus_client, "Multiprocess Mode". Named after the worker's place rather than its process id, a file
+    is taken over by the next worker in that place, so counters never go back and files do not pile up.
+    """
+    os.environ[_FOLDER] = str(folder)
+    values.ValueClass = values.MultiProcessValue(lambda: process)  # type: ignore[no-untyped-call]
 
-    def _broker_metrics(self) -> None:
+
+def forget_gauges(folder: Path, process: str) -> None:
+    """Drop what a process that is gone said about its present state."""
+    multiprocess.mark_process_dead(process, str(folder))  # type: ignore[no-untyped-call]
+
+
+def exposition(registry: CollectorRegistry, folder: Path | None, present: Collector) -> bytes:
+    """Return the text format that Prometheus reads, over all processes that share a folder, or of this one."""
+    collected = CollectorRegistry()
+    collected.register(present)
+    if folder is not None:
+        multiprocess.MultiProcessCollector(collected, str(folder))  # type: ignore[no-untyped-call]
+        return generate_latest(collected)
+    return generate_latest(registry) + generate_latest(collected)
+
+
+class BrokerMetrics:
+    """What a worker counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
         self._decisions = Counter(
             "authbackend_decisions",
             "Answers to RabbitMQ by endpoint, verdict, reason and device type (or account, unknown).",
             ["endpoint", "verdict", "reason", "device_type"],
-            registry=self.registry,
+            registry=registry,
         )
         self._duration = Histogram(
             "authbackend_request_duration_seconds",
-            "Time from the request's head to its answer.",
+            "Time from the arrival of a request at the process to its answer, waiting for its turn included.",
             ["endpoint"],
             buckets=REQUEST_BUCKETS_S,
-            registry=self.registry,
+            registry=registry,
         )
         self.in_flight = Gauge(
-            "authbackend_requests_in_flight", "Requests of RabbitMQ being answered.", registry=self.registry
+            "authbackend_requests_in_flight",
+            "Requests of RabbitMQ that wait for the rest of their body or for a password check.",
+            registry=registry,
+            multiprocess_mode="livesum",
         )
         self.malformed = Counter(
             "authbackend_malformed_requests",
             "Requests denied because they are not RabbitMQ's, by cause.",
             ["endpoint", "cause"],
-            registry=self.registry,
+            registry=registry,
         )
         self.failures = Counter(
             "authbackend_request_failures",
             "Requests answered 503 because this service failed, by cause; never counted as a denial.",
             ["endpoint", "cause"],
-            registry=self.registry,
+            registry=registry,
         )
+        self.shed = Counter(
+            "authbackend_requests_shed",
+            "Requests answered 503 at once because they had waited too long for their turn.",
+            ["endpoint"],
+            registry=registry,
+        )
+        self._connection_metrics(registry)
+        self._password_metrics(registry)
+        self._durations: dict[str, Histogram] = {}
+        self._decision_children: dict[tuple[str, bool, str, str], Counter] = {}
+
+    def _connection_metrics(self, registry: CollectorRegistry) -> None:
+        self.connections = Gauge(
+            "authbackend_connections", "Open connections.", registry=registry, multiprocess_mode="livesum"
+        )
+        self.connections_closed = Counter(
+            "authbackend_connections_closed",
+            "Connections closed by this side, by cause: too_many, slow.",
+            ["cause"],
+            registry=registry,
+        )
+        self.stalls = Histogram(
+            "authbackend_event_loop_stall_seconds",
+            "How late a worker's event loop was, looked at ten times a second.",
+            buckets=STALL_BUCKETS_S,
+            registry=registry,
+        )
+
+    def _password_metrics(self, registry: CollectorRegistry) -> None:
         self.password_checks = Counter(
             "authbackend_password_checks",
             "Password checks by result: right, wrong, remembered, refused.",
             ["result"],
-            registry=self.registry,
+            registry=registry,
         )
         self.passwords_running = Gauge(
             "authbackend_password_checks_running",
             "Password checks running or waiting for a thread.",
-            registry=self.registry,
-        )
-
-    def _registry_metrics(self) -> None:
-        self._version = Gauge(
-            "authbackend_registry_version",
-            "Upper end of the transactions that the copy contains (PostgreSQL transaction id).",
-            registry=self.registry,
-        )
-        self._entries = Gauge(
-            "authbackend_registry_entries", "Entries of the copy in memory.", ["entity"], registry=self.registry
-        )
-        self._changed_at = Gauge(
-            "authbackend_registry_changed_timestamp_seconds", "When the copy last changed.", registry=self.registry
-        )
-        self._sync_age = Gauge(
-            "authbackend_registry_sync_age_seconds",
-            "Time since the start of the last look at the database that succeeded.",
-            registry=self.registry,
-        )
-        self._sync_duration = Histogram(
-            "authbackend_registry_sync_duration_seconds",
-            "Duration of a look at the database, by kind: changes or full.",
-            ["kind"],
-            buckets=SYNC_BUCKETS_S,
-            registry=self.registry,
-        )
-        self._sync_failures = Counter(
-            "authbackend_registry_sync_failures", "Looks at the database that failed.", registry=self.registry
-        )
-        self._comparisons = Counter(
-            "authbackend_registry_comparisons",
-            "Comparisons of the whole copy with the database.",
-            registry=self.registry,
-        )
-        self._differences = Counter(
-            "authbackend_registry_differences",
-            "Rows in which the copy differed from the database; anything above 0 is a fault.",
-            registry=self.registry,
+            registry=registry,
+            multiprocess_mode="livesum",
         )
 
     def decided(self, endpoint: str, decision: Decision) -> None:
@@ -132,19 +152,50 @@ class Metrics:
             child = self._durations[endpoint] = self._duration.labels(endpoint)
         child.observe(seconds)
 
-    def watch_sync_age(self, age_s: Callable[[], float | None]) -> None:
-        """Ask for the age of the copy at each scrape; NaN before the first load."""
-        self._sync_age.set_function(lambda: float("nan") if (age := age_s()) is None else age)
 
-    def refreshed(self, snapshot: Snapshot, refreshed: Refreshed) -> None:
+class RegistryMetrics(Collector):
+    """
+    What the process that follows the database counts, and what it knows of its replica and the others.
+
+    Args:
+        present: Returns what is true at this moment; asked at each scrape.
+    """
+
+    def __init__(self, registry: CollectorRegistry, present: Callable[[], Present]) -> None:
+        self._present = present
+        self._look: Look | None = None
+        self._changed_at: float | None = None
+        self._lasting = False
+        self._peers: tuple[dict[str, int], dict[str, float]] = ({}, {})
+        self._sync_metrics(registry)
+
+    def _sync_metrics(self, registry: CollectorRegistry) -> None:
+        self._sync_duration = Histogram(
+            "authbackend_registry_sync_duration_seconds",
+            "Duration of a look at the database, by kind: changes or full.",
+            ["kind"],
+            buckets=SYNC_BUCKETS_S,
+            registry=registry,
+        )
+        self._sync_failures = Counter(
+            "authbackend_registry_sync_failures", "Looks at the database that failed.", registry=registry
+        )
+        self._comparisons = Counter(
+            "authbackend_registry_comparisons", "Comparisons of the whole copy with the database.", registry=registry
+        )
+        self._differences = Counter(
+            "authbackend_registry_differences",
+            "Rows in which the copy differed from the database; anything above 0 is a fault.",
+            registry=registry,
+        )
+
+    def refreshed(self, look: Look, refreshed: Refreshed, *, lasting: bool) -> None:
         """A look at the database succeeded."""
         self._sync_duration.labels("full" if refreshed.full else "changes").observe(refreshed.duration_s)
-        if snapshot.mark is not None:
-            self._version.set(snapshot.mark.xmax)
+        self._look = look
+        self._lasting = lasting
         if refreshed.changed or refreshed.full:
-            self._changed_at.set(time.time())
-            for entity, size in snapshot.sizes().items():
-                self._entries.labels(entity).set(size)
+            self._changed_at = time.time()
 
     def refresh_failed(self) -> None:
         """A look at the database failed."""
@@ -155,6 +206,60 @@ class Metrics:
         self._comparisons.inc()
         self._differences.inc(differences)
 
-    def exposition(self) -> bytes:
-        """Return the text format that Prometheus reads."""
-        return generate_latest(self.registry)
+    def peers(self, states: dict[str, int], ages_s: dict[str, float]) -> None:
+        """Take what the database knows of the replicas."""
+        self._peers = states, ages_s
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the gauges, for one scrape."""
+        now = self._present()
+        state = now.state
+        states, ages_s = self._peers
+        yield _gauge(
+            "registry_version",
+            "Upper end of the transactions that the copy contains (PostgreSQL transaction id).",
+            None if state is None else state.mark.xmax,
+        )
+        yield _gauges("registry_entries", "Entries of the copy in memory.", "entity", now.sizes)
+        yield _gauge("registry_changed_timestamp_seconds", "When the copy last changed.", self._changed_at)
+        yield _gauge(
+            "registry_sync_age_seconds",
+            "Time since the start of the last look at the database that succeeded; NaN before the first.",
+            float("nan") if state is None else time.monotonic() - state.synced_at,
+        )
+        yield _gauge("registry_on_disk", "1 if the copy on disk holds what the one in memory does.", self._lasting)
+        yield _gauges("workers", "Workers by state: serving, starting, hanging.", "state", now.workers)
+        yield _gauge("worker_restarts", "How often a worker had to be started again.", now.restarts)
+        yield _gauges("replicas", "Replicas by state: live, silent, stopped.", "state", states)
+        yield _gauges(
+            "replica_sync_age_seconds", "How far each replica is behind, by the database's clock.", "replica", ages_s
+        )
+        info = GaugeMetricFamily(
+            "authbackend_build_info", "Always 1; labels tell what runs.", labels=["version", "python"]
+        )
+        info.add_metric([__version__, platform.python_version()], 1)
+        yield info
+
+
+@dataclass(frozen=True, slots=True)
+class Present:
+    """What is true at this moment; ``workers`` by state, ``sizes`` by entity."""
+
+    state: State | None
+    sizes: dict[str, int]
+    workers: dict[str, int]
+    restarts: int
+
+
+def _gauge(name: str, text: str, value: float | None) -> Metric:
+    family = GaugeMetricFamily(f"authbackend_{name}", text, labels=[])
+    if value is not None:
+        family.add_metric([], value)
+    return family
+
+
+def _gauges(name: str, text: str, label: str, found: Mapping[str, float]) -> Metric:
+    family = GaugeMetricFamily(f"authbackend_{name}", text, labels=[label])
+    for key, value in found.items():
+        family.add_metric([key], value)
+    return family

@@ -66,7 +66,9 @@ class Database(_Section):
         None, description="File that holds the password of the connection URI's role; the last newline is dropped."
     )
     connect_timeout_s: float = Field(5.0, gt=0, description="Longest wait for a connection.")
-    statement_timeout_s: float = Field(30.0, gt=0, description="Longest single statement.")
+    statement_timeout_s: float = Field(
+        10.0, gt=0, description="Longest single statement of the service; a database that hangs is noticed by it."
+    )
 
 
 class TLS(_Section):
@@ -98,7 +100,10 @@ class Broker(_Section):
     keepalive_timeout_s: float = Field(
         150.0, ge=120, description="How long an idle connection stays open; RabbitMQ's HTTP client keeps one for 120 s."
     )
-    backlog: int = Field(4096, ge=128, description="Connections that may wait to be accepted.")
+    backlog: int = Field(4096, ge=128, description="Connections that may wait to be accepted, for each worker.")
+    max_connections: int = Field(
+        8192, ge=16, description="Connections of a worker; one more is closed at once and counted."
+    )
     tls: TLS = TLS()
 
 
@@ -127,11 +132,35 @@ class Registry(_Section):
         3600.0, ge=60, description="How long change rows are kept; a replica silent for longer loads everything anew."
     )
 
+    memory_dir: Path = Field(
+        Path("/dev/shm"),  # noqa: S108
+        description="Where the copy lies that all workers share: a file system in memory, about 110 bytes a device, twice that while everything is loaded anew.",
+    )
+    snapshot_dir: Path | None = Field(
+        None,
+        description="Where the copy is kept on disk, so that a replica can start while the database is away; a folder for each replica. Unset: it starts only with the database.",
+    )
+
+
+class Replica(_Section):
+    """One replica among others."""
+
+    name: str | None = Field(
+        None,
+        min_length=1,
+        max_length=255,
+        description="How people call it, in `authbackend replicas`; unset: the host's name.",
+    )
+    workers: int = Field(1, ge=1, le=64, description="Processes that answer RabbitMQ, each on a core of its own.")
+    drain_timeout_s: float = Field(
+        10.0, gt=0, description="Longest time to finish what is in flight after SIGTERM; then processes are killed."
+    )
+
 
 class Accounts(_Section):
     """Password checks of accounts."""
 
-    hashing_threads: int = Field(2, ge=1, le=64, description="Password checks at once.")
+    hashing_threads: int = Field(2, ge=1, le=64, description="Password checks at once, for each worker.")
     hashing_queue: int = Field(
         16, ge=0, le=10000, description="Password checks that may wait; more are refused at once."
     )
@@ -152,6 +181,9 @@ class Log(_Section):
     denials_per_device: int = Field(
         5, ge=1, description="Denials logged per name in ten seconds; the rest is counted in one line."
     )
+    denials: int = Field(
+        500, ge=1, description="Denials logged in ten seconds by a worker, whatever the names; the rest is counted."
+    )
 
 
 class Settings(_Section):
@@ -161,6 +193,7 @@ class Settings(_Section):
     broker: Broker = Broker()
     admin: Admin = Admin()
     registry: Registry = Registry()
+    replica: Replica = Replica()
     accounts: Accounts = Accounts()
     log: Log = Log()
 

@@ -430,6 +430,34 @@ begin
   raise exception using errcode = 'check_violation', message = fault;
 end $$;
 
+CREATE FUNCTION public.registry_epoch() RETURNS text
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET "TimeZone" TO 'UTC'
+    SET "DateStyle" TO 'ISO'
+    AS $$
+  select concat_ws('/', (select system_identifier from pg_control_system()),
+    (select oid from pg_database where datname = current_database()),
+    left(pg_walfile_name(pg_current_wal_lsn()), 8), pg_postmaster_start_time(),
+    'public.change'::regclass::oid, 'public.device_type'::regclass::oid, 'public.device'::regclass::oid,
+    'public.account'::regclass::oid, 'public.topic_rule'::regclass::oid)
+$$;
+
+CREATE FUNCTION public.registry_life() RETURNS text
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+  select left(encode(sha256(convert_to(public.registry_epoch() || '/' || coalesce((select id::text from public.incarnation), ''), 'UTF8')), 'hex'), 8)
+$$;
+
+CREATE FUNCTION public.registry_version() RETURNS text
+    LANGUAGE sql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+  select public.incarnation_renew();
+  select pg_current_xact_id()::text || '@' || public.registry_life();
+$$;
+
 CREATE FUNCTION public.resource_pattern_matches(pattern text, name text) RETURNS boolean
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -567,10 +595,16 @@ CREATE TABLE public.device_type (
     client_ids text[] DEFAULT '{}'::text[] NOT NULL,
     vhosts text[] DEFAULT '{}'::text[] NOT NULL,
     networks cidr[],
+    max_staleness_s double precision,
     CONSTRAINT device_type_client_ids CHECK (
 CASE
     WHEN (public.name_list_fault(client_ids, 128) IS NULL) THEN true
     ELSE public.refuse(format('client ids of device type %L: %s'::text, name, public.name_list_fault(client_ids, 128)))
+END),
+    CONSTRAINT device_type_max_staleness CHECK (
+CASE
+    WHEN ((max_staleness_s IS NULL) OR ((max_staleness_s > (0)::double precision) AND (max_staleness_s < 'Infinity'::double precision))) THEN true
+    ELSE public.refuse(format('max_staleness_s of device type %L: possible are seconds above 0; null is as long as the replicas allow'::text, name))
 END),
     CONSTRAINT device_type_name CHECK (
 CASE
@@ -600,6 +634,50 @@ CREATE UNLOGGED TABLE public.incarnation (
     id uuid DEFAULT gen_random_uuid() NOT NULL,
     CONSTRAINT incarnation_one_check CHECK (one)
 );
+
+CREATE TABLE public.replica (
+    id uuid NOT NULL,
+    name text NOT NULL,
+    program_version text NOT NULL,
+    workers integer NOT NULL,
+    longest_staleness_s double precision NOT NULL,
+    introduced_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    epoch text,
+    incarnation text,
+    snapshot pg_snapshot,
+    confirmed_at timestamp with time zone,
+    stopped_at timestamp with time zone,
+    comes_back boolean DEFAULT false NOT NULL,
+    CONSTRAINT replica_longest_staleness_s_check CHECK (((longest_staleness_s >= (0)::double precision) AND (longest_staleness_s <= ('1000000000'::numeric)::double precision)))
+)
+WITH (fillfactor='50');
+
+CREATE VIEW public.replica_state AS
+ SELECT r.id,
+    r.name,
+    r.program_version,
+    r.workers,
+    r.longest_staleness_s,
+    r.introduced_at,
+    r.epoch,
+    r.incarnation,
+    r.snapshot,
+    r.confirmed_at,
+    r.stopped_at,
+    r.comes_back,
+        CASE
+            WHEN ((r.stopped_at IS NOT NULL) AND (NOT r.comes_back)) THEN 'stopped'::text
+            WHEN (u.counts_until < clock_timestamp()) THEN 'gone'::text
+            WHEN (r.stopped_at IS NOT NULL) THEN 'stopped'::text
+            WHEN (r.snapshot IS NULL) THEN 'starting'::text
+            WHEN (s.seen_at < (clock_timestamp() - '00:00:10'::interval)) THEN 'silent'::text
+            ELSE 'live'::text
+        END AS state,
+    (((r.stopped_at IS NULL) OR r.comes_back) AND (u.counts_until >= clock_timestamp())) AS may_answer,
+    u.counts_until
+   FROM ((public.replica r
+     CROSS JOIN LATERAL ( SELECT GREATEST(r.introduced_at, r.confirmed_at) AS seen_at) s)
+     CROSS JOIN LATERAL ( SELECT (s.seen_at + make_interval(secs => (r.longest_staleness_s + (5)::double precision))) AS counts_until) u);
 
 CREATE TABLE public.schema_migrations (
     version character varying NOT NULL
@@ -677,6 +755,9 @@ ALTER TABLE ONLY public.identity_guard
 
 ALTER TABLE ONLY public.incarnation
     ADD CONSTRAINT incarnation_pkey PRIMARY KEY (one);
+
+ALTER TABLE ONLY public.replica
+    ADD CONSTRAINT replica_pkey PRIMARY KEY (id);
 
 ALTER TABLE ONLY public.schema_migrations
     ADD CONSTRAINT schema_migrations_pkey PRIMARY KEY (version);
@@ -904,4 +985,5 @@ insert into public.change_floor (floor) values (pg_snapshot_xmin(pg_current_snap
 insert into public.schema_migrations (version) values
   ('20261123100000'),
   ('20261123100100'),
-  ('20261123100200');
+  ('20261123100200'),
+  ('20261123200000');

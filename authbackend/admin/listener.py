@@ -11,12 +11,11 @@ from aiohttp import web
 from authbackend.admin.explanations import as_json, read_attempt
 from authbackend.admin.health import Health
 from authbackend.errors import AuthbackendError, NotFound, Unavailable
-from authbackend.metrics import Metrics
 from authbackend.policy import decide
 from authbackend.policy.explain import explain
-from authbackend.registry.sync import RegistryCopy
+from authbackend.registry.store import Reader
 
-EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
+EXPOSITION_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
 _STATUS = {2: 400, 3: 404, 5: 503}
 
@@ -24,27 +23,33 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def application(
-    copy: RegistryCopy, metrics: Metrics, health: Health, rules: decide.Rules, *, loopback: bool
+    reader: Reader,
+    exposition: Callable[[], bytes],
+    health: Health,
+    settings: decide.DecisionSettings,
+    *,
+    loopback: bool,
 ) -> web.Application:
     """
     Build the application.
 
     Args:
+        exposition: Returns the metrics.
         loopback: Whether it is reachable from this host only; else it shows no policy, since nobody logs in.
     """
 
     async def show_metrics(_: web.Request) -> web.Response:
-        return web.Response(body=metrics.exposition(), headers={"Content-Type": EXPOSITION})
+        return web.Response(body=exposition(), headers={"Content-Type": EXPOSITION_TYPE})
 
     async def show_explanation(request: web.Request) -> web.Response:
-        snapshot = copy.snapshot
-        if snapshot is None:
-            raise Unavailable("the registry has not been loaded yet")
         name, attempt = read_attempt(request.query)
-        device = snapshot.device_by_id(name) or snapshot.device_by_name(name)
-        if device is None:
-            raise NotFound(f"no device has the id or common name {name!r}")
-        explanation = explain(snapshot, device, attempt, time.time(), rules)
+        with reader as registry:
+            if registry.state is None:
+                raise Unavailable("the registry has not been loaded yet")
+            device = registry.device_by_id(name) or registry.device_by_name(name)
+            if device is None:
+                raise NotFound(f"no device has the id or common name {name!r}")
+            explanation = explain(registry, device, attempt, time.time(), settings)
         return web.json_response(as_json(device, attempt, explanation), dumps=_dumps)
 
     app = web.Application(middlewares=[_errors])

@@ -14,14 +14,14 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from authbackend.broker import wire
 from authbackend.broker.passwords import Busy, PasswordChecker
+from authbackend.broker.responses import Responses
 from authbackend.broker.wire import Malformed, MalformedRequest
 from authbackend.logs import Sampler
-from authbackend.metrics import Metrics
+from authbackend.metrics import BrokerMetrics
 from authbackend.policy import decide
 from authbackend.policy.decide import Decision, PasswordCheck
 from authbackend.policy.reasons import Reason
-from authbackend.registry.snapshot import Snapshot
-from authbackend.registry.sync import RegistryCopy
+from authbackend.registry.store import Reader
 
 log = structlog.get_logger(__name__)
 
@@ -31,23 +31,44 @@ _MALFORMED = Decision(False, Reason.MALFORMED_REQUEST)
 
 
 @dataclass(frozen=True, slots=True)
-class _Question:
-    """One endpoint: how its request is read and how it is decided."""
+class Question:
+    """
+    One endpoint: how its request is read and how it is decided.
+
+    Args:
+        patience: The share of the time limit that a request may wait for its turn before it is shed. Logins go first:
+            a refused publish or subscription closes a connection, which costs a login and all that follows.
+    """
 
     name: str
+    patience: float
     parse: Callable[[dict[str, str]], Any]
-    decide: Callable[[Snapshot, Any, float, decide.Rules], Decision | PasswordCheck]
+    decide: Callable[[Reader, Any, float, decide.DecisionSettings], Decision | PasswordCheck]
 
 
 QUESTIONS = {
     f"/auth/{question.name}": question
     for question in (
-        _Question("user", wire.login_request, lambda copy, request, now, _: decide.login(copy, request, now)),
-        _Question("vhost", wire.vhost_request, lambda copy, request, now, _: decide.vhost(copy, request, now)),
-        _Question("resource", wire.resource_request, decide.resource),
-        _Question("topic", wire.topic_request, decide.topic),
+        Question("user", 0.25, wire.login_request, lambda copy, request, now, _: decide.login(copy, request, now)),
+        Question("vhost", 0.5, wire.vhost_request, lambda copy, request, now, _: decide.vhost(copy, request, now)),
+        Question("resource", 1.0, wire.resource_request, decide.resource),
+        Question("topic", 1.0, wire.topic_request, decide.topic),
     )
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """
+    Of time.
+
+    Args:
+        request_s: Longest time from a request's arrival to its answer.
+        staleness_s: Oldest copy of the registry to decide by.
+    """
+
+    request_s: float = 1.0
+    staleness_s: float = 900.0
 
 
 class Endpoints:
@@ -55,45 +76,49 @@ class Endpoints:
     Answers RabbitMQ: 200 with ``allow``, ``allow TAGS`` or ``deny``; 503 when this service itself fails.
 
     Args:
-        request_timeout_s: Longest time from a request's head to its answer.
         deny_reasons: Answer ``deny REASON``; for RabbitMQ 4.3 and later.
     """
 
     def __init__(
         self,
-        copy: RegistryCopy,
+        registry: Reader,
         passwords: PasswordChecker,
-        metrics: Metrics,
+        metrics: BrokerMetrics,
         sampler: Sampler,
-        rules: decide.Rules,
+        settings: decide.DecisionSettings,
+        limits: Limits,
         *,
-        request_timeout_s: float = 1.0,
         deny_reasons: bool = False,
     ) -> None:
-        self._copy = copy
+        self._registry = registry
         self._passwords = passwords
         self._metrics = metrics
         self._sampler = sampler
-        self._rules = rules
-        self._timeout_s = request_timeout_s
+        self._settings = settings
+        self._limits = limits
         self._deny_reasons = deny_reasons
+        self._responses = Responses()
 
-    async def answer(self, question: _Question, request: web.BaseRequest) -> web.Response:
-        """Answer one request; never raises but for cancellation."""
-        started = time.monotonic()
-        self._metrics.in_flight.inc()
+    async def answer(self, question: Question, request: web.BaseRequest, arrived: float) -> web.StreamResponse:
+        """
+        Answer one request; never raises but for cancellation.
+
+        Args:
+            arrived: When its last bytes did, by the monotonic clock.
+        """
         try:
-            return await self._answer(question, request, started + self._timeout_s)
+            if time.monotonic() - arrived > question.patience * self._limits.request_s:
+                return self._shed(question, request)
+            return await self._answer(question, request, arrived + self._limits.request_s)
         except TimeoutError:
-            return self._failed(question.name, "timeout")
+            return self._failed(request, question.name, "timeout")
         except ConnectionError:
-            return self._failed(question.name, "connection_lost")
+            return self._failed(request, question.name, "connection_lost")
         except Exception as error:
             log.error("broker.request_crashed", endpoint=question.name, error=type(error).__name__, exc_info=True)
-            return self._failed(question.name, "crash")
+            return self._failed(request, question.name, "crash")
         finally:
-            self._metrics.in_flight.dec()
-            self._metrics.answered(question.name, time.monotonic() - started)
+            self._metrics.answered(question.name, time.monotonic() - arrived)
 
     def malformed(self, endpoint: str, cause: Malformed) -> web.Response:
         """Deny a request that is not RabbitMQ's, and count why."""
@@ -104,48 +129,56 @@ class Endpoints:
             log.info("malformed", endpoint=endpoint, cause=str(cause), unlogged=suppressed)
         return web.Response(text=wire.answer(_MALFORMED, with_reason=self._deny_reasons))
 
-    async def _answer(self, question: _Question, request: web.BaseRequest, deadline: float) -> web.Response:
+    async def _answer(self, question: Question, request: web.BaseRequest, deadline: float) -> web.StreamResponse:
         try:
-            parsed = question.parse(wire.parse_form(await _form(request, deadline)))
+            form = _form_at_hand(request)
+            if form is None:
+                with self._metrics.in_flight.track_inprogress():
+                    form = await _form(request, deadline)
+            parsed = question.parse(wire.parse_form(form))
         except MalformedRequest as fault:
             return self.malformed(question.name, fault.cause)
-        snapshot = self._copy.snapshot
-        if snapshot is None:
-            return self._failed(question.name, "not_ready")
-        if self._copy.stale:
-            decision = _STALE
-        else:
-            outcome = question.decide(snapshot, parsed, time.time(), self._rules)
-            if isinstance(outcome, Decision):
-                decision = outcome
+        with self._registry as registry:
+            if registry.state is None:
+                return self._failed(request, question.name, "not_ready")
+            if registry.stale(self._limits.staleness_s):
+                outcome: Decision | PasswordCheck = _STALE
             else:
+                outcome = question.decide(registry, parsed, time.time(), self._settings)
+        if isinstance(outcome, PasswordCheck):
+            with self._metrics.in_flight.track_inprogress():
                 async with asyncio.timeout_at(_loop_time(deadline)):
-                    decision = await self._checked(outcome, parsed.password)
-        self._metrics.decided(question.name, decision)
-        if decision.allowed:
-            log.debug("allowed", endpoint=question.name, name=parsed.username)
-        else:
-            self._log_denial(question.name, parsed, decision)
-        return web.Response(text=wire.answer(decision, with_reason=self._deny_reasons))
+                    outcome = await self._checked(outcome, parsed.password)
+        self._metrics.decided(question.name, outcome)
+        if not outcome.allowed:
+            self._log_denial(question.name, parsed, outcome)
+        return self._responses.ok(request, wire.answer(outcome, with_reason=self._deny_reasons))
 
     async def _checked(self, check: PasswordCheck, password: str) -> Decision:
         try:
             right = await self._passwords.check(check.account, password)
         except Busy:
             return Decision(False, Reason.PASSWORD_CHECKS_BUSY, check.otherwise.kind)
-        if not right:
+        if not right or check.account is None:
             return check.otherwise
-        snapshot = self._copy.snapshot
-        if check.account is None or snapshot is None or snapshot.account(check.account.name) != check.account:
-            return check.otherwise  # the account changed while its password was being checked
+        with self._registry as registry:
+            if registry.account(check.account.name) != check.account:
+                return check.otherwise  # the account changed while its password was being checked
         return check.then
 
-    def _failed(self, endpoint: str, cause: str) -> web.Response:
+    def _shed(self, question: Question, request: web.BaseRequest) -> web.StreamResponse:
+        self._metrics.shed.labels(question.name).inc()
+        if _form_at_hand(request) is None:
+            return self._failed(request, question.name, "timeout")
+        return self._responses.unavailable(request)
+
+    def _failed(self, request: web.BaseRequest, endpoint: str, cause: str) -> web.StreamResponse:
         self._metrics.failures.labels(endpoint, cause).inc()
-        response = web.Response(status=503, text="unavailable")
         if cause in ("timeout", "connection_lost"):
+            response = web.Response(status=503, text="unavailable")
             response.force_close()  # the rest of the body may still come
-        return response
+            return response
+        return self._responses.unavailable(request)
 
     def _log_denial(self, endpoint: str, request: Any, decision: Decision) -> None:
         admitted, suppressed = self._sampler.admit(request.username)
@@ -173,12 +206,20 @@ def _loop_time(deadline: float) -> float:
     return asyncio.get_running_loop().time() + deadline - time.monotonic()
 
 
+def _form_at_hand(request: web.BaseRequest) -> bytes | None:
+    """Return the form if it came with the head, as it nearly always does; None if it must be waited for."""
+    if request.method == "POST" and request.content.is_eof():
+        form = request.content.read_nowait()
+        if len(form) > wire.LONGEST_BODY_BYTES:
+            raise MalformedRequest(Malformed.TOO_LARGE)
+        return form
+    return None
+
+
 async def _form(request: web.BaseRequest, deadline: float) -> bytes:
     """Return the form that carries the parameters: the body of a POST, the query of a GET."""
     if request.method == "POST":
         try:
-            if request.content.is_eof():  # nearly always: the body came with the head
-                return await request.read()
             async with asyncio.timeout_at(_loop_time(deadline)):
                 return await request.read()
         except web.HTTPRequestEntityTooLarge:

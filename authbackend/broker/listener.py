@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,35 @@ from authbackend.broker import wire
 from authbackend.broker.endpoints import QUESTIONS, Endpoints
 from authbackend.broker.wire import Malformed
 from authbackend.errors import ConfigurationError
+from authbackend.metrics import BrokerMetrics
 
 log = structlog.get_logger(__name__)
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+HANDSHAKE_TIMEOUT_S = 5.0
 _RELOAD_LOOK_S = 2.0
 
 
 class BrokerServer(web.Server):
-    """aiohttp's low-level server, answering what its parser refuses with ``deny`` instead of an error page."""
+    """
+    aiohttp's low-level server, answering what its parser refuses with ``deny`` instead of an error page.
 
-    def __init__(self, endpoints: Endpoints, others: Mapping[str, Handler], *, keepalive_timeout_s: float) -> None:
+    Bounded: connections, sizes, and the time from a request's first byte to its last.
+
+    Args:
+        request_timeout_s: Longest time that a client may take to send a request.
+    """
+
+    def __init__(
+        self,
+        endpoints: Endpoints,
+        others: Mapping[str, Handler],
+        metrics: BrokerMetrics,
+        *,
+        keepalive_timeout_s: float,
+        request_timeout_s: float,
+        max_connections: int,
+    ) -> None:
         super().__init__(
             self._dispatch,
             access_log=None,
@@ -35,14 +54,42 @@ class BrokerServer(web.Server):
             max_line_size=wire.LONGEST_REQUEST_LINE_BYTES,
             max_field_size=wire.LONGEST_REQUEST_LINE_BYTES,
             lingering_time=0,
+            auto_decompress=False,  # RabbitMQ does not compress; a small body must not become a large one
         )
         self.endpoints = endpoints
         self._others = others
+        self._metrics = metrics
+        self._request_timeout_s = request_timeout_s
+        self._max_connections = max_connections
+        self._open: set[_Protocol] = set()
         self.request_factory = self._limited_request
 
     def __call__(self) -> RequestHandler:
         """Return the protocol of a new connection."""
         return _Protocol(self, loop=self._loop, **self._kwargs)
+
+    def admit(self, protocol: _Protocol) -> bool:
+        """Return whether there is room for one more connection."""
+        if len(self._open) >= self._max_connections:
+            self._metrics.connections_closed.labels("too_many").inc()
+            return False
+        self._open.add(protocol)
+        self._metrics.connections.set(len(self._open))
+        return True
+
+    def forget(self, protocol: _Protocol) -> None:
+        """Note that a connection has ended."""
+        self._open.discard(protocol)
+        self._metrics.connections.set(len(self._open))
+
+    async def cut_slow_senders(self) -> None:
+        """Close connections that have begun a request, or nothing at all, and do not finish it; until cancelled."""
+        while True:
+            await asyncio.sleep(self._request_timeout_s / 2)
+            latest = time.monotonic() - self._request_timeout_s
+            for protocol in [protocol for protocol in self._open if protocol.sending_since(latest)]:
+                self._metrics.connections_closed.labels("slow").inc()
+                protocol.force_close()
 
     def _limited_request(self, message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> web.BaseRequest:
         return web.BaseRequest(
@@ -50,10 +97,13 @@ class BrokerServer(web.Server):
         )
 
     async def _dispatch(self, request: web.BaseRequest) -> web.StreamResponse:
+        protocol = request.protocol
+        assert isinstance(protocol, _Protocol)
+        protocol.answered = True
         path = request.raw_path.partition("?")[0]
         question = QUESTIONS.get(path)
         if question is not None:
-            return await self.endpoints.answer(question, request)
+            return await self.endpoints.answer(question, request, protocol.received)
         other = self._others.get(path)
         if other is not None:
             return await other(request)
@@ -61,7 +111,41 @@ class BrokerServer(web.Server):
 
 
 class _Protocol(RequestHandler):
-    __slots__ = ()
+    """One connection; times are of the monotonic clock."""
+
+    __slots__ = ("_began", "answered", "received")
+
+    def __init__(self, manager: BrokerServer, **kwargs: Any) -> None:
+        super().__init__(manager, **kwargs)
+        self.received = self._began = time.monotonic()
+        self.answered = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin, if there is room."""
+        server = self._manager
+        assert isinstance(server, BrokerServer)
+        super().connection_made(transport)
+        if not server.admit(self):
+            self.force_close()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """End."""
+        server = self._manager
+        if isinstance(server, BrokerServer):
+            server.forget(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Note when a request began and how far it has come."""
+        self.received = time.monotonic()
+        if self.answered:
+            self.answered = False
+            self._began = self.received
+        super().data_received(data)
+
+    def sending_since(self, latest: float) -> bool:
+        """Return whether the client has been sending a request's head since before a time."""
+        return not self.answered and self._began < latest and not self._messages and self._current_request is None
 
     def handle_error(
         self,
@@ -157,22 +241,44 @@ async def watch(files: TLSFiles) -> None:
 
 @contextlib.asynccontextmanager
 async def listening(
-    server: web.Server, host: str, port: int, *, tls: TLSFiles | None = None, backlog: int = 128
+    server: BrokerServer,
+    host: str,
+    port: int,
+    *,
+    tls: TLSFiles | None = None,
+    backlog: int = 128,
+    shared: bool = False,
+    drain_s: float = 5.0,
 ) -> AsyncIterator[int]:
     """
     Serve for the time of the block and yield the port; then stop accepting and finish what is in flight.
 
+    Args:
+        shared: Other processes listen on the same port (SO_REUSEPORT); the kernel spreads connections over them.
+        drain_s: Longest time for what is in flight.
     Raises:
         ConfigurationError: The address cannot be listened on.
     """
-    runner = web.ServerRunner(server, handle_signals=False, shutdown_timeout=5)
-    await runner.setup()
+    loop = asyncio.get_running_loop()
     try:
-        site = web.TCPSite(runner, host, port, ssl_context=tls.context if tls else None, backlog=backlog)
-        try:
-            await site.start()
-        except OSError as error:
-            raise ConfigurationError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-        yield runner.addresses[0][1]
+        listener = await loop.create_server(
+            server,
+            host,
+            port,
+            ssl=tls.context if tls else None,
+            backlog=backlog,
+            reuse_port=shared or None,
+            ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if tls else None,
+            ssl_shutdown_timeout=1.0 if tls else None,
+        )
+    except OSError as error:
+        raise ConfigurationError(f"broker.listen: cannot listen on {host}:{port}: {error.strerror}") from error
+    slow = asyncio.create_task(server.cut_slow_senders())
+    try:
+        yield listener.sockets[0].getsockname()[1]
     finally:
-        await runner.cleanup()
+        slow.cancel()
+        listener.close()
+        server.pre_shutdown()
+        await asyncio.sleep(0)
+        await server.shutdown(drain_s)

@@ -11,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import os
 import secrets
+import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +23,8 @@ from argon2 import PasswordHasher
 from argon2.exceptions import Argon2Error, InvalidHashError
 
 from authbackend.policy.rules import Account
+
+_NICE = 10
 
 
 class Busy(Exception):
@@ -32,6 +36,9 @@ class Observer(Protocol):
 
     def checked(self, result: str) -> None:
         """``right``, ``wrong``, ``remembered`` or ``refused``."""
+
+    def running(self, number: int) -> None:
+        """How many checks run or wait for a thread."""
 
 
 def hash_password(password: str) -> str:
@@ -85,10 +92,15 @@ class PasswordChecker:
             return True
         lane = self._reserved.get(account.name, self._common) if account else self._common
         try:
-            right = await asyncio.wrap_future(lane.submit(self._verify, stored or self._nobody, password))
+            future = lane.submit(self._verify, stored or self._nobody, password)
         except Busy:
             self._observer.checked("refused")
             raise
+        self._observer.running(self.running)
+        try:
+            right = await asyncio.wrap_future(future)
+        finally:
+            self._observer.running(self.running)
         right = right and stored is not None
         self._observer.checked("right" if right else "wrong")
         if right:
@@ -136,12 +148,18 @@ class PasswordChecker:
             self._remembered[token] = time.monotonic() + self._remember_s
 
 
+def _give_way() -> None:
+    """Let the event loop's thread go first where both want the core; Linux has a priority for each thread."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+
+
 class _Lane:
     """A thread pool that refuses instead of queueing without bound."""
 
     def __init__(self, threads: int, queue: int) -> None:
         self._most = threads + queue
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="argon2")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="argon2", initializer=_give_way)
         self.taken = 0
 
     def submit(self, function: object, *arguments: object) -> Future[bool]:

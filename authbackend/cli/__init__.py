@@ -2,7 +2,8 @@
 The command line: one module per noun, thin.
 
 Exit codes: 0 done (``explain``: allowed), 1 unexpected failure, 2 wrong usage, input or configuration, 3 not found,
-4 conflict, 5 the database cannot be reached, 6 ``explain``: denied, 7 the database role lacks the right.
+4 conflict, 5 the database cannot be reached, 6 ``explain``: denied, 7 the database role lacks the right, 8 committed, and not every replica is
+known to decide by it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from authbackend.cli.common import Commands
 from authbackend.cli.device import device
 from authbackend.cli.explain import explain
 from authbackend.cli.policy import policy
+from authbackend.cli.replicas import replicas, wait
 from authbackend.cli.serve import migrate, serve
 
 __all__ = ["main"]
@@ -39,5 +41,5 @@ def main(context: click.Context, config: str | None) -> None:
     context.obj = config
 
 
-for command in (serve, migrate, policy, device, account, explain, certs):
+for command in (serve, migrate, policy, device, account, replicas, wait, explain, certs):
     main.add_command(command)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from authbackend.broker.passwords import hash_password
-from authbackend.cli.common import actor, json_option, run, show, table, target_of
+from authbackend.cli.common import actor, json_option, run, show, show_change, table, target_of, wait_options
 from authbackend.errors import InvalidInput
 from authbackend.policy.names import RABBITMQ_TAGS
 from authbackend.postgres import editor
@@ -57,6 +57,7 @@ def _password(file: Path | None) -> str:
 @click.option("--write", multiple=True, metavar="NAME", help="The same for writing.")
 @click.option("--read", multiple=True, metavar="NAME", help="The same for reading.")
 @_password_file
+@wait_options
 @json_option
 @click.pass_context
 def add(
@@ -66,29 +67,33 @@ def add(
     login: str,
     password_file: Path | None,
     as_json: bool,
+    wait_s: float | None,
     **lists: tuple[str, ...],
 ) -> None:
     """Register an account; asks for its password, which is never an argument."""
     if login == "certificate" and password_file is not None:
         raise InvalidInput("an account that logs in by certificate has no password")
     password_hash = hash_password(_password(password_file)) if login == "password" else None
+    target = target_of(context)
     version = run(
-        editor.insert_account(
-            target_of(context), actor(), name=name, login=login, password_hash=password_hash, lists=lists
-        )
+        editor.insert_account(target, actor(), name=name, login=login, password_hash=password_hash, lists=lists)
     )
-    show({"name": name, "version": version}, as_json, lambda: [f"account {name} added, version {version}"])
+    lines = [f"account {name} added, version {version}"]
+    show_change(target, {"name": name, "version": version}, as_json, lambda: lines, wait_s)
 
 
 @account.command()
 @click.argument("name")
 @_password_file
+@wait_options
 @json_option
 @click.pass_context
-def passwd(context: click.Context, name: str, password_file: Path | None, as_json: bool) -> None:
+def passwd(context: click.Context, name: str, password_file: Path | None, as_json: bool, wait_s: float | None) -> None:
     """Set the password of an account; logins with the old one end at once."""
-    version = run(editor.set_password(target_of(context), actor(), name, hash_password(_password(password_file))))
-    show({"name": name, "version": version}, as_json, lambda: [f"password of {name} set, version {version}"])
+    target = target_of(context)
+    version = run(editor.set_password(target, actor(), name, hash_password(_password(password_file))))
+    lines = [f"password of {name} set, version {version}"]
+    show_change(target, {"name": name, "version": version}, as_json, lambda: lines, wait_s)
 
 
 @account.command("list")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import getpass
 import json
 import os
@@ -14,8 +15,9 @@ from typing import Any, TypeVar
 
 import click
 
-from authbackend import bootstrap
-from authbackend.errors import AuthbackendError
+from authbackend import ground
+from authbackend.errors import AuthbackendError, Unconfirmed
+from authbackend.postgres import editor, replicas
 from authbackend.postgres.connection import Target
 from authbackend.settings import Settings, load
 
@@ -54,7 +56,59 @@ def target_of(context: click.Context) -> Target:
     Raises:
         ConfigurationError: None is set.
     """
-    return bootstrap.target(settings_of(context), "authbackend cli")
+    return ground.target(settings_of(context), "authbackend cli")
+
+
+def wait_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--wait`` and ``--timeout`` to a command, which gets them as ``wait_s``: None is not to wait."""
+
+    @click.option(
+        "--wait",
+        is_flag=True,
+        help="Return when every replica decides by it; exit status 8 if that is not known in time.",
+    )
+    @click.option(
+        "--timeout",
+        type=click.FloatRange(0),
+        metavar="SECONDS",
+        default=10.0,
+        show_default=True,
+        help="How long --wait waits.",
+    )
+    @functools.wraps(command)
+    def with_wait(*args: Any, wait: bool, timeout: float, **kwargs: Any) -> Any:
+        return command(*args, wait_s=timeout if wait else None, **kwargs)
+
+    return with_wait
+
+
+def show_change(
+    target: Target, result: dict[str, Any], as_json: bool, lines: Callable[[], Iterable[str]], wait_s: float | None
+) -> None:
+    """
+    Wait for the replicas, if wanted, and print a change with its ``version``.
+
+    Raises:
+        Unconfirmed: Not all decide by it in time; it is printed and committed all the same.
+    """
+    fault = None
+    if wait_s is not None:
+        try:
+            version = result["version"] or run(editor.present_version(target))
+            result["confirmed_by"] = [found["name"] for found in run(replicas.wait(target, version, wait_s))]
+        except Unconfirmed as error:
+            fault, result["confirmed_by"] = error, None
+
+    def all_lines() -> Iterable[str]:
+        yield from lines()
+        if result.get("confirmed_by"):
+            yield f"confirmed by {', '.join(map(printable, result['confirmed_by']))}"
+
+    show(result, as_json, all_lines)
+    if fault is not None:
+        raise fault
+    if result.get("confirmed_by") == []:
+        click.echo("authbackend: no replica is known that could answer", err=True)
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from authbackend.cli.common import actor, json_option, printable, run, show, table, target_of
+from authbackend.cli.common import actor, json_option, printable, run, show, show_change, table, target_of, wait_options
 from authbackend.document.read import parse_time
 from authbackend.errors import InvalidInput
 from authbackend.policy.rules import Status
@@ -65,6 +65,7 @@ def show_(context: click.Context, name: str, as_json: bool) -> None:
     "--attribute", "attributes", metavar="NAME=VALUE", multiple=True, help="A value for {attr.NAME}; may be repeated."
 )
 @click.option("--expires", metavar="TIME", help="ISO 8601; UTC without a zone.")
+@wait_options
 @json_option
 @click.pass_context
 def add(
@@ -76,6 +77,7 @@ def add(
     attributes: tuple[str, ...],
     expires: str | None,
     as_json: bool,
+    wait_s: float | None,
 ) -> None:
     """Register a device."""
     values = {}
@@ -88,9 +90,10 @@ def add(
         expires_at = parse_time(expires) if expires else None
     except ValueError:
         raise InvalidInput(f"--expires {expires}: write it as 2027-01-31T12:00:00Z") from None
+    target = target_of(context)
     version = run(
         editor.insert_device(
-            target_of(context),
+            target,
             actor(),
             device_id=device_id,
             device_type=device_type,
@@ -100,24 +103,23 @@ def add(
             expires_at=expires_at,
         )
     )
-    show(
-        {"device_id": device_id, "status": status, "version": version},
-        as_json,
-        lambda: [f"device {device_id} is {status}, version {version}"],
-    )
+    result = {"device_id": device_id, "status": status, "version": version}
+    show_change(target, result, as_json, lambda: [f"device {device_id} is {status}, version {version}"], wait_s)
 
 
 def _transition(name: str, status: str, text: str) -> Callable[..., Any]:
     @device.command(name, help=text)
     @click.argument("device_id")
     @click.option("--reason", default="", help="Why; kept with the device and in the audit trail.")
+    @wait_options
     @json_option
     @click.pass_context
-    def command(context: click.Context, device_id: str, reason: str, as_json: bool) -> None:
-        version = run(editor.set_device_status(target_of(context), actor(), device_id, status, reason))
+    def command(context: click.Context, device_id: str, reason: str, as_json: bool, wait_s: float | None) -> None:
+        target = target_of(context)
+        version = run(editor.set_device_status(target, actor(), device_id, status, reason))
         end = f"is {status} already; nothing was changed" if version is None else f"is {status}, version {version}"
         result = {"device_id": device_id, "status": status, "reason": reason, "version": version}
-        show(result, as_json, lambda: [f"device {device_id} {end}"])
+        show_change(target, result, as_json, lambda: [f"device {device_id} {end}"], wait_s)
 
     return command
 

@@ -6,14 +6,14 @@ import time
 
 import click
 
-from authbackend import bootstrap
+from authbackend import ground
 from authbackend.admin.explanations import ACTIONS, as_text
 from authbackend.admin.explanations import as_json as to_json
 from authbackend.cli.common import json_option, run, settings_of, show
-from authbackend.policy.decide import Rules
+from authbackend.policy.decide import DecisionSettings
 from authbackend.policy.explain import Attempt
 from authbackend.policy.explain import explain as explain_attempt
-from authbackend.postgres import editor
+from authbackend.postgres import excerpt
 
 DENIED = 6
 
@@ -42,9 +42,11 @@ def explain(
     nearest ones and what is missing. Exit code 0 when allowed, 6 when denied.
     """
     settings = settings_of(context)
-    registry, found = run(editor.registry_around(bootstrap.target(settings, "authbackend cli"), device, client_id))
+    registry, found = run(excerpt.registry_around(ground.target(settings, "authbackend cli"), device, client_id))
     attempt = Attempt(ACTIONS[action], topic, client_id, vhost, address)
-    explanation = explain_attempt(registry, found, attempt, time.time(), Rules(settings.broker.mqtt_exchange))
+    explanation = explain_attempt(
+        registry, found, attempt, time.time(), DecisionSettings(settings.broker.mqtt_exchange)
+    )
     result = to_json(found, attempt, explanation)
     show(result, as_json, lambda: as_text(result))
     if not explanation.decision.allowed:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from authbackend.cli.common import actor, json_option, run, show, target_of
+from authbackend.cli.common import actor, json_option, run, show, show_change, target_of, wait_options
 from authbackend.document.changes import Change
 from authbackend.document.devices import read_devices
 from authbackend.document.lint import lint
@@ -108,22 +108,23 @@ def plan(context: click.Context, file: Path, devices: Path | None, prune: bool, 
 @_file
 @_devices
 @_prune
+@wait_options
 @json_option
 @click.pass_context
-def apply(context: click.Context, file: Path, devices: Path | None, prune: bool, as_json: bool) -> None:
+def apply(
+    context: click.Context, file: Path, devices: Path | None, prune: bool, as_json: bool, wait_s: float | None
+) -> None:
     """Make the registry as FILE says, all or nothing, and print the registry version that serves it."""
     document = _read_or_refuse(file, devices)
-    applied = run(policy_store.apply(target_of(context), document, actor=actor(), prune=prune))
+    target = target_of(context)
+    applied = run(policy_store.apply(target, document, actor=actor(), prune=prune))
     end = (
         "nothing to change"
         if applied.version is None
         else f"applied {len(applied.changes)} changes, version {applied.version}"
     )
-    show(
-        {"version": applied.version, "changes": _changes(applied.changes)},
-        as_json,
-        lambda: [*map(str, applied.changes), end],
-    )
+    result = {"version": applied.version, "changes": _changes(applied.changes)}
+    show_change(target, result, as_json, lambda: [*map(str, applied.changes), end], wait_s)
 
 
 @policy.command()

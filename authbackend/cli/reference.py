@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
-from prometheus_client import Metric
+from prometheus_client import CollectorRegistry, Metric
 from pydantic import BaseModel, SecretStr
 
-from authbackend.metrics import Metrics
+from authbackend.metrics import BrokerMetrics, Present, RegistryMetrics
 from authbackend.policy.reasons import Reason
 from authbackend.settings import Settings, setting_names, variable
 
@@ -99,7 +99,7 @@ def _metrics() -> Iterator[str]:
     yield "# Metrics"
     yield ""
     yield "On the people's listener at `/metrics`. The number of series depends on device types and reasons, never on the"
-    yield "number of devices. Counters of one process start at 0 when it starts."
+    yield "number of devices. They are summed over the workers of a replica."
     yield ""
     yield "| metric | type | labels | meaning |"
     yield "|---|---|---|---|"
@@ -110,8 +110,10 @@ def _metrics() -> Iterator[str]:
 
 
 def _collected() -> Iterator[tuple[Metric, tuple[str, ...]]]:
-    metrics = Metrics()
-    for collector in dict.fromkeys(metrics.registry._collector_to_names):  # noqa: SLF001 - the only list there is
+    registry = CollectorRegistry()
+    BrokerMetrics(registry)
+    registry.register(RegistryMetrics(registry, lambda: Present(None, {}, {}, 0)))
+    for collector in dict.fromkeys(registry._collector_to_names):  # noqa: SLF001 - the only list there is
         for metric in collector.describe() if hasattr(collector, "describe") else collector.collect():
             yield metric, tuple(getattr(collector, "_labelnames", ()))
 

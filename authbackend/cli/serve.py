@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
-import uvloop
 from pydantic import SecretStr
 
-from authbackend import bootstrap, logs
+from authbackend import bootstrap, ground, logs, supervisor
 from authbackend.cli.common import json_option, run, settings_of, show, target_of
 from authbackend.document.read import read
 from authbackend.errors import ConfigurationError, Unavailable
@@ -33,14 +32,17 @@ SAMPLE = Path(__file__).parent.parent / "sample-fleet.yaml"
     help="Run a PostgreSQL of its own in DIR, migrated; for trying out.",
 )
 @click.option("--sample", is_flag=True, help="With --embedded: load the sample fleet into an empty registry.")
+@click.option("--workers", type=click.IntRange(1, 64), metavar="N", help="Processes that answer (replica.workers).")
 @click.pass_context
-def serve(context: click.Context, folder: Path | None, sample: bool) -> None:
+def serve(context: click.Context, folder: Path | None, sample: bool, workers: int | None) -> None:
     """
     Answer RabbitMQ and people until SIGTERM.
 
     Starts without a database too: it answers 503 and is not ready until the registry could be loaded.
     """
     settings = settings_of(context)
+    if workers is not None:
+        settings = settings.model_copy(update={"replica": settings.replica.model_copy(update={"workers": workers})})
     if sample and folder is None:
         raise ConfigurationError(
             "--sample goes with --embedded DIR; for your own database: authbackend policy apply FILE"
@@ -48,13 +50,13 @@ def serve(context: click.Context, folder: Path | None, sample: bool) -> None:
     logs.configure(settings.log.format, settings.log.level)
     bootstrap.broker_tls(settings.broker)  # say what is wrong before anything is started
     with _database(settings, folder, sample) as ready:
-        uvloop.run(bootstrap.serve(ready, lambda where: _greet(ready, where, folder, sample)))
+        supervisor.serve(ready, lambda where: _greet(ready, where, folder, sample))
 
 
 @contextlib.contextmanager
 def _database(settings: Settings, folder: Path | None, sample: bool) -> Iterator[Settings]:
     if folder is None:
-        _require_migrated(bootstrap.target(settings))
+        _require_migrated(ground.target(settings))
         yield settings
         return
     if settings.database.dsn is not None:
@@ -63,8 +65,15 @@ def _database(settings: Settings, folder: Path | None, sample: bool) -> Iterator
         )
     _say(f"starting PostgreSQL in {folder}/postgres")
     with embedded(folder) as dsn:
-        ready = settings.model_copy(update={"database": Database(dsn=SecretStr(dsn))})
-        target = bootstrap.target(ready)
+        ready = settings.model_copy(
+            update={
+                "database": Database(dsn=SecretStr(dsn)),
+                "registry": settings.registry.model_copy(
+                    update={"snapshot_dir": settings.registry.snapshot_dir or folder / "snapshot"}
+                ),
+            }
+        )
+        target = ground.target(ready)
         applied = run(migrations.migrate(target))
         if applied:
             _say(f"applied {len(applied)} migrations")
@@ -94,7 +103,7 @@ def _greet(settings: Settings, where: dict[str, str], folder: Path | None, sampl
     _say(f"answering RabbitMQ on {where['broker']}, people and Prometheus on {where['admin']}")
     if folder is None:
         return
-    dsn = bootstrap.target(settings).dsn
+    dsn = ground.target(settings).dsn
     _say(f"database: {dsn}  (psql: {tools() / 'psql'} '{dsn}')")
     _say(f"for the other commands in another shell:  export AUTHBACKEND_DATABASE__DSN='{dsn}'")
     if sample and is_loopback(settings.admin.listen) and where["broker"].startswith("http:"):

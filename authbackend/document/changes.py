@@ -41,7 +41,7 @@ class Applied:
     """
 
     changes: list[Change]
-    version: int | None
+    version: str | None
 
 
 def change_of(entity: str, key: str, old: str | None, new: str | None) -> Change:

@@ -22,13 +22,19 @@ class RuleEntry:
 
 @dataclass(frozen=True, slots=True)
 class DeviceTypeEntry:
-    """A device type; ``networks`` None is any address."""
+    """
+    A device type; ``networks`` None is any address.
+
+    Args:
+        max_staleness_s: Seconds; None is as long as the replicas allow.
+    """
 
     name: str
     description: str = ""
     client_ids: tuple[str, ...] = ()
     vhosts: tuple[str, ...] = ()
     networks: tuple[str, ...] | None = None
+    max_staleness_s: float | None = None
     rules: tuple[RuleEntry, ...] = ()
 
 

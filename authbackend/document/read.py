@@ -124,6 +124,7 @@ class _Reader:
             client_ids=self.texts(found.get("client_ids"), names.client_id_pattern_fault, "client id pattern"),
             vhosts=self.texts(found.get("vhosts"), _vhost_fault, "vhost"),
             networks=self.networks(found.get("networks")),
+            max_staleness_s=self.seconds(found.get("max_staleness_s")),
             rules=self.rules(found.get("rules"), account=False),
         )
 
@@ -283,6 +284,17 @@ class _Reader:
             self.fault(node, "a NUL is not possible")
             return ""
         return str(node.value)
+
+    def seconds(self, node: Node | None) -> float | None:
+        if node is None:
+            return None
+        try:
+            number = float(node.value)
+        except (TypeError, ValueError):
+            number = 0.0
+        if not 0 < number < float("inf"):
+            self.fault(node, "this must be a number of seconds above 0")
+        return number
 
     def flag(self, node: Node | None) -> bool:
         if node is None:

@@ -40,6 +40,7 @@ def _device_type(entry: DeviceTypeEntry) -> dict[str, Any]:
         client_ids=list(entry.client_ids),
         vhosts=list(entry.vhosts),
         networks=None if entry.networks is None else list(entry.networks),
+        max_staleness_s=entry.max_staleness_s,
         rules=_rules(entry.rules),
     )
 

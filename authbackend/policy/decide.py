@@ -39,6 +39,10 @@ UNKNOWN = "unknown"
 class Registry(Protocol):
     """The lookups that deciding needs, all at one version of the registry."""
 
+    @property
+    def age_s(self) -> float:
+        """How long ago this was known to be the newest version, in seconds."""
+
     def device_by_name(self, common_name: str) -> Device | None:
         """Return the device with this common name, in any status."""
 
@@ -87,7 +91,7 @@ class PasswordCheck:
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class DecisionSettings:
     """Settings that decisions depend on."""
 
     mqtt_exchange: str = "amq.topic"
@@ -141,7 +145,7 @@ def vhost(registry: Registry, request: VhostRequest, now: float) -> Decision:
     return _allow(kind)
 
 
-def resource(registry: Registry, request: ResourceRequest, now: float, settings: Rules) -> Decision:
+def resource(registry: Registry, request: ResourceRequest, now: float, settings: DecisionSettings) -> Decision:
     """Decide access to a queue or exchange."""
     device = registry.device_by_name(request.username)
     if device is not None:
@@ -162,7 +166,7 @@ def resource(registry: Registry, request: ResourceRequest, now: float, settings:
     return _allow(ACCOUNT)
 
 
-def _forwards_unchecked(account: Account, request: ResourceRequest, settings: Rules) -> bool:
+def _forwards_unchecked(account: Account, request: ResourceRequest, settings: DecisionSettings) -> bool:
     """
     Return whether a right on an exchange would let an account past the topic rules of another one.
 
@@ -184,7 +188,9 @@ def _reaches(account: Account, permission: str, name: str) -> bool:
     return any(resource_matches(pattern, name) for pattern in account.resource_patterns(permission))
 
 
-def _device_resource(registry: Registry, device: Device, request: ResourceRequest, settings: Rules) -> Decision:
+def _device_resource(
+    registry: Registry, device: Device, request: ResourceRequest, settings: DecisionSettings
+) -> Decision:
     """A device reaches exactly what its own MQTT connection needs."""
     client_id = request.client_id
     known = request.permission in ("configure", "write", "read")
@@ -216,7 +222,7 @@ def _some_rule_allows(registry: Registry, device: Device, request: ResourceReque
     return _deny(Reason.NO_RULE_ALLOWS, device.type)
 
 
-def topic(registry: Registry, request: TopicRequest, now: float, settings: Rules) -> Decision:
+def topic(registry: Registry, request: TopicRequest, now: float, settings: DecisionSettings) -> Decision:
     """Decide a publish or a subscription."""
     device = registry.device_by_name(request.username)
     if device is not None:
@@ -317,6 +323,8 @@ def _device_fault(registry: Registry, device: Device, now: float, client_id: str
     device_type = registry.device_type(device.type)
     if device_type is None:
         return _deny(Reason.DEVICE_TYPE_UNKNOWN, device.type)
+    if device_type.max_staleness_s is not None and registry.age_s > device_type.max_staleness_s:
+        return _deny(Reason.REGISTRY_STALE, device.type)
     if client_id is None:
         return None
     reason = client_id_fault(registry, device, device_type, client_id)

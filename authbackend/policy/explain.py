@@ -73,7 +73,9 @@ class Attempt:
     ip: str | None = None
 
 
-def explain(registry: Registry, device: Device, attempt: Attempt, now: float, settings: decide.Rules) -> Explanation:
+def explain(
+    registry: Registry, device: Device, attempt: Attempt, now: float, settings: decide.DecisionSettings
+) -> Explanation:
     """Ask the four questions as RabbitMQ would for a device with its certificate, until one is denied."""
     device_type = registry.device_type(device.type)
     client_id = attempt.client_id if attempt.client_id is not None else usual_client_id(device, device_type)

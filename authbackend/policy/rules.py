@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 from authbackend.policy.names import DeviceId
+from authbackend.policy.networks import Networks
 from authbackend.policy.topics import (
     MANY,
     MANY_NOT_LAST,
@@ -267,51 +267,20 @@ def applies(rule: TopicRule, values: Values, words: Sequence[str]) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Networks:
-    """The addresses from which an identity may connect; none given means any."""
-
-    networks: tuple[IPv4Network | IPv6Network, ...]
-
-    @classmethod
-    def parse(cls, texts: Iterable[str]) -> Networks:
-        """
-        Read networks in CIDR form.
-
-        Raises:
-            ValueError: A text is no network.
-        """
-        return cls(tuple(_normal_network(ip_network(text)) for text in texts))
-
-    def __contains__(self, address: str) -> bool:
-        try:
-            parsed = _normal_address(ip_address(address))
-        except ValueError:  # RabbitMQ sends "unknown" when the management API publishes.
-            return False
-        return any(parsed in network for network in self.networks if network.version == parsed.version)
-
-
-def _normal_address(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
-    """Turn an IPv4-mapped IPv6 address, as a dual-stack listener sees it, into the IPv4 address it stands for."""
-    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
-        return address.ipv4_mapped
-    return address
-
-
-def _normal_network(network: IPv4Network | IPv6Network) -> IPv4Network | IPv6Network:
-    if isinstance(network, IPv6Network) and network.prefixlen >= 96 and network.network_address.ipv4_mapped:
-        return IPv4Network((network.network_address.ipv4_mapped, network.prefixlen - 96))
-    return network
-
-
-@dataclass(frozen=True, slots=True)
 class DeviceType:
-    """What the devices of a type have in common."""
+    """
+    What the devices of a type have in common.
+
+    Args:
+        max_staleness_s: Its devices are denied while the copy of the registry is older; None sets no limit here.
+    """
 
     name: str
     client_ids: tuple[str, ...] = ()
     vhosts: tuple[str, ...] = ()
     networks: Networks | None = None
     rules: RuleSet = NO_RULES
+    max_staleness_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

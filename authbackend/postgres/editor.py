@@ -9,14 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from authbackend.errors import Conflict, InvalidInput, NotFound
-from authbackend.policy.decide import Registry
-from authbackend.policy.explain import usual_client_id
-from authbackend.policy.names import possible_owners
-from authbackend.policy.rules import Device
-from authbackend.postgres import rows
 from authbackend.postgres.connection import Connection, Target, connected
-from authbackend.postgres.statements import load_statements
-from authbackend.registry.snapshot import Mark, Patch, Snapshot
 
 _DEVICE = (
     "select device_id, common_name, type, status, status_reason, status_changed_at, attributes, expires_at from device"
@@ -31,8 +24,14 @@ async def editing(target: Target, actor: str) -> AsyncIterator[Connection]:
         yield connection
 
 
-async def _version(connection: Connection) -> int:
-    return int(await connection.fetchval("select pg_current_xact_id()::text"))
+async def _version(connection: Connection) -> str:
+    return str(await connection.fetchval("select registry_version()"))
+
+
+async def present_version(target: Target) -> str:
+    """Return a version that has everything committed before it."""
+    async with connected(target) as connection:
+        return await _version(connection)
 
 
 def _device(row: Any) -> dict[str, Any]:
@@ -97,7 +96,7 @@ async def insert_device(
     status: str = "active",
     attributes: dict[str, str] | None = None,
     expires_at: datetime | None = None,
-) -> int:
+) -> str:
     """
     Register a device and return the registry version that serves it.
 
@@ -113,7 +112,7 @@ async def insert_device(
         return await _version(connection)
 
 
-async def set_device_status(target: Target, actor: str, device_id: str, status: str, reason: str) -> int | None:
+async def set_device_status(target: Target, actor: str, device_id: str, status: str, reason: str) -> str | None:
     """
     Change the status of a device and return the registry version that serves it, None if it had that status.
 
@@ -153,7 +152,7 @@ async def insert_account(
     login: str,
     password_hash: str | None,
     lists: dict[str, tuple[str, ...]],
-) -> int:
+) -> str:
     """
     Register an account and return the registry version that serves it.
 
@@ -172,7 +171,7 @@ async def insert_account(
         return await _version(connection)
 
 
-async def set_password(target: Target, actor: str, name: str, password_hash: str) -> int:
+async def set_password(target: Target, actor: str, name: str, password_hash: str) -> str:
     """
     Set an account's password and return the registry version that serves it.
 
@@ -188,38 +187,3 @@ async def set_password(target: Target, actor: str, name: str, password_hash: str
             raise InvalidInput(f"account {name} logs in by certificate and has no password")
         await connection.execute("update account set password_hash = $2 where name = $1", name, password_hash)
         return await _version(connection)
-
-
-async def registry_around(target: Target, name: str, client_id: str | None) -> tuple[Registry, Device]:
-    """
-    Return the part of the registry that decides about one device: it, the devices that could own the client id,
-    and their types.
-
-    Raises:
-        NotFound: There is no such device.
-    """
-    statements = load_statements("registry")
-    async with connected(target) as connection, connection.transaction(isolation="repeatable_read", readonly=True):
-        device_id = await connection.fetchval(
-            "select device_id from device where device_id = $1 or common_name = $1 order by device_id = $1 desc limit 1",
-            name,
-        )
-        if device_id is None:
-            raise NotFound(f"no device has the id or common name {name!r}")
-        rules = rows.RulesByOwner(await connection.fetch(statements.rules_of.sql, [], [device_id], []))
-        device = rows.device((await connection.fetch(statements.devices.sql, [device_id]))[0], rules)
-        of_type = rows.device_type((await connection.fetch(statements.device_types.sql, [device.type]))[0], rules)
-        client_id = client_id if client_id is not None else usual_client_id(device, of_type)
-        others = await connection.fetch(statements.devices.sql, possible_owners(client_id))
-        type_names = sorted({device.type, *(row["type"] for row in others)})
-        rules.add(await connection.fetch(statements.rules_of.sql, type_names, [], []))
-        types = await connection.fetch(statements.device_types.sql, type_names)
-    snapshot = Snapshot()
-    snapshot.apply(
-        Patch(
-            device_types={row["name"]: rows.device_type(row, rules) for row in types},
-            devices={**{row["device_id"]: rows.device(row, rules) for row in others}, device_id: device},
-        ),
-        Mark("", "", "0:0:"),
-    )
-    return snapshot, device

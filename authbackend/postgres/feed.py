@@ -15,11 +15,13 @@ from typing import Any
 import structlog
 
 from authbackend.errors import Unavailable
-from authbackend.policy.rules import Account, Device, DeviceType
-from authbackend.postgres import rows
 from authbackend.postgres.connection import Connection, Target, connect, translated_errors
+from authbackend.postgres.replicas import Identity, introduce
 from authbackend.postgres.statements import load_statements
-from authbackend.registry.snapshot import Mark, Patch, Snapshot
+from authbackend.registry.mark import Mark
+from authbackend.registry.records import DeviceRow, Patch
+from authbackend.registry.store import Store
+from authbackend.registry.sync import Confirmation, Look
 
 log = structlog.get_logger(__name__)
 
@@ -27,6 +29,7 @@ WATCHED_TABLES = 4
 TRIGGERS_A_TABLE = 4
 CHUNK_ROWS = 2000
 CHANNEL = "registry"
+PROBE_S = 5.0
 _PATCH_AT_MOST_SHARE = 0.2  # above it a full load is cheaper
 
 _ENTITIES = ("device_type", "device", "account")
@@ -38,43 +41,54 @@ class ChangeFeed:
 
     Args:
         change_retention_s: How long change rows are kept by :meth:`prune`.
+        identity: Who reads, made known on each new connection before the first look; None: somebody who answers nobody.
     """
 
-    def __init__(self, target: Target, change_retention_s: float = 3600.0) -> None:
+    def __init__(self, target: Target, change_retention_s: float = 3600.0, identity: Identity | None = None) -> None:
+        self._identity = identity
+        self._introduced = False
         self._target = target
         self._retention_s = change_retention_s
         self._connection: Connection | None = None
         self._statements = load_statements("registry")
 
-    async def load(self) -> Snapshot:
+    async def load(self, store: Store, synced_at: float) -> Look:
         """
-        Return a whole copy.
+        Fill a store with everything; its readers see it at the end.
 
         Raises:
-            Unavailable: The server cannot be reached, is a standby, has no registry, or its triggers are missing.
+            Unavailable: The server cannot be reached, is a standby, has no registry, its triggers are missing, or the
+                store has no room.
         """
-        async with self._look() as (connection, mark, _):
-            return await self._load(connection, mark)
+        async with self._look() as (connection, look, _):
+            with store.loading(look.mark, synced_at) as loader:
+                for entity, statement in (("device_type", "all_device_types"), ("account", "all_accounts")):
+                    for row in await self._fetch(connection, statement):
+                        loader.add(entity, row["name"], row["record"])
+                async for chunk in self._chunks(connection, self._statements.all_devices.sql):
+                    loader.add_devices(chunk)
+                    await asyncio.sleep(0)
+            return look
 
-    async def changes(self, snapshot: Snapshot) -> tuple[Patch, Snapshot] | None:
+    async def changes(self, mark: Mark, devices: int) -> tuple[Patch, Look] | None:
         """
-        Return what changed since a snapshot, with a bare snapshot that holds the new mark.
+        Return what changed since a mark, and where this look stands.
 
-        None when the copy must be loaded anew: another life of the server, change rows pruned or counters gone
-        back, a table emptied, or so many changes that a load is cheaper.
+        None when everything must be loaded anew: another life of the server, change rows pruned or counters gone
+        back, a table emptied, or so many changes, of that many devices, that a load is cheaper.
 
         Raises:
             Unavailable: As :meth:`load`.
         """
-        async with self._look() as (connection, mark, floor):
-            patch = await self._changes(connection, snapshot, mark, floor)
-            return None if patch is None else (patch, Snapshot(mark))
+        async with self._look() as (connection, look, floor):
+            patch = await self._changes(connection, mark, look.mark, floor, devices)
+            return None if patch is None else (patch, look)
 
-    async def suspects(self, snapshot: Snapshot) -> Patch:
+    async def suspects(self, store: Store) -> Patch:
         """
-        Compare a copy with the database value by value, on a connection of its own, and return the rows that differ.
+        Compare a store with the database value by value, on a connection of its own, and return the rows that differ.
 
-        The copy may move on meanwhile, so that a row may differ for that reason: see :meth:`confirm`.
+        The store may move on meanwhile, so that a row may differ for that reason: see :meth:`confirm`.
 
         Raises:
             Unavailable: As :meth:`load`.
@@ -82,55 +96,49 @@ class ChangeFeed:
         other = ChangeFeed(self._target)
         try:
             async with other._look() as (connection, _, _):
-                return await self._compare(connection, snapshot)
+                return await self._compare(connection, store)
         finally:
             await other.close()
 
-    async def _compare(self, connection: Connection, snapshot: Snapshot) -> Patch:
-        rules = await self._rules(connection)
-        types = {row["name"]: rows.device_type(row, rules) for row in await self._all(connection, "device_types")}
-        accounts = {row["name"]: rows.account(row, rules) for row in await self._all(connection, "accounts")}
-        devices: dict[str, Device | None] = {}
+    async def _compare(self, connection: Connection, store: Store) -> Patch:
+        types: dict[str, bytes | None] = {}
+        devices: dict[str, DeviceRow | None] = {}
+        accounts: dict[str, bytes | None] = {}
+        here = store.reader()
+        for entity, statement, differ in (
+            ("device_type", "all_device_types", types),
+            ("account", "all_accounts", accounts),
+        ):
+            rows = await self._fetch(connection, statement)
+            with here:
+                differ.update((r["name"], r["record"]) for r in rows if here.record(entity, r["name"]) != r["record"])
         async for chunk in self._chunks(connection, self._statements.all_devices.sql):
-            for row in chunk:
-                device = rows.device(row, rules)
-                if snapshot.device_by_id(device.device_id) != device:
-                    devices[device.device_id] = device
+            with here:
+                for row in chunk:
+                    device = DeviceRow(row["name"], row["record"], row["other_id"])
+                    if not here.same(device):
+                        devices[(device.other_id or device.name).decode()] = device
             await asyncio.sleep(0)
-        return Patch(
-            {name: found for name, found in types.items() if snapshot.device_type(name) != found},
-            devices,
-            {name: found for name, found in accounts.items() if snapshot.account(name) != found},
-        )
+        return Patch(types, devices, accounts)
 
-    async def confirm(self, snapshot: Snapshot, suspects: Patch) -> int | None:
+    async def confirm(self, mark: Mark, devices: int, suspects: Patch) -> Confirmation | None:
         """
-        Bring a copy up to date and return how many of these rows still differ, or are too many or too few in it.
+        Read suspects again, together with what changed since a mark.
 
-        None if the copy must be loaded anew anyway.
+        None if everything must be loaded anew anyway.
 
         Raises:
             Unavailable: As :meth:`load`.
         """
-        async with self._look() as (connection, mark, floor):
-            patch = await self._changes(connection, snapshot, mark, floor)
+        async with self._look() as (connection, look, floor):
+            patch = await self._changes(connection, mark, look.mark, floor, devices)
             if patch is None:
                 return None
-            snapshot.apply(patch, mark)
-            present = await self._patch(
-                connection,
-                {
-                    "device_type": list(suspects.device_types),
-                    "device": list(suspects.devices),
-                    "account": list(suspects.accounts),
-                },
-            )
-            differ = sum(snapshot.device_by_id(key) != device for key, device in present.devices.items())
-            differ += sum(snapshot.device_type(key) != kind for key, kind in present.device_types.items())
-            differ += sum(snapshot.account(key) != account for key, account in present.accounts.items())
-            counted = await connection.fetchrow(self._statements.sizes.sql)
-            assert counted is not None
-            return differ or sum(abs(size - counted[entity]) for entity, size in snapshot.sizes().items())
+            keys = (suspects.device_types, suspects.devices, suspects.accounts)
+            present = await self._patch(connection, dict(zip(_ENTITIES, map(list, keys), strict=True)))
+            sizes = await connection.fetchrow(self._statements.sizes.sql)
+            assert sizes is not None
+            return Confirmation(patch, present, dict(sizes), look)
 
     async def prune(self) -> None:
         """Delete change rows that every reader of the retention time has seen."""
@@ -155,7 +163,13 @@ class ChangeFeed:
             woken.set()
 
         async def next_change() -> None:
-            await woken.wait()
+            while not woken.is_set():
+                try:
+                    async with asyncio.timeout(PROBE_S):
+                        await woken.wait()
+                except TimeoutError:
+                    with translated_errors():  # a connection whose other end is gone says nothing by itself
+                        await connection.fetchval("select 1")
             if lost:
                 raise Unavailable("the listening connection was lost")
             woken.clear()
@@ -180,30 +194,34 @@ class ChangeFeed:
     async def _connected(self) -> Connection:
         if self._connection is None or self._connection.is_closed():
             self._connection = await connect(self._target)
+            self._introduced = False
         return self._connection
 
     @contextlib.asynccontextmanager
-    async def _look(self) -> AsyncIterator[tuple[Connection, Mark, int]]:
-        """Open the reading transaction; yields the connection, the mark to come, and the floor of the feed."""
+    async def _look(self) -> AsyncIterator[tuple[Connection, Look, int]]:
+        """Open the reading transaction; yields the connection, where it stands, and the floor of the feed."""
         with translated_errors():
             connection = await self._connected()
             if await connection.fetchval("select pg_is_in_recovery()"):
                 raise Unavailable(
                     "the server is a standby; its snapshots do not show running transactions, so changes could be missed. Connect to the primary"
                 )
+            if self._identity is not None and not self._introduced:
+                await introduce(connection, self._identity)
+                self._introduced = True
             for _ in range(2):
                 async with connection.transaction(isolation="repeatable_read", readonly=True):
                     await connection.execute("set local lock_timeout = '2s'")
                     await connection.execute(self._statements.lock_registry.sql)
-                    mark, floor = self._position(await connection.fetchrow(self._statements.position.sql))
-                    if mark is not None:
-                        yield connection, mark, floor
+                    look, floor = self._position(await connection.fetchrow(self._statements.position.sql))
+                    if look is not None:
+                        yield connection, look, floor
                         return
                 # Empty after a crash recovery: a new one tells every reader to load anew.
                 await connection.fetchval(self._statements.renew_incarnation.sql)
             raise Unavailable("the incarnation of the server cannot be renewed")
 
-    def _position(self, row: Any) -> tuple[Mark | None, int]:
+    def _position(self, row: Any) -> tuple[Look | None, int]:
         expected = WATCHED_TABLES * TRIGGERS_A_TABLE
         if row["triggers"] != expected:
             raise Unavailable(
@@ -212,71 +230,37 @@ class ChangeFeed:
             )
         if row["incarnation"] is None:
             return None, 0
-        return Mark(row["epoch"], row["incarnation"], row["snapshot"]), int(row["floor"])
+        return Look(Mark(row["epoch"], row["incarnation"], row["snapshot"]), row["at"]), int(row["floor"])
 
-    async def _load(self, connection: Connection, mark: Mark) -> Snapshot:
-        snapshot = Snapshot(mark)
-        rules = await self._rules(connection)
-        types = await self._all(connection, "device_types")
-        accounts = await self._all(connection, "accounts")
-        snapshot.apply(
-            Patch(
-                device_types={row["name"]: rows.device_type(row, rules) for row in types},
-                accounts={row["name"]: rows.account(row, rules) for row in accounts},
-            ),
-            mark,
-        )
-        async for chunk in self._chunks(connection, self._statements.all_devices.sql):
-            snapshot.add_devices([rows.device(row, rules) for row in chunk])
-            await asyncio.sleep(0)
-        return snapshot
-
-    async def _changes(self, connection: Connection, snapshot: Snapshot, mark: Mark, floor: int) -> Patch | None:
-        old = snapshot.mark
-        if old is None or not _follows(old, mark, floor):
+    async def _changes(self, connection: Connection, old: Mark, new: Mark, floor: int, devices: int) -> Patch | None:
+        if not _follows(old, new, floor):
             return None
         changed: dict[str, list[str]] = {entity: [] for entity in _ENTITIES}
         for row in await connection.fetch(self._statements.changes_since.sql, str(old.xmax), old.running):
             if row["key"] == "*":
                 return None
             changed[row["entity"]].append(row["key"])
-        total = snapshot.sizes()["device"]
-        if len(changed["device"]) > max(CHUNK_ROWS, total * _PATCH_AT_MOST_SHARE):
+        if len(changed["device"]) > max(CHUNK_ROWS, devices * _PATCH_AT_MOST_SHARE):
             return None
         return await self._patch(connection, changed)
 
     async def _patch(self, connection: Connection, changed: dict[str, list[str]]) -> Patch:
-        if not any(changed.values()):
-            return Patch()
-        types: dict[str, DeviceType | None] = dict.fromkeys(changed["device_type"])
-        devices: dict[str, Device | None] = dict.fromkeys(changed["device"])
-        accounts: dict[str, Account | None] = dict.fromkeys(changed["account"])
-        rules = rows.RulesByOwner(
-            await connection.fetch(
-                self._statements.rules_of.sql, changed["device_type"], changed["device"], changed["account"]
-            )
-        )
-        if types:
-            for row in await connection.fetch(self._statements.device_types.sql, changed["device_type"]):
-                types[row["name"]] = rows.device_type(row, rules)
-        if accounts:
-            for row in await connection.fetch(self._statements.accounts.sql, changed["account"]):
-                accounts[row["name"]] = rows.account(row, rules)
+        types: dict[str, bytes | None] = dict.fromkeys(changed["device_type"])
+        devices: dict[str, DeviceRow | None] = dict.fromkeys(changed["device"])
+        accounts: dict[str, bytes | None] = dict.fromkeys(changed["account"])
+        for found, statement in ((types, "device_types"), (accounts, "accounts")):
+            if found:
+                rows = await self._fetch(connection, statement, list(found))
+                found.update((row["name"], row["record"]) for row in rows)
         if devices:
             async for chunk in self._chunks(connection, self._statements.devices.sql, changed["device"]):
-                devices.update((row["device_id"], rows.device(row, rules)) for row in chunk)
+                for device_id, *row in chunk:
+                    devices[device_id] = DeviceRow(*row)
                 await asyncio.sleep(0)
         return Patch(types, devices, accounts)
 
-    async def _rules(self, connection: Connection) -> rows.RulesByOwner:
-        rules = rows.RulesByOwner()
-        async for chunk in self._chunks(connection, self._statements.all_rules.sql):
-            rules.add(chunk)
-            await asyncio.sleep(0)
-        return rules
-
-    async def _all(self, connection: Connection, name: str) -> list[Any]:
-        return await connection.fetch(getattr(self._statements, f"all_{name}").sql)
+    async def _fetch(self, connection: Connection, statement: str, *arguments: Any) -> list[Any]:
+        return await connection.fetch(getattr(self._statements, statement).sql, *arguments)
 
     @staticmethod
     async def _chunks(connection: Connection, statement: str, *arguments: Any) -> AsyncIterator[list[Any]]:

@@ -38,7 +38,7 @@ class _Table:
         return f"wanted_{self.name}"
 
 
-_TYPES = _Table("device_type", "name", ("name", "description", "client_ids", "vhosts", "networks"))
+_TYPES = _Table("device_type", "name", ("name", "description", "client_ids", "vhosts", "networks", "max_staleness_s"))
 _DEVICES = _Table(
     "device",
     "device_id",
@@ -104,12 +104,13 @@ async def apply(target: Target, document: Document, *, actor: str, prune: bool =
         if not changes:
             return Applied([], None)
         await _make_so(connection, document, prune)
-        return Applied(changes, int(await connection.fetchval("select pg_current_xact_id()::text")))
+        return Applied(changes, str(await connection.fetchval("select registry_version()")))
 
 
 async def export(target: Target) -> Document:
     """Return the whole registry as a document."""
-    async with connected(target) as connection, connection.transaction(isolation="repeatable_read", readonly=True):
+    patient = replace(target, statement_timeout_s=LONGEST_STATEMENT_S)
+    async with connected(patient) as connection, connection.transaction(isolation="repeatable_read", readonly=True):
         rules: dict[tuple[str, str], list[RuleEntry]] = {}
         for row in await connection.fetch("select * from topic_rule order by effect, action, topic, exchange"):
             for column in ("device_type", "device_id", "account"):
@@ -134,6 +135,7 @@ def _type_entry(row: Any, rules: dict[tuple[str, str], list[RuleEntry]]) -> Devi
         tuple(row["client_ids"]),
         tuple(row["vhosts"]),
         _networks(row["networks"]),
+        row["max_staleness_s"],
         tuple(rules.get(("device_type", row["name"]), ())),
     )
 
@@ -187,7 +189,7 @@ def _sections(document: Document) -> Iterator[tuple[_Table, Iterable[tuple[Any, 
         yield (
             _TYPES,
             (
-                (e.name, e.description, list(e.client_ids), list(e.vhosts), _list(e.networks))
+                (e.name, e.description, list(e.client_ids), list(e.vhosts), _list(e.networks), e.max_staleness_s)
                 for e in document.device_types.values()
             ),
         )

@@ -1,8 +1,8 @@
 """
 Keeps the copy true: load, follow the change feed, notice staleness.
 
-One refresh at a time. A notification only wakes the loop up; what changed is read from the change feed, which is
-also polled, so a lost notification delays a change by a second and loses nothing.
+One look at a time. A notification only wakes the loop up; what changed is read from the change feed, which is also
+polled, so a lost notification delays a change by a second and loses nothing.
 """
 
 from __future__ import annotations
@@ -13,16 +13,34 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Protocol
 
 import structlog
 
 from authbackend.errors import AuthbackendError
-from authbackend.registry.snapshot import Patch, Snapshot
+from authbackend.registry.disk import DiskCopy, Entry
+from authbackend.registry.mark import Mark
+from authbackend.registry.records import Patch
+from authbackend.registry.store import Store
 
 log = structlog.get_logger(__name__)
 
 LONGEST_BACK_OFF_S = 5.0
+CONFIRM_ON_DISK_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """
+    Where a look at the database stood.
+
+    Args:
+        confirmed_at: The database's clock when the look began.
+    """
+
+    mark: Mark
+    confirmed_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +59,37 @@ class Refreshed:
     duration_s: float
 
 
-class Reader(Protocol):
+@dataclass(frozen=True, slots=True)
+class Confirmation:
+    """
+    What the database holds, all at one look.
+
+    Args:
+        patch: What changed since the mark.
+        present: The suspects.
+        sizes: How many rows there are, by entity.
+    """
+
+    patch: Patch
+    present: Patch
+    sizes: dict[str, int]
+    look: Look
+
+
+class Feed(Protocol):
     """Reads the registry from the database; ``postgres.feed`` has the real one."""
 
-    async def load(self) -> Snapshot:
-        """Return a whole copy."""
+    async def load(self, store: Store, synced_at: float) -> Look:
+        """Fill a store with everything."""
 
-    async def changes(self, snapshot: Snapshot) -> tuple[Patch, Snapshot] | None:
-        """Return what changed since a snapshot and a bare snapshot with the new mark, None if it must be loaded."""
+    async def changes(self, mark: Mark, devices: int) -> tuple[Patch, Look] | None:
+        """Return what changed since a mark, None if it must be loaded anew; ``devices``: how many there were."""
 
-    async def suspects(self, snapshot: Snapshot) -> Patch:
-        """Return the rows in which a copy, which may move on meanwhile, seems to differ from the database."""
+    async def suspects(self, store: Store) -> Patch:
+        """Return the rows in which a store, which may move on meanwhile, seems to differ from the database."""
 
-    async def confirm(self, snapshot: Snapshot, suspects: Patch) -> int | None:
-        """Bring a copy up to date and return how many rows really differ; None if it must be loaded anew anyway."""
+    async def confirm(self, mark: Mark, devices: int, suspects: Patch) -> Confirmation | None:
+        """Look at suspects again, together with what changed since a mark; None if all must be loaded anew anyway."""
 
     async def prune(self) -> None:
         """Delete change rows that every reader has seen."""
@@ -67,10 +102,15 @@ class Reader(Protocol):
 
 
 class Observer(Protocol):
-    """Is told what happens, for metrics."""
+    """Is told what happens, for metrics and for the other replicas."""
 
-    def refreshed(self, snapshot: Snapshot, refreshed: Refreshed) -> None:
-        """A look at the database succeeded."""
+    def refreshed(self, look: Look, refreshed: Refreshed, *, lasting: bool) -> None:
+        """
+        A look at the database succeeded.
+
+        Args:
+            lasting: False if what changed should be on disk and is not: a restart could go back behind it.
+        """
 
     def refresh_failed(self) -> None:
         """A look at the database failed; the copy stays as it is."""
@@ -84,39 +124,32 @@ class SyncTimes:
     """Intervals in seconds; see ``settings.Registry``."""
 
     poll_s: float = 1.0
-    max_staleness_s: float = 900.0
     compare_s: float = 3600.0
     prune_s: float = 60.0
 
 
 class RegistryCopy:
-    """
-    The copy that decisions are made from.
+    """Follows the database and writes the store that decisions are made from."""
 
-    ``snapshot`` is None until the first load. Staleness counts from the start of the last look that succeeded.
-    """
-
-    def __init__(self, reader: Reader, observer: Observer, times: SyncTimes | None = None) -> None:
-        self.snapshot: Snapshot | None = None
+    def __init__(
+        self,
+        feed: Feed,
+        store: Store,
+        observer: Observer,
+        times: SyncTimes | None = None,
+        disk: DiskCopy | None = None,
+    ) -> None:
+        self.store = store
         self.fault: str | None = "the registry has not been loaded yet"
-        self._reader = reader
+        self._feed = feed
         self._observer = observer
         self._times = times or SyncTimes()
+        self._disk = disk
+        self._on_disk_until = 0.0  # monotonic: when the disk must be told again that the copy is true
         self._wake = asyncio.Event()
-        self._synced_at: float | None = None  # monotonic
         self._failures = 0
         self._looking = asyncio.Lock()  # one look at a time: an older result must never follow a newer one
         self._next_prune = 0.0
-
-    @property
-    def age_s(self) -> float | None:
-        """Seconds since the start of the last look that succeeded, None before the first."""
-        return None if self._synced_at is None else time.monotonic() - self._synced_at
-
-    @property
-    def stale(self) -> bool:
-        """True when the copy is too old to decide by."""
-        return self._synced_at is None or time.monotonic() - self._synced_at > self._times.max_staleness_s
 
     async def run(self) -> None:
         """Follow the database until cancelled; never raises for a fault of the database."""
@@ -146,26 +179,58 @@ class RegistryCopy:
         Raises:
             AuthbackendError: The database could not be read; the copy stays as it was.
         """
-        started = time.monotonic()
-        changes = None if full or self.snapshot is None else await self._reader.changes(self.snapshot)
-        if changes is None or self.snapshot is None:
-            self.snapshot = await self._reader.load()
-            refreshed = Refreshed(True, sum(self.snapshot.sizes().values()), time.monotonic() - started)
-            log.info("registry.loaded", **self.snapshot.sizes(), duration_s=round(refreshed.duration_s, 3))
+        started, began = time.monotonic(), time.time()
+        state = self.store.state()
+        found = None
+        if state is not None and not full:
+            found = await self._feed.changes(state.mark, self.store.sizes()["device"])
+        if found is not None:
+            return await self._apply(*found, started, began)
+        look = await self._feed.load(self.store, started)
+        sizes = self.store.sizes()
+        refreshed = Refreshed(True, sum(sizes.values()), time.monotonic() - started)
+        log.info("registry.loaded", **sizes, duration_s=round(refreshed.duration_s, 3))
+        await self._succeeded(look, refreshed, Entry(began, look.mark, Patch()))
+        return refreshed
+
+    async def _apply(self, patch: Patch, look: Look, started: float, began: float) -> Refreshed:
+        if len(patch):
+            self.store.apply(patch, look.mark, started)
         else:
-            patch, bare = changes
-            assert bare.mark is not None
-            self.snapshot.apply(patch, bare.mark)
-            refreshed = Refreshed(False, len(patch), time.monotonic() - started)
-            if len(patch):
-                log.info("registry.changed", rows=len(patch), duration_s=round(refreshed.duration_s, 4))
-        self._synced_at = started
+            self.store.note(mark=look.mark, synced_at=started)
+        refreshed = Refreshed(False, len(patch), time.monotonic() - started)
+        if len(patch):
+            log.info("registry.changed", rows=len(patch), duration_s=round(refreshed.duration_s, 4))
+        await self._succeeded(look, refreshed, Entry(began, look.mark, patch))
+        return refreshed
+
+    async def _succeeded(self, look: Look, refreshed: Refreshed, entry: Entry) -> None:
         self._failures = 0
         if self.fault is not None:
             log.info("registry.following")
         self.fault = None
-        self._observer.refreshed(self.snapshot, refreshed)
-        return refreshed
+        lasting = await self._written(entry, new_image=refreshed.full)
+        self._observer.refreshed(look, refreshed, lasting=lasting)
+
+    async def _written(self, entry: Entry, *, new_image: bool) -> bool:
+        """Write a look to disk where it matters; False: it is not there, so nobody may rely on it after a crash."""
+        disk = self._disk
+        if disk is None:
+            return True
+        now = time.monotonic()
+        if not (new_image or len(entry.patch) or disk.wants_image or now >= self._on_disk_until):
+            return True
+        try:
+            if new_image or disk.wants_image:
+                disk.close_journal()
+                await asyncio.to_thread(disk.save, self.store, entry.mark, entry.at)
+            else:
+                await asyncio.to_thread(disk.append, entry)
+        except OSError as error:
+            log.error("registry.not_on_disk", fault=error.strerror)
+            return False
+        self._on_disk_until = now + CONFIRM_ON_DISK_S
+        return True
 
     async def compare(self) -> int:
         """
@@ -173,29 +238,37 @@ class RegistryCopy:
 
         Finds what no trigger can see, for example a restore that disabled them. The copy follows on meanwhile.
         """
-        assert self.snapshot is not None
-        suspects = await self._reader.suspects(self.snapshot)
+        suspects = await self._feed.suspects(self.store)
         async with self._looking:
-            differences = await self._reader.confirm(self.snapshot, suspects)
-            if differences is not None:
-                self._observer.compared(differences)
+            started, began = time.monotonic(), time.time()
+            state = self.store.state()
+            assert state is not None
+            found = await self._feed.confirm(state.mark, self.store.sizes()["device"], suspects)
+            if found is None:
+                await self.refresh(full=True)
+                return 0
+            await self._apply(found.patch, found.look, started, began)
+            differences = self.store.differences(found.present) or sum(
+                abs(size - found.sizes[entity]) for entity, size in self.store.sizes().items()
+            )
+            self._observer.compared(differences)
             if differences:
                 log.error("registry.differs", rows=differences, next="loading it anew")
-            if differences != 0:
                 await self.refresh(full=True)
-            return differences or 0
+            return differences
 
     async def _maintain(self) -> None:
         now = time.monotonic()
+        self.store.forget_dead_readers()
         if now >= self._next_prune:
             self._next_prune = now + self._times.prune_s
-            await self._reader.prune()
+            await self._feed.prune()
 
     async def _compare_regularly(self) -> None:
         while True:
             await asyncio.sleep(self._times.compare_s)
             try:
-                if self.snapshot is not None:
+                if self.store.state() is not None:
                     await self.compare()
             except AuthbackendError as error:
                 log.warning("registry.compare_failed", fault=error.detail)
@@ -205,10 +278,16 @@ class RegistryCopy:
     async def _failed(self, detail: str) -> None:
         self._failures += 1
         if self.fault != detail:
-            log.warning("registry.refresh_failed", fault=detail, copy_age_s=self.age_s)
+            log.warning("registry.refresh_failed", fault=detail, copy_age_s=self._age_s())
         self.fault = detail
+        with contextlib.suppress(AuthbackendError):
+            self.store.note(fault=detail)
         self._observer.refresh_failed()
-        await self._reader.close()
+        await self._feed.close()
+
+    def _age_s(self) -> float | None:
+        state = self.store.state()
+        return None if state is None else round(time.monotonic() - state.synced_at, 3)
 
     async def _pause(self) -> None:
         """Wait for a notification or the next poll; after failures for a growing, jittered time."""
@@ -224,7 +303,7 @@ class RegistryCopy:
     async def _listen(self) -> None:
         while True:
             try:
-                async with self._reader.wake_ups() as next_change:
+                async with self._feed.wake_ups() as next_change:
                     self._wake.set()
                     while True:
                         await next_change()

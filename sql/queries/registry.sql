@@ -6,15 +6,11 @@
 lock table device_type, device, account, topic_rule, change, change_floor, incarnation in access share mode;
 
 -- name: position^
--- Where the reader stands. row: snapshot text, floor text, incarnation text or null, epoch text, triggers bigint
-select pg_current_snapshot()::text as snapshot,
+-- Where the reader stands. row: snapshot text, the server's clock, floor text, incarnation text or null, epoch text, triggers bigint
+select pg_current_snapshot()::text as snapshot, clock_timestamp() as at,
        (select floor::text from change_floor) as floor,
        (select id::text from incarnation) as incarnation,
-       concat_ws('/', (select system_identifier from pg_control_system()),
-         (select oid from pg_database where datname = current_database()),
-         left(pg_walfile_name(pg_current_wal_lsn()), 8), pg_postmaster_start_time(),
-         'public.change'::regclass::oid, 'public.device_type'::regclass::oid, 'public.device'::regclass::oid,
-         'public.account'::regclass::oid, 'public.topic_rule'::regclass::oid) as epoch,
+       registry_epoch() as epoch,
        (select count(*) from pg_trigger where tgfoid = 'public.change_note'::regproc and tgenabled = 'A') as triggers;
 
 -- name: changes_since
@@ -28,42 +24,56 @@ select incarnation_renew()::text;
 -- params: 1 seconds
 select change_prune(make_interval(secs => $1));
 
+-- Rows as the store keeps them: authbackend/registry/records.py tells the form.
+
 -- name: all_device_types
-select name, client_ids, vhosts, networks::text[] as networks from device_type;
+select name, convert_to(json_build_object('name', name, 'client_ids', client_ids, 'vhosts', vhosts, 'networks', networks::text[],
+         'max_staleness_s', max_staleness_s,
+         'rules', (select json_agg(json_build_array(r.id, r.effect, r.action, r.topic, r.exchange) order by r.id) from topic_rule r where r.device_type = t.name))::text, 'UTF8') as record
+from device_type t;
 
 -- name: device_types
-select name, client_ids, vhosts, networks::text[] as networks from device_type where name = any ($1::text[]);
+select name, convert_to(json_build_object('name', name, 'client_ids', client_ids, 'vhosts', vhosts, 'networks', networks::text[],
+         'max_staleness_s', max_staleness_s,
+         'rules', (select json_agg(json_build_array(r.id, r.effect, r.action, r.topic, r.exchange) order by r.id) from topic_rule r where r.device_type = t.name))::text, 'UTF8') as record
+from device_type t where name = any ($1::text[]);
 
 -- name: all_devices
-select device_id, common_name, type, status, attributes::text as attributes,
-       extract(epoch from expires_at)::float8 as expires_at
-from device;
+-- row: common name, record, device id where it is another, all bytea
+select convert_to(common_name, 'UTF8') as name, convert_to(concat_ws(E'\t', left(status, 1) || type, case when device_id <> common_name then device_id else '' end,
+         coalesce(extract(epoch from expires_at)::float8::text, ''), case when attributes <> '{}' then attributes::text else '' end,
+         coalesce(own.rules, '')), 'UTF8') as record,
+       case when device_id <> common_name then convert_to(device_id, 'UTF8') end as other_id
+from device d
+left join (select r.device_id, json_agg(json_build_array(r.id, r.effect, r.action, r.topic, r.exchange) order by r.id)::text as rules from topic_rule r where r.device_id is not null group by r.device_id) own
+  using (device_id);
 
 -- name: devices
-select device_id, common_name, type, status, attributes::text as attributes,
-       extract(epoch from expires_at)::float8 as expires_at
-from device where device_id = any ($1::text[]);
+-- params: 1 device ids; row: device id, then as all_devices
+select d.device_id, convert_to(common_name, 'UTF8') as name, convert_to(concat_ws(E'\t', left(status, 1) || type, case when d.device_id <> common_name then d.device_id else '' end,
+         coalesce(extract(epoch from expires_at)::float8::text, ''), case when attributes <> '{}' then attributes::text else '' end,
+         coalesce(own.rules, '')), 'UTF8') as record,
+       case when d.device_id <> common_name then convert_to(d.device_id, 'UTF8') end as other_id
+from device d
+left join lateral (select json_agg(json_build_array(r.id, r.effect, r.action, r.topic, r.exchange) order by r.id)::text as rules from topic_rule r where r.device_id = d.device_id) own on true
+where d.device_id = any ($1::text[]);
 
 -- name: device_ids_by_common_name
 select device_id from device where common_name = any ($1::text[]);
 
 -- name: all_accounts
-select name, login, password_hash, tags, vhosts, networks::text[] as networks, client_ids, configure, write, read,
-       unchecked_dead_lettering
-from account;
+select name, convert_to(json_build_object('name', name, 'login', login, 'password_hash', password_hash, 'tags', tags, 'vhosts', vhosts,
+         'networks', networks::text[], 'client_ids', client_ids, 'configure', configure, 'write', write, 'read', read,
+         'unchecked_dead_lettering', unchecked_dead_lettering,
+         'rules', (select json_agg(json_build_array(r.id, r.effect, r.action, r.topic, r.exchange) order by r.id) from topic_rule r where r.account = a.name))::text, 'UTF8') as record
+from account a;
 
 -- name: accounts
-select name, login, password_hash, tags, vhosts, networks::text[] as networks, client_ids, configure, write, read,
-       unchecked_dead_lettering
-from account where name = any ($1::text[]);
-
--- name: all_rules
-select id, device_type, device_id, account, effect, action, topic, exchange from topic_rule;
-
--- name: rules_of
--- params: 1 device types, 2 device ids, 3 accounts
-select id, device_type, device_id, account, effect, action, topic, exchange from topic_rule
-where device_type = any ($1::text[]) or device_id = any ($2::text[]) or account = any ($3::text[]);
+select name, convert_to(json_build_object('name', name, 'login', login, 'password_hash', password_hash, 'tags', tags, 'vhosts', vhosts,
+         'networks', networks::text[], 'client_ids', client_ids, 'configure', configure, 'write', write, 'read', read,
+         'unchecked_dead_lettering', unchecked_dead_lettering,
+         'rules', (select json_agg(json_build_array(r.id, r.effect, r.action, r.topic, r.exchange) order by r.id) from topic_rule r where r.account = a.name))::text, 'UTF8') as record
+from account a where name = any ($1::text[]);
 
 -- name: sizes^
 select (select count(*) from device) as device, (select count(*) from device_type) as device_type,

@@ -1,6 +1,7 @@
 """The command line as a person and a script use it: output, JSON, exit codes, and what the trail says."""
 
 import json
+import re
 
 import pytest
 from click.testing import CliRunner
@@ -159,7 +160,7 @@ def test_the_life_of_a_device(cli, policy, dsn):
         cli("device", "add", "D3", "--type", "APM", "--attribute", "site=kiel", "--status", "pending", "--json").stdout
     )
     assert added["status"] == "pending"
-    assert isinstance(added["version"], int)
+    assert re.fullmatch(r"[0-9]+@[0-9a-f]{8}", added["version"])
     cli("device", "reinstate", "D3")
     cli("device", "suspend", "D3", "--reason", "service")
     assert "is suspended already" in cli("device", "suspend", "D3", "--reason", "again").stdout

@@ -234,4 +234,6 @@ async def test_the_version_in_the_trail_is_the_one_that_an_edit_returns(dsn: str
     async with connected(dsn) as connection:
         await connection.execute("insert into device_type (name) values ('agv')")
         version = await editor.insert_device(Target(dsn), "bob", device_id="d1", device_type="agv")
-        assert await connection.fetchval("select version::text from audit where key = 'd1'") == str(version)
+        assert (
+            await connection.fetchval("select version::text from audit where key = 'd1'") == version.partition("@")[0]
+        )

@@ -13,10 +13,11 @@ from authbackend.errors import Unavailable
 from authbackend.postgres import editor
 from authbackend.postgres.connection import Target
 from authbackend.postgres.feed import ChangeFeed
-from authbackend.registry.snapshot import Patch, Snapshot
-from authbackend.registry.sync import SyncTimes
+from authbackend.registry.mark import Mark
+from authbackend.registry.records import Patch
+from authbackend.registry.sync import Look, SyncTimes
 from tests.support.postgres import Server, connected, until
-from tests.support.registry import DeafFeed, Following, copied, fleet, following
+from tests.support.registry import DeafFeed, Following, copied, fleet, following, loaded
 
 NEVER_S = 3600.0
 
@@ -243,7 +244,7 @@ async def test_a_bulk_change_of_100000_devices_is_followed(dsn: str, connection:
         assert await follower.copy.compare() == 0
         await connection.execute("update device set expires_at = '2001-01-01Z'")
         assert (await follower.copy.refresh()).full  # all of them: loading is cheaper
-        assert {device.expires_at for device in follower.snapshot._by_name.values()} == {978307200.0}
+        assert {device.expires_at for device in follower.all_devices()} == {978307200.0}
         assert await follower.agrees()
 
 
@@ -285,7 +286,7 @@ async def test_a_killed_listener_loses_nothing_and_listens_again(dsn: str, conne
                 await connection.execute("select pg_terminate_backend($1)", listener)
 
             async def seen(n: int = n) -> bool:
-                device = follower.snapshot.device_by_id("d1")
+                device = follower.device("d1")
                 return device is not None and device.attributes == {"n": str(n)}
 
             await until(seen, "the change is followed")
@@ -316,12 +317,12 @@ async def test_a_storm_of_commits_is_one_look_at_a_time_and_few_of_them(
     class Counting(ChangeFeed):
         now = most = 0
 
-        async def changes(self, snapshot: Snapshot) -> tuple[Patch, Snapshot] | None:
+        async def changes(self, mark: Mark, devices: int) -> tuple[Patch, Look] | None:
             self.now += 1
             self.most = max(self.most, self.now)
             await asyncio.sleep(0.02)  # a slow look: changes go on meanwhile
             try:
-                return await super().changes(snapshot)
+                return await super().changes(mark, devices)
             finally:
                 self.now -= 1
 
@@ -359,7 +360,7 @@ async def listened(connection: asyncpg.Connection) -> int:
 
 async def until_loaded(follower: Following) -> None:
     async def loaded() -> bool:
-        return follower.copy.snapshot is not None
+        return follower.loaded
 
     await until(loaded, "the copy is loaded")
 
@@ -381,7 +382,9 @@ async def test_a_copy_serves_a_version_from_the_refresh_that_saw_it(
         transaction = writer.transaction()
         await transaction.start()
         open_version = int(await writer.fetchval("select pg_current_xact_id()::text"))
-        version = await editor.set_device_status(Target(dsn), "ann", "d1", "revoked", "")
+        printed = await editor.set_device_status(Target(dsn), "ann", "d1", "revoked", "")
+        assert printed is not None
+        version = int(printed.partition("@")[0])
         assert version is not None
         assert not follower.mark.serves(version)
         await refresh(follower)
@@ -468,7 +471,7 @@ async def test_a_mark_ahead_of_the_server_leads_to_a_whole_load(
     follower: Following, connection: asyncpg.Connection
 ) -> None:
     mark = follower.mark
-    follower.snapshot.mark = type(mark)(mark.epoch, mark.incarnation, f"{mark.xmin + 10**6}:{mark.xmax + 10**6}:")
+    follower.store.note(mark=type(mark)(mark.epoch, mark.incarnation, f"{mark.xmin + 10**6}:{mark.xmax + 10**6}:"))
     await connection.execute("update device set status = 'revoked'")
     assert (await follower.copy.refresh()).full
     assert await follower.agrees()
@@ -529,5 +532,4 @@ async def test_a_copy_is_compared_in_the_background(dsn: str, connection: asyncp
 async def test_without_a_registry_the_fault_says_what_to_run(postgres: Server) -> None:
     feed = ChangeFeed(Target(postgres.dsn("postgres")))
     with pytest.raises(Unavailable, match="the database has no registry yet; run: authbackend migrate"):
-        await feed.load()
-    await feed.close()
+        await loaded(feed)

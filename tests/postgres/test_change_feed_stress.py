@@ -180,7 +180,7 @@ class Writers:
 def check_versions(follower: Following, committed: list[tuple[int, str, int]]) -> None:
     """A copy serves a version exactly when it holds what that transaction wrote, or something newer."""
     for version, name, number in committed:
-        device = follower.snapshot.device_by_id(name)
+        device = follower.device(name)
         assert device is not None
         held = int((device.attributes or {}).get("n", 0))
         assert follower.mark.serves(version) == (held >= number), (version, name, number, held, follower.mark)
@@ -205,7 +205,7 @@ async def test_no_refresh_misses_anything_while_many_write(dsn: str, connection:
                 followed += 1
                 changed += refreshed.changed
                 assert feed.truth is not None
-                assert contents(follower.snapshot) == contents(feed.truth), f"seed {seed}"
+                assert contents(follower.store) == feed.truth, f"seed {seed}"
             follower.devices()
             check_versions(follower, writers.committed)
         await writing

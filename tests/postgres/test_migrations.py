@@ -115,14 +115,14 @@ async def test_a_broken_migration_keeps_those_before_it_and_can_be_tried_again(
     postgres: Server, empty: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = Target(postgres.dsn(empty))
-    first, second, third = migrations.migrations()
+    first, second, *others = migrations.migrations()
     broken = migrations.Migration(second.version, second.name, second.statements + "; select 1 / 0;")
     with monkeypatch.context() as patched:
-        patched.setattr(migrations, "migrations", lambda: [first, broken, third])
+        patched.setattr(migrations, "migrations", lambda: [first, broken, *others])
         with pytest.raises(AuthbackendError, match="division by zero"):
             await migrations.migrate(target)
     assert await versions(target.dsn) == [first.version]
-    assert await migrations.migrate(target) == [second, third]
+    assert await migrations.migrate(target) == [second, *others]
 
 
 async def test_who_waits_for_the_advisory_lock_goes_on_when_its_holder_dies(postgres: Server, empty: str) -> None:

@@ -18,6 +18,7 @@ from authbackend.postgres.feed import ChangeFeed
 from authbackend.postgres.statements import SQL
 from tests.postgres.test_constraints import HASH
 from tests.support.postgres import Server, connected, run
+from tests.support.registry import new_store
 
 SERVICE, ADMIN, READER = "authbackend_service", "authbackend_admin", "authbackend_reader"
 OUTSIDER = "outsider"
@@ -205,17 +206,22 @@ async def test_the_service_role_follows_the_registry_and_prunes(
     feed = ChangeFeed(Target(postgres.dsn(database, SERVICE)), change_retention_s=0)
     try:
         async with feed.wake_ups() as next_change:
-            copy = await feed.load()
-            assert copy.sizes() == {"device": 2, "device_type": 1, "account": 1}
-            account = copy.account("robot")
+            store = new_store()
+            look = await feed.load(store, 1.0)
+            assert store.sizes() == {"device": 2, "device_type": 1, "account": 1}
+            with store.reader() as reader:
+                account = reader.account("robot")
             assert account is not None
             assert account.password_hash == HASH
             await connection.execute("update device set status = 'revoked' where device_id = 'd1'")
             await next_change()
-            changes = await feed.changes(copy)
+            changes = await feed.changes(look.mark, 2)
             assert changes is not None
             assert list(changes[0].devices) == ["d1"]
-            assert await feed.confirm(copy, await feed.suspects(copy)) == 0
+            store.apply(*changes[:1], changes[1].mark, 2.0)
+            confirmed = await feed.confirm(changes[1].mark, 2, await feed.suspects(store))
+            assert confirmed is not None
+            assert len(confirmed.patch) == len(confirmed.present) == 0
             assert await connection.fetchval("select count(*) from change") > 0
             await feed.prune()
             await connection.execute("select pg_current_xact_id()")

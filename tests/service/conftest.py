@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import json
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import aiohttp
 import asyncpg
@@ -107,6 +109,13 @@ class Running:
 
 
 @contextlib.asynccontextmanager
+async def memory():
+    """An empty folder on a file system in memory."""
+    with tempfile.TemporaryDirectory(prefix="authbackend-test-", dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+@contextlib.asynccontextmanager
 async def running(dsn, *, wait=True, **environment):
     """Run the service with further settings, for example ``BROKER__DENY_REASONS="true"``."""
     variables = {f"AUTHBACKEND_{name}": value for name, value in environment.items()}
@@ -118,7 +127,7 @@ async def running(dsn, *, wait=True, **environment):
             **variables,
         }
     )
-    async with bootstrap.service(settings) as where, aiohttp.ClientSession() as http:
+    async with memory() as folder, bootstrap.service(settings, folder) as where, aiohttp.ClientSession() as http:
         service = Running(where["broker"], where["admin"], http)
         if wait:
             await until(service.ready, "the service is ready")

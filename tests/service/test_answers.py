@@ -143,6 +143,11 @@ async def test_decisions_are_counted_by_reason_and_type(service):
 async def test_the_number_of_series_does_not_grow_with_devices(service):
     for number in range(3):
         await service.login(f"first{number}")
+
+    async def announced():
+        return await service.metric("authbackend_replicas", state="live") == 1
+
+    await until(announced, "the replica knows itself")
     _, before = await service.get("/metrics")
     for number in range(200):
         await service.login(f"unknown{number}")

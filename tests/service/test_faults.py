@@ -12,7 +12,7 @@ import pytest
 from authbackend import bootstrap
 from authbackend.registry.sync import RegistryCopy
 from authbackend.settings import load
-from tests.service.conftest import HASH, POLICY, apply, running, until
+from tests.service.conftest import HASH, POLICY, apply, memory, running, until
 from tests.service.test_tls import bench  # noqa: F401 - a fixture
 
 
@@ -58,7 +58,7 @@ async def test_a_log_that_cannot_be_written_loses_lines_and_no_decision(dsn, sql
         await process.wait()
 
 
-async def test_the_process_ends_when_the_task_that_keeps_the_copy_does(dsn, monkeypatch):
+async def test_it_is_told_when_the_task_that_keeps_the_copy_ends(dsn, monkeypatch):
     async def broken(_):
         raise RuntimeError("a fault that nobody thought of")
 
@@ -70,8 +70,9 @@ async def test_the_process_ends_when_the_task_that_keeps_the_copy_does(dsn, monk
             "AUTHBACKEND_ADMIN__LISTEN": "127.0.0.1:0",
         }
     )
-    with pytest.raises(bootstrap.Unavailable, match="the task registry ended"):
-        await asyncio.wait_for(bootstrap.serve(settings, lambda _: None), 30)
+    ended = asyncio.get_running_loop().create_future()
+    async with memory() as folder, bootstrap.service(settings, folder, ended.set_result):
+        assert await asyncio.wait_for(ended, 30) == "registry"
 
 
 async def test_tls_1_2_whose_sessions_outlive_an_authority_is_refused(dsn, bench):  # noqa: F811

@@ -18,6 +18,9 @@ class Watched:
     def checked(self, result):
         self.results.append(result)
 
+    def running(self, number):
+        pass
+
 
 OPS = account("ops", password_hash=HASH)
 

@@ -4,29 +4,52 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
+import tempfile
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import asyncpg
 
+from authbackend.policy.rules import Device, DeviceType
 from authbackend.postgres.connection import Target
 from authbackend.postgres.feed import ChangeFeed
-from authbackend.registry.snapshot import Mark, Patch, Snapshot
-from authbackend.registry.sync import Refreshed, RegistryCopy, SyncTimes
+from authbackend.registry import records
+from authbackend.registry.disk import DiskCopy
+from authbackend.registry.mark import Mark
+from authbackend.registry.records import Patch
+from authbackend.registry.store import Store
+from authbackend.registry.sync import Look, Refreshed, RegistryCopy, SyncTimes
 from tests.support.postgres import connected
+
+Contents = tuple[dict[bytes, bytes], dict[str, bytes], dict[str, bytes]]
+
+
+def new_store() -> Store:
+    """Return an empty store in memory, which goes with the object."""
+    folder = Path(tempfile.mkdtemp(prefix="authbackend-test-", dir="/dev/shm"))
+    store = Store(folder)
+    weakref.finalize(store, shutil.rmtree, folder, ignore_errors=True)
+    return store
 
 
 @dataclass
 class Observed:
     """What a copy told its observer."""
 
+    looks: list[Look] = field(default_factory=list)
     refreshes: list[Refreshed] = field(default_factory=list)
+    lasting: list[bool] = field(default_factory=list)
     failures: int = 0
     comparisons: list[int] = field(default_factory=list)
 
-    def refreshed(self, snapshot: Snapshot, refreshed: Refreshed) -> None:
+    def refreshed(self, look: Look, refreshed: Refreshed, *, lasting: bool) -> None:
+        self.looks.append(look)
         self.refreshes.append(refreshed)
+        self.lasting.append(lasting)
 
     def refresh_failed(self) -> None:
         self.failures += 1
@@ -38,11 +61,18 @@ class Observed:
 class CheckedFeed(ChangeFeed):
     """The real reader; every look also reads the whole registry in the same snapshot of the database."""
 
-    truth: Snapshot | None = None
+    truth: Contents | None = None
 
-    async def _changes(self, connection: Any, snapshot: Snapshot, mark: Mark, floor: int) -> Patch | None:
-        patch = await super()._changes(connection, snapshot, mark, floor)
-        self.truth = await self._load(connection, mark)
+    async def _changes(self, connection: Any, old: Mark, new: Mark, floor: int, devices: int) -> Patch | None:
+        patch = await super()._changes(connection, old, new, floor, devices)
+        found: dict[bytes, bytes] = {}
+        async for chunk in self._chunks(connection, self._statements.all_devices.sql):
+            found.update((row["name"], row["record"]) for row in chunk)
+        few = [
+            {row["name"]: row["record"] for row in await self._fetch(connection, statement)}
+            for statement in ("all_device_types", "all_accounts")
+        ]
+        self.truth = (found, few[0], few[1])
         return patch
 
 
@@ -55,30 +85,47 @@ class Following:
         feed: The reader; default: the real one.
     """
 
-    def __init__(self, dsn: str, feed: ChangeFeed | None = None, times: SyncTimes | None = None) -> None:
+    def __init__(
+        self, dsn: str, feed: ChangeFeed | None = None, times: SyncTimes | None = None, disk: DiskCopy | None = None
+    ) -> None:
         self.dsn = dsn
         self.feed = feed or ChangeFeed(Target(dsn))
         self.observed = Observed()
-        self.copy = RegistryCopy(self.feed, self.observed, times)
+        self.store = new_store()
+        self.copy = RegistryCopy(self.feed, self.store, self.observed, times, disk)
 
     @property
-    def snapshot(self) -> Snapshot:
-        assert self.copy.snapshot is not None
-        return self.copy.snapshot
+    def loaded(self) -> bool:
+        return self.store.state() is not None
 
     @property
     def mark(self) -> Mark:
-        assert self.snapshot.mark is not None
-        return self.snapshot.mark
+        state = self.store.state()
+        assert state is not None
+        return state.mark
+
+    def device(self, device_id: str) -> Device | None:
+        with self.store.reader() as reader:
+            return reader.device_by_id(device_id)
+
+    def device_type(self, name: str) -> DeviceType | None:
+        with self.store.reader() as reader:
+            return reader.device_type(name)
+
+    def all_devices(self) -> list[Device]:
+        with self.store.reader() as reader:
+            return [records.device(bytes(name).decode(), bytes(record)) for name, record in reader.rows()]
 
     def devices(self) -> dict[str, tuple[str, str, str]]:
         """Return common name, type and status of each device, by its id, and check that both indexes agree."""
-        found = {}
-        for name, device in self.snapshot._by_name.items():
-            assert device.common_name == name
-            assert self.snapshot.device_by_id(device.device_id) is device
-            found[str(device.device_id)] = (device.common_name, device.type, str(device.status))
-        assert set(self.snapshot._by_id) == {key for key, (name, *_) in found.items() if key != name}
+        found = {str(one.device_id): (one.common_name, one.type, str(one.status)) for one in self.all_devices()}
+        for device_id, (common_name, *_) in found.items():
+            by_id = self.device(device_id)
+            assert by_id is not None
+            assert by_id.common_name == common_name
+        with self.store._env.begin() as transaction:
+            ids = {bytes(key).decode() for key, _ in transaction.cursor(self.store._ids)}
+        assert ids == {key for key, (name, *_) in found.items() if key != name}
         return found
 
     async def agrees(self) -> bool:
@@ -88,16 +135,28 @@ class Following:
                 row[0]: tuple(row[1:])
                 for row in await connection.fetch("select device_id, common_name, type, status from device")
             }
-        fresh = ChangeFeed(Target(self.dsn))
-        try:
-            return self.devices() == devices and contents(self.snapshot) == contents(await fresh.load())
-        finally:
-            await fresh.close()
+        fresh, _ = await loaded(ChangeFeed(Target(self.dsn)))
+        return self.devices() == devices and contents(self.store) == contents(fresh)
 
 
-def contents(snapshot: Snapshot) -> tuple[dict[str, Any], ...]:
-    """Return everything a snapshot holds, comparable."""
-    return (snapshot._by_name, snapshot._by_id, snapshot._device_types, snapshot._accounts)
+async def loaded(feed: ChangeFeed) -> tuple[Store, Look]:
+    """Load a new store, and drop the reader's connection."""
+    store = new_store()
+    try:
+        return store, await feed.load(store, 1.0)
+    finally:
+        await feed.close()
+
+
+def contents(store: Store) -> Contents:
+    """Return everything a store holds, comparable."""
+    with store._env.begin() as transaction:
+        devices = {bytes(key): bytes(value) for key, value in transaction.cursor(store._devices)}
+        types, accounts = (
+            {bytes(key).decode(): bytes(value) for key, value in transaction.cursor(table)}
+            for table in (store._types, store._accounts)
+        )
+    return devices, types, accounts
 
 
 @contextlib.asynccontextmanager

@@ -13,7 +13,7 @@ from authbackend.policy.rules import (
     Status,
     TopicRule,
 )
-from authbackend.registry.snapshot import Mark, Patch, Snapshot
+from tests.support.memory_registry import MemoryRegistry
 
 NOW = 1_800_000_000.0
 
@@ -45,17 +45,8 @@ TIED = DeviceType(
 MUTE = DeviceType("MUTE", client_ids=("{device_id}",), vhosts=("/",))
 
 
-def registry(*devices, accounts=(), types=(APM, TIED, MUTE)):
-    snapshot = Snapshot()
-    snapshot.apply(
-        Patch(
-            device_types={one.name: one for one in types},
-            devices={one.device_id: one for one in devices},
-            accounts={one.name: one for one in accounts},
-        ),
-        Mark("e", "i", "1:1:"),
-    )
-    return snapshot
+def registry(*devices, accounts=(), types=(APM, TIED, MUTE), age_s=0.0):
+    return MemoryRegistry(devices, types, accounts, age_s)
 
 
 def account(name, **values):

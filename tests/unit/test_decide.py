@@ -3,13 +3,13 @@
 import pytest
 
 from authbackend.policy import decide
-from authbackend.policy.decide import Decision, PasswordCheck, Rules
+from authbackend.policy.decide import Decision, DecisionSettings, PasswordCheck
 from authbackend.policy.reasons import Reason
 from authbackend.policy.requests import LoginRequest, ResourceRequest, TopicRequest, VhostRequest
 from authbackend.policy.rules import Login, Networks, RuleSet, resource_matches
 from tests.unit.fleet import APM, FLEET, NOW, account, device, registry, rule
 
-SETTINGS = Rules()
+SETTINGS = DecisionSettings()
 
 
 def login(username, password=None, client_id=None, fleet=FLEET):
@@ -300,7 +300,7 @@ def test_a_rule_whose_placeholder_has_no_value_opens_no_exchange():
 
 
 def test_another_mqtt_exchange_is_a_setting():
-    mine = Rules(mqtt_exchange="fleet")
+    mine = DecisionSettings(mqtt_exchange="fleet")
     assert resource("APM0001", C, "exchange", "fleet", "write", settings=mine).allowed
     assert (
         resource("APM0001", C, "exchange", "amq.topic", "write", settings=mine).reason is Reason.RESOURCE_NOT_PERMITTED
@@ -386,7 +386,9 @@ def test_topics_of_accounts_are_decided_per_exchange():
 
 def test_dead_lettering_past_the_topic_rules_is_denied_for_any_mqtt_exchange():
     for exchange in ("amq.topic", "fleet"):
-        answer = resource("dead-letters", None, "exchange", exchange, "write", settings=Rules(mqtt_exchange=exchange))
+        answer = resource(
+            "dead-letters", None, "exchange", exchange, "write", settings=DecisionSettings(mqtt_exchange=exchange)
+        )
         assert answer.reason is Reason.UNCHECKED_DEAD_LETTERING
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from authbackend import bootstrap
+from authbackend import bootstrap, ground
 from authbackend.errors import ConfigurationError
 from authbackend.settings import load, read_dsn, setting_names, variable
 
@@ -71,13 +71,13 @@ def test_a_missing_file_is_an_error(tmp_path):
 
 def test_without_a_database_the_two_ways_are_named():
     with pytest.raises(ConfigurationError, match=r"(?s)AUTHBACKEND_DATABASE__DSN.*--embedded"):
-        bootstrap.target(load({}))
+        ground.target(load({}))
 
 
 def test_a_secret_is_in_no_repr_and_no_error():
     settings = load({"AUTHBACKEND_DATABASE__DSN": DSN})
     assert "hunter2" not in repr(settings)
-    assert "hunter2" not in repr(bootstrap.target(settings))
+    assert "hunter2" not in repr(ground.target(settings))
     with pytest.raises(ConfigurationError) as refused:
         load({"AUTHBACKEND_DATABASE__DSN": DSN, "AUTHBACKEND_BROKER__LISTEN": "nonsense"})
     assert "hunter2" not in str(refused.value)

@@ -1,0 +1,95 @@
+"""
+HTTP answers that are made once and written as they are: nearly all of what RabbitMQ is told is `allow` or `deny`.
+
+aiohttp builds a response anew for each request, which costs more than deciding. What a client gets is the same:
+status, length, type, date.
+"""
+
+from __future__ import annotations
+
+import time
+from email.utils import formatdate
+from typing import Any
+
+from aiohttp import hdrs, web
+from aiohttp.abc import AbstractStreamWriter
+
+MOST_UNREAD_BYTES = 64 * 1024
+"""A client that asks on and does not read its answers is cut off."""
+
+_HTTP_1_1 = (1, 1)
+
+
+class _Clock:
+    """The Date header's line, made once a second (RFC 9110 section 6.6.1)."""
+
+    def __init__(self) -> None:
+        self._second = 0
+        self._line = b""
+
+    def line(self) -> bytes:
+        second = int(time.time())
+        if second != self._second:
+            self._second = second
+            self._line = f"Date: {formatdate(second, usegmt=True)}\r\n\r\n".encode()
+        return self._line
+
+
+_clock = _Clock()
+
+
+class Prepared(web.StreamResponse):
+    """
+    A whole response, shared by all requests that get it; for HTTP/1.1 with keep-alive.
+
+    Args:
+        status: For example ``200 OK``.
+        text: ASCII.
+    """
+
+    def __init__(self, status: str, text: str) -> None:
+        super().__init__(status=int(status[:3]))
+        self._keep_alive = True
+        self._text = text.encode("ascii")
+        self._head = (
+            f"HTTP/1.1 {status}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: {len(text)}\r\n"
+        ).encode()
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        """Write it all."""
+        transport: Any = request.transport
+        if transport is None:
+            raise ConnectionResetError
+        if transport.get_write_buffer_size() > MOST_UNREAD_BYTES:
+            transport.abort()
+            raise ConnectionResetError
+        transport.write(self._head + _clock.line() + self._text)
+        return None
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Do nothing: it is written."""
+
+
+class Responses:
+    """The prepared responses by their text."""
+
+    def __init__(self) -> None:
+        self._prepared: dict[str, Prepared] = {}
+        self._unavailable = Prepared("503 Service Unavailable", "unavailable")
+
+    def ok(self, request: web.BaseRequest, text: str) -> web.StreamResponse:
+        """Return 200 with a text of RabbitMQ's protocol."""
+        if not _prepared_suits(request):
+            return web.Response(text=text)
+        response = self._prepared.get(text)
+        if response is None:
+            response = self._prepared[text] = Prepared("200 OK", text)
+        return response
+
+    def unavailable(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Return 503."""
+        return self._unavailable if _prepared_suits(request) else web.Response(status=503, text="unavailable")
+
+
+def _prepared_suits(request: web.BaseRequest) -> bool:
+    return request.version == _HTTP_1_1 and request.keep_alive and request.method in (hdrs.METH_POST, hdrs.METH_GET)

@@ -1,0 +1,57 @@
+"""``replicas list | forget`` and ``wait``."""
+
+from __future__ import annotations
+
+import click
+
+from authbackend.cli.common import json_option, run, show, show_change, table, target_of
+from authbackend.postgres import replicas as store
+
+
+@click.group()
+def replicas() -> None:
+    """The running replicas, as they announce themselves in the database."""
+
+
+@replicas.command("list")
+@json_option
+@click.pass_context
+def list_(context: click.Context, as_json: bool) -> None:
+    """
+    List the replicas: their state, the version they serve and how long ago they were in step.
+
+    States: starting, live, silent (no word for 10 s; may still be answering), stopped (signed off), gone (its copy is
+    too old to decide by). MAY_ANSWER tells whom `authbackend wait` waits for.
+    """
+    found = run(store.list_replicas(target_of(context)))
+    shown = [{**one, "age_s": None if one["age_s"] is None else round(one["age_s"], 1)} for one in found]
+    columns = ("name", "id", "program_version", "workers", "state", "version", "age_s", "may_answer")
+    show(found, as_json, lambda: table(shown, columns))
+
+
+@replicas.command()
+@click.argument("name", metavar="REPLICA")
+@json_option
+@click.pass_context
+def forget(context: click.Context, name: str, as_json: bool) -> None:
+    """
+    Forget a replica, by id or name, of which you know that it will never answer again, so that nobody waits for it.
+
+    One that still runs comes back by itself within a second.
+    """
+    number = run(store.forget_replica(target_of(context), name))
+    show({"forgotten": number}, as_json, lambda: [f"forgot {number} replicas"])
+
+
+@click.command()
+@click.argument("version")
+@click.option("--timeout", type=click.FloatRange(0), metavar="SECONDS", default=10.0, show_default=True)
+@json_option
+@click.pass_context
+def wait(context: click.Context, version: str, timeout: float, as_json: bool) -> None:
+    """
+    Return when every replica that may answer decides by VERSION, as a command or `select registry_version()` gave it.
+
+    Exit status 8 if that is not known in time; the message names who is missing.
+    """
+    show_change(target_of(context), {"version": version}, as_json, list, timeout)

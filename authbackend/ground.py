@@ -1,0 +1,113 @@
+"""What the processes of a replica stand on: the shared store, filled from disk where there is a copy, and a board."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import structlog
+
+from authbackend.board import Board
+from authbackend.postgres.connection import Target
+from authbackend.registry.disk import DiskCopy, Refused, Restored
+from authbackend.registry.store import Store, in_memory
+from authbackend.settings import Settings, read_dsn
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """
+    What the processes of a replica stand on, made before the first of them.
+
+    Args:
+        folder: In memory; the store is in it.
+        shared: Whether the processes share metrics, in ``folder / "metrics"``.
+        disk: The copy on disk, None without ``registry.snapshot_dir``.
+    """
+
+    folder: Path
+    board: Board
+    shared: bool
+    replica_id: uuid.UUID
+    disk: DiskCopy | None = None
+
+    @property
+    def metrics(self) -> Path | None:
+        """Where shared metrics are, None if there is one process only."""
+        return self.folder / "metrics" if self.shared else None
+
+
+def target(settings: Settings, application_name: str = "authbackend") -> Target:
+    """
+    Return where the database is.
+
+    Raises:
+        ConfigurationError: No connection URI is set.
+    """
+    database = settings.database
+    return Target(read_dsn(database), database.connect_timeout_s, database.statement_timeout_s, application_name)
+
+
+@contextlib.contextmanager
+def prepared(settings: Settings, folder: Path, *, shared: bool) -> Iterator[Ground]:
+    """
+    Lay the ground in an empty folder: the store, with what a copy on disk held, if there is one.
+
+    Raises:
+        ConfigurationError: ``registry.snapshot_dir`` cannot be used.
+        Unavailable: There is no room in memory.
+    """
+    registry = settings.registry
+    if shared:
+        (folder / "metrics").mkdir(mode=0o700)
+    with contextlib.ExitStack() as stack:
+        disk = None
+        restored = None
+        if registry.snapshot_dir is not None:
+            disk = DiskCopy(registry.snapshot_dir, _database_name(target(settings)), registry.max_staleness_s)
+            stack.callback(disk.close)
+            try:
+                restored = disk.restore(folder)
+            except Refused as error:
+                log.error("registry.disk_copy_refused", fault=str(error))
+        store = Store(folder)
+        try:
+            if restored is not None:
+                _restore(store, restored)
+        finally:
+            store.close()
+        board = Board(settings.replica.workers)
+        replica_id = disk.replica_id() if disk else uuid.uuid4()
+        yield Ground(folder, board, shared, replica_id, disk)
+
+
+def _restore(store: Store, restored: Restored) -> None:
+    for entry in restored.entries:
+        store.apply(entry.patch, entry.mark, 0.0)
+    age_s = max(0.0, time.time() - restored.entries[-1].at)
+    store.restored(time.monotonic() - age_s, restored.longest_staleness_s)
+    log.info("registry.restored", **store.sizes(), age_s=round(age_s, 1))
+
+
+def _database_name(database: Target) -> str:
+    """Return host and name of a database, without role and password."""
+    parts = urlsplit(database.dsn)
+    return f"{parts.netloc.rpartition('@')[2]}{parts.path}?{parts.query}"
+
+
+def memory_fault(settings: Settings) -> str | None:
+    """Return what is wrong with ``registry.memory_dir``, or None."""
+    folder = settings.registry.memory_dir
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        return f"registry.memory_dir {folder} is not a folder that can be written"
+    if not in_memory(folder):
+        return f"registry.memory_dir {folder} is not on a file system in memory (tmpfs), and decisions must not wait for a disk"
+    return None

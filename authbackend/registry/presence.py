@@ -1,0 +1,121 @@
+"""Tells the other replicas, through the database, which version this one serves; and learns about them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol
+
+import structlog
+
+from authbackend.errors import AuthbackendError
+from authbackend.registry.mark import Mark
+from authbackend.registry.sync import Look
+
+log = structlog.get_logger(__name__)
+
+SHORTEST_PAUSE_S = 0.02
+LONGEST_PAUSE_S = 1.0
+_LEAVING_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """
+    The replicas as the database knows them.
+
+    Args:
+        states: How many are ``live``, ``silent`` and ``stopped``.
+        ages_s: By name, how long ago each was in step, by the database's clock.
+    """
+
+    states: dict[str, int]
+    ages_s: dict[str, float]
+
+
+class Announcer(Protocol):
+    """Writes this replica's row; ``postgres.replicas`` has the real one."""
+
+    async def announce(self, mark: Mark, confirmed_at: datetime) -> None:
+        """Say which version this replica serves."""
+
+    async def sign_off(self, *, comes_back: bool) -> None:
+        """Say that this replica stops."""
+
+    async def peers(self) -> Peers:
+        """Return what the database knows of all replicas."""
+
+    async def close(self) -> None:
+        """Drop the connection."""
+
+
+class Observer(Protocol):
+    """Is told about the replicas, for metrics."""
+
+    def peers(self, states: dict[str, int], ages_s: dict[str, float]) -> None:
+        """How many there are in each state, and how old each one's copy is."""
+
+
+class Presence:
+    """
+    Announces the newest version, at most fifty times a second and at least once a second.
+
+    A fault of the database is not told here: the copy's own look meets it too, and this replica then counts as one
+    that may still be serving what it had.
+
+    Args:
+        comes_back: Whether this replica can start again by itself, from a copy on disk.
+    """
+
+    def __init__(self, announcer: Announcer, observer: Observer, *, comes_back: bool) -> None:
+        self._announcer = announcer
+        self._observer = observer
+        self._comes_back = comes_back
+        self._newest: Look | None = None
+        self._news = asyncio.Event()
+
+    def serves(self, look: Look) -> None:
+        """Note the version that all workers serve from now on."""
+        changed = self._newest is None or self._newest.mark != look.mark
+        self._newest = look
+        if changed:
+            self._news.set()
+
+    async def run(self) -> None:
+        """Announce until cancelled."""
+        next_peers = 0.0
+        loop = asyncio.get_running_loop()
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LONGEST_PAUSE_S):
+                    await self._news.wait()
+            self._news.clear()
+            if self._newest is None:
+                continue
+            try:
+                await self._announcer.announce(self._newest.mark, self._newest.confirmed_at)
+                if loop.time() >= next_peers:
+                    next_peers = loop.time() + LONGEST_PAUSE_S
+                    found = await self._announcer.peers()
+                    self._observer.peers(found.states, found.ages_s)
+            except AuthbackendError as error:
+                log.debug("replica.not_announced", fault=error.detail)
+                await self._announcer.close()
+                await asyncio.sleep(LONGEST_PAUSE_S)
+            except Exception:  # a fault of ours must not end the announcements for good
+                log.exception("replica.announcement_crashed")
+                await asyncio.sleep(LONGEST_PAUSE_S)
+            await asyncio.sleep(SHORTEST_PAUSE_S)
+
+    async def leave(self) -> None:
+        """Sign off, if the database answers soon; call it when no worker answers any more."""
+        try:
+            async with asyncio.timeout(_LEAVING_S):
+                if self._newest is not None:
+                    await self._announcer.sign_off(comes_back=self._comes_back)
+        except (AuthbackendError, TimeoutError) as error:
+            log.warning("replica.not_signed_off", fault=str(error) or "no answer in time")
+        finally:
+            await self._announcer.close()

@@ -1,0 +1,138 @@
+"""
+How the registry's rows are kept in the store: one short text for each device, JSON for what is few.
+
+The database itself makes these texts (``sql/queries/registry.sql``), so that a load of a million devices is hardly
+more than copying bytes, and a comparison with the database is a comparison of bytes.
+
+A device, under its common name, fields separated by a tab, which JSON never contains::
+
+    a APM <tab> device id, empty if it is the common name <tab> expiry, seconds <tab> attributes <tab> own rules
+    ^ status: pending, active, suspended, revoked
+
+A device type and an account, under their name: a JSON object with the columns of their table and ``rules``. A rule is
+``[id, effect, action, topic, exchange]``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from authbackend.policy.names import DeviceId
+from authbackend.policy.networks import Networks
+from authbackend.policy.rules import (
+    NO_RULES,
+    Account,
+    Device,
+    DeviceType,
+    Effect,
+    Login,
+    Permission,
+    RuleSet,
+    Status,
+    TopicRule,
+)
+
+_STATUSES = {status[0]: status for status in Status}
+_PERMISSIONS = {"publish": Permission.WRITE, "subscribe": Permission.READ}
+_EFFECTS = {str(effect): effect for effect in Effect}
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRow:
+    """
+    A device as the database hands it over.
+
+    Args:
+        name: The common name, UTF-8.
+        record: What is kept under it.
+        other_id: The device id if it is not the common name.
+    """
+
+    name: bytes
+    record: bytes
+    other_id: bytes | None = None
+
+
+@dataclass(slots=True)
+class Patch:
+    """What changed between two marks, by device id, type name and account name; None means that it is gone."""
+
+    device_types: Mapping[str, bytes | None] = field(default_factory=dict)
+    devices: Mapping[str, DeviceRow | None] = field(default_factory=dict)
+    accounts: Mapping[str, bytes | None] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.device_types) + len(self.devices) + len(self.accounts)
+
+
+def device_id_of(name: str, record: bytes) -> str:
+    """Return the id of a device that is kept under a common name."""
+    return record.split(b"\t", 2)[1].decode() or name
+
+
+def device(name: str, record: bytes) -> Device:
+    """Return the device that is kept under a common name."""
+    head, device_id, expires_at, attributes, rules = record.decode().split("\t")
+    found = device_id or name
+    return Device(
+        device_id=DeviceId(found),
+        common_name=name,
+        type=head[1:],
+        status=_STATUSES[head[0]],
+        attributes=json.loads(attributes) if attributes else None,
+        expires_at=float(expires_at) if expires_at else None,
+        rules=_rules(json.loads(rules), f"device_id {found}") if rules else NO_RULES,
+    )
+
+
+def device_type(record: bytes, previous: DeviceType | None = None) -> DeviceType:
+    """Return a device type with its rules compiled; rules that the previous version had too are taken over."""
+    row = json.loads(record)
+    return DeviceType(
+        name=row["name"],
+        client_ids=tuple(row["client_ids"]),
+        vhosts=tuple(row["vhosts"]),
+        networks=_networks(row["networks"]),
+        max_staleness_s=row["max_staleness_s"],
+        rules=_rules(row["rules"], f"device_type {row['name']}", previous.rules if previous else NO_RULES),
+    )
+
+
+def account(record: bytes) -> Account:
+    """Return an account with its rules compiled."""
+    row = json.loads(record)
+    return Account(
+        name=row["name"],
+        login=Login(row["login"]),
+        password_hash=row["password_hash"],
+        tags=tuple(row["tags"]),
+        vhosts=tuple(row["vhosts"]),
+        networks=_networks(row["networks"]),
+        client_ids=tuple(row["client_ids"]),
+        configure=tuple(row["configure"]),
+        write=tuple(row["write"]),
+        read=tuple(row["read"]),
+        unchecked_dead_lettering=row["unchecked_dead_lettering"],
+        rules=_rules(row["rules"], f"account {row['name']}"),
+    )
+
+
+def _rules(rows: list[list[Any]] | None, owner: str, previous: RuleSet = NO_RULES) -> RuleSet:
+    if not rows:
+        return NO_RULES
+    known = {(rule.rule_id, rule.effect, rule.permission, rule.topic, rule.exchange): rule for rule in previous}
+    found = []
+    for rule_id, effect, action, topic, exchange in rows:
+        key = (rule_id, _EFFECTS[effect], _PERMISSIONS[action], topic, exchange)
+        rule = known.get(key)
+        if rule is None:
+            rule = TopicRule(key[1], key[2], topic, rule_id=rule_id, owner=owner, exchange=exchange)
+        found.append(rule)
+    return RuleSet(found)
+
+
+def _networks(texts: list[str] | None) -> Networks | None:
+    return None if texts is None else Networks.parse(texts)

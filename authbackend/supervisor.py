@@ -1,0 +1,266 @@
+"""
+The processes of a replica: a small parent, one process that follows the database, and the workers.
+
+The parent has no event loop and opens nothing but sockets, so that it can fork at any time. It starts again what dies,
+with back-off, and drains on SIGTERM: workers stop accepting, finish what is in flight and end; then the replica signs
+off. A child whose parent is gone ends by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+import uvloop
+
+from authbackend import bootstrap, logs, metrics
+from authbackend.errors import AuthbackendError, ConfigurationError, Unavailable
+from authbackend.ground import Ground, memory_fault, prepared
+from authbackend.registry.store import Store
+from authbackend.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+FIRST_PAUSE_S = 0.2
+LONGEST_PAUSE_S = 10.0
+LIVED_LONG_S = 10.0
+"""A process that lived this long is started again at once when it dies."""
+
+_PREFIX = "authbackend-"
+_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGUSR1}
+_REGISTRY = "registry"
+
+Part = Callable[[Store, bootstrap.OnEnd], AbstractAsyncContextManager[object]]
+
+
+@dataclass(slots=True)
+class _Process:
+    """A place for a child; ``started`` and ``due`` are of the monotonic clock."""
+
+    name: str
+    part: Part
+    worker: int | None = None
+    process_id: int | None = None
+    started: float = 0.0
+    due: float = 0.0
+    failures: int = 0
+    ready: bool = False
+
+
+def serve(settings: Settings, started: Callable[[dict[str, str]], object]) -> None:
+    """
+    Run the processes of a replica until SIGTERM or SIGINT.
+
+    Args:
+        started: Is told where it listens, when everybody does.
+    Raises:
+        ConfigurationError: A setting cannot be used.
+        Unavailable: A process had to be killed because it did not end in time.
+    """
+    if fault := memory_fault(settings):
+        raise ConfigurationError(fault)
+    _raise_file_limit()
+    with _folder(settings.registry.memory_dir) as folder, prepared(settings, folder, shared=True) as ground:
+        admin = bootstrap.listening_socket("admin.listen", settings.admin.listen)
+        bootstrap.bound_socket("broker.listen", settings.broker.listen).close()  # somebody listens there already?
+        broker = bootstrap.bound_socket("broker.listen", settings.broker.listen, shared=True)  # keeps the port
+        with admin, broker:
+            Supervisor(settings, ground, admin, broker.getsockname()[1]).run(started)
+
+
+class Supervisor:
+    """Starts, watches and ends the children."""
+
+    def __init__(self, settings: Settings, ground: Ground, admin: socket.socket, port: int) -> None:
+        self._settings = settings
+        self._ground = ground
+        self._where = bootstrap.urls(settings, port, admin)
+        self._life, self._lifeline = os.pipe()  # read end for children: its end is the parent's
+        self._stopping = False
+
+        def follow(store: Store, on_end: bootstrap.OnEnd) -> AbstractAsyncContextManager[object]:
+            return bootstrap.following(settings, ground, store, admin, on_end)
+
+        def answer(worker: int) -> Part:
+            return lambda store, on_end: bootstrap.answering(settings, ground, store, worker, port, on_end)
+
+        self._registry = _Process(_REGISTRY, follow)
+        self._workers = [_Process(f"worker-{n}", answer(n), n) for n in range(settings.replica.workers)]
+
+    def run(self, started: Callable[[dict[str, str]], object]) -> None:
+        """Run until a signal; see :func:`serve`."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            self._watch(started)
+        finally:
+            overdue = self._end(self._workers) + self._end([self._registry])
+            os.close(self._lifeline)
+            os.close(self._life)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        log.info("service.stopped")
+        if overdue:
+            raise Unavailable(
+                f"{', '.join(overdue)} did not end within replica.drain_timeout_s "
+                f"({self._settings.replica.drain_timeout_s:g} s) and had to be killed"
+            )
+
+    def _watch(self, started: Callable[[dict[str, str]], object]) -> None:
+        told = False
+        everybody = [self._registry, *self._workers]
+        while True:
+            now = time.monotonic()
+            for process in everybody:
+                if process.process_id is None and now >= process.due:
+                    self._start(process)
+            waiting = [process.due - now for process in everybody if process.process_id is None]
+            received = signal.sigtimedwait(_SIGNALS, max(0.01, min(waiting, default=3600.0)))
+            if received is None:
+                continue
+            if received.si_signo in (signal.SIGTERM, signal.SIGINT):
+                log.info("service.stopping")
+                return
+            if received.si_signo == signal.SIGUSR1:
+                for process in everybody:
+                    process.ready = process.ready or process.process_id == received.si_pid
+            self._reap(everybody)
+            if not told and all(process.ready for process in everybody):
+                told = True
+                log.info("service.listening", **self._where, workers=len(self._workers))
+                started(self._where)
+
+    def _reap(self, processes: list[_Process]) -> None:
+        for process in processes:
+            if process.process_id is None:
+                continue
+            process_id, status = os.waitpid(process.process_id, os.WNOHANG)
+            if process_id == 0:
+                continue
+            self._ended(process, os.waitstatus_to_exitcode(status))
+
+    def _ended(self, process: _Process, code: int) -> None:
+        self._forget(process)
+        if code == ConfigurationError.exit_code and not process.ready:
+            raise ConfigurationError(f"{process.name} cannot start; its message is above")
+        lived = time.monotonic() - process.started
+        process.failures = 0 if lived >= LIVED_LONG_S else process.failures + 1
+        pause = 0.0
+        if process.failures > 1:
+            pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(process.failures - 2, 10)) * random.uniform(0.5, 1.0)
+        process.due = time.monotonic() + pause
+        how = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
+        log.error("process.died", name=process.name, how=how, lived_s=round(lived, 1), again_in_s=round(pause, 2))
+
+    def _forget(self, process: _Process) -> None:
+        process.process_id = None
+        if process.worker is not None:
+            self._ground.board.gone(process.worker)
+        if self._ground.metrics is not None:
+            metrics.forget_gauges(self._ground.metrics, process.name)
+
+    def _start(self, process: _Process) -> None:
+        process.started = time.monotonic()
+        parent = os.getpid()
+        process_id = os.fork()
+        if process_id:
+            process.process_id = process_id
+            return
+        code = 70
+        try:
+            os.close(self._lifeline)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells when to stop
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            code = _run_child(self._settings, self._ground, process, self._life, parent)
+        finally:
+            sys.stderr.flush()
+            os._exit(code)  # nothing of the parent's is cleaned up here
+
+    def _end(self, processes: list[_Process]) -> list[str]:
+        """End children and return the names of those that had to be killed."""
+        for process in processes:
+            if process.process_id is not None:
+                os.kill(process.process_id, signal.SIGTERM)
+        deadline = time.monotonic() + self._settings.replica.drain_timeout_s
+        while any(process.process_id is not None for process in processes) and time.monotonic() < deadline:
+            signal.sigtimedwait({signal.SIGCHLD}, max(0.0, min(0.2, deadline - time.monotonic())))
+            for process in processes:
+                if process.process_id is not None and os.waitpid(process.process_id, os.WNOHANG)[0]:
+                    self._forget(process)
+        overdue = [process for process in processes if process.process_id is not None]
+        for process in overdue:
+            assert process.process_id is not None
+            os.kill(process.process_id, signal.SIGKILL)
+            os.waitpid(process.process_id, 0)
+            self._forget(process)
+        return [process.name for process in overdue]
+
+
+def _run_child(settings: Settings, ground: Ground, process: _Process, life: int, parent: int) -> int:
+    logs.configure(settings.log.format, settings.log.level, process.name)
+    assert ground.metrics is not None
+    metrics.share(ground.metrics, process.name)
+    try:
+        uvloop.run(_child(ground, process, life, parent))
+    except AuthbackendError as error:
+        log.error("process.failed", fault=error.detail)
+        return error.exit_code
+    except BaseException:
+        log.exception("process.crashed")
+        return 70
+    return 0
+
+
+async def _child(ground: Ground, process: _Process, life: int, parent: int) -> None:
+    stop = asyncio.Event()
+    ended: list[str] = []
+
+    def on_end(name: str) -> None:
+        ended.append(name)
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_reader(life, stop.set)  # readable at its end: the parent is gone
+    with contextlib.closing(Store(ground.folder, readonly=process.worker is not None)) as store:
+        async with process.part(store, on_end):
+            os.kill(parent, signal.SIGUSR1)
+            await stop.wait()
+    if ended:
+        raise Unavailable(f"the task {ended[0]} ended by itself; stopped, so that it is started anew")
+
+
+@contextlib.contextmanager
+def _folder(memory: Path) -> Iterator[Path]:
+    """Make a folder in memory for the time of the block, and remove those that killed services left."""
+    for old in memory.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError), (old / "owner").open("rb") as owner:
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(old)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=memory))
+    try:
+        with (folder / "owner").open("wb") as owner:
+            fcntl.flock(owner, fcntl.LOCK_EX)
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _raise_file_limit() -> None:
+    """Allow as many open files as the administrator lets this process have; each connection is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -1,0 +1,44 @@
+-- The replicas and what they serve.
+
+-- name: introduce!
+-- Committed before a replica's first look, so that whatever is committed later waits for it.
+-- params: 1 id, 2 name, 3 program version, 4 workers, 5 longest staleness in seconds
+insert into replica (id, name, program_version, workers, longest_staleness_s) values ($1, $2, $3, $4, $5)
+on conflict (id) do update set name = excluded.name, program_version = excluded.program_version, workers = excluded.workers,
+  longest_staleness_s = excluded.longest_staleness_s, introduced_at = clock_timestamp(), stopped_at = null, comes_back = false;
+
+-- name: announce!
+-- params: 1 to 5 as introduce, 6 epoch, 7 incarnation, 8 snapshot text, 9 start of the look
+insert into replica (id, name, program_version, workers, longest_staleness_s, epoch, incarnation, snapshot, confirmed_at)
+values ($1, $2, $3, $4, $5, $6, $7, $8::text::pg_snapshot, least($9, clock_timestamp()))
+on conflict (id) do update set epoch = excluded.epoch, incarnation = excluded.incarnation, snapshot = excluded.snapshot,
+  confirmed_at = excluded.confirmed_at, stopped_at = null;
+
+-- name: sign_off!
+-- params: 1 id, 2 comes back
+update replica set stopped_at = clock_timestamp(), comes_back = $2 where id = $1;
+
+-- name: forget$
+-- params: 1 id or name text
+with gone as (delete from replica where id::text = $1 or name = $1 returning 1) select count(*) from gone;
+
+-- name: prune!
+delete from replica where greatest(introduced_at, confirmed_at) + make_interval(secs => longest_staleness_s) < clock_timestamp() - interval '1 day';
+
+-- name: replicas
+select id::text as id, name, program_version, workers, state, may_answer, introduced_at, confirmed_at, counts_until,
+       extract(epoch from clock_timestamp() - confirmed_at)::float8 as age_s,
+       pg_snapshot_xmax(snapshot)::text as version,
+       coalesce(epoch = registry_epoch() and incarnation = (select id::text from incarnation), false) as same_life
+from replica_state order by name, id;
+
+-- name: awaited
+-- params: 1 transaction id text
+select id::text as id, name, workers, state, confirmed_at, counts_until,
+       coalesce(epoch = registry_epoch() and incarnation = (select i.id::text from incarnation i)
+                and pg_visible_in_snapshot($1::text::xid8, snapshot), false) as serves
+from replica_state where may_answer order by name, id;
+
+-- name: version_status^
+-- params: 1 transaction id text
+select pg_xact_status($1::text::xid8) as status, registry_life() as life;

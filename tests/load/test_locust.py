@@ -1,0 +1,53 @@
+"""Several machines, by Locust: a master without a face and two workers, each with its own devices."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.load.broker import FakeBroker
+
+LOCUSTFILE = Path(__file__).resolve().parents[2] / "authbackend_load/locustfile.py"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_a_master_and_two_workers_share_the_devices(directory: Path, tmp_path: Path) -> None:
+    """Ten active devices, five for each worker; no certificate is used twice, and the revoked ones not at all."""
+    locust = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE)]
+    port = str(_free_port())
+    with FakeBroker(directory) as broker:
+        options = ["--host", "localhost", "--mqtt-port", str(broker.port), "--certificates", str(directory)]
+        fleet = ["--users", "10", "--spawn-rate", "10", "--run-time", "5s", "--interval", "1"]
+        ends = ["--headless", "--expect-workers", "2", "--only-summary", "--json", "--exit-code-on-error", "1"]
+        workers = [
+            subprocess.Popen(
+                [*locust, "--worker", "--master-port", port], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            for _ in range(2)
+        ]
+        try:
+            bind = ["--master", "--master-bind-host", "127.0.0.1", "--master-bind-port", port]
+            done = subprocess.run(
+                [*locust, *bind, *options, *fleet, *ends], cwd=tmp_path, capture_output=True, text=True, timeout=120
+            )
+            said = [worker.communicate(timeout=60)[0].decode() for worker in workers]
+        finally:
+            for worker in workers:
+                worker.kill()
+    assert done.returncode == 0, (done.stdout, done.stderr, said)
+    assert broker.names == {f"APM{number:06d}": 1 for number in range(1, 11)}
+    figures = {row["name"]: row for row in json.loads(done.stdout)}
+    assert {name: figures[name]["num_requests"] for name in ("handshake", "connack", "suback")} == dict.fromkeys(
+        ("handshake", "connack", "suback"), 10
+    )
+    assert 10 < figures["puback"]["num_requests"] <= 60
+    assert broker.received["disconnect"] == 10

@@ -1,0 +1,246 @@
+"""Replicas announce what they serve; `wait` says confirmed only when nobody can answer by anything older."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import asyncpg
+import pytest
+
+from authbackend.errors import InvalidInput, NotFound, Unconfirmed
+from authbackend.postgres import editor, replicas
+from authbackend.postgres.connection import Target
+from authbackend.postgres.feed import ChangeFeed
+from authbackend.postgres.replicas import Announcer, Identity
+from tests.postgres.test_roles import ADMIN, READER, SERVICE, give_roles
+from tests.support.postgres import Server, connected, until
+from tests.support.registry import Following, fleet
+
+
+class Replica:
+    """A replica refreshed and announced by hand."""
+
+    def __init__(self, dsn: str, name: str, longest_staleness_s: float = 900.0) -> None:
+        self.identity = Identity(uuid.uuid4(), name, "0", 2, longest_staleness_s)
+        self.announcer = Announcer(Target(dsn), self.identity)
+        self.follower = Following(dsn, ChangeFeed(Target(dsn), identity=self.identity))
+
+    async def look(self) -> None:
+        await self.follower.copy.refresh()
+
+    async def announce(self) -> None:
+        newest = self.follower.observed.looks[-1]
+        await self.announcer.announce(newest.mark, newest.confirmed_at)
+
+    async def close(self) -> None:
+        await self.follower.feed.close()
+        await self.announcer.close()
+
+
+@contextlib.asynccontextmanager
+async def replica(dsn: str, name: str, **kwargs: Any) -> AsyncIterator[Replica]:
+    made = Replica(dsn, name, **kwargs)
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+async def revoke(dsn: str, device_id: str = "d1") -> str:
+    version = await editor.set_device_status(Target(dsn), "ann", device_id, "revoked", "")
+    assert version is not None
+    return version
+
+
+async def unconfirmed(dsn: str, version: str) -> str:
+    with pytest.raises(Unconfirmed) as refused:
+        await replicas.wait(Target(dsn), version, 0)
+    return str(refused.value)
+
+
+async def state_of(dsn: str, name: str) -> str:
+    return str(next(row["state"] for row in await replicas.list_replicas(Target(dsn)) if row["name"] == name))
+
+
+async def test_confirmed_only_when_every_replica_has_announced_it(dsn: str, connection: asyncpg.Connection) -> None:
+    await fleet(connection)
+    async with replica(dsn, "north") as north, replica(dsn, "south") as south:
+        for one in (north, south):
+            await one.look()
+            await one.announce()
+        version = await revoke(dsn)
+        assert "north" in await unconfirmed(dsn, version)
+        await north.look()
+        await north.announce()
+        message = await unconfirmed(dsn, version)
+        assert "south" in message
+        assert "north" not in message
+        waiting = asyncio.create_task(replicas.wait(Target(dsn), version, 30))
+        await south.look()
+        assert not waiting.done()  # it decides by it and has not said so
+        await south.announce()
+        assert [found["name"] for found in await waiting] == ["north", "south"]
+
+
+async def test_a_replica_is_waited_for_from_before_its_first_look(dsn: str, connection: asyncpg.Connection) -> None:
+    """Else a change committed between its first look and its first announcement would be confirmed without it."""
+    await fleet(connection)
+    async with replica(dsn, "new") as new, connected(dsn) as locking:
+        transaction = locking.transaction()
+        await transaction.start()
+        await locking.execute("lock table device in access exclusive mode")
+        looking = asyncio.create_task(new.look())
+
+        async def introduced() -> bool:
+            return bool(await connection.fetchval("select count(*) from replica"))
+
+        await until(introduced, "the replica is known")
+        assert await state_of(dsn, "new") == "starting"
+        await transaction.rollback()
+        await looking
+        assert "new" in await unconfirmed(dsn, await revoke(dsn))
+
+
+async def test_one_that_signed_off_is_not_waited_for_unless_it_can_come_back_without_the_database(
+    dsn: str, connection: asyncpg.Connection
+) -> None:
+    await fleet(connection)
+    async with replica(dsn, "north") as north:
+        await north.look()
+        await north.announce()
+        await north.announcer.sign_off(comes_back=True)
+        assert await state_of(dsn, "north") == "stopped"
+        version = await revoke(dsn)
+        assert "north" in await unconfirmed(dsn, version)
+        await north.announcer.sign_off(comes_back=False)
+        assert await replicas.wait(Target(dsn), version, 0) == []
+
+
+async def test_a_silent_one_is_waited_for_until_its_copy_is_too_old_to_decide_by(
+    dsn: str, connection: asyncpg.Connection
+) -> None:
+    await fleet(connection)
+    async with replica(dsn, "north", longest_staleness_s=60) as north:
+        await north.look()
+        await north.announce()
+        version = await revoke(dsn)
+
+        async def aged(seconds: int) -> None:
+            await connection.execute(
+                "update replica set introduced_at = clock_timestamp() - make_interval(secs => $1), confirmed_at = clock_timestamp() - make_interval(secs => $1)",
+                float(seconds),
+            )
+
+        await aged(59)
+        assert await state_of(dsn, "north") == "silent"
+        assert "north" in await unconfirmed(dsn, version)
+        await aged(70)
+        assert await state_of(dsn, "north") == "gone"
+        assert await replicas.wait(Target(dsn), version, 0) == []
+        await aged(60 + 86_400 + 60)
+        await north.announcer.peers()
+        assert await connection.fetchval("select count(*) from replica") == 0
+
+
+async def test_a_version_of_another_life_is_never_confirmed(
+    postgres: Server, dsn: str, connection: asyncpg.Connection
+) -> None:
+    await fleet(connection)
+    version = await revoke(dsn)
+    transaction, _, life = version.partition("@")
+    other = f"{transaction}@{life[::-1] if life != life[::-1] else '0' * 8}"
+    assert "another life" in await unconfirmed(dsn, other)
+    async with replica(dsn, "north") as north:
+        await north.look()
+        await north.announce()
+        assert len(await replicas.wait(Target(dsn), version, 0)) == 1
+        postgres.crash()
+        assert "another life" in await unconfirmed(dsn, version)
+        async with connected(dsn) as again:
+            later = str(await again.fetchval("select registry_version()"))
+        assert "north" in await unconfirmed(dsn, later)  # its mark is of the life before
+        await north.close()
+        await north.look()
+        await north.announce()
+        assert len(await replicas.wait(Target(dsn), later, 0)) == 1
+
+
+async def test_an_open_transaction_is_waited_for_and_a_rolled_back_one_refused(
+    dsn: str, connection: asyncpg.Connection
+) -> None:
+    await connection.fetchval("select incarnation_renew()")
+    async with connected(dsn) as writer:
+        transaction = writer.transaction()
+        await transaction.start()
+        version = str(await writer.fetchval("select registry_version()"))
+        assert "was not committed" in await unconfirmed(dsn, version)
+        waiting = asyncio.create_task(replicas.wait(Target(dsn), version, 30))
+        await transaction.commit()
+        assert await waiting == []
+        transaction = writer.transaction()
+        await transaction.start()
+        version = str(await writer.fetchval("select registry_version()"))
+        await transaction.rollback()
+    with pytest.raises(InvalidInput, match="was rolled back"):
+        await replicas.wait(Target(dsn), version, 0)
+
+
+@pytest.mark.parametrize("version", ["", "0", "-1", "x", "1@", "1@zz", "1@0a1b2c3d ", "9" * 19, "1; drop table device"])
+async def test_what_is_no_version_is_refused(dsn: str, version: str) -> None:
+    with pytest.raises(InvalidInput):
+        await replicas.wait(Target(dsn), version, 0)
+
+
+async def test_a_transaction_that_has_not_begun_is_refused(dsn: str) -> None:
+    with pytest.raises(InvalidInput, match="no transaction 99999999 has begun yet"):
+        await replicas.wait(Target(dsn), "99999999", 0)
+
+
+async def test_a_forgotten_replica_that_still_runs_comes_back(dsn: str, connection: asyncpg.Connection) -> None:
+    await fleet(connection)
+    async with replica(dsn, "north") as north:
+        await north.look()
+        await north.announce()
+        assert await replicas.forget_replica(Target(dsn), "north") == 1
+        assert await replicas.list_replicas(Target(dsn)) == []
+        await north.announce()
+        assert await state_of(dsn, "north") == "live"
+    with pytest.raises(NotFound):
+        await replicas.forget_replica(Target(dsn), "nobody")
+
+
+async def test_nobody_is_in_step_in_the_future(dsn: str, connection: asyncpg.Connection) -> None:
+    await fleet(connection)
+    async with replica(dsn, "north") as north:
+        await north.look()
+        newest = north.follower.observed.looks[-1]
+        await north.announcer.announce(newest.mark, newest.confirmed_at.replace(year=2200))
+        assert await connection.fetchval("select confirmed_at <= clock_timestamp() from replica")
+
+
+async def test_the_life_of_the_server_reads_the_same_in_every_session(dsn: str, connection: asyncpg.Connection) -> None:
+    before = await connection.fetchrow("select registry_epoch(), registry_life()")
+    await connection.execute("set timezone = 'Asia/Kolkata'; set datestyle = 'German'")
+    assert await connection.fetchrow("select registry_epoch(), registry_life()") == before
+
+
+async def test_each_role_can_do_its_part(postgres: Server, database: str, connection: asyncpg.Connection) -> None:
+    give_roles(postgres, database)
+    await fleet(connection)
+    async with replica(postgres.dsn(database, SERVICE), "north") as north:
+        await north.look()
+        await north.announce()
+        assert (await north.announcer.peers()).states["live"] == 1
+        admin = Target(postgres.dsn(database, ADMIN))
+        version = await editor.set_device_status(admin, "ann", "d1", "revoked", "")
+        assert version is not None
+        await north.look()
+        await north.announce()
+        assert len(await replicas.wait(admin, version, 0)) == 1
+        assert len(await replicas.list_replicas(Target(postgres.dsn(database, READER)))) == 1
+        await north.announcer.sign_off(comes_back=False)
+        assert await replicas.forget_replica(admin, "north") == 1
