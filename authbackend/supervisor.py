@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import gc
 import os
 import random
 import resource
@@ -237,6 +238,7 @@ async def _child(ground: Ground, process: _Process, life: int, parent: int) -> N
     loop.add_reader(life, stop.set)  # readable at its end: the parent is gone
     with contextlib.closing(Store(ground.folder, readonly=process.worker is not None)) as store:
         async with process.part(store, on_end):
+            gc.freeze()  # what is here by now stays: no collection has to look at it again
             os.kill(parent, signal.SIGUSR1)
             await stop.wait()
     if ended:

@@ -21,13 +21,13 @@ from authbackend.policy.rules import (
     Account,
     Device,
     DeviceType,
+    Effect,
     Login,
     Permission,
     RuleSet,
     Status,
     TopicRule,
     Values,
-    applies,
     resource_matches,
 )
 from authbackend.policy.topics import MANY, MOST_MANY_IN_A_FILTER, MOST_WORDS_WITH_MANY, split
@@ -259,14 +259,17 @@ def by_rules(
         many = words.count(MANY)
         if many > MOST_MANY_IN_A_FILTER or (many and len(words) > MOST_WORDS_WITH_MANY):
             return _deny(Reason.TOO_MANY_WILDCARDS, kind)
-    allowing = (rule for rules in rule_sets for rule in rules.allowing(asked) if applies(rule, values, words))
-    allowed_by = next(allowing, None)
-    if allowed_by is None:
+    allowed_by = None
+    for rules in rule_sets:
+        allowed_by = rules.first(Effect.ALLOW, asked, values, words)
+        if allowed_by is not None:
+            break
+    else:
         return _deny(Reason.NO_RULE_ALLOWS, kind)
-    denying = (rule for rules in rule_sets for rule in rules.denying(asked) if applies(rule, values, words))
-    denied_by = next(denying, None)
-    if denied_by is not None:
-        return Decision(False, Reason.RULE_DENIES, kind, denied_by)
+    for rules in rule_sets:
+        denied_by = rules.first(Effect.DENY, asked, values, words)
+        if denied_by is not None:
+            return Decision(False, Reason.RULE_DENIES, kind, denied_by)
     return Decision(True, Reason.ALLOWED, kind, allowed_by)
 
 
@@ -340,6 +343,8 @@ def client_id_fault(registry: Registry, device: Device, device_type: DeviceType,
     """
     if not client_id_fits(client_id, device.device_id, device_type.client_ids):
         return Reason.CLIENT_ID_NOT_BOUND
+    if client_id == device.device_id:
+        return None  # the longest id that it can belong to
     for owner_id in possible_owners(client_id):
         if owner_id == device.device_id:
             return None

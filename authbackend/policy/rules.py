@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from authbackend.policy.names import DeviceId
 from authbackend.policy.networks import Networks
+from authbackend.policy.rule_index import RuleIndex
 from authbackend.policy.topics import (
     MANY,
     MANY_NOT_LAST,
@@ -60,7 +61,7 @@ class Values:
 
     def __init__(self, values: Mapping[str, str | None], attributes: Mapping[str, str] | None = None) -> None:
         self._values = values
-        self._attributes = attributes or {}
+        self._attributes = {} if attributes is None else attributes
         self._known: dict[str, str | None] = {}
 
     def get(self, name: str) -> str | None:
@@ -73,13 +74,10 @@ class Values:
             return known
 
 
-@dataclass(frozen=True, slots=True)
-class _Placeholder:
-    name: str
+Expected = tuple[str, bool] | None
+"""A literal word and False, the name of a placeholder and True, or any word."""
 
-
-_Expected = str | _Placeholder | None
-"""A literal word, a placeholder's value, or any word."""
+_FEW_RULES = 2
 
 
 class TopicRule:
@@ -94,8 +92,8 @@ class TopicRule:
     """
 
     __slots__ = (
-        *("_levels", "_names", "_prefix", "_static", "_tail"),
-        *("effect", "exchange", "owner", "permission", "rule_id", "topic"),
+        *("_levels", "_names", "_static"),
+        *("effect", "exchange", "expected", "has_tail", "owner", "permission", "rule_id", "topic"),
     )
 
     def __init__(
@@ -119,13 +117,13 @@ class TopicRule:
             self._levels: tuple[str, ...] = ()
             self._names: tuple[str, ...] = ()
             self._static: Pattern | None = Pattern((MANY,)) if effect is Effect.DENY else None
-            self._prefix: tuple[_Expected, ...] | None = None
-            self._tail = False
+            self.expected: tuple[Expected, ...] | None = None
+            self.has_tail = False
             return
         self._levels = tuple(topic.split("/"))
         self._names = tuple(dict.fromkeys(name for level in self._levels for name in placeholders_of(level)))
         self._static = None if self._names else Pattern(self._words({}))
-        self._prefix, self._tail = self._word_by_word()
+        self.expected, self.has_tail = self._word_by_word()
 
     @property
     def placeholders(self) -> tuple[str, ...]:
@@ -151,29 +149,35 @@ class TopicRule:
 
         Nearly every rule is compared word by word, without building a pattern; the rest by its pattern.
         """
-        if self._prefix is None or (self.effect is Effect.DENY and any(values.get(n) is None for n in self._names)):
+        if self.expected is None or (self.effect is Effect.DENY and any(values.get(n) is None for n in self._names)):
             if self.effect is Effect.DENY and len(words) > MOST_WORDS_WITH_MANY:
                 return True  # no topic is that deep: a client that chose such an id and such a key wants to cost time
             pattern = self.pattern(values)
             return pattern is not None and match(pattern, words)
-        if len(words) < len(self._prefix) or (not self._tail and len(words) != len(self._prefix)):
+        if len(words) < len(self.expected) or (not self.has_tail and len(words) != len(self.expected)):
             return False
-        for expected, word in zip(self._prefix, words, strict=False):
+        for expected, word in zip(self.expected, words, strict=False):
             if expected is None:
                 continue
-            if (values.get(expected.name) if isinstance(expected, _Placeholder) else expected) != word:
+            text, is_placeholder = expected
+            if (values.get(text) if is_placeholder else text) != word:
                 return False
         return True
 
-    def _word_by_word(self) -> tuple[tuple[_Expected, ...] | None, bool]:
+    def _word_by_word(self) -> tuple[tuple[Expected, ...] | None, bool]:
         """Return what is expected before a final ``#``, and whether there is one; None if a level is not simple."""
         levels = self._levels[:-1] if self._levels[-1] == MANY else self._levels
-        words: list[_Expected] = []
+        words: list[Expected] = []
         for level in levels:
             names = placeholders_of(level)
             if level == MANY or (names and level != f"{{{names[0]}}}"):
                 return None, False
-            words.extend((_Placeholder(names[0]),) if names else (None,) if level == "+" else level.split("."))
+            if names:
+                words.append((names[0], True))
+            elif level == "+":
+                words.append(None)
+            else:
+                words.extend((word, False) for word in level.split("."))
         return tuple(words), len(levels) < len(self._levels)
 
     def _words(self, known: dict[str, str]) -> list[str]:
@@ -203,7 +207,7 @@ class TopicRule:
 class RuleSet:
     """Rules sorted by what they are asked for; their order never matters."""
 
-    __slots__ = ("_allow", "_by_exchange", "_deny")
+    __slots__ = ("_allow", "_by_exchange", "_deny", "_indexes")
 
     def __init__(self, rules: Iterable[TopicRule] = ()) -> None:
         allow: dict[Permission, list[TopicRule]] = {}
@@ -213,6 +217,7 @@ class RuleSet:
         self._allow = {permission: tuple(found) for permission, found in allow.items()}
         self._deny = {permission: tuple(found) for permission, found in deny.items()}
         self._by_exchange: dict[str | None, RuleSet] | None = None
+        self._indexes: dict[Effect, RuleIndex] = {}
 
     def on_exchange(self, exchange: str | None) -> RuleSet:
         """Return the rules that name this exchange; None is the MQTT exchange."""
@@ -234,6 +239,19 @@ class RuleSet:
     def denying(self, permission: Permission) -> tuple[TopicRule, ...]:
         """Return the deny rules of a permission."""
         return self._deny.get(permission, ())
+
+    def first(self, effect: Effect, permission: Permission, values: Values, words: Sequence[str]) -> TopicRule | None:
+        """Return a rule of this effect that applies to a request, None if none does."""
+        rules = (self._allow if effect is Effect.ALLOW else self._deny).get(permission, ())
+        if len(rules) > _FEW_RULES and permission is Permission.WRITE:
+            index = self._indexes.get(effect)
+            if index is None:
+                index = self._indexes[effect] = RuleIndex(rules, deny=effect is Effect.DENY)
+            return index.first(values, words)
+        for rule in rules:
+            if applies(rule, values, words):
+                return rule
+        return None
 
     def __iter__(self) -> Iterator[TopicRule]:
         for rules in (*self._allow.values(), *self._deny.values()):

@@ -16,7 +16,7 @@ A device type and an account, under their name: a JSON object with the columns o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,30 @@ class Patch:
         return len(self.device_types) + len(self.devices) + len(self.accounts)
 
 
+class StoredAttributes(Mapping[str, str]):
+    """Attributes as they are kept, read when the first one is asked for: most rules use none."""
+
+    __slots__ = ("_read", "_text")
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._read: dict[str, str] | None = None
+
+    def _all(self) -> dict[str, str]:
+        if self._read is None:
+            self._read = json.loads(self._text)
+        return self._read
+
+    def __getitem__(self, name: str) -> str:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+
 def device_id_of(name: str, record: bytes) -> str:
     """Return the id of a device that is kept under a common name."""
     return record.split(b"\t", 2)[1].decode() or name
@@ -82,7 +106,7 @@ def device(name: str, record: bytes) -> Device:
         common_name=name,
         type=head[1:],
         status=_STATUSES[head[0]],
-        attributes=json.loads(attributes) if attributes else None,
+        attributes=StoredAttributes(attributes) if attributes else None,
         expires_at=float(expires_at) if expires_at else None,
         rules=_rules(json.loads(rules), f"device_id {found}") if rules else NO_RULES,
     )

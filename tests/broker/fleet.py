@@ -46,7 +46,8 @@ class Fleet:
 
     async def command(self, *arguments: str, stdin: str | None = None) -> float:
         """Change the registry with ``authbackend ARGUMENTS --json`` and wait as :meth:`change` does."""
-        return await self.served(json.loads(self.service.command(*arguments, "--json", stdin=stdin))["version"])
+        version = json.loads(self.service.command(*arguments, "--json", stdin=stdin))["version"]
+        return 0.0 if version is None else await self.served(int(version.partition("@")[0]))
 
     async def served(self, version: int) -> float:
         """Wait until the service decides by a registry version."""

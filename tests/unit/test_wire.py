@@ -1,6 +1,6 @@
 """What RabbitMQ sends is read strictly; what it is answered is exact."""
 
-from urllib.parse import urlencode
+from urllib.parse import parse_qsl, urlencode
 
 import pytest
 from hypothesis import given, settings
@@ -134,3 +134,29 @@ def test_answers_are_exact():
 
 def test_a_denial_never_carries_tags():
     assert wire.answer(Decision(False, Reason.PASSWORD_WRONG, tags=("administrator",))) == "deny"
+
+
+@given(
+    st.one_of(
+        st.binary(max_size=60),
+        st.text("ab=&+%20Fé;\x00", max_size=40).map(str.encode),
+        st.from_regex(
+            rb"(username|vhost|name|ip)=[a-z%+=0-9A-F]{0,8}(&(user%6eame|vhost|x)=?[a-z%2+]{0,6}){0,4}", fullmatch=True
+        ),
+    )
+)
+def test_a_form_is_read_as_the_standard_library_does(form):
+    try:
+        expected = parse_qsl(
+            form.decode(), keep_blank_values=True, errors="strict", max_num_fields=wire.MOST_PARAMETERS
+        )
+    except ValueError:
+        expected = None
+    try:
+        found = list(wire._pairs(form))
+    except wire.MalformedRequest:
+        found = None
+    if found is None:
+        assert expected is None or wire._BAD_ESCAPE.search(form.decode())
+    else:
+        assert found == expected
