@@ -1,5 +1,6 @@
 # make run     a working service with a PostgreSQL of its own and a sample fleet, in .data/
 # make test    everything, against a real PostgreSQL and a real RabbitMQ 4.3
+# make bench   measure everything side by side with its references; writes docs/performance.md (root, about 45 minutes)
 # make check   format, lint, types, layers, and the tests that need no broker
 # make format  let the formatter rewrite the code
 # make docs    write the generated parts of docs/ again
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: run test check format docs clean
+.PHONY: run test bench check format docs clean
 .DEFAULT_GOAL := check
 
 # A missing part of Debian is named with the line that installs it.
@@ -45,6 +46,10 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest --ignore=tests/broker
+
+bench: $(VENV)/.dev
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

@@ -99,34 +99,58 @@ class Endpoints:
         self._deny_reasons = deny_reasons
         self._responses = Responses()
 
+    def at_once(self, question: Question, form: bytes, arrived: float) -> bytes:
+        """
+        Answer a request that is here as a whole and needs no password check; never raises.
+
+        Args:
+            arrived: When its last bytes did, by the monotonic clock.
+        Returns:
+            The whole response, as it goes to the client.
+        """
+        try:
+            if self._waited_too_long(question, arrived):
+                return self._responses.unavailable_message()
+            parsed = question.parse(wire.parse_form(form))
+            outcome = self._outcome(question, parsed)
+            assert not isinstance(outcome, PasswordCheck)
+            if outcome is None:
+                return self._responses.unavailable_message()
+            return self._responses.message(self._told(question, parsed, outcome))
+        except MalformedRequest as fault:
+            self._count_malformed(question.name, fault.cause)
+            return self._responses.message(wire.answer(_MALFORMED, with_reason=self._deny_reasons))
+        except Exception as error:
+            self._crashed(question, error)
+            return self._responses.unavailable_message()
+        finally:
+            self._metrics.answered(question.name, time.monotonic() - arrived)
+
     async def answer(self, question: Question, request: web.BaseRequest, arrived: float) -> web.StreamResponse:
         """
-        Answer one request; never raises but for cancellation.
+        Answer any request; never raises but for cancellation.
 
         Args:
             arrived: When its last bytes did, by the monotonic clock.
         """
         try:
-            if time.monotonic() - arrived > question.patience * self._limits.request_s:
-                return self._shed(question, request)
+            if self._waited_too_long(question, arrived):
+                whole = _form_at_hand(request) is not None
+                return self._responses.unavailable(request) if whole else self._failed(question.name, "timeout")
             return await self._answer(question, request, arrived + self._limits.request_s)
         except TimeoutError:
-            return self._failed(request, question.name, "timeout")
+            return self._failed(question.name, "timeout")
         except ConnectionError:
-            return self._failed(request, question.name, "connection_lost")
+            return self._failed(question.name, "connection_lost")
         except Exception as error:
-            log.error("broker.request_crashed", endpoint=question.name, error=type(error).__name__, exc_info=True)
-            return self._failed(request, question.name, "crash")
+            self._crashed(question, error)
+            return self._responses.unavailable(request)
         finally:
             self._metrics.answered(question.name, time.monotonic() - arrived)
 
     def malformed(self, endpoint: str, cause: Malformed) -> web.Response:
         """Deny a request that is not RabbitMQ's, and count why."""
-        self._metrics.malformed.labels(endpoint, cause).inc()
-        self._metrics.decided(endpoint, _MALFORMED)
-        admitted, suppressed = self._sampler.admit(f"\x00{cause}")
-        if admitted:
-            log.info("malformed", endpoint=endpoint, cause=str(cause), unlogged=suppressed)
+        self._count_malformed(endpoint, cause)
         return web.Response(text=wire.answer(_MALFORMED, with_reason=self._deny_reasons))
 
     async def _answer(self, question: Question, request: web.BaseRequest, deadline: float) -> web.StreamResponse:
@@ -138,21 +162,31 @@ class Endpoints:
             parsed = question.parse(wire.parse_form(form))
         except MalformedRequest as fault:
             return self.malformed(question.name, fault.cause)
-        with self._registry as registry:
-            if registry.state is None:
-                return self._failed(request, question.name, "not_ready")
-            if registry.stale(self._limits.staleness_s):
-                outcome: Decision | PasswordCheck = _STALE
-            else:
-                outcome = question.decide(registry, parsed, time.time(), self._settings)
+        outcome = self._outcome(question, parsed)
+        if outcome is None:
+            return self._responses.unavailable(request)
         if isinstance(outcome, PasswordCheck):
             with self._metrics.in_flight.track_inprogress():
                 async with asyncio.timeout_at(_loop_time(deadline)):
                     outcome = await self._checked(outcome, parsed.password)
-        self._metrics.decided(question.name, outcome)
-        if not outcome.allowed:
-            self._log_denial(question.name, parsed, outcome)
-        return self._responses.ok(request, wire.answer(outcome, with_reason=self._deny_reasons))
+        return self._responses.ok(request, self._told(question, parsed, outcome))
+
+    def _outcome(self, question: Question, parsed: Any) -> Decision | PasswordCheck | None:
+        """Decide at one version of the registry; None if it has not been loaded."""
+        with self._registry as registry:
+            if registry.state is None:
+                self._metrics.failures.labels(question.name, "not_ready").inc()
+                return None
+            if registry.stale(self._limits.staleness_s):
+                return _STALE
+            return question.decide(registry, parsed, time.time(), self._settings)
+
+    def _told(self, question: Question, parsed: Any, decision: Decision) -> str:
+        """Count and log a decision, and return what RabbitMQ is told."""
+        self._metrics.decided(question.name, decision)
+        if not decision.allowed:
+            self._log_denial(question.name, parsed, decision)
+        return wire.answer(decision, with_reason=self._deny_reasons)
 
     async def _checked(self, check: PasswordCheck, password: str) -> Decision:
         try:
@@ -166,19 +200,29 @@ class Endpoints:
                 return check.otherwise  # the account changed while its password was being checked
         return check.then
 
-    def _shed(self, question: Question, request: web.BaseRequest) -> web.StreamResponse:
+    def _waited_too_long(self, question: Question, arrived: float) -> bool:
+        if time.monotonic() - arrived <= question.patience * self._limits.request_s:
+            return False
         self._metrics.shed.labels(question.name).inc()
-        if _form_at_hand(request) is None:
-            return self._failed(request, question.name, "timeout")
-        return self._responses.unavailable(request)
+        return True
 
-    def _failed(self, request: web.BaseRequest, endpoint: str, cause: str) -> web.StreamResponse:
+    def _failed(self, endpoint: str, cause: str) -> web.Response:
+        """Return 503 and end the connection, on which the rest of the body may still come."""
         self._metrics.failures.labels(endpoint, cause).inc()
-        if cause in ("timeout", "connection_lost"):
-            response = web.Response(status=503, text="unavailable")
-            response.force_close()  # the rest of the body may still come
-            return response
-        return self._responses.unavailable(request)
+        response = web.Response(status=503, text="unavailable")
+        response.force_close()
+        return response
+
+    def _crashed(self, question: Question, error: Exception) -> None:
+        log.error("broker.request_crashed", endpoint=question.name, error=type(error).__name__, exc_info=error)
+        self._metrics.failures.labels(question.name, "crash").inc()
+
+    def _count_malformed(self, endpoint: str, cause: Malformed) -> None:
+        self._metrics.malformed.labels(endpoint, cause).inc()
+        self._metrics.decided(endpoint, _MALFORMED)
+        admitted, suppressed = self._sampler.admit(f"\x00{cause}")
+        if admitted:
+            log.info("malformed", endpoint=endpoint, cause=str(cause), unlogged=suppressed)
 
     def _log_denial(self, endpoint: str, request: Any, decision: Decision) -> None:
         admitted, suppressed = self._sampler.admit(request.username)

@@ -55,19 +55,32 @@ class Prepared(web.StreamResponse):
             f"HTTP/1.1 {status}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: {len(text)}\r\n"
         ).encode()
 
+    def message(self) -> bytes:
+        """Return it as it goes to the client."""
+        return self._head + _clock.line() + self._text
+
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         """Write it all."""
-        transport: Any = request.transport
-        if transport is None:
+        if request.transport is None:
             raise ConnectionResetError
-        if transport.get_write_buffer_size() > MOST_UNREAD_BYTES:
-            transport.abort()
-            raise ConnectionResetError
-        transport.write(self._head + _clock.line() + self._text)
+        write(request.transport, self.message())
         return None
 
     async def write_eof(self, data: bytes = b"") -> None:
         """Do nothing: it is written."""
+
+
+def write(transport: Any, message: bytes) -> None:
+    """
+    Write a whole response.
+
+    Raises:
+        ConnectionResetError: The client does not read its answers, and was cut off.
+    """
+    if transport.get_write_buffer_size() > MOST_UNREAD_BYTES:
+        transport.abort()
+        raise ConnectionResetError
+    transport.write(message)
 
 
 class Responses:
@@ -77,18 +90,27 @@ class Responses:
         self._prepared: dict[str, Prepared] = {}
         self._unavailable = Prepared("503 Service Unavailable", "unavailable")
 
+    def message(self, text: str) -> bytes:
+        """Return 200 with a text of RabbitMQ's protocol, as it goes to the client."""
+        return self._ok(text).message()
+
+    def unavailable_message(self) -> bytes:
+        """Return 503, as it goes to the client."""
+        return self._unavailable.message()
+
     def ok(self, request: web.BaseRequest, text: str) -> web.StreamResponse:
         """Return 200 with a text of RabbitMQ's protocol."""
-        if not _prepared_suits(request):
-            return web.Response(text=text)
-        response = self._prepared.get(text)
-        if response is None:
-            response = self._prepared[text] = Prepared("200 OK", text)
-        return response
+        return self._ok(text) if _prepared_suits(request) else web.Response(text=text)
 
     def unavailable(self, request: web.BaseRequest) -> web.StreamResponse:
         """Return 503."""
         return self._unavailable if _prepared_suits(request) else web.Response(status=503, text="unavailable")
+
+    def _ok(self, text: str) -> Prepared:
+        response = self._prepared.get(text)
+        if response is None:
+            response = self._prepared[text] = Prepared("200 OK", text)
+        return response
 
 
 def _prepared_suits(request: web.BaseRequest) -> bool:

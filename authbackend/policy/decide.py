@@ -32,6 +32,7 @@ from authbackend.policy.rules import (
 )
 from authbackend.policy.topics import MANY, MOST_MANY_IN_A_FILTER, MOST_WORDS_WITH_MANY, split
 
+_TOPIC_PERMISSIONS = {str(permission): permission for permission in Permission}
 ACCOUNT = "account"
 UNKNOWN = "unknown"
 
@@ -251,9 +252,9 @@ def by_rules(
 
     A read filter must be inside one allow rule; two that cover it only together do not count.
     """
-    if permission not in ("write", "read"):
+    asked = _TOPIC_PERMISSIONS.get(permission)
+    if asked is None:
         return _deny(Reason.RESOURCE_NOT_PERMITTED, kind)
-    asked = Permission(permission)
     words = split(routing_key)
     if asked is Permission.READ:
         many = words.count(MANY)
@@ -276,7 +277,8 @@ def by_rules(
 def rule_sets(registry: Registry, device: Device) -> tuple[RuleSet, ...]:
     """Return the rules that a device is decided by: those of its type and its own."""
     device_type = registry.device_type(device.type)
-    return (device_type.rules if device_type else NO_RULES, device.rules)
+    of_type = device_type.rules if device_type else NO_RULES
+    return (of_type,) if device.rules is NO_RULES else (of_type, device.rules)
 
 
 def device_values(device: Device, client_id: str | None, vhost_name: str) -> Values:

@@ -69,25 +69,35 @@ class RuleIndex:
             return next((rule for rule in self._others if rule.matches(values, words)), None)
         return found
 
-    def _walk(self, values: Values, words: Sequence[str]) -> TopicRule | None:
+    def _walk(self, values: Values, words: Sequence[str]) -> TopicRule | None:  # noqa: PLR0912 - calls would cost more than what they did
         """Visit each node at most once: the way to it is the only one."""
-        open_ways = [(self._root, 0)]
-        while open_ways:
-            node, position = open_ways.pop()
+        later: list[tuple[_Node, int]] = []
+        node, position = self._root, 0
+        length = len(words)
+        while True:
             if node.tail is not None:
                 return node.tail
-            if position == len(words):
-                if node.ends is not None:
-                    return node.ends
-                continue
-            word = words[position]
-            position += 1
-            if node.any is not None:
-                open_ways.append((node.any, position))
-            for name, after in node.named.items():
-                if values.get(name) == word:
-                    open_ways.append((after, position))
-            literal = node.words.get(word)
-            if literal is not None:
-                open_ways.append((literal, position))
-        return None
+            after = None
+            if position < length:
+                word = words[position]
+                position += 1
+                after = node.words.get(word)
+                if node.any is not None:
+                    if after is not None:
+                        later.append((node.any, position))
+                    else:
+                        after = node.any
+                for name, named in node.named.items():
+                    if values.get(name) == word:
+                        if after is not None:
+                            later.append((named, position))
+                        else:
+                            after = named
+            elif node.ends is not None:
+                return node.ends
+            if after is not None:
+                node = after
+            elif later:
+                node, position = later.pop()
+            else:
+                return None

@@ -1,0 +1,87 @@
+"""``python -m benchmarks``, or ``make bench``: measure everything and write ``docs/performance.md``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from authbackend_load.run import machine
+from benchmarks import report
+from benchmarks.measurements import ALL, QUICK, Extent, staged
+from benchmarks.scene import BenchmarkError
+from benchmarks.storm.options import Options
+from benchmarks.storm.outside import StormError
+from benchmarks.storm.outside import run as storm
+
+RESULTS = Path(__file__).parent / "results"
+PARTS = (*ALL, "storm")
+
+
+def _say(text: str) -> None:
+    click.echo(f"bench: {text}", err=True)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option("--only", type=click.Choice(PARTS), multiple=True, help="Only this part; may be repeated.")
+@click.option("--quick", is_flag=True, help="Small and short, to see whether it works; writes nothing into the tree.")
+@click.option("--report-only", is_flag=True, help="Measure nothing; draw and write from the results that are there.")
+def main(only: tuple[str, ...], quick: bool, report_only: bool) -> None:
+    """
+    Measure the service side by side with its references, in turn, in one run.
+
+    Each part's results go to benchmarks/results/PART.json as soon as it has ended; plots to docs/performance/, tables
+    to docs/performance.md. Nothing else should run on the machine. Needs wrk; the storm needs root. About 90 minutes.
+    """
+    try:
+        if not report_only:
+            _measure(only or PARTS, quick)
+    except (BenchmarkError, StormError) as error:
+        _say(str(error))
+        sys.exit(1)
+    if not quick:
+        for file in report.write(RESULTS):
+            _say(f"wrote {file}")
+
+
+def _measure(parts: tuple[str, ...], quick: bool) -> None:
+    extent = QUICK if quick else Extent()
+    inside = [name for name in ALL if name in parts]
+    if inside:
+        with staged(extent, _say) as stage:
+            if "throughput" not in inside and any(name in inside for name in ("sizes", "changes", "overload")):
+                inside.insert(0, "throughput")
+            for name in inside:
+                _say(f"--- {name}")
+                started = time.monotonic()
+                _keep(name, ALL[name](stage), started, quick)
+    if "storm" in parts:
+        _say("--- storm")
+        started = time.monotonic()
+        options = Options(devices=200, rounds=1, faults=()) if quick else Options(rounds=5, outage_s=600.0)
+        _keep("storm", storm(options), started, quick)
+
+
+def _keep(name: str, found: dict[str, Any], started: float, quick: bool) -> None:
+    result = {
+        "part": name,
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "lasted_s": round(time.monotonic() - started, 1),
+        "machine": machine(),
+        "result": found,
+    }
+    if quick:
+        click.echo(json.dumps(result, indent=1))
+        return
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    _say(f"{name} done after {result['lasted_s']} s")
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks")
