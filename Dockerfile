@@ -22,15 +22,18 @@ RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))
 # The package itself; pyproject.toml puts sql/ inside it.
 COPY README.md LICENSE ./
 COPY authbackend ./authbackend
+COPY authbackend_load ./authbackend_load
 COPY sql ./sql
 RUN /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /tmp/wheels . \
  && /opt/build/bin/pip --python /opt/authbackend/bin/python install --no-deps /tmp/wheels/authbackend-*.whl \
  && /opt/authbackend/bin/authbackend --version
 
 FROM python:3.13-slim
-# A number as well as a name, so that Kubernetes can check runAsNonRoot. It owns nothing and needs to write nothing.
+# A number as well as a name, so that Kubernetes can check runAsNonRoot. It owns nothing but the place
+# for a copy of the registry, which a volume mounted there takes over.
 RUN groupadd --gid 10001 authbackend \
- && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin authbackend
+ && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin authbackend \
+ && install --directory --owner=10001 --group=10001 --mode=700 /var/lib/authbackend
 COPY --from=build /opt/authbackend /opt/authbackend
 # USER: the commands note who acts, and must have a name to note under any user id.
 ENV PATH=/opt/authbackend/bin:$PATH \

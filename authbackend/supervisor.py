@@ -45,6 +45,7 @@ LIVED_LONG_S = 10.0
 _PREFIX = "authbackend-"
 _SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGUSR1}
 _REGISTRY = "registry"
+_GIVES_WAY = 5  # the process that follows the database to those that answer, when there are more than cores
 
 Part = Callable[[Store, bootstrap.OnEnd], AbstractAsyncContextManager[object]]
 
@@ -212,6 +213,8 @@ class Supervisor:
 
 def _run_child(settings: Settings, ground: Ground, process: _Process, life: int, parent: int) -> int:
     logs.configure(settings.log.format, settings.log.level, process.name)
+    if process.worker is None:
+        os.nice(_GIVES_WAY)
     assert ground.metrics is not None
     metrics.share(ground.metrics, process.name)
     try:

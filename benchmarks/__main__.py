@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from benchmarks.storm.outside import StormError
 from benchmarks.storm.outside import run as storm
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = (*ALL, "storm")
+PARTS = (*ALL, "storm", "httpc")
 
 
 def _say(text: str) -> None:
@@ -63,8 +64,23 @@ def _measure(parts: tuple[str, ...], quick: bool) -> None:
     if "storm" in parts:
         _say("--- storm")
         started = time.monotonic()
-        options = Options(devices=200, rounds=1, faults=()) if quick else Options(rounds=5, outage_s=600.0)
+        options = Options(devices=200, rounds=1, faults=()) if quick else Options(rounds=3, outage_s=600.0)
         _keep("storm", storm(options), started, quick)
+    if "httpc" in parts:
+        _say("--- httpc")
+        started = time.monotonic()
+        plain = replace(
+            Options(), devices=200 if quick else 5000, rounds=1 if quick else 2, steps=False, refusals=False, faults=()
+        )
+        plain = replace(plain, backends=("authbackend",))
+        found = {
+            f"{'mutual TLS' if tls else 'plain'}, {sessions} sessions": storm(
+                replace(plain, tls=tls, max_sessions=sessions)
+            )
+            for tls in (True, False)
+            for sessions in (64, 2)
+        }
+        _keep("httpc", found, started, quick)
 
 
 def _keep(name: str, found: dict[str, Any], started: float, quick: bool) -> None:

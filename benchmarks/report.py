@@ -48,7 +48,7 @@ def _page(found: dict[str, Any]) -> Iterator[str]:
         yield f"| {what} | {wanted} | {value} | {'' if reached is None else '**reached**' if reached else '**missed**'} |"
     missing = [
         name
-        for name in ("throughput", "workers", "sizes", "memory", "loading", "changes", "overload", "storm")
+        for name in ("throughput", "workers", "sizes", "memory", "loading", "changes", "overload", "storm", "httpc")
         if name not in found
     ]
     if missing:
@@ -139,6 +139,10 @@ def _rows(found: dict[str, Any]) -> Iterator[Row]:
         yield "p99 while 10,000 revoked devices retry at a third of the capacity", "1.5 times, none shed", text, good
     if part := found.get("storm"):
         yield from _storm_rows(part)
+    for name, one in found.get("httpc", {}).items():
+        rates = one["rounds"]["summary"]["authbackend"]
+        text = f"{rates['cycles_per_s']['median']:.0f} devices/s, broker {rates['cpu_ms_per_device']['broker']:.1f} ms CPU a device"
+        yield f"storm with httpc: {name}", "reported", text, None
 
 
 def _storm_rows(part: dict[str, Any]) -> Iterator[Row]:

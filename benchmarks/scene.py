@@ -14,7 +14,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import asyncpg
@@ -119,7 +119,6 @@ class Running:
     log: Path
     admin: int = 0
     ready_after_s: float = 0.0
-    facts: dict[str, float] = field(default_factory=dict)
 
     def memory_bytes(self) -> dict[str, int]:
         """Return the proportional memory (PSS) of each of its processes; shared pages are divided among their users."""
@@ -129,6 +128,18 @@ class Running:
                 text = Path(f"/proc/{pid}/smaps_rollup").read_text()
                 found[str(pid)] = 1024 * int(text.partition("\nPss:")[2].split()[0])
         return found
+
+    def load_s(self) -> float:
+        """Return how long the load from the database took, as the log says."""
+        limit = time.monotonic() + 10
+        while time.monotonic() < limit:
+            for line in self.log.read_text().splitlines():
+                with contextlib.suppress(ValueError):
+                    entry = json.loads(line)
+                    if entry.get("event") == "registry.loaded":
+                        return float(entry["duration_s"])
+            time.sleep(0.05)
+        raise BenchmarkError(f"{self.name} has not loaded the registry")
 
     def metrics(self) -> str:
         """Return what the service tells Prometheus."""
@@ -195,11 +206,6 @@ def _wait_ready(running: Running, started: float) -> None:
             raise BenchmarkError(f"{running.name} did not become ready:\n{running.log.read_text()[-2000:]}")
         time.sleep(0.01)
     running.ready_after_s = time.monotonic() - started
-    for line in running.log.read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            entry = json.loads(line)
-            if entry.get("event") == "registry.loaded":
-                running.facts["loaded_in_s"] = entry["duration_s"]
 
 
 @contextlib.contextmanager

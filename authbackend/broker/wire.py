@@ -68,7 +68,7 @@ _SAME = (
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 
-def parse_form(form: bytes) -> dict[str, str]:
+def parse_form(form: bytes) -> dict[str, str]:  # noqa: PLR0912 - one loop: calls would cost more than what they did
     """
     Return the parameters of a body or query that this service reads; others are ignored.
 

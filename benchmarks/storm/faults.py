@@ -34,6 +34,7 @@ def faults(stage: Stage, say: Say) -> dict[str, Any]:
     scenarios: dict[str, Callable[[Stage], Any]] = {
         "postgres": _postgres_away,
         "worker": _worker_killed,
+        "listener": _listener_cut,
         "connections": _connections_cut,
     }
     found = {}
@@ -102,21 +103,16 @@ def _postgres_away(stage: Stage) -> Iterator[list[str]]:
 
 @contextmanager
 def _worker_killed(stage: Stage) -> Iterator[list[str]]:
-    """A process of the service is killed every ten seconds; without workers, the service itself, started again at once."""
+    """A process of the service is killed every ten seconds: a worker, or the one that follows the database."""
     events: list[str] = []
     over = threading.Event()
 
     def kill() -> None:
         while not over.wait(KILL_EVERY_S):
-            children = descendants(stage.service.pid) if stage.options.workers > 1 else []
-            if children:
-                victim = random.choice(children)
-                os.kill(victim, signal.SIGKILL)
-                events.append(f"killed process {victim} of {len(children)}")
-            else:
-                stage.service.kill()
-                stage.service.start()
-                events.append("killed and started the service")
+            children = descendants(stage.service.pid)
+            victim = random.choice(children)
+            os.kill(victim, signal.SIGKILL)
+            events.append(f"killed process {victim} of {len(children)}")
 
     thread = threading.Thread(target=kill)
     thread.start()
@@ -125,6 +121,27 @@ def _worker_killed(stage: Stage) -> Iterator[list[str]]:
     finally:
         over.set()
         thread.join()
+
+
+@contextmanager
+def _listener_cut(stage: Stage) -> Iterator[list[str]]:
+    """The connection on which the service listens to PostgreSQL is cut every second."""
+    events: list[str] = []
+    over = threading.Event()
+    cut = "select pg_terminate_backend(pid) from pg_stat_activity where query ilike 'listen %'"
+
+    def kill() -> None:
+        while not over.wait(CUT_EVERY_S):
+            events.extend("cut" for line in stage.database.sql(cut).splitlines() if line == "t")
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        yield events
+    finally:
+        over.set()
+        thread.join()
+        events[:] = [f"cut {len(events)} times"]
 
 
 @contextmanager

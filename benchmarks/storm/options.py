@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 BACKENDS = ("authbackend", "always-allow", "internal")
-FAULTS = ("postgres", "worker", "connections")
+FAULTS = ("postgres", "worker", "listener", "connections")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Options:
     in_flight: int = 500
     tls: bool = True
     max_sessions: int = 64
-    workers: int = 1
+    workers: int = 2
     steps: bool = True
     refusals: bool = True
     faults: tuple[str, ...] = FAULTS

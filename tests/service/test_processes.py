@@ -1,0 +1,333 @@
+"""The processes of a replica, and what becomes of devices when one of them dies or the database is away."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import aiohttp
+import asyncpg
+import pytest
+
+from tests.service.conftest import HASH, POLICY, Running, apply, until
+
+MEMORY = Path("/dev/shm")
+
+
+def free_ports(number):
+    """Ports of loopback that nobody uses now."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def children(process_id):
+    """The processes that a process has started."""
+    return [int(child) for child in Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()]
+
+
+class Replica(Running):
+    """`authbackend serve` as it is run."""
+
+    def __init__(self, process, broker, admin, http, lines):
+        super().__init__(f"http://127.0.0.1:{broker}", f"http://127.0.0.1:{admin}", http)
+        self.process = process
+        self.lines = lines
+
+    def logged(self, event):
+        """The log lines of an event."""
+        return [line for line in self.lines if line.get("event") == event]
+
+    async def status(self):
+        """What /health/ready says, as (status, document)."""
+        status, text = await self.get("/health/ready")
+        return status, json.loads(text)
+
+    async def end(self):
+        """SIGTERM; the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return await asyncio.wait_for(self.process.wait(), 30)
+
+
+@contextlib.asynccontextmanager
+async def replica(dsn, *, workers=2, ready=True, **environment):
+    """Run a replica for the time of the block."""
+    broker, admin = free_ports(2)
+    others = {name: value for name, value in os.environ.items() if not name.startswith("AUTHBACKEND")}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "authbackend", "serve", "--workers", str(workers)),
+        env={
+            **others,
+            "AUTHBACKEND_DATABASE__DSN": dsn,
+            "AUTHBACKEND_BROKER__LISTEN": f"127.0.0.1:{broker}",
+            "AUTHBACKEND_ADMIN__LISTEN": f"127.0.0.1:{admin}",
+            **{f"AUTHBACKEND_{name}": value for name, value in environment.items()},
+        },
+        stderr=asyncio.subprocess.PIPE,
+    )
+    lines = []
+
+    async def read():
+        while line := await process.stderr.readline():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+
+    reading = asyncio.create_task(read())
+    async with aiohttp.ClientSession() as http:
+        running = Replica(process, broker, admin, http, lines)
+        try:
+
+            async def up():
+                if ready:
+                    with contextlib.suppress(aiohttp.ClientError):
+                        return await running.ready() and (await running.status())[1]["workers"]["serving"] == workers
+                    return False
+                return running.logged("service.listening")
+
+            await until(up, "the replica is up", 60)
+            yield running
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+            await reading
+
+
+@pytest.fixture
+async def policy(dsn):
+    """The sample registry."""
+    await apply(dsn, POLICY.replace("HASH", f'"{HASH}"'))
+
+
+@contextlib.asynccontextmanager
+async def away(dsn):
+    """Nobody can connect to the database for the time of the block, and who was connected is not any more."""
+    other = await asyncpg.connect(dsn, database="postgres")
+    name = dsn.split("/")[3].partition("?")[0]
+    try:
+        await other.execute(f'alter database "{name}" allow_connections false')
+        await other.execute("select pg_terminate_backend(pid) from pg_stat_activity where datname = $1", name)
+        yield
+    finally:
+        await other.execute(f'alter database "{name}" allow_connections true')
+        await other.close()
+
+
+async def test_a_killed_worker_is_started_again_and_the_sums_do_not_go_back(dsn, policy):
+    async with replica(dsn) as running:
+        for _ in range(20):
+            async with aiohttp.ClientSession() as fresh:  # another connection: perhaps the other worker
+                data = {"username": "APM0001"}
+                async with fresh.post(f"{running.broker}/auth/user", data=data) as response:
+                    assert await response.text() == "allow"
+        assert await running.metric("authbackend_decisions_total", endpoint="user") == 20
+        worker = children(running.process.pid)[-1]
+        os.kill(worker, signal.SIGKILL)
+
+        async def restarted():
+            return await running.metric("authbackend_worker_restarts") == 1 and await running.ready()
+
+        await until(restarted, "the worker is started again")
+        assert await running.metric("authbackend_decisions_total", endpoint="user") == 20
+
+        async def both():
+            return (await running.status())[1]["workers"]["serving"] == 2
+
+        await until(both, "both serve")
+        assert await running.login("APM0001") == "allow"
+        assert running.logged("process.died")[0]["how"] == "killed by signal 9"
+        assert await running.end() == 0
+
+
+async def test_the_killed_process_that_follows_the_database_goes_on_where_it_was(dsn, policy, sql):
+    async with replica(dsn) as running:
+        os.kill(children(running.process.pid)[0], signal.SIGKILL)
+        assert await running.login("APM0001") == "allow"
+        await sql("update device set status = 'revoked' where device_id = 'APM0001'")
+
+        async def denied():
+            return await running.login("APM0001") == "deny"
+
+        await until(denied, "the revocation is decided by")
+        assert await running.end() == 0
+
+
+async def test_nothing_is_left_when_the_parent_is_killed(dsn, policy):
+    async with replica(dsn) as running:
+        everybody = children(running.process.pid)
+        assert len(everybody) == 3
+        running.process.kill()
+
+        async def gone():
+            return not any(Path(f"/proc/{child}").exists() for child in everybody)
+
+        await until(gone, "the children have ended")
+    before = {folder.name for folder in MEMORY.glob("authbackend-*") if (folder / "owner").exists()}
+    async with replica(dsn) as running:
+        after = {folder.name for folder in MEMORY.glob("authbackend-*") if (folder / "owner").exists()}
+        assert len(after) <= len(before)  # the new one swept what the killed one left
+        assert await running.end() == 0
+
+
+async def test_sigterm_ends_everything_and_leaves_nothing(dsn, policy):
+    async with replica(dsn) as running:
+        assert await running.login("APM0001") == "allow"
+        folders = set(MEMORY.glob("authbackend-*"))
+        assert await running.end() == 0
+        assert len(set(MEMORY.glob("authbackend-*")) & folders) < len(folders)
+        assert running.logged("service.stopped")
+    connection = await asyncpg.connect(dsn)
+    assert await connection.fetchval("select count(*) from replica_state where may_answer") == 0
+    await connection.close()
+
+
+async def test_a_replica_that_starts_without_the_database_decides_by_its_disk(dsn, policy, sql, tmp_path):
+    disk = {"REGISTRY__SNAPSHOT_DIR": str(tmp_path / "disk")}
+    async with replica(dsn, **disk) as running:
+        await sql("update device set status = 'revoked' where device_id = 'APM0001'")
+        await until(lambda: running.login("APM0001"), "an answer")
+
+        async def denied():
+            return await running.login("APM0001") == "deny"
+
+        await until(denied, "the revocation is decided by")
+
+        async def on_disk():
+            return await running.metric("authbackend_registry_on_disk") == 1
+
+        await until(on_disk, "it is on disk")
+        running.process.kill()
+        for child in children(running.process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+    async with away(dsn):
+        async with replica(dsn, **disk) as running:
+            assert await running.login("APM0001") == "deny"
+            assert await running.login("APM0002") == "allow"
+            status, told = await running.status()
+            assert status == 200
+            assert told["sync_age_s"] > 0
+            assert "database" in told["fault"] or "PostgreSQL" in told["fault"]
+            assert await running.end() == 0
+        async with replica(dsn, ready=False, REGISTRY__MAX_STALENESS_S="0.001", **disk) as running:
+            assert await running.login("APM0002") == "deny"
+            assert (await running.status())[0] == 503
+            assert await running.end() == 0
+
+
+async def test_a_damaged_copy_is_refused_and_the_replica_waits_for_the_database(dsn, policy, tmp_path):
+    disk = {"REGISTRY__SNAPSHOT_DIR": str(tmp_path / "disk")}
+    async with replica(dsn, **disk) as running:
+
+        async def on_disk():
+            return list((tmp_path / "disk").glob("manifest.json"))
+
+        await until(on_disk, "it is on disk")
+        assert await running.end() == 0
+    image = next((tmp_path / "disk").glob("image-*"))
+    data = bytearray(image.read_bytes())
+    data[len(data) // 2] ^= 1
+    image.write_bytes(data)
+    async with away(dsn):
+        async with replica(dsn, ready=False, **disk) as running:
+            assert "damaged" in running.logged("registry.disk_copy_refused")[0]["fault"]
+            assert (await running.status())[0] == 503
+            assert (await running.ask("user", {"username": "APM0002"}))[0] == 503
+    async with replica(dsn, **disk) as running:
+        assert await running.login("APM0002") == "allow"
+
+
+async def test_an_outage_changes_no_verdict_and_its_age_is_told_from_the_first_missed_look(dsn, policy):
+    async with replica(dsn, REGISTRY__POLL_INTERVAL_S="0.1") as running:
+        async with away(dsn):
+
+            async def told():
+                return (await running.status())[1]["fault"]
+
+            await until(told, "the fault is told")
+            assert await running.login("APM0001") == "allow"
+            assert await running.login("GONE") == "deny"
+            before = await running.metric("authbackend_registry_sync_age_seconds")
+
+            async def older():
+                return await running.metric("authbackend_registry_sync_age_seconds") > before
+
+            await until(older, "the copy grows older")
+            assert running.logged("registry.refresh_failed")[0]["copy_age_s"] >= 0
+
+        async def well():
+            return (await running.status())[1]["fault"] is None
+
+        await until(well, "it follows again", 30)
+
+
+async def test_a_type_with_a_limit_of_its_own_is_denied_earlier_than_others(dsn, policy, sql):
+    await sql(
+        "insert into device_type (name, client_ids, vhosts, max_staleness_s) values ('STRICT', '{\"{device_id}\"}', '{/}', 0.5)"
+    )
+    await sql("insert into device (device_id, type) values ('S1', 'STRICT')")
+    async with replica(dsn, REGISTRY__POLL_INTERVAL_S="0.1") as running:
+        assert await running.login("S1") == "allow"
+        async with away(dsn):
+
+            async def denied():
+                return await running.login("S1") == "deny"
+
+            await until(denied, "the strict type is denied")
+            assert (
+                await running.metric("authbackend_decisions_total", reason="registry_stale", device_type="STRICT") >= 1
+            )
+            assert await running.login("APM0001") == "allow"
+
+        async def allowed():
+            return await running.login("S1") == "allow"
+
+        await until(allowed, "it is allowed again", 30)
+
+
+async def test_a_database_that_accepts_and_hangs_is_noticed(dsn, policy):
+    with socket.create_server(("127.0.0.1", 0)) as server:  # the kernel accepts, and nobody ever says a word
+        hanging = f"postgresql://postgres@127.0.0.1:{server.getsockname()[1]}/registry"
+        async with replica(hanging, ready=False, DATABASE__CONNECT_TIMEOUT_S="0.3") as running:
+
+            async def told():
+                return running.logged("registry.refresh_failed")
+
+            await until(told, "the fault is told")
+            assert (await running.status())[0] == 503
+            assert await running.end() == 0
+
+
+async def test_too_old_requests_are_shed_logins_first(monkeypatch):
+    from prometheus_client import CollectorRegistry
+
+    from authbackend.broker.endpoints import QUESTIONS, Endpoints, Limits
+    from authbackend.logs import Sampler
+    from authbackend.metrics import BrokerMetrics
+    from authbackend.policy.decide import DecisionSettings
+    from tests.support.registry import new_store
+
+    registry = CollectorRegistry()
+    endpoints = Endpoints(
+        new_store().reader(), None, BrokerMetrics(registry), Sampler(1, 1), DecisionSettings(), Limits(1.0)
+    )
+    now = asyncio.get_running_loop().time()
+    shed = {}
+    for waited in (0.1, 0.3, 0.7, 1.1):
+        monkeypatch.setattr("time.monotonic", lambda waited=waited: now + waited)
+        for path, question in QUESTIONS.items():
+            before = registry.get_sample_value("authbackend_requests_shed_total", {"endpoint": question.name}) or 0
+            answer = endpoints.at_once(question, b"username=a&vhost=b&ip=c", now)
+            after = registry.get_sample_value("authbackend_requests_shed_total", {"endpoint": question.name}) or 0
+            shed[path, waited] = after > before
+            assert not shed[path, waited] or answer.startswith(b"HTTP/1.1 503")
+    assert {path for path, waited in shed if waited == 0.1 and shed[path, waited]} == set()
+    assert {path for path, waited in shed if waited == 0.3 and shed[path, waited]} == {"/auth/user"}
+    assert {path for path, waited in shed if waited == 0.7 and shed[path, waited]} == {"/auth/user", "/auth/vhost"}
+    assert {path for path, waited in shed if waited == 1.1 and shed[path, waited]} == set(QUESTIONS)

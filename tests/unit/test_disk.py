@@ -1,0 +1,214 @@
+"""The copy on disk: what was written comes back whole, and nothing that was damaged is ever half used."""
+
+import json
+import os
+import time
+import uuid
+
+import pytest
+
+from authbackend.errors import ConfigurationError
+from authbackend.registry.disk import MANIFEST, DiskCopy, Entry, Refused
+from authbackend.registry.mark import Mark
+from authbackend.registry.records import DeviceRow, Patch
+from tests.support.registry import contents, new_store
+
+MARK = Mark("epoch", "incarnation", "10:10:")
+
+
+def row(name, status="a", other=None):
+    return DeviceRow(name.encode(), f"{status}T\t{other or ''}\t\t\t".encode(), other and other.encode())
+
+
+def store_of(*names):
+    store = new_store()
+    store.apply(Patch({"T": b'{"name": "T"}'}, {name: row(name) for name in names}, {}), MARK, 1.0)
+    return store
+
+
+def disk(tmp_path, **kwargs):
+    return DiskCopy(tmp_path / "disk", kwargs.get("registry", "here/db"), kwargs.get("limit", 900.0))
+
+
+def restored(tmp_path, **kwargs):
+    """What a fresh start finds, as (store contents, Restored)."""
+    copy = disk(tmp_path, **kwargs)
+    target = new_store()
+    target.close()
+    try:
+        found = copy.restore(target.folder)
+    finally:
+        copy.close()
+    if found is None:
+        return None, None
+    from authbackend.registry.store import Store
+
+    opened = Store(target.folder)
+    for entry in found.entries:
+        opened.apply(entry.patch, entry.mark, 0.0)
+    result = contents(opened)
+    opened.close()
+    return result, found
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A folder with an image of two devices and a journal in which one was suspended and one renamed."""
+    store = store_of("d1", "d2")
+    copy = disk(tmp_path)
+    copy.save(store, MARK, time.time())
+    for number, patch in enumerate(
+        (
+            Patch(devices={"d1": row("d1", "s")}),
+            Patch(devices={"d2": row("other", "a", "d2")}),
+            Patch(device_types={"T": None}, accounts={"ops": b"{}"}),
+        )
+    ):
+        mark = Mark("epoch", "incarnation", f"{11 + number}:{11 + number}:")
+        store.apply(patch, mark, 2.0)
+        copy.append(Entry(time.time(), mark, patch))
+    copy.close()
+    return tmp_path / "disk", contents(store)
+
+
+def file_of(folder, kind):
+    return folder / json.loads((folder / MANIFEST).read_text())[kind]
+
+
+def test_image_and_journal_come_back(tmp_path, written):
+    _, expected = written
+    found, told = restored(tmp_path)
+    assert found == expected
+    assert told.entries[-1].mark.snapshot == "13:13:"
+    assert told.longest_staleness_s == 900.0
+
+
+def test_the_next_start_goes_by_the_limit_that_the_others_were_told(tmp_path, written):
+    assert restored(tmp_path, limit=99_999.0)[1].longest_staleness_s == 900.0
+
+
+def test_an_empty_folder_is_nothing(tmp_path):
+    assert restored(tmp_path) == (None, None)
+
+
+def test_every_file_is_for_its_owner_only(written):
+    folder, _ = written
+    assert {oct(file.stat().st_mode & 0o777) for file in folder.iterdir()} == {"0o600"}
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("cut", [1, 20, 36, 60])
+def test_a_last_entry_that_was_being_written_is_dropped(tmp_path, written, cut):
+    folder, _ = written
+    journal = file_of(folder, "journal")
+    data = journal.read_bytes()
+    journal.write_bytes(data[:-cut])
+    _, told = restored(tmp_path)
+    assert [entry.mark.snapshot for entry in told.entries] == ["10:10:", "11:11:", "12:12:"]
+
+
+@pytest.mark.parametrize("kind", ["image", "journal"])
+@pytest.mark.parametrize("where", [0.1, 0.5, 0.9])
+def test_a_flipped_bit_refuses_everything(tmp_path, written, kind, where):
+    folder, _ = written
+    file = file_of(folder, kind)
+    data = bytearray(file.read_bytes())
+    entry_of_length = kind == "journal" and 0
+    position = max(40, int(len(data) * where)) + entry_of_length
+    data[position] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(Refused, match="damaged"):
+        restored(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["image", "journal", "sha256", "mark", "at", "registry", "longest_staleness_s"])
+def test_a_changed_manifest_is_refused(tmp_path, written, field):
+    folder, _ = written
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest[field] = {"epoch": "x"} if field == "mark" else 1e9
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(Refused, match="damaged"):
+        restored(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["image", "journal"])
+def test_a_missing_file_is_refused(tmp_path, written, kind):
+    folder, _ = written
+    file_of(folder, kind).unlink()
+    with pytest.raises(Refused, match="cannot be read"):
+        restored(tmp_path)
+
+
+def test_a_copy_of_another_database_is_refused(tmp_path, written):
+    with pytest.raises(Refused, match="another database"):
+        restored(tmp_path, registry="elsewhere/db")
+
+
+def test_a_copy_from_the_future_is_refused(tmp_path, written, monkeypatch):
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 3600)
+    with pytest.raises(Refused, match="from the future"):
+        restored(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["folder", "image", "journal"])
+def test_what_others_may_write_is_refused(tmp_path, written, what):
+    folder, _ = written
+    (folder if what == "folder" else file_of(folder, what)).chmod(0o777)
+    with pytest.raises(Refused, match="can be written by others"):
+        restored(tmp_path)
+
+
+def test_what_was_refused_is_put_nowhere(tmp_path, written):
+    folder, _ = written
+    file_of(folder, "journal").write_bytes(b"\x00" * 500)
+    copy = disk(tmp_path)
+    target = tmp_path / "target"
+    target.mkdir()
+    with pytest.raises(Refused):
+        copy.restore(target)
+    assert list(target.iterdir()) == []
+    copy.close()
+
+
+def test_two_replicas_cannot_share_a_folder(tmp_path):
+    first = disk(tmp_path)
+    with pytest.raises(ConfigurationError, match="in use by another replica"):
+        disk(tmp_path)
+    first.close()
+    disk(tmp_path).close()
+
+
+def test_a_replica_is_the_same_after_a_restart(tmp_path):
+    first = disk(tmp_path)
+    name = first.replica_id()
+    first.close()
+    second = disk(tmp_path)
+    assert second.replica_id() == name
+    assert isinstance(name, uuid.UUID)
+    second.close()
+
+
+def test_a_new_image_leaves_nothing_of_the_old_one(tmp_path, written):
+    folder, _ = written
+    copy = disk(tmp_path)
+    assert copy.wants_image
+    copy.save(store_of("d9"), MARK, time.time())
+    copy.close()
+    assert len(list(folder.glob("image-*"))) == len(list(folder.glob("journal-*"))) == 1
+    found, _ = restored(tmp_path)
+    assert set(found[0]) == {b"d9"}
+
+
+def test_when_the_disk_is_full_the_old_copy_stays_and_a_new_image_is_wanted(tmp_path, written, monkeypatch):
+    _, expected = written
+    copy = disk(tmp_path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+        patched.setattr(os, "fsync", full)
+        copy.save(store_of("d9"), MARK, time.time())
+    copy.close()
+    assert restored(tmp_path)[0] == expected
