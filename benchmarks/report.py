@@ -156,7 +156,8 @@ def _storm_rows(part: dict[str, Any]) -> Iterator[Row]:
             yield "the same against RabbitMQ's internal backend", "reported", f"{ratio:.2f}", None
     for name, one in part.get("faults", {}).items():
         counts = one["counts"]
-        wrong = counts.get("wrongly_refused", 0) + counts.get("wrongly_let_in", 0)
+        taken = one["forbidden_publishes"]["taken"]
+        wrong = counts.get("wrongly_refused", 0) + counts.get("wrongly_let_in", 0) + taken
         slow = one["slow_logins"]["longer_than_15_s"]
         text = f"{wrong} wrong, {slow} logins over 15 s, longest {one['slow_logins']['longest_s']:.1f} s, {len(one['storms'])} storms in {one['lasted_s']:.0f} s"
         yield f"storm while: {name}", "no wrong verdict, no 15 s", text, wrong == 0 and slow == 0

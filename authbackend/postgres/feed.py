@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -174,7 +175,8 @@ class ChangeFeed:
                 raise Unavailable("the listening connection was lost")
             woken.clear()
 
-        connection = await connect(self._target)
+        name = f"{self._target.application_name} listener"
+        connection = await connect(replace(self._target, application_name=name))
         try:
             connection.add_termination_listener(on_lost)
             with translated_errors():

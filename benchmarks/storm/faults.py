@@ -22,6 +22,7 @@ from benchmarks.storm.stage import RELAY_PORT, Stage
 KILL_EVERY_S = 10.0
 CUT_EVERY_S = 1.0
 REFUSALS = 100
+_TRESPASS_S = 5.0
 _HTTP_ERROR = re.compile(
     r"rabbit_auth_backend_http.{0,40}?(timeout|socket_closed_remotely|econnrefused|failed_connect|error)"
 )
@@ -66,9 +67,12 @@ def _scenario(stage: Stage, name: str, broken: Callable[[Stage], Any]) -> dict[s
             fleet.cut()
             fleet.storm(options.time_limit_s)
         fleet.stop()
+        lasted_s = time.monotonic() - begin
+        trespassed = _trespass(stage)
     logins = fleet.record.latencies["connack"]
     return {
-        "lasted_s": round(time.monotonic() - begin, 1),
+        "lasted_s": round(lasted_s, 1),
+        "forbidden_publishes": trespassed,
         "events": events,
         "revoked": len(stage.revoked),
         "storms": [each.as_dict() for each in fleet.storms],
@@ -81,6 +85,15 @@ def _scenario(stage: Stage, name: str, broken: Callable[[Stage], Any]) -> dict[s
         "broker_log": _http_errors(stage.log_since(log)),
         "timeline": timeline(fleet.samples),
     }
+
+
+def _trespass(stage: Stage) -> dict[str, int]:
+    """Let some devices publish to a topic of another one, and count the tries and those the broker took."""
+    plan = make_plan(stage, publish=("fleet/somebody/telemetry/speed",), retry_delay_s=0.5)
+    with Fleet(plan, stage.fleet[:REFUSALS], stage.options.processes) as fleet:
+        fleet.storm(_TRESPASS_S)
+        fleet.stop()
+    return {"tried": fleet.record.counts["publishes"], "taken": fleet.record.counts["completed"]}
 
 
 def _http_errors(lines: list[str]) -> dict[str, int]:
@@ -128,7 +141,7 @@ def _listener_cut(stage: Stage) -> Iterator[list[str]]:
     """The connection on which the service listens to PostgreSQL is cut every second."""
     events: list[str] = []
     over = threading.Event()
-    cut = "select pg_terminate_backend(pid) from pg_stat_activity where query ilike 'listen %'"
+    cut = "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'authbackend listener'"
 
     def kill() -> None:
         while not over.wait(CUT_EVERY_S):
