@@ -22,11 +22,18 @@ from authbackend.board import Board
 from authbackend.broker.endpoints import Endpoints, Limits
 from authbackend.broker.listener import BrokerServer, TLSFiles, listening, watch
 from authbackend.broker.passwords import PasswordChecker
+from authbackend.credentials import read_password
+from authbackend.enforcement.brokers import Brokers
+from authbackend.enforcement.duty import Duty
+from authbackend.enforcement.management import Access, Cluster
+from authbackend.enforcement.metrics import EnforcementMetrics
+from authbackend.enforcement.sweep import SweepSettings
 from authbackend.errors import ConfigurationError
 from authbackend.ground import Ground, prepared, target
 from authbackend.logs import Sampler
 from authbackend.metrics import BrokerMetrics, RegistryMetrics
 from authbackend.policy.decide import DecisionSettings
+from authbackend.postgres.enforcement import leading
 from authbackend.postgres.feed import ChangeFeed
 from authbackend.postgres.replicas import Announcer, Identity
 from authbackend.registry.presence import Presence
@@ -114,8 +121,47 @@ async def following(
         stack.push_async_callback(presence.leave)
         await stack.enter_async_context(_background("registry", copy.run(), on_end))
         await stack.enter_async_context(_background("presence", presence.run(), on_end))
+        if duty := _duty(settings, store, collected):
+            await stack.enter_async_context(_background("enforcement", duty.run(), on_end))
         await stack.enter_async_context(_application_listening(app, admin))
         yield
+
+
+def _duty(settings: Settings, store: Store, collected: CollectorRegistry) -> Duty | None:
+    """Return what makes verdicts true for what is connected; None without clusters."""
+    enforcement = settings.enforcement
+    if not enforcement.clusters:
+        return None
+    database = target(settings)
+    limit_s = float("inf") if enforcement.hold_until_done else enforcement.hold_limit_s
+    return Duty(
+        lambda: leading(database, limit_s),
+        store,
+        brokers_of(settings),
+        EnforcementMetrics(collected),
+        DecisionSettings(mqtt_exchange=settings.broker.mqtt_exchange),
+        SweepSettings(enforcement.sweep_interval_s, frozenset(enforcement.sweep_closes)),
+    )
+
+
+def brokers_of(settings: Settings) -> Brokers:
+    """
+    Return the clusters to enforce on.
+
+    Raises:
+        ConfigurationError: A URL or a file cannot be used.
+    """
+    enforcement = settings.enforcement
+    ca_file = None if enforcement.ca_file is None else str(enforcement.ca_file)
+
+    def credentials() -> tuple[str, str]:
+        return enforcement.username, read_password(enforcement)
+
+    def cluster(urls: str) -> Cluster:
+        return Cluster(Access(tuple(urls.split()), credentials, ca_file, enforcement.timeout_s))
+
+    read_password(enforcement)
+    return Brokers([cluster(urls) for urls in enforcement.clusters], enforcement.kicks_per_second)
 
 
 class _Observers:

@@ -14,10 +14,11 @@ from urllib.parse import urlsplit
 import structlog
 
 from authbackend.board import Board
+from authbackend.credentials import read_dsn
 from authbackend.postgres.connection import Target
 from authbackend.registry.disk import DiskCopy, Refused, Restored
 from authbackend.registry.store import Store, in_memory
-from authbackend.settings import Settings, read_dsn
+from authbackend.settings import Settings
 
 log = structlog.get_logger(__name__)
 

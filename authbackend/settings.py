@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, Va
 
 from authbackend.errors import ConfigurationError
 
+_LISTS = {("accounts", "reserved"), ("enforcement", "clusters"), ("enforcement", "sweep_closes")}
 PREFIX = "AUTHBACKEND_"
 CONFIG_FILE_VARIABLE = "AUTHBACKEND_CONFIG"
 NOT_SETTINGS = ("AUTHBACKEND_ACTOR", "AUTHBACKEND_CACHE", CONFIG_FILE_VARIABLE)
@@ -32,6 +33,19 @@ def _listen_address(value: str) -> str:
 
 
 Listen = Annotated[str, AfterValidator(_listen_address)]
+
+
+def _management_urls(value: str) -> str:
+    urls = value.split()
+    for url in urls:
+        scheme, _, rest = url.partition("://")
+        if scheme not in ("https", "http") or not rest or "@" in rest or "/" in rest.rstrip("/"):
+            raise ValueError("write each node as https://host:15671, without path, user or password")
+        if scheme == "http" and not is_loopback(rest if ":" in rest else f"{rest}:80"):
+            raise ValueError("http:// would send the password in clear text: use https://, or http:// to loopback only")
+    if not urls:
+        raise ValueError("a cluster without a URL")
+    return value
 
 
 def host_and_port(listen: str) -> tuple[str, int]:
@@ -171,6 +185,60 @@ class Accounts(_Section):
     remember_most: int = Field(1000, ge=0, le=100000, description="Successful logins remembered at most.")
 
 
+SweepCause = Literal[
+    "unknown_identity",
+    "device_not_permitted",
+    "account_not_permitted",
+    "wrong_client_id",
+    "name_not_of_certificate",
+    "certificate_revoked",
+    "certificate_unknown",
+    "session_without_owner",
+]
+
+
+class Enforcement(_Section):
+    """Ending what is connected when the registry stops allowing it."""
+
+    clusters: tuple[Annotated[str, AfterValidator(_management_urls)], ...] = Field(
+        (),
+        description="RabbitMQ clusters to enforce on: for each, the management URLs of its nodes, separated by spaces; any node speaks for its cluster. In the environment, clusters are separated by commas. Empty: nothing is enforced.",
+    )
+    username: str = Field(
+        "enforcer", description="Account with RabbitMQ's tag `administrator`, as whom the management API is used."
+    )
+    password_file: Path | None = Field(None, description="File that holds its password; the last newline is dropped.")
+    ca_file: Path | None = Field(
+        None, description="Authority of the nodes' management certificates, PEM; unset: the system's."
+    )
+    timeout_s: float = Field(5.0, gt=0, le=60, description="Longest single request to the management API.")
+    kicks_per_second: float = Field(
+        100.0, gt=0, description="Users whose connections are closed a second, so that a mass change is no storm."
+    )
+    hold_limit_s: float = Field(
+        30.0,
+        gt=0,
+        description="Longest time that a device which lost a right is kept from logging in while its sessions are put right.",
+    )
+    hold_until_done: bool = Field(
+        False,
+        description="Keep such a device out until the work is done, whatever it takes, instead of letting it in after `hold_limit_s` with an alarm.",
+    )
+    sweep_interval_s: float = Field(
+        60.0, gt=0, description="How often live connections and sessions are compared with the registry."
+    )
+    sweep_closes: tuple[SweepCause, ...] = Field(
+        (
+            "device_not_permitted",
+            "account_not_permitted",
+            "wrong_client_id",
+            "name_not_of_certificate",
+            "certificate_revoked",
+        ),
+        description="What a sweep ends when it finds it; the rest is reported only.",
+    )
+
+
 class Log(_Section):
     """Logging, to standard error."""
 
@@ -195,6 +263,7 @@ class Settings(_Section):
     registry: Registry = Registry()
     replica: Replica = Replica()
     accounts: Accounts = Accounts()
+    enforcement: Enforcement = Enforcement()
     log: Log = Log()
 
 
@@ -237,7 +306,7 @@ def load(environment: Mapping[str, str], file: Path | None = None) -> Settings:
         branch = tree
         for part in known[name][:-1]:
             branch = branch.setdefault(part, {})
-        branch[known[name][-1]] = value.split(",") if known[name] == ("accounts", "reserved") else value
+        branch[known[name][-1]] = value.split(",") if known[name] in _LISTS else value
     if faults:
         raise ConfigurationError("\n".join(faults))
     try:
@@ -280,36 +349,3 @@ def _explain(error: ValidationError) -> Iterator[str]:
     for fault in error.errors(include_input=False, include_url=False, include_context=False):
         path = tuple(str(part) for part in fault["loc"])
         yield f"{variable(path)} ({'.'.join(path)}): {fault['msg'].removeprefix('Value error, ')}"
-
-
-def read_dsn(database: Database) -> str:
-    """
-    Return the connection URI, with the password of ``password_file`` where one is set.
-
-    Raises:
-        ConfigurationError: There is no URI, or the file cannot be read.
-    """
-    if database.dsn is None:
-        raise ConfigurationError(
-            "no database: set AUTHBACKEND_DATABASE__DSN (for example postgresql://user@host/authbackend), "
-            "or start with --embedded DIRECTORY for a PostgreSQL of its own"
-        )
-    dsn = database.dsn.get_secret_value()
-    if database.password_file is None:
-        return dsn
-    from urllib.parse import quote, urlsplit, urlunsplit
-
-    try:
-        password = database.password_file.read_text(encoding="utf-8").removesuffix("\n")
-    except OSError as error:
-        raise ConfigurationError(
-            f"cannot read database.password_file {database.password_file}: {error.strerror}"
-        ) from error
-    parts = urlsplit(dsn)
-    user, at, rest = parts.netloc.rpartition("@")
-    user = user.partition(":")[0]
-    if not at or not user:
-        raise ConfigurationError(
-            "database.password_file needs a connection URI that names its role: postgresql://role@host/database"
-        )
-    return urlunsplit(parts._replace(netloc=f"{user}:{quote(password, safe='')}@{rest}"))

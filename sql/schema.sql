@@ -323,6 +323,25 @@ begin
   return new;
 end $$;
 
+CREATE FUNCTION public.device_schedule_apply() RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  due record;
+  n bigint := 0;
+begin
+  for due in select * from public.device_schedule where at <= clock_timestamp() order by at, device_id for update skip locked loop
+    perform set_config('authbackend.actor', due.actor, true);
+    update public.device set status = due.status, status_reason = due.reason
+    where device_id = due.device_id and status <> due.status
+      and (due.status = 'revoked' or (due.status = 'suspended' and status = 'active') or (due.status = 'active' and status = 'suspended'));
+    delete from public.device_schedule where device_id = due.device_id and at = due.at;
+    n := n + 1;
+  end loop;
+  return n;
+end $$;
+
 CREATE FUNCTION public.device_status_changed() RETURNS trigger
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -346,6 +365,194 @@ begin
   end loop;
   return new;
 end $$;
+
+CREATE FUNCTION public.enforcement_account() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if not exists (select from public.enforcement_setup) then
+    return null;
+  end if;
+  case tg_op
+  when 'DELETE' then
+    insert into public.enforcement (kind, name, causes, details)
+    select 'account', name, '{deleted}', jsonb_build_object('client_ids', client_ids) from old_rows;
+  else
+    insert into public.enforcement (kind, name, causes, details)
+    select 'account', o.name, c.causes, jsonb_build_object('client_ids', o.client_ids)
+    from old_rows o left join new_rows n using (name)
+    cross join lateral (select array_remove(array[
+      case when n.name is null then 'deleted' end,
+      case when (n.login, n.password_hash) is distinct from (o.login, o.password_hash) then 'password' end,
+      case when n.tags is distinct from o.tags then 'tags' end,
+      case when exists (select from unnest(o.vhosts) as x where x <> all (n.vhosts)) then 'vhosts' end,
+      case when n.networks is not null and n.networks is distinct from o.networks then 'networks' end,
+      case when exists (select from unnest(o.client_ids) as x where x <> all (n.client_ids)) then 'client_ids' end,
+      case when (n.configure, n.write, n.read) is distinct from (o.configure, o.write, o.read)
+             or (o.unchecked_dead_lettering and not n.unchecked_dead_lettering) then 'rights' end], null) as causes) as c
+    where c.causes <> '{}';
+  end case;
+  perform pg_notify('enforcement', '');
+  return null;
+end $$;
+
+CREATE FUNCTION public.enforcement_attributes_used(of_device text, of_type text, before jsonb, after jsonb) RETURNS boolean
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+  select exists (
+    select from jsonb_each(before) b full join jsonb_each(after) a using (key)
+    join public.topic_rule r on r.device_type = of_type or r.device_id = of_device
+    where a.value is distinct from b.value and position('{attr.' || key || '}' in r.topic) > 0)
+$$;
+
+CREATE FUNCTION public.enforcement_device() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  held text[];
+begin
+  if not exists (select from public.enforcement_setup) then
+    return null;
+  end if;
+  case tg_op
+  when 'DELETE' then
+    insert into public.enforcement (kind, name, causes, details)
+    select 'device', o.device_id, '{deleted}', jsonb_build_object('common_name', o.common_name, 'client_ids', t.client_ids)
+    from old_rows o left join public.device_type t on t.name = o.type where o.status = 'active';
+  when 'UPDATE' then
+    with noted as (
+      insert into public.enforcement (kind, name, causes, details)
+      select 'device', o.device_id, c.causes, jsonb_build_object('common_name', o.common_name, 'client_ids', t.client_ids)
+      from old_rows o left join new_rows n using (device_id) left join public.device_type t on t.name = o.type
+      cross join lateral (select array_remove(array[
+        case when n.device_id is null then 'deleted' end,
+        case when n.status <> 'active' then n.status end,
+        case when n.common_name <> o.common_name then 'renamed' end,
+        -- A type that is gone was renamed; its own trigger notes that.
+        case when n.type <> o.type and t.name is not null then 'retyped' end,
+        case when n.attributes <> o.attributes and public.enforcement_attributes_used(n.device_id, n.type, o.attributes, n.attributes) then 'attributes' end,
+        case when n.expires_at <= clock_timestamp() and n.expires_at is distinct from o.expires_at then 'expired' end], null) as causes) as c
+      where o.status = 'active' and c.causes <> '{}'
+      returning name, causes)
+    select array_agg(name) into held from noted where not causes && '{deleted,pending,suspended,revoked,expired}';
+    perform public.enforcement_hold(held);
+  else
+    null;
+  end case;
+  if tg_op in ('INSERT', 'UPDATE') then
+    -- Who registers APM_1 beside APM takes the client ids that begin with APM_1 from APM.
+    execute format($q$
+      with noted as (
+        insert into public.enforcement (kind, name, causes, details)
+        select 'device', n.device_id, '{client_id_owner}', jsonb_build_object('common_name', n.common_name, 'users', array_agg(distinct d.common_name))
+        from new_rows n %s
+        cross join lateral public.client_id_owners(n.device_id) as p
+        join public.device d on d.device_id = p and p <> n.device_id join public.device_type t on t.name = d.type
+        where n.device_id ~ '[_-]' and t.client_ids <> '{}' %s
+        group by n.device_id, n.common_name
+        returning name)
+      select array_agg(name) from noted$q$,
+      case tg_op when 'UPDATE' then 'left join old_rows o using (device_id)' else '' end,
+      case tg_op when 'UPDATE' then 'and o.device_id is null' else '' end) into held;
+    perform public.enforcement_hold(held);
+  end if;
+  perform pg_notify('enforcement', '');
+  return null;
+end $_$;
+
+CREATE FUNCTION public.enforcement_device_type() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if not exists (select from public.enforcement_setup) then
+    return null;
+  end if;
+  insert into public.enforcement (kind, name, causes)
+  select 'device_type', n.name, c.causes
+  from new_rows n left join old_rows o using (name)
+  cross join lateral (select array_remove(array[
+    case when o.name is null then 'renamed' end,
+    case when exists (select from unnest(o.client_ids) as x where x <> all (n.client_ids)) then 'client_ids' end,
+    case when exists (select from unnest(o.vhosts) as x where x <> all (n.vhosts)) then 'vhosts' end,
+    case when n.networks is not null and n.networks is distinct from o.networks then 'networks' end], null) as causes) as c
+  where c.causes <> '{}';
+  perform pg_notify('enforcement', '');
+  return null;
+end $$;
+
+CREATE FUNCTION public.enforcement_hold(device_ids text[]) RETURNS void
+    LANGUAGE sql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+  insert into public.device_hold (device_id, until)
+  select d.device_id, case when s.hold_limit_s = 'Infinity' then 'infinity' else clock_timestamp() + make_interval(secs => s.hold_limit_s) end
+  from unnest(device_ids) as u (device_id) join public.device d using (device_id), public.enforcement_setup s
+  where d.status = 'active'
+  order by 1
+  on conflict (device_id) do update set since = clock_timestamp(), until = excluded.until
+$$;
+
+CREATE FUNCTION public.enforcement_note_expired() RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  now_ timestamptz := clock_timestamp();
+  since timestamptz;
+  n bigint;
+begin
+  insert into public.enforcement_expiry (noted_until) values (now_) on conflict do nothing;
+  select noted_until - interval '5 min' into since from public.enforcement_expiry for update;
+  insert into public.enforcement (kind, name, causes, details)
+  select 'device', d.device_id, '{expired}', jsonb_build_object('common_name', d.common_name, 'client_ids', t.client_ids, 'expires_at', d.expires_at)
+  from public.device d left join public.device_type t on t.name = d.type
+  where d.expires_at > since and d.expires_at <= now_ and d.status = 'active'
+    and not exists (select from public.enforcement e where e.kind = 'device' and e.name = d.device_id and e.causes = '{expired}'
+                      and (e.details ->> 'expires_at')::timestamptz = d.expires_at);
+  get diagnostics n = row_count;
+  update public.enforcement_expiry set noted_until = now_;
+  return n;
+end $$;
+
+CREATE FUNCTION public.enforcement_topic_rule() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  lost text := $q$select device_type, device_id, account, action, topic, exchange, 'allow' as effect from old_rows where effect = 'allow'$q$;
+  gained text := $q$select device_type, device_id, account, action, topic, exchange, 'deny' as effect from new_rows where effect = 'deny'$q$;
+  held text[];
+begin
+  if not exists (select from public.enforcement_setup) then
+    return null;
+  end if;
+  execute format($q$
+    with narrowed as (%s),
+    owners as (
+      select case when device_type is not null then 'device_type' when device_id is not null then 'device' else 'account' end as kind,
+             coalesce(device_type, device_id, account) as name,
+             jsonb_agg(jsonb_build_object('effect', effect, 'action', action, 'topic', topic)) as rules
+      from narrowed group by 1, 2),
+    noted as (
+      insert into public.enforcement (kind, name, causes, details)
+      select w.kind, w.name, '{rules}', jsonb_build_object('rules', w.rules) from owners w
+      where (w.kind = 'device_type' and exists (select from public.device_type t where t.name = w.name))
+         or (w.kind = 'device' and exists (select from public.device d where d.device_id = w.name and d.status = 'active'))
+         or (w.kind = 'account' and exists (select from public.account a where a.name = w.name))
+      returning kind, name)
+    select array_agg(name) from noted where kind = 'device'$q$,
+    case tg_op when 'INSERT' then gained when 'DELETE' then lost
+      -- Rows that say the same as before, but for the note, narrow nothing.
+      else format('(%s except all select device_type, device_id, account, action, topic, exchange, %L from new_rows where effect = %L) union all (%s except all select device_type, device_id, account, action, topic, exchange, %L from old_rows where effect = %L)',
+                  lost, 'allow', 'allow', gained, 'deny', 'deny') end) into held;
+  perform public.enforcement_hold(held);
+  perform pg_notify('enforcement', '');
+  return null;
+end $_$;
 
 CREATE FUNCTION public.identity_check() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER
@@ -589,6 +796,30 @@ CASE
 END)
 );
 
+CREATE TABLE public.device_hold (
+    device_id text NOT NULL,
+    since timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    until timestamp with time zone NOT NULL
+);
+
+CREATE TABLE public.device_schedule (
+    device_id text NOT NULL,
+    at timestamp with time zone NOT NULL,
+    status text NOT NULL,
+    reason text DEFAULT ''::text NOT NULL,
+    actor text DEFAULT COALESCE(NULLIF(current_setting('authbackend.actor'::text, true), ''::text), (SESSION_USER)::text) NOT NULL,
+    CONSTRAINT device_schedule_at CHECK (
+CASE
+    WHEN ((at >= '1970-01-01 00:00:00+00'::timestamp with time zone) AND (at < '9999-12-31 00:00:00+00'::timestamp with time zone)) THEN true
+    ELSE public.refuse(format('scheduled time of device %L: possible are the years 1970 to 9999'::text, device_id))
+END),
+    CONSTRAINT device_schedule_status CHECK (
+CASE
+    WHEN (status = ANY (ARRAY['active'::text, 'suspended'::text, 'revoked'::text])) THEN true
+    ELSE public.refuse(format('scheduled status %L of device %L: possible are active, suspended and revoked'::text, status, device_id))
+END)
+);
+
 CREATE TABLE public.device_type (
     name text NOT NULL,
     description text DEFAULT ''::text NOT NULL,
@@ -621,6 +852,55 @@ CASE
     WHEN (public.name_list_fault(vhosts, 255) IS NULL) THEN true
     ELSE public.refuse(format('vhosts of device type %L: %s'::text, name, public.name_list_fault(vhosts, 255)))
 END)
+);
+
+CREATE TABLE public.enforcement (
+    id bigint NOT NULL,
+    version xid8 DEFAULT pg_current_xact_id() NOT NULL,
+    kind text NOT NULL,
+    name text NOT NULL,
+    causes text[] NOT NULL,
+    details jsonb DEFAULT '{}'::jsonb NOT NULL,
+    parent bigint,
+    role name DEFAULT SESSION_USER NOT NULL,
+    actor text DEFAULT NULLIF(current_setting('authbackend.actor'::text, true), ''::text),
+    noted_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    due_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    state text DEFAULT 'waiting'::text NOT NULL,
+    attempts integer DEFAULT 0 NOT NULL,
+    fault text,
+    receipt jsonb,
+    finished_at timestamp with time zone,
+    CONSTRAINT enforcement_kind_check CHECK ((kind = ANY (ARRAY['device'::text, 'device_type'::text, 'account'::text]))),
+    CONSTRAINT enforcement_state_check CHECK ((state = ANY (ARRAY['waiting'::text, 'checking'::text, 'done'::text])))
+);
+
+CREATE TABLE public.enforcement_expiry (
+    one boolean DEFAULT true NOT NULL,
+    noted_until timestamp with time zone NOT NULL,
+    CONSTRAINT enforcement_expiry_one_check CHECK (one)
+);
+
+ALTER TABLE public.enforcement ALTER COLUMN id ADD GENERATED ALWAYS AS IDENTITY (
+    SEQUENCE NAME public.enforcement_id_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1
+);
+
+CREATE TABLE public.enforcement_setup (
+    one boolean DEFAULT true NOT NULL,
+    hold_limit_s double precision NOT NULL,
+    CONSTRAINT enforcement_setup_hold_limit_s_check CHECK ((hold_limit_s > (0)::double precision)),
+    CONSTRAINT enforcement_setup_one_check CHECK (one)
+);
+
+CREATE TABLE public.enforcement_sweep (
+    cluster text NOT NULL,
+    at timestamp with time zone NOT NULL,
+    report jsonb NOT NULL
 );
 
 CREATE TABLE public.identity_guard (
@@ -744,11 +1024,29 @@ ALTER TABLE ONLY public.change_horizon
 ALTER TABLE ONLY public.device
     ADD CONSTRAINT device_common_name_key UNIQUE (common_name) DEFERRABLE;
 
+ALTER TABLE ONLY public.device_hold
+    ADD CONSTRAINT device_hold_pkey PRIMARY KEY (device_id);
+
 ALTER TABLE ONLY public.device
     ADD CONSTRAINT device_pkey PRIMARY KEY (device_id);
 
+ALTER TABLE ONLY public.device_schedule
+    ADD CONSTRAINT device_schedule_pkey PRIMARY KEY (device_id, at);
+
 ALTER TABLE ONLY public.device_type
     ADD CONSTRAINT device_type_pkey PRIMARY KEY (name);
+
+ALTER TABLE ONLY public.enforcement_expiry
+    ADD CONSTRAINT enforcement_expiry_pkey PRIMARY KEY (one);
+
+ALTER TABLE ONLY public.enforcement
+    ADD CONSTRAINT enforcement_pkey PRIMARY KEY (id);
+
+ALTER TABLE ONLY public.enforcement_setup
+    ADD CONSTRAINT enforcement_setup_pkey PRIMARY KEY (one);
+
+ALTER TABLE ONLY public.enforcement_sweep
+    ADD CONSTRAINT enforcement_sweep_pkey PRIMARY KEY (cluster);
 
 ALTER TABLE ONLY public.identity_guard
     ADD CONSTRAINT identity_guard_pkey PRIMARY KEY (one);
@@ -772,7 +1070,17 @@ CREATE INDEX audit_key ON public.audit USING btree (entity, key, id);
 
 CREATE INDEX change_txid ON public.change USING btree (txid);
 
+CREATE INDEX device_expiry ON public.device USING btree (expires_at) WHERE (expires_at IS NOT NULL);
+
+CREATE INDEX device_schedule_due ON public.device_schedule USING btree (at);
+
 CREATE INDEX device_type_of ON public.device USING btree (type);
+
+CREATE UNIQUE INDEX enforcement_child ON public.enforcement USING btree (parent, name) WHERE (parent IS NOT NULL);
+
+CREATE INDEX enforcement_due ON public.enforcement USING btree (due_at) WHERE (state <> 'done'::text);
+
+CREATE INDEX enforcement_of ON public.enforcement USING btree (kind, name, id);
 
 CREATE INDEX topic_rule_account ON public.topic_rule USING btree (account) WHERE (account IS NOT NULL);
 
@@ -794,6 +1102,10 @@ CREATE TRIGGER audit_d AFTER DELETE ON public.device REFERENCING OLD TABLE AS ol
 
 ALTER TABLE public.device ENABLE ALWAYS TRIGGER audit_d;
 
+CREATE TRIGGER audit_d AFTER DELETE ON public.device_schedule REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('device_schedule', 'device_id');
+
+ALTER TABLE public.device_schedule ENABLE ALWAYS TRIGGER audit_d;
+
 CREATE TRIGGER audit_d AFTER DELETE ON public.device_type REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('device_type', 'name');
 
 ALTER TABLE public.device_type ENABLE ALWAYS TRIGGER audit_d;
@@ -809,6 +1121,10 @@ ALTER TABLE public.account ENABLE ALWAYS TRIGGER audit_i;
 CREATE TRIGGER audit_i AFTER INSERT ON public.device REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('device', 'device_id');
 
 ALTER TABLE public.device ENABLE ALWAYS TRIGGER audit_i;
+
+CREATE TRIGGER audit_i AFTER INSERT ON public.device_schedule REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('device_schedule', 'device_id');
+
+ALTER TABLE public.device_schedule ENABLE ALWAYS TRIGGER audit_i;
 
 CREATE TRIGGER audit_i AFTER INSERT ON public.device_type REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('device_type', 'name');
 
@@ -826,6 +1142,10 @@ CREATE TRIGGER audit_t AFTER TRUNCATE ON public.device FOR EACH STATEMENT EXECUT
 
 ALTER TABLE public.device ENABLE ALWAYS TRIGGER audit_t;
 
+CREATE TRIGGER audit_t AFTER TRUNCATE ON public.device_schedule FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('device_schedule', 'device_id');
+
+ALTER TABLE public.device_schedule ENABLE ALWAYS TRIGGER audit_t;
+
 CREATE TRIGGER audit_t AFTER TRUNCATE ON public.device_type FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('device_type', 'name');
 
 ALTER TABLE public.device_type ENABLE ALWAYS TRIGGER audit_t;
@@ -841,6 +1161,10 @@ ALTER TABLE public.account ENABLE ALWAYS TRIGGER audit_u;
 CREATE TRIGGER audit_u AFTER UPDATE ON public.device REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('device', 'device_id');
 
 ALTER TABLE public.device ENABLE ALWAYS TRIGGER audit_u;
+
+CREATE TRIGGER audit_u AFTER UPDATE ON public.device_schedule REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('device_schedule', 'device_id');
+
+ALTER TABLE public.device_schedule ENABLE ALWAYS TRIGGER audit_u;
 
 CREATE TRIGGER audit_u AFTER UPDATE ON public.device_type REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('device_type', 'name');
 
@@ -858,6 +1182,10 @@ CREATE TRIGGER change_d AFTER DELETE ON public.device REFERENCING OLD TABLE AS o
 
 ALTER TABLE public.device ENABLE ALWAYS TRIGGER change_d;
 
+CREATE TRIGGER change_d AFTER DELETE ON public.device_hold REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.change_note('device', 'device_id');
+
+ALTER TABLE public.device_hold ENABLE ALWAYS TRIGGER change_d;
+
 CREATE TRIGGER change_d AFTER DELETE ON public.device_type REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.change_note('device_type', 'name');
 
 ALTER TABLE public.device_type ENABLE ALWAYS TRIGGER change_d;
@@ -873,6 +1201,10 @@ ALTER TABLE public.account ENABLE ALWAYS TRIGGER change_i;
 CREATE TRIGGER change_i AFTER INSERT ON public.device REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.change_note('device', 'device_id');
 
 ALTER TABLE public.device ENABLE ALWAYS TRIGGER change_i;
+
+CREATE TRIGGER change_i AFTER INSERT ON public.device_hold REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.change_note('device', 'device_id');
+
+ALTER TABLE public.device_hold ENABLE ALWAYS TRIGGER change_i;
 
 CREATE TRIGGER change_i AFTER INSERT ON public.device_type REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.change_note('device_type', 'name');
 
@@ -890,6 +1222,10 @@ CREATE TRIGGER change_t AFTER TRUNCATE ON public.device FOR EACH STATEMENT EXECU
 
 ALTER TABLE public.device ENABLE ALWAYS TRIGGER change_t;
 
+CREATE TRIGGER change_t AFTER TRUNCATE ON public.device_hold FOR EACH STATEMENT EXECUTE FUNCTION public.change_note('device', 'device_id');
+
+ALTER TABLE public.device_hold ENABLE ALWAYS TRIGGER change_t;
+
 CREATE TRIGGER change_t AFTER TRUNCATE ON public.device_type FOR EACH STATEMENT EXECUTE FUNCTION public.change_note('device_type', 'name');
 
 ALTER TABLE public.device_type ENABLE ALWAYS TRIGGER change_t;
@@ -905,6 +1241,10 @@ ALTER TABLE public.account ENABLE ALWAYS TRIGGER change_u;
 CREATE TRIGGER change_u AFTER UPDATE ON public.device REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.change_note('device', 'device_id');
 
 ALTER TABLE public.device ENABLE ALWAYS TRIGGER change_u;
+
+CREATE TRIGGER change_u AFTER UPDATE ON public.device_hold REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.change_note('device', 'device_id');
+
+ALTER TABLE public.device_hold ENABLE ALWAYS TRIGGER change_u;
 
 CREATE TRIGGER change_u AFTER UPDATE ON public.device_type REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.change_note('device_type', 'name');
 
@@ -938,6 +1278,42 @@ CREATE TRIGGER defaults BEFORE INSERT ON public.device FOR EACH ROW WHEN ((new.c
 
 ALTER TABLE public.device ENABLE ALWAYS TRIGGER defaults;
 
+CREATE TRIGGER enforcement_d AFTER DELETE ON public.account REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.enforcement_account();
+
+ALTER TABLE public.account ENABLE ALWAYS TRIGGER enforcement_d;
+
+CREATE TRIGGER enforcement_d AFTER DELETE ON public.device REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.enforcement_device();
+
+ALTER TABLE public.device ENABLE ALWAYS TRIGGER enforcement_d;
+
+CREATE TRIGGER enforcement_d AFTER DELETE ON public.topic_rule REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.enforcement_topic_rule();
+
+ALTER TABLE public.topic_rule ENABLE ALWAYS TRIGGER enforcement_d;
+
+CREATE TRIGGER enforcement_i AFTER INSERT ON public.device REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.enforcement_device();
+
+ALTER TABLE public.device ENABLE ALWAYS TRIGGER enforcement_i;
+
+CREATE TRIGGER enforcement_i AFTER INSERT ON public.topic_rule REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.enforcement_topic_rule();
+
+ALTER TABLE public.topic_rule ENABLE ALWAYS TRIGGER enforcement_i;
+
+CREATE TRIGGER enforcement_u AFTER UPDATE ON public.account REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.enforcement_account();
+
+ALTER TABLE public.account ENABLE ALWAYS TRIGGER enforcement_u;
+
+CREATE TRIGGER enforcement_u AFTER UPDATE ON public.device REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.enforcement_device();
+
+ALTER TABLE public.device ENABLE ALWAYS TRIGGER enforcement_u;
+
+CREATE TRIGGER enforcement_u AFTER UPDATE ON public.device_type REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.enforcement_device_type();
+
+ALTER TABLE public.device_type ENABLE ALWAYS TRIGGER enforcement_u;
+
+CREATE TRIGGER enforcement_u AFTER UPDATE ON public.topic_rule REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.enforcement_topic_rule();
+
+ALTER TABLE public.topic_rule ENABLE ALWAYS TRIGGER enforcement_u;
+
 CREATE TRIGGER identity AFTER INSERT OR UPDATE ON public.account FOR EACH STATEMENT EXECUTE FUNCTION public.identity_check('alone');
 
 ALTER TABLE public.account ENABLE ALWAYS TRIGGER identity;
@@ -954,8 +1330,17 @@ CREATE TRIGGER status_changed BEFORE UPDATE ON public.device FOR EACH ROW WHEN (
 
 ALTER TABLE public.device ENABLE ALWAYS TRIGGER status_changed;
 
+ALTER TABLE ONLY public.device_hold
+    ADD CONSTRAINT device_hold_device_id_fkey FOREIGN KEY (device_id) REFERENCES public.device(device_id) ON UPDATE CASCADE ON DELETE CASCADE;
+
+ALTER TABLE ONLY public.device_schedule
+    ADD CONSTRAINT device_schedule_device_id_fkey FOREIGN KEY (device_id) REFERENCES public.device(device_id) ON UPDATE CASCADE ON DELETE CASCADE;
+
 ALTER TABLE ONLY public.device
     ADD CONSTRAINT device_type_fkey FOREIGN KEY (type) REFERENCES public.device_type(name) ON UPDATE CASCADE;
+
+ALTER TABLE ONLY public.enforcement
+    ADD CONSTRAINT enforcement_parent_fkey FOREIGN KEY (parent) REFERENCES public.enforcement(id);
 
 ALTER TABLE ONLY public.topic_rule
     ADD CONSTRAINT topic_rule_account_fkey FOREIGN KEY (account) REFERENCES public.account(name) ON UPDATE CASCADE ON DELETE CASCADE;
@@ -974,6 +1359,20 @@ REVOKE ALL ON FUNCTION public.change_note() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.change_prune(keep interval) FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION public.device_schedule_apply() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.enforcement_account() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.enforcement_device() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.enforcement_device_type() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.enforcement_hold(device_ids text[]) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.enforcement_note_expired() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.enforcement_topic_rule() FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION public.identity_check() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.identity_guard_take() FROM PUBLIC;
@@ -986,4 +1385,5 @@ insert into public.schema_migrations (version) values
   ('20261123100000'),
   ('20261123100100'),
   ('20261123100200'),
-  ('20261123200000');
+  ('20261123200000'),
+  ('20261124100000');

@@ -15,6 +15,7 @@ from authbackend.cli.account import account
 from authbackend.cli.certs import certs
 from authbackend.cli.common import Commands
 from authbackend.cli.device import device
+from authbackend.cli.enforcement import enforcement
 from authbackend.cli.explain import explain
 from authbackend.cli.policy import policy
 from authbackend.cli.replicas import replicas, wait
@@ -41,5 +42,5 @@ def main(context: click.Context, config: str | None) -> None:
     context.obj = config
 
 
-for command in (serve, migrate, policy, device, account, replicas, wait, explain, certs):
+for command in (serve, migrate, policy, device, account, replicas, wait, enforcement, explain, certs):
     main.add_command(command)

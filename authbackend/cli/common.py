@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ import click
 
 from authbackend import ground
 from authbackend.errors import AuthbackendError, Unconfirmed
-from authbackend.postgres import editor, replicas
+from authbackend.postgres import editor, enforcement, replicas
 from authbackend.postgres.connection import Target
 from authbackend.settings import Settings, load
 
@@ -65,7 +66,7 @@ def wait_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option(
         "--wait",
         is_flag=True,
-        help="Return when every replica decides by it; exit status 8 if that is not known in time.",
+        help="Return when every replica decides by it, and what it takes away is taken away from who is connected; exit status 8 if that is not known in time.",
     )
     @click.option(
         "--timeout",
@@ -86,29 +87,89 @@ def show_change(
     target: Target, result: dict[str, Any], as_json: bool, lines: Callable[[], Iterable[str]], wait_s: float | None
 ) -> None:
     """
-    Wait for the replicas, if wanted, and print a change with its ``version``.
+    Wait for the replicas and for enforcement, if wanted, and print a change with its ``version``.
 
     Raises:
-        Unconfirmed: Not all decide by it in time; it is printed and committed all the same.
+        Unconfirmed: Not all decide by it in time, or something may still be connected; it is printed and committed all
+            the same.
     """
     fault = None
     if wait_s is not None:
+        began = time.monotonic()
         try:
             version = result["version"] or run(editor.present_version(target))
             result["confirmed_by"] = [found["name"] for found in run(replicas.wait(target, version, wait_s))]
         except Unconfirmed as error:
             fault, result["confirmed_by"] = error, None
+        if result["version"]:
+            left_s = max(0.0, wait_s - (time.monotonic() - began))
+            result["enforcement"] = run(enforcement.enforced(target, result["version"], left_s))
+            fault = fault or unfinished(result["enforcement"])
 
     def all_lines() -> Iterable[str]:
         yield from lines()
         if result.get("confirmed_by"):
             yield f"confirmed by {', '.join(map(printable, result['confirmed_by']))}"
+        for task in result.get("enforcement") or ():
+            yield from receipt_lines(task)
 
     show(result, as_json, all_lines)
     if fault is not None:
         raise fault
     if result.get("confirmed_by") == []:
         click.echo("authbackend: no replica is known that could answer", err=True)
+    if "enforcement" in result and result["enforcement"] is None:
+        click.echo("authbackend: nothing that is connected was closed: no replica has enforcement.clusters", err=True)
+
+
+def unfinished(tasks: list[dict[str, Any]] | None) -> Unconfirmed | None:
+    """Return what to raise if what a change took away is not yet known to be taken away everywhere."""
+    open_ = [task for task in tasks or () if task["state"] != "done"]
+    if not open_:
+        return None
+    named = "; ".join(
+        f"task {task['id']} ({task['kind']} {printable(task['name'])}): {printable(why_open(task))}"
+        for task in open_[:5]
+    )
+    more = f", and {len(open_) - 5} more" if len(open_) > 5 else ""
+    return Unconfirmed(
+        f"committed, but not yet known to be true for what is connected: {named}{more}. See: authbackend enforcement list --state open"
+    )
+
+
+def why_open(task: dict[str, Any]) -> str:
+    """Return why a task is not done, in words."""
+    receipt = task["receipt"] or {}
+    if task["fault"]:
+        return str(task["fault"])
+    if receipt.get("unconfirmed"):
+        return f"replicas that may still answer by an older copy: {', '.join(receipt['unconfirmed'])}"
+    if receipt.get("unseen_nodes"):
+        return f"nodes that are not seen running, so what is connected there is not known: {', '.join(receipt['unseen_nodes'])}"
+    return "still being done" if receipt else "not begun"
+
+
+def receipt_lines(task: dict[str, Any]) -> Iterable[str]:
+    """Yield a task and its receipt for a person."""
+    receipt = task["receipt"] or {}
+    causes = ", ".join(task["causes"])
+    yield f"task {task['id']}: {task['kind']} {printable(task['name'])} ({causes}) is {task['state']}"
+    if task["state"] != "done":
+        yield f"  open: {printable(why_open(task))}"
+    closed = receipt.get("closed") or {}
+    if "devices" in receipt:
+        yield f"  {receipt['devices']} devices were touched, each a task of its own"
+    elif receipt:
+        where = (
+            ", ".join(f"{number} on {printable(node)}" for node, number in sorted(closed.items())) or "none was open"
+        )
+        yield f"  connections closed: {where}; the last one {receipt['took_s']:g} s after the change"
+    for queue in receipt.get("queues_deleted", ()):
+        yield f"  session deleted: {printable(queue['queue'])} with {queue['messages']} messages ({printable(queue['why'])})"
+    for removed in receipt.get("subscriptions_removed", ()):
+        yield f"  subscription removed: {printable(removed['filter'])} of {printable(removed['queue'])} ({printable(removed['why'])})"
+    if receipt.get("checked_at"):
+        yield f"  nothing left at {receipt['checked_at']}"
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:

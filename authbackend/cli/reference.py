@@ -9,6 +9,7 @@ import click
 from prometheus_client import CollectorRegistry, Metric
 from pydantic import BaseModel, SecretStr
 
+from authbackend.enforcement.metrics import EnforcementMetrics
 from authbackend.metrics import BrokerMetrics, Present, RegistryMetrics
 from authbackend.policy.reasons import Reason
 from authbackend.settings import Settings, setting_names, variable
@@ -22,6 +23,7 @@ REASONS = {
     Reason.DEVICE_SUSPENDED: "The device is suspended; its status reason says why.",
     Reason.DEVICE_REVOKED: "The device is revoked; its status reason says why.",
     Reason.DEVICE_EXPIRED: "The device's `expires_at` has passed.",
+    Reason.ENFORCEMENT_IN_PROGRESS: "The device lost a right and its sessions are being put right; seconds. See `authbackend enforcement list`.",
     Reason.DEVICE_TYPE_UNKNOWN: "The copy holds no such device type; it should not happen.",
     Reason.PASSWORD_ON_CERTIFICATE_IDENTITY: "A login with a password for a name that logs in by certificate: an attempt at impersonation.",
     Reason.PASSWORD_MISSING: "The account logs in by password and none came.",
@@ -112,6 +114,7 @@ def _metrics() -> Iterator[str]:
 def _collected() -> Iterator[tuple[Metric, tuple[str, ...]]]:
     registry = CollectorRegistry()
     BrokerMetrics(registry)
+    EnforcementMetrics(registry)
     registry.register(RegistryMetrics(registry, lambda: Present(None, {}, {}, 0)))
     for collector in dict.fromkeys(registry._collector_to_names):  # noqa: SLF001 - the only list there is
         for metric in collector.describe() if hasattr(collector, "describe") else collector.collect():

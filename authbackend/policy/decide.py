@@ -10,9 +10,9 @@ Source: rabbitmq_auth_backend_http and the MQTT plugin as observed on RabbitMQ 3
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
-from authbackend.policy.names import client_id_fits, possible_owners
+from authbackend.policy.client_ids import account_client_id_fault, client_id_fault
+from authbackend.policy.lookups import Registry
 from authbackend.policy.reasons import Reason
 from authbackend.policy.requests import LoginRequest, ResourceRequest, TopicRequest, VhostRequest
 from authbackend.policy.rules import (
@@ -35,26 +35,6 @@ from authbackend.policy.topics import MANY, MOST_MANY_IN_A_FILTER, MOST_WORDS_WI
 _TOPIC_PERMISSIONS = {str(permission): permission for permission in Permission}
 ACCOUNT = "account"
 UNKNOWN = "unknown"
-
-
-class Registry(Protocol):
-    """The lookups that deciding needs, all at one version of the registry."""
-
-    @property
-    def age_s(self) -> float:
-        """How long ago this was known to be the newest version, in seconds."""
-
-    def device_by_name(self, common_name: str) -> Device | None:
-        """Return the device with this common name, in any status."""
-
-    def device_by_id(self, device_id: str) -> Device | None:
-        """Return the device with this id, in any status."""
-
-    def device_type(self, name: str) -> DeviceType | None:
-        """Return a device type."""
-
-    def account(self, name: str) -> Account | None:
-        """Return an account."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +84,7 @@ def login(registry: Registry, request: LoginRequest, now: float) -> Decision | P
     if device is not None:
         if request.password is not None:
             return _deny(Reason.PASSWORD_ON_CERTIFICATE_IDENTITY, device.type)
-        return _device_fault(registry, device, now, request.client_id) or _allow(device.type)
+        return _device_fault(registry, device, now, request.client_id) or _hold(device, now) or _allow(device.type)
     account = registry.account(request.username)
     if account is None:
         unknown = _deny(Reason.UNKNOWN_IDENTITY, UNKNOWN)
@@ -113,7 +93,7 @@ def login(registry: Registry, request: LoginRequest, now: float) -> Decision | P
 
 
 def _account_login(registry: Registry, account: Account, request: LoginRequest) -> Decision | PasswordCheck:
-    fault = _account_client_id_fault(registry, account, request.client_id)
+    fault = account_client_id_fault(registry, account, request.client_id)
     then = _deny(fault, ACCOUNT) if fault else Decision(True, Reason.ALLOWED, ACCOUNT, None, account.tags)
     if account.login is Login.CERTIFICATE:
         if request.password is not None:
@@ -128,14 +108,14 @@ def vhost(registry: Registry, request: VhostRequest, now: float) -> Decision:
     """Decide access to a virtual host from an address."""
     device = registry.device_by_name(request.username)
     if device is not None:
-        if fault := _mqtt_fault(registry, device, now, request.client_id):
+        if fault := _mqtt_fault(registry, device, now, request.client_id) or _hold(device, now):
             return fault
         holder: DeviceType | Account | None = registry.device_type(device.type)
         kind = device.type
     else:
         holder = registry.account(request.username)
         kind = ACCOUNT
-        if isinstance(holder, Account) and (reason := _account_client_id_fault(registry, holder, request.client_id)):
+        if isinstance(holder, Account) and (reason := account_client_id_fault(registry, holder, request.client_id)):
             return _deny(reason, ACCOUNT)
     if holder is None:
         return _deny(Reason.UNKNOWN_IDENTITY, UNKNOWN)
@@ -313,6 +293,22 @@ def _mqtt_fault(
     return None
 
 
+def _hold(device: Device, now: float) -> Decision | None:
+    """
+    Return why a device may not log in for the moment, though it may otherwise.
+
+    Not asked for what is already connected: that is closed, and its last will is decided by the rules.
+    """
+    if device.held_until is not None and now < device.held_until:
+        return _deny(Reason.ENFORCEMENT_IN_PROGRESS, device.type)
+    return None
+
+
+def device_fault(registry: Registry, device: Device, now: float) -> Decision | None:
+    """Return why a device may not do anything, whatever it asks; None if it may log in, a hold apart."""
+    return _device_fault(registry, device, now, None)
+
+
 def _device_fault(registry: Registry, device: Device, now: float, client_id: str | None) -> Decision | None:
     match device.status:
         case Status.ACTIVE:
@@ -336,49 +332,8 @@ def _device_fault(registry: Registry, device: Device, now: float, client_id: str
     return _deny(reason, device.type) if reason else None
 
 
-def client_id_fault(registry: Registry, device: Device, device_type: DeviceType, client_id: str) -> Reason | None:
-    """
-    Return why a client id is not this device's, or None.
-
-    It must fit a pattern of the device's type. Devices in every status own their client ids: one that equals a
-    device's id is that device's alone, and one that fits several belongs to the longest device id.
-    """
-    if not client_id_fits(client_id, device.device_id, device_type.client_ids):
-        return Reason.CLIENT_ID_NOT_BOUND
-    if client_id == device.device_id:
-        return None  # the longest id that it can belong to
-    for owner_id in possible_owners(client_id):
-        if owner_id == device.device_id:
-            return None
-        if _owns(registry, owner_id, client_id):
-            return Reason.CLIENT_ID_OF_ANOTHER_DEVICE
-    return None
-
-
-def _owns(registry: Registry, device_id: str, client_id: str) -> bool:
-    """Return whether the device of this id, if there is one, has a claim on a client id."""
-    device = registry.device_by_id(device_id)
-    if device is None:
-        return False
-    if client_id == device_id:
-        return True
-    device_type = registry.device_type(device.type)
-    return device_type is not None and client_id_fits(client_id, device_id, device_type.client_ids)
-
-
-def _account_client_id_fault(registry: Registry, account: Account, client_id: str | None) -> Reason | None:
-    """An account speaks MQTT only with the client ids it lists, and never with a device's."""
-    if client_id is None:
-        return None
-    if client_id not in account.client_ids:
-        return Reason.CLIENT_ID_NOT_BOUND
-    if any(_owns(registry, owner_id, client_id) for owner_id in possible_owners(client_id)):
-        return Reason.CLIENT_ID_OF_ANOTHER_DEVICE
-    return None
-
-
 def _account_fault(registry: Registry, account: Account, client_id: str | None, vhost_name: str) -> Decision | None:
-    if reason := _account_client_id_fault(registry, account, client_id):
+    if reason := account_client_id_fault(registry, account, client_id):
         return _deny(reason, ACCOUNT)
     if vhost_name not in account.vhosts:
         return _deny(Reason.VHOST_NOT_LISTED, ACCOUNT)

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from authbackend.policy import decide
-from authbackend.policy.decide import Decision, PasswordCheck, Registry
+from authbackend.policy.decide import Decision, PasswordCheck
+from authbackend.policy.lookups import Registry
 from authbackend.policy.names import DEVICE_ID_PLACEHOLDER
 from authbackend.policy.reasons import Reason
 from authbackend.policy.requests import LoginRequest, ResourceRequest, TopicRequest, VhostRequest

@@ -16,6 +16,7 @@ class Reason(StrEnum):
     DEVICE_SUSPENDED = "device_suspended"
     DEVICE_REVOKED = "device_revoked"
     DEVICE_EXPIRED = "device_expired"
+    ENFORCEMENT_IN_PROGRESS = "enforcement_in_progress"
     DEVICE_TYPE_UNKNOWN = "device_type_unknown"
     PASSWORD_ON_CERTIFICATE_IDENTITY = "password_on_certificate_identity"
     PASSWORD_MISSING = "password_missing"

@@ -308,6 +308,7 @@ class Device:
 
     Args:
         expires_at: Seconds since the epoch, None for never.
+        held_until: Seconds since the epoch until which no login is let in, while its connections are put right.
     """
 
     device_id: DeviceId
@@ -317,6 +318,7 @@ class Device:
     attributes: Mapping[str, str] | None = None
     expires_at: float | None = None
     rules: RuleSet = NO_RULES
+    held_until: float | None = None
 
 
 class Login(StrEnum):

@@ -15,7 +15,7 @@ from authbackend.registry import records
 
 @dataclass(frozen=True, slots=True)
 class Excerpt:
-    """Some devices and types; implements ``policy.decide.Registry``."""
+    """Some devices and types; implements ``policy.lookups.Registry``."""
 
     devices: dict[str, Device]
     types: dict[str, DeviceType]

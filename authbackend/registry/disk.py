@@ -36,7 +36,7 @@ from authbackend.registry.mark import Mark
 from authbackend.registry.records import DeviceRow, Patch
 from authbackend.registry.store import DATA_FILE, Store
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 _CLOCK_SLACK_S = 5.0
 _DIGEST_BYTES = 32

@@ -6,8 +6,8 @@ more than copying bytes, and a comparison with the database is a comparison of b
 
 A device, under its common name, fields separated by a tab, which JSON never contains::
 
-    a APM <tab> device id, empty if it is the common name <tab> expiry, seconds <tab> attributes <tab> own rules
-    ^ status: pending, active, suspended, revoked
+    aAPM <tab> device id, empty if it is the common name <tab> expiry, seconds <tab> attributes <tab> own rules <tab> hold
+    ^ status: pending, active, suspended, revoked                                             end of a hold, seconds ^
 
 A device type and an account, under their name: a JSON object with the columns of their table and ``rules``. A rule is
 ``[id, effect, action, topic, exchange]``.
@@ -99,7 +99,7 @@ def device_id_of(name: str, record: bytes) -> str:
 
 def device(name: str, record: bytes) -> Device:
     """Return the device that is kept under a common name."""
-    head, device_id, expires_at, attributes, rules = record.decode().split("\t")
+    head, device_id, expires_at, attributes, rules, held_until = record.decode().split("\t")
     found = device_id or name
     return Device(
         device_id=DeviceId(found),
@@ -109,6 +109,7 @@ def device(name: str, record: bytes) -> Device:
         attributes=StoredAttributes(attributes) if attributes else None,
         expires_at=float(expires_at) if expires_at else None,
         rules=_rules(json.loads(rules), f"device_id {found}") if rules else NO_RULES,
+        held_until=float(held_until) if held_until else None,
     )
 
 

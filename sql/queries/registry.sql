@@ -3,7 +3,7 @@
 -- name: lock_registry!
 -- Before the first SELECT of a reader: a table rewrite or TRUNCATE that committed after the snapshot was taken
 -- would look like an empty table.
-lock table device_type, device, account, topic_rule, change, change_floor, incarnation in access share mode;
+lock table device_type, device, device_hold, account, topic_rule, change, change_floor, incarnation in access share mode;
 
 -- name: position^
 -- Where the reader stands. row: snapshot text, the server's clock, floor text, incarnation text or null, epoch text, triggers bigint
@@ -42,9 +42,10 @@ from device_type t where name = any ($1::text[]);
 -- row: common name, record, device id where it is another, all bytea
 select convert_to(common_name, 'UTF8') as name, convert_to(concat_ws(E'\t', left(status, 1) || type, case when device_id <> common_name then device_id else '' end,
          coalesce(extract(epoch from expires_at)::float8::text, ''), case when attributes <> '{}' then attributes::text else '' end,
-         coalesce(own.rules, '')), 'UTF8') as record,
+         coalesce(own.rules, ''), coalesce(extract(epoch from h.until)::float8::text, '')), 'UTF8') as record,
        case when device_id <> common_name then convert_to(device_id, 'UTF8') end as other_id
 from device d
+left join device_hold h using (device_id)
 left join (select r.device_id, json_agg(json_build_array(r.id, r.effect, r.action, r.topic, r.exchange) order by r.id)::text as rules from topic_rule r where r.device_id is not null group by r.device_id) own
   using (device_id);
 
@@ -52,9 +53,10 @@ left join (select r.device_id, json_agg(json_build_array(r.id, r.effect, r.actio
 -- params: 1 device ids; row: device id, then as all_devices
 select d.device_id, convert_to(common_name, 'UTF8') as name, convert_to(concat_ws(E'\t', left(status, 1) || type, case when d.device_id <> common_name then d.device_id else '' end,
          coalesce(extract(epoch from expires_at)::float8::text, ''), case when attributes <> '{}' then attributes::text else '' end,
-         coalesce(own.rules, '')), 'UTF8') as record,
+         coalesce(own.rules, ''), coalesce(extract(epoch from h.until)::float8::text, '')), 'UTF8') as record,
        case when d.device_id <> common_name then convert_to(d.device_id, 'UTF8') end as other_id
 from device d
+left join device_hold h on h.device_id = d.device_id
 left join lateral (select json_agg(json_build_array(r.id, r.effect, r.action, r.topic, r.exchange) order by r.id)::text as rules from topic_rule r where r.device_id = d.device_id) own on true
 where d.device_id = any ($1::text[]);
 

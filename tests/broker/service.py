@@ -78,6 +78,7 @@ class Service:
         self._process: Process | None = None
         keep = {name: value for name, value in os.environ.items() if not name.startswith("AUTHBACKEND_")}
         files = certificates.directory
+        self._ca_file = certificates.ca_file
         self._dsns = (dsn, admin_dsn)
         self._environment = keep | {
             "AUTHBACKEND_BROKER__LISTEN": f"127.0.0.1:{broker_port}",
@@ -117,6 +118,27 @@ class Service:
             words = " ".join(map(str, arguments))
             raise HarnessError(f"authbackend {words}: exit status {done.returncode}\n{done.stdout}{done.stderr}")
         return done.stdout
+
+    def enforce(self, *clusters: str, **settings: str) -> None:
+        """
+        Let it end what is connected on these clusters, from the next start on; without any, no more.
+
+        Args:
+            settings: More of ``[enforcement]``, for example ``sweep_interval_s``.
+        """
+        prefix = "AUTHBACKEND_ENFORCEMENT__"
+        self._environment = {name: value for name, value in self._environment.items() if not name.startswith(prefix)}
+        if not clusters:
+            return
+        password = self.log.with_name("enforcer-password")
+        password.write_text("enforcer-password\n")
+        found = {
+            "clusters": ",".join(clusters),
+            "password_file": str(password),
+            "ca_file": str(self._ca_file),
+            **settings,
+        }
+        self._environment |= {f"{prefix}{name.upper()}": value for name, value in found.items()}
 
     def start(self) -> None:
         """

@@ -8,7 +8,7 @@ from authbackend.policy.rules import Account, Device, DeviceType
 
 
 class MemoryRegistry:
-    """Implements ``policy.decide.Registry``; ``age_s`` is whatever the test says."""
+    """Implements ``policy.lookups.Registry``; ``age_s`` is whatever the test says."""
 
     def __init__(
         self,

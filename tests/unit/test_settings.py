@@ -3,8 +3,9 @@
 import pytest
 
 from authbackend import bootstrap, ground
+from authbackend.credentials import read_dsn
 from authbackend.errors import ConfigurationError
-from authbackend.settings import load, read_dsn, setting_names, variable
+from authbackend.settings import load, setting_names, variable
 
 DSN = "postgresql://service:hunter2@db/authbackend"
 

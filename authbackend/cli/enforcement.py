@@ -1,0 +1,117 @@
+"""``enforcement list | show | retry | sweeps | disable``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import click
+
+from authbackend.cli.common import json_option, printable, receipt_lines, run, show, table, target_of, why_open
+from authbackend.postgres import enforcement as work
+
+
+@click.group()
+def enforcement() -> None:
+    """What was ended on the brokers after a change, what is still to be, and the receipts."""
+
+
+@enforcement.command("list")
+@click.option("--state", type=click.Choice(["open", "waiting", "checking", "done"]), help="Only tasks in this state.")
+@click.option(
+    "--kind", type=click.Choice(["device", "device_type", "account", "certificate"]), help="Only tasks of this kind."
+)
+@click.option("--name", metavar="NAME", help="Only tasks of this device id, device type or account.")
+@click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="At most this many.")
+@json_option
+@click.pass_context
+def list_(
+    context: click.Context, state: str | None, kind: str | None, name: str | None, limit: int, as_json: bool
+) -> None:
+    """List tasks, the newest first."""
+    found = run(work.list_tasks(target_of(context), state=state, kind=kind, name=name, limit=limit))
+    rows = [
+        {
+            **task,
+            "noted_at": f"{task['noted_at']:%Y-%m-%d %H:%M:%S}",
+            "closed": sum(((task["receipt"] or {}).get("closed") or {}).values()),
+            "why": why_open(task) if task["state"] != "done" else "",
+        }
+        for task in found
+    ]
+    show(
+        found,
+        as_json,
+        lambda: table(rows, ("id", "noted_at", "by", "kind", "name", "causes", "state", "closed", "why")),
+    )
+
+
+@enforcement.command("show")
+@click.argument("task", type=click.IntRange(1))
+@json_option
+@click.pass_context
+def show_(context: click.Context, task: int, as_json: bool) -> None:
+    """Show a task with its receipt: who, when, which replicas confirmed, what was closed where."""
+    found = run(work.get_task(target_of(context), task))
+
+    def lines() -> Iterator[str]:
+        yield from receipt_lines(found)
+        yield f"  noted at {found['noted_at']:%Y-%m-%d %H:%M:%S.%f} UTC, by {printable(found['actor'] or found['role'])}, version {found['version']}"
+        receipt = found["receipt"] or {}
+        if receipt.get("confirmed_by") is not None:
+            yield f"  confirmed by: {', '.join(map(printable, receipt['confirmed_by'])) or 'no replica'}"
+        for cluster, nodes in (receipt.get("nodes") or {}).items():
+            seen = ", ".join(f"{printable(node)}{'' if up else ' (not running)'}" for node, up in nodes.items())
+            yield f"  looked at {printable(cluster)}: {seen}; {receipt['looks']} looks"
+        if found["attempts"]:
+            yield f"  failed attempts: {found['attempts']}"
+
+    show(found, as_json, lines)
+
+
+@enforcement.command()
+@click.argument("task", type=click.IntRange(1), required=False)
+@json_option
+@click.pass_context
+def retry(context: click.Context, task: int | None, as_json: bool) -> None:
+    """Do a task at once, also one that is done already; without a number, all open ones."""
+    changed = run(work.retry(target_of(context), task))
+    show({"tasks": changed}, as_json, lambda: [f"{changed} tasks are due now"])
+
+
+@enforcement.command()
+@json_option
+@click.pass_context
+def sweeps(context: click.Context, as_json: bool) -> None:
+    """Show what the last sweep of each cluster found."""
+    found = run(work.list_sweeps(target_of(context)))
+
+    def lines() -> Iterator[str]:
+        for sweep in found:
+            report = sweep["report"]
+            counted = ", ".join(f"{cause} {number}" for cause, number in report["found"].items()) or "nothing"
+            yield (
+                f"{printable(sweep['cluster'])} at {sweep['at']:%Y-%m-%d %H:%M:%S} UTC: {report['connections']} connections, "
+                f"{report['sessions']} session queues in {report['duration_s']:g} s; found {counted}"
+            )
+            columns = ("cause", "user", "client_id", "queue", "node", "why")
+            entries = [{column: entry.get(column) for column in columns} for entry in report["entries"]]
+            if entries:
+                yield from table(entries, columns)
+        if not found:
+            yield "no sweep has been made yet"
+
+    show(found, as_json, lines)
+
+
+@enforcement.command()
+@json_option
+@click.pass_context
+def disable(context: click.Context, as_json: bool) -> None:
+    """
+    Note no more work, and end all holds.
+
+    For a registry whose services enforce no more: without this, changes go on noting work that nobody does. A
+    service with enforcement.clusters switches it on again when it starts.
+    """
+    run(work.disable(target_of(context)))
+    show({"enabled": False}, as_json, lambda: ["enforcement is off"])

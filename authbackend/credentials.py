@@ -1,0 +1,56 @@
+"""Reads the secrets that settings name."""
+
+from __future__ import annotations
+
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from authbackend.errors import ConfigurationError
+from authbackend.settings import Database, Enforcement
+
+
+def read_password(enforcement: Enforcement) -> str:
+    """
+    Return the password for the management API.
+
+    Raises:
+        ConfigurationError: No file is set, or it cannot be read.
+    """
+    if enforcement.password_file is None:
+        raise ConfigurationError("enforcement.clusters needs enforcement.password_file: the password of the account")
+    try:
+        return enforcement.password_file.read_text(encoding="utf-8").removesuffix("\n")
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot read enforcement.password_file {enforcement.password_file}: {error.strerror}"
+        ) from error
+
+
+def read_dsn(database: Database) -> str:
+    """
+    Return the connection URI, with the password of ``password_file`` where one is set.
+
+    Raises:
+        ConfigurationError: There is no URI, or the file cannot be read.
+    """
+    if database.dsn is None:
+        raise ConfigurationError(
+            "no database: set AUTHBACKEND_DATABASE__DSN (for example postgresql://user@host/authbackend), "
+            "or start with --embedded DIRECTORY for a PostgreSQL of its own"
+        )
+    dsn = database.dsn.get_secret_value()
+    if database.password_file is None:
+        return dsn
+    try:
+        password = database.password_file.read_text(encoding="utf-8").removesuffix("\n")
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot read database.password_file {database.password_file}: {error.strerror}"
+        ) from error
+    parts = urlsplit(dsn)
+    user, at, rest = parts.netloc.rpartition("@")
+    user = user.partition(":")[0]
+    if not at or not user:
+        raise ConfigurationError(
+            "database.password_file needs a connection URI that names its role: postgresql://role@host/database"
+        )
+    return urlunsplit(parts._replace(netloc=f"{user}:{quote(password, safe='')}@{rest}"))

@@ -1,0 +1,154 @@
+"""What tasks come to: whose connections must end, whose sessions are looked at, and what the receipt says. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from itertools import groupby
+from typing import Any
+
+from authbackend.enforcement.brokers import Done
+from authbackend.enforcement.judging import Judge, fits, narrowed_actions
+from authbackend.enforcement.work import Task
+from authbackend.policy.rules import Device, Effect, Permission, RuleSet
+
+_ACTIONS = {Permission.WRITE: "publish", Permission.READ: "subscribe"}
+_BOTH = frozenset({"publish", "subscribe"})
+
+
+@dataclass
+class Case:
+    """
+    What the open tasks about one device or account come to.
+
+    Args:
+        task: What changed; several tasks about the same are one here.
+        ids: Of the tasks.
+        device: The device as it is now; None if it is gone, or for accounts.
+        users: User names whose connections must end.
+        gone: True if nobody may be connected by these names, also not anew.
+        held: True if the device's logins are held until this is done.
+        actions: Which rules narrowed.
+        sessions: Device ids and client ids whose sessions are looked at.
+    """
+
+    task: Task
+    ids: list[int]
+    device: Device | None = None
+    users: set[str] = field(default_factory=set)
+    gone: bool = False
+    held: bool = False
+    actions: frozenset[str] = frozenset()
+    sessions: list[str] = field(default_factory=list)
+    done: Done = field(default_factory=Done)
+
+
+def cases_of(judge: Judge, tasks: Iterable[Task]) -> list[Case]:
+    """Return the cases of tasks about devices and accounts."""
+    found = []
+    ordered = sorted(tasks, key=lambda task: (task.kind, task.name, task.id))
+    for (kind, _), group in groupby(ordered, key=lambda task: (task.kind, task.name)):
+        same = list(group)
+        task = _merged(same)
+        case = _device_case(judge, task) if kind == "device" else _account_case(judge, task)
+        case.ids = [each.id for each in same]
+        found.append(case)
+    return found
+
+
+def _merged(same: list[Task]) -> Task:
+    """Return one task for several about the same; it waits for its first attempt if one of them does."""
+    details = [task.details for task in same]
+    waiting = any(task.state == "waiting" for task in same)
+    return replace(
+        same[0],
+        causes=frozenset[str]().union(*(task.causes for task in same)),
+        details={
+            "users": sorted(
+                {name for each in details for name in (each.get("common_name"), *each.get("users", ())) if name}
+            ),
+            "client_ids": sorted({pattern for each in details for pattern in each.get("client_ids") or ()}),
+            "rules": [rule for each in details for rule in each.get("rules", ())],
+        },
+        state="waiting" if waiting else "checking",
+        receipt=next((task.receipt for task in same if task.receipt), {}),
+    )
+
+
+def _device_case(judge: Judge, task: Task) -> Case:
+    device = judge.registry.device_by_id(task.name)
+    users = {*task.details["users"], *([device.common_name] if device else [])}
+    if judge.ended(device) is not None:
+        return Case(task, [], device, users, gone=True, sessions=[task.name])
+    actions = narrowed(judge, task)
+    if not actions:
+        return Case(task, [], device)  # what is still allowed covers what went
+    return Case(task, [], device, users, held=True, actions=actions, sessions=[task.name])
+
+
+def _account_case(judge: Judge, task: Task) -> Case:
+    account = judge.registry.account(task.name)
+    actions = narrowed(judge, task)
+    if account is not None and not actions:
+        return Case(task, [])
+    sessions = sorted({*task.details["client_ids"], *(account.client_ids if account else ())})
+    return Case(task, [], None, {task.name}, gone=account is None, actions=actions, sessions=sessions)
+
+
+def narrowed(judge: Judge, task: Task) -> frozenset[str]:
+    """Return which of ``publish`` and ``subscribe`` a change may have narrowed; both, unless only rules changed."""
+    if task.causes != {"rules"}:
+        return _BOTH
+    registry = judge.registry
+    rules: list[RuleSet] = []
+    if task.kind == "account":
+        account = registry.account(task.name)
+        rules += [account.rules] if account else []
+    else:
+        device = registry.device_by_id(task.name) if task.kind == "device" else None
+        device_type = registry.device_type(device.type if device else task.name)
+        rules += [holder.rules for holder in (device, device_type) if holder is not None]
+    present = [(_ACTIONS[r.permission], r.topic) for each in rules for r in each if r.effect is Effect.ALLOW]
+    return frozenset(narrowed_actions(task.details.get("rules", []), present))
+
+
+def case_of(judge: Judge, cases: Iterable[Case], client_id: str) -> Case | None:
+    """Return the case that a session belongs to: its owner's, or without one, that of who may have owned it before."""
+    owner = judge.owner(client_id)
+    if owner is None:
+        for case in cases:
+            if client_id in case.sessions or fits(client_id, case.task.name, case.task.details["client_ids"]):
+                return case
+        return None
+    mine = ("device", owner.device_id) if isinstance(owner, Device) else ("account", owner.name)
+    return next((case for case in cases if (case.task.kind, case.task.name) == mine), None)
+
+
+def receipt(case: Case, confirmed: list[str], missing: list[str]) -> dict[str, Any]:
+    """Return the receipt of a case: what was done before, and now."""
+    before, now = case.task.receipt, case.done
+    took_s = before.get("took_s")
+    if took_s is None or now.closed:
+        took_s = since(case.task)
+    closed = dict(before.get("closed", {}))
+    for node, number in now.closed.items():
+        closed[node] = closed.get(node, 0) + number
+    return {
+        "took_s": took_s,
+        "confirmed_at": before.get("confirmed_at", datetime.now(UTC).timestamp()),
+        "confirmed_by": confirmed,
+        "unconfirmed": missing,
+        "nodes": now.nodes,
+        "unseen_nodes": now.unseen,
+        "closed": closed,
+        "queues_deleted": before.get("queues_deleted", []) + now.deleted,
+        "subscriptions_removed": before.get("subscriptions_removed", []) + now.unbound,
+        "sessions_kept": now.kept,
+        "looks": before.get("looks", 0) + 1,
+    }
+
+
+def since(task: Task) -> float:
+    """Return how long ago a task was noted, in seconds."""
+    return round((datetime.now(UTC) - task.noted_at).total_seconds(), 3)

@@ -1,0 +1,252 @@
+"""
+The management API of one RabbitMQ cluster: who is connected, which queues there are, and ending both.
+
+Source: RabbitMQ's HTTP API reference, and what 4.3.6 was observed to do: the list of a user's connections reads the
+connection tracking and is true at once; the list of all connections reads statistics and may be seconds late.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import ssl
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+import aiohttp
+from yarl import URL
+
+from authbackend.errors import Unavailable
+
+PAGE = 500
+"""RabbitMQ allows at most this many entries on a page."""
+
+_CONNECTION_COLUMNS = (
+    "name,node,user,vhost,protocol,peer_host,peer_cert_subject,peer_cert_serial_number,client_properties,connected_at"
+)
+_REASON = {"X-Reason": "authbackend: not permitted any more"}
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """A live connection, as the connection tracking knows it."""
+
+    name: str
+    node: str
+    user: str
+
+
+@dataclass(frozen=True, slots=True)
+class LiveConnection:
+    """
+    A live connection, as the statistics know it.
+
+    Args:
+        client_id: MQTT only.
+        certificate_subject: RFC 4514, None without TLS or certificate.
+        certificate_serial: Hexadecimal as RabbitMQ writes it, from 4.2.7 on.
+        user_properties: Of an MQTT 5 CONNECT.
+        connected_at: Seconds since the epoch.
+    """
+
+    name: str
+    node: str
+    user: str
+    vhost: str
+    protocol: str
+    address: str
+    client_id: str | None
+    certificate_subject: str | None
+    certificate_serial: str | None
+    user_properties: dict[str, str]
+    connected_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """A queue; ``messages`` as far as they are counted."""
+
+    vhost: str
+    name: str
+    messages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """A binding of a queue; ``key`` is how RabbitMQ names it among those of the same ends."""
+
+    source: str
+    routing_key: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """
+    How to reach a cluster.
+
+    Args:
+        urls: Management URLs of its nodes; any of them answers for all.
+        credentials: Returns user name and password, read anew when they are refused.
+        ca_file: The authority of the nodes' certificates, PEM; None: the system's.
+    """
+
+    urls: tuple[str, ...]
+    credentials: Callable[[], tuple[str, str]]
+    ca_file: str | None = None
+    timeout_s: float = 5.0
+
+
+class Cluster:
+    """
+    One cluster. Every method raises ``Unavailable`` when no node of it answers as it should.
+
+    Args:
+        access: Where and as whom.
+    """
+
+    def __init__(self, access: Access) -> None:
+        self.name = URL(access.urls[0]).host or access.urls[0]
+        self._access = access
+        self._urls = list(access.urls)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def close(self) -> None:
+        """End the connections to it."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    async def nodes(self) -> dict[str, bool]:
+        """Return the cluster's nodes and whether the one that answered sees each of them running."""
+        found = await self._get("/api/nodes?columns=name,running")
+        return {node["name"]: bool(node["running"]) for node in found}
+
+    async def connections_of(self, user: str) -> list[Connection]:
+        """Return a user's live connections, true at once."""
+        found = await self._get(f"/api/connections/username/{_quoted(user)}")
+        return [Connection(each["name"], each["node"], each["user"]) for each in found]
+
+    async def close_user(self, user: str) -> None:
+        """Close every connection of a user, on every node."""
+        await self._call("DELETE", f"/api/connections/username/{_quoted(user)}", headers=_REASON)
+
+    async def connected_at(self, name: str) -> float | None:
+        """Return since when a connection has been there, seconds since the epoch; None if the statistics lack it."""
+        found = await self._get(f"/api/connections/{_quoted(name)}?columns=name,user,connected_at", missing=None)
+        return _live(found).connected_at if found and found.get("user") else None
+
+    async def close_connection(self, name: str) -> None:
+        """Close one connection; it must be in the statistics."""
+        await self._call("DELETE", f"/api/connections/{_quoted(name)}", headers=_REASON)
+
+    async def connections(self) -> AsyncIterator[list[LiveConnection]]:
+        """Yield all connections in pages; one that is younger than the statistics may be missing."""
+        async for page in self._pages(f"/api/connections?columns={_CONNECTION_COLUMNS}&sort=name"):
+            yield [_live(each) for each in page if each.get("user")]
+
+    async def queues(self, pattern: str) -> AsyncIterator[list[Queue]]:
+        """Yield the queues whose name matches a regular expression, in pages."""
+        options = "disable_stats=true&enable_queue_totals=true"
+        async for page in self._pages(f"/api/queues?{options}&use_regex=true&name={_quoted(pattern)}"):
+            yield [Queue(each["vhost"], each["name"], each.get("messages", 0)) for each in page]
+
+    async def bindings(self, queue: Queue) -> list[Binding]:
+        """Return what is bound to a queue, but for the default exchange; none if the queue is gone."""
+        found = await self._get(f"{_queue(queue)}/bindings", missing=[])
+        return [Binding(b["source"], b["routing_key"], b["properties_key"]) for b in found if b["source"]]
+
+    async def unbind(self, queue: Queue, binding: Binding) -> None:
+        """Remove a binding; one that is gone is no fault."""
+        ends = f"e/{_quoted(binding.source)}/q/{_quoted(queue.name)}"
+        key = quote(binding.key, safe="%~")  # RabbitMQ's own text, already quoted
+        await self._call("DELETE", f"/api/bindings/{_quoted(queue.vhost)}/{ends}/{key}")
+
+    async def delete_queue(self, queue: Queue) -> None:
+        """Delete a queue with its messages; one that is gone is no fault."""
+        await self._call("DELETE", _queue(queue))
+
+    async def _pages(self, path: str) -> AsyncIterator[list[dict[str, Any]]]:
+        number = count = 1
+        while number <= count:
+            found = await self._get(f"{path}&page={number}&page_size={PAGE}", missing=None)
+            if found is None:
+                return  # the list has become shorter meanwhile
+            count = found["page_count"]
+            number += 1
+            yield found["items"]
+
+    async def _get(self, path: str, missing: Any = ...) -> Any:
+        status, text = await self._call("GET", path, allowed=(404, 400) if missing is not ... else ())
+        return json.loads(text) if status == 200 else missing
+
+    async def _call(
+        self, method: str, path: str, *, headers: dict[str, str] | None = None, allowed: tuple[int, ...] = (404,)
+    ) -> tuple[int, bytes]:
+        faults = []
+        for url in tuple(self._urls):
+            try:
+                status, text = await self._ask(url, method, path, headers)
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                faults.append(f"{url}: {type(error).__name__}")
+                self._urls.append(self._urls.pop(0))  # the next call begins with the next node
+                continue
+            if status < 300 or status in allowed:
+                return status, text
+            if status in (401, 403):
+                await self.close()  # the credentials are read again
+                faults.append(
+                    f"{url}: HTTP {status}: the account needs the tag administrator and rights on MQTT's queues"
+                )
+            else:
+                faults.append(f"{url}: HTTP {status} to {method} {path.partition('?')[0]}")
+                self._urls.append(self._urls.pop(0))
+        raise Unavailable(f"the management API of cluster {self.name} does not do as asked: {'; '.join(faults)}")
+
+    async def _ask(self, url: str, method: str, path: str, headers: dict[str, str] | None) -> tuple[int, bytes]:
+        if self._session is None:
+            self._session = self._opened()
+        async with self._session.request(method, URL(url.rstrip("/") + path, encoded=True), headers=headers) as answer:
+            return answer.status, await answer.read()
+
+    def _opened(self) -> aiohttp.ClientSession:
+        tls = ssl.create_default_context(cafile=self._access.ca_file)
+        return aiohttp.ClientSession(
+            headers={"authorization": aiohttp.encode_basic_auth(*self._access.credentials())},
+            timeout=aiohttp.ClientTimeout(total=self._access.timeout_s),
+            connector=aiohttp.TCPConnector(ssl=tls, limit=16),
+        )
+
+
+def _quoted(text: str) -> str:
+    return quote(text, safe="")
+
+
+def _queue(queue: Queue) -> str:
+    return f"/api/queues/{_quoted(queue.vhost)}/{_quoted(queue.name)}"
+
+
+def _live(found: dict[str, Any]) -> LiveConnection:
+    properties = found.get("client_properties") or {}
+    claimed = properties.get("user_property") if isinstance(properties, dict) else None
+    client_id = properties.get("client_id") if isinstance(properties, dict) else None
+    connected_at = 0.0
+    with contextlib.suppress(TypeError, ValueError):
+        connected_at = float(found.get("connected_at") or 0) / 1000
+    return LiveConnection(
+        name=found["name"],
+        node=found.get("node", ""),
+        user=found["user"],
+        vhost=found.get("vhost", ""),
+        protocol=found.get("protocol", ""),
+        address=found.get("peer_host") or "",
+        client_id=client_id
+        if isinstance(client_id, str) and str(found.get("protocol", "")).startswith("MQTT")
+        else None,
+        certificate_subject=found.get("peer_cert_subject") or None,
+        certificate_serial=found.get("peer_cert_serial_number") or None,
+        user_properties={k: v for k, v in claimed.items() if isinstance(v, str)} if isinstance(claimed, dict) else {},
+        connected_at=connected_at,
+    )

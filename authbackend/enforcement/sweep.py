@@ -1,0 +1,244 @@
+"""
+The sweep: compares what is connected, and which sessions there are, with the registry, for ever.
+
+It finds what no change could have told: a race, a restore, a broker that asked somebody else, a certificate that is not
+the user's. What it finds is reported, and by setting ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import structlog
+
+from authbackend.enforcement.brokers import Brokers, Done, Finding
+from authbackend.enforcement.judging import Judge, Registry, SessionQueue, common_name, contradiction
+from authbackend.enforcement.management import Cluster, Connection, LiveConnection
+from authbackend.enforcement.work import Work
+from authbackend.errors import AuthbackendError
+from authbackend.policy.decide import DecisionSettings
+from authbackend.policy.reasons import Reason
+from authbackend.policy.rules import Device
+from authbackend.registry.store import Reader
+
+log = structlog.get_logger(__name__)
+
+UNKNOWN_IDENTITY = "unknown_identity"
+DEVICE_NOT_PERMITTED = "device_not_permitted"
+ACCOUNT_NOT_PERMITTED = "account_not_permitted"
+WRONG_CLIENT_ID = "wrong_client_id"
+NAME_NOT_OF_CERTIFICATE = "name_not_of_certificate"
+CERTIFICATE_REVOKED = "certificate_revoked"
+CERTIFICATE_UNKNOWN = "certificate_unknown"
+SESSION_WITHOUT_OWNER = "session_without_owner"
+PROPERTY_CONTRADICTS = "property_contradicts"
+CAUSES = (
+    *(UNKNOWN_IDENTITY, DEVICE_NOT_PERMITTED, ACCOUNT_NOT_PERMITTED, WRONG_CLIENT_ID, NAME_NOT_OF_CERTIFICATE),
+    *(CERTIFICATE_REVOKED, CERTIFICATE_UNKNOWN, SESSION_WITHOUT_OWNER, PROPERTY_CONTRADICTS),
+)
+"""What a sweep can find; the last one is reported only."""
+
+_CLIENT_ID_REASONS = (Reason.CLIENT_ID_NOT_BOUND, Reason.CLIENT_ID_OF_ANOTHER_DEVICE)
+_REPORTED = 200
+_OLDEST_COPY_S = 30.0
+
+
+class Observer(Protocol):
+    """Is told what a sweep found, for metrics."""
+
+    def swept(self, cluster: str, report: Report) -> None:
+        """A cluster was compared."""
+
+    def sweep_failed(self) -> None:
+        """A sweep could not be done."""
+
+
+@dataclass
+class Report:
+    """
+    What one sweep of a cluster found.
+
+    Args:
+        found: By cause.
+        ended: By cause, those that were closed or deleted.
+        entries: The first ones, for people.
+    """
+
+    connections: int = 0
+    sessions: int = 0
+    duration_s: float = 0.0
+    found: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(CAUSES, 0)))
+    ended: Counter[str] = field(default_factory=Counter)
+    entries: list[dict[str, Any]] = field(default_factory=list)
+
+    def note(self, cause: str, **facts: Any) -> None:
+        """Add a finding."""
+        self.found[cause] += 1
+        if len(self.entries) < _REPORTED:
+            self.entries.append({"cause": cause, **{k: v for k, v in facts.items() if v is not None}})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        return {
+            "connections": self.connections,
+            "sessions": self.sessions,
+            "duration_s": round(self.duration_s, 3),
+            "found": {cause: number for cause, number in self.found.items() if number},
+            "ended": dict(self.ended),
+            "entries": self.entries,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class SweepSettings:
+    """
+    How to sweep.
+
+    Args:
+        closes: The causes for which something is ended.
+    """
+
+    interval_s: float
+    closes: frozenset[str]
+
+
+class Sweep:
+    """Sweeps all clusters regularly."""
+
+    def __init__(
+        self,
+        work: Work,
+        brokers: Brokers,
+        registry: Reader,
+        observer: Observer,
+        decisions: DecisionSettings,
+        settings: SweepSettings,
+    ) -> None:
+        self._work = work
+        self._brokers = brokers
+        self._registry = registry
+        self._observer = observer
+        self._decisions = decisions
+        self._settings = settings
+
+    async def run(self) -> None:
+        """Sweep until cancelled."""
+        while True:
+            begin = time.monotonic()
+            for cluster in self._brokers.clusters:
+                try:
+                    report = await self.once(cluster)
+                    await self._work.keep_sweep(cluster.name, report.as_dict())
+                except AuthbackendError as error:
+                    self._observer.sweep_failed()
+                    log.warning("sweep.failed", cluster=cluster.name, fault=error.detail)
+            await asyncio.sleep(max(1.0, self._settings.interval_s - (time.monotonic() - begin)))
+
+    async def once(self, cluster: Cluster) -> Report:
+        """
+        Compare one cluster with the registry.
+
+        Raises:
+            Unavailable: It does not answer.
+        """
+        begin = time.monotonic()
+        report = Report()
+        closing: list[tuple[str, LiveConnection]] = []
+        async for page in cluster.connections():
+            report.connections += len(page)
+            serials = {serial(each.certificate_serial) for each in page if each.certificate_serial}
+            states = await self._work.revoked_serials(sorted(serials))
+            closing += self._compare(page, states, report)
+        await self._close(cluster, closing, report)
+        await self._sessions(cluster, report)
+        report.duration_s = time.monotonic() - begin
+        self._observer.swept(cluster.name, report)
+        if closing or report.entries:
+            found = {cause: number for cause, number in report.found.items() if number}
+            log.warning(
+                "sweep.found",
+                cluster=cluster.name,
+                connections=report.connections,
+                found=found,
+                ended=dict(report.ended),
+            )
+        return report
+
+    def _compare(
+        self, page: Iterable[LiveConnection], states: dict[str, str], report: Report
+    ) -> list[tuple[str, LiveConnection]]:
+        closing = []
+        with self._registry as registry:
+            if registry.age_s > _OLDEST_COPY_S:
+                return []  # what is not known to be true now ends nobody
+            judge = Judge(registry, time.time(), self._decisions)
+            for connection in page:
+                cause, why = connection_fault(judge, registry, connection, states)
+                if cause is not None:
+                    facts = {"user": connection.user, "client_id": connection.client_id, "node": connection.node}
+                    report.note(cause, **facts, connection=connection.name, why=why)
+                    if cause in self._settings.closes:
+                        closing.append((cause, connection))
+                elif claim := contradiction(registry, connection):
+                    report.note(PROPERTY_CONTRADICTS, user=connection.user, node=connection.node, why=claim)
+        return closing
+
+    async def _close(self, cluster: Cluster, closing: list[tuple[str, LiveConnection]], report: Report) -> None:
+        for cause, connection in closing:
+            await self._brokers.close_one(cluster, Connection(connection.name, connection.node, connection.user))
+            report.ended[cause] += 1
+
+    async def _sessions(self, cluster: Cluster, report: Report) -> None:
+        sessions = await self._brokers.sessions_of(cluster)
+        report.sessions = len(sessions)
+        ending: list[SessionQueue] = []
+        with self._registry as registry:
+            if registry.age_s > _OLDEST_COPY_S:
+                return
+            judge = Judge(registry, time.time(), self._decisions)
+            for session in sessions:
+                if why := judge.session(session):
+                    report.note(
+                        SESSION_WITHOUT_OWNER, queue=session.queue.name, vhost=session.queue.vhost, why=str(why)
+                    )
+                    ending.append(session)
+        if SESSION_WITHOUT_OWNER in self._settings.closes:
+            for session in ending:
+                await self._brokers.put_right(Finding(cluster, session, SESSION_WITHOUT_OWNER), Done())
+                report.ended[SESSION_WITHOUT_OWNER] += 1
+
+
+def connection_fault(
+    judge: Judge, registry: Registry, connection: LiveConnection, states: dict[str, str]
+) -> tuple[str | None, str | None]:
+    """Return the cause for which a live connection should not be there, and why; None twice if it may."""
+    device = registry.device_by_name(connection.user)
+    reason = judge.connection(connection)
+    if reason is Reason.UNKNOWN_IDENTITY:
+        return UNKNOWN_IDENTITY, None
+    if reason in _CLIENT_ID_REASONS:
+        return WRONG_CLIENT_ID, str(reason)
+    if reason is not None:
+        return (DEVICE_NOT_PERMITTED if device else ACCOUNT_NOT_PERMITTED), str(reason)
+    if connection.certificate_serial and states.get(serial(connection.certificate_serial)) == "revoked":
+        return CERTIFICATE_REVOKED, f"serial {serial(connection.certificate_serial)}"
+    return _certificate_fault(device, connection)
+
+
+def _certificate_fault(device: Device | None, connection: LiveConnection) -> tuple[str | None, str | None]:
+    if device is None or connection.certificate_subject is None:
+        return None, None
+    named = common_name(connection.certificate_subject)
+    if named is not None and named != connection.user:
+        return NAME_NOT_OF_CERTIFICATE, f"the certificate is that of {named[:128]!r}"
+    return None, None
+
+
+def serial(text: str) -> str:
+    """Return a certificate's serial number as the registry writes it: lower-case hexadecimal without leading zeros."""
+    return text.replace(":", "").lower().lstrip("0") or "0"

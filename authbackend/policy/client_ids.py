@@ -1,0 +1,57 @@
+"""Whose a client id is."""
+
+from __future__ import annotations
+
+from authbackend.policy.lookups import Registry
+from authbackend.policy.names import client_id_fits, possible_owners
+from authbackend.policy.reasons import Reason
+from authbackend.policy.rules import Account, Device, DeviceType
+
+
+def client_id_fault(registry: Registry, device: Device, device_type: DeviceType, client_id: str) -> Reason | None:
+    """
+    Return why a client id is not this device's, or None.
+
+    It must fit a pattern of the device's type. Devices in every status own their client ids: one that equals a
+    device's id is that device's alone, and one that fits several belongs to the longest device id.
+    """
+    if not client_id_fits(client_id, device.device_id, device_type.client_ids):
+        return Reason.CLIENT_ID_NOT_BOUND
+    if client_id == device.device_id:
+        return None  # the longest id that it can belong to
+    for owner_id in possible_owners(client_id):
+        if owner_id == device.device_id:
+            return None
+        if _owns(registry, owner_id, client_id):
+            return Reason.CLIENT_ID_OF_ANOTHER_DEVICE
+    return None
+
+
+def owner_of(registry: Registry, client_id: str) -> Device | None:
+    """Return the device, in any status, that a client id belongs to."""
+    for owner_id in possible_owners(client_id):
+        if _owns(registry, owner_id, client_id):
+            return registry.device_by_id(owner_id)
+    return None
+
+
+def _owns(registry: Registry, device_id: str, client_id: str) -> bool:
+    """Return whether the device of this id, if there is one, has a claim on a client id."""
+    device = registry.device_by_id(device_id)
+    if device is None:
+        return False
+    if client_id == device_id:
+        return True
+    device_type = registry.device_type(device.type)
+    return device_type is not None and client_id_fits(client_id, device_id, device_type.client_ids)
+
+
+def account_client_id_fault(registry: Registry, account: Account, client_id: str | None) -> Reason | None:
+    """Return why a client id is not this account's, or None: it uses those it lists, and never a device's."""
+    if client_id is None:
+        return None
+    if client_id not in account.client_ids:
+        return Reason.CLIENT_ID_NOT_BOUND
+    if any(_owns(registry, owner_id, client_id) for owner_id in possible_owners(client_id)):
+        return Reason.CLIENT_ID_OF_ANOTHER_DEVICE
+    return None
