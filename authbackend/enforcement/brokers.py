@@ -186,16 +186,15 @@ class Brokers:
         queue, cluster = finding.session.queue, finding.cluster
         where = {"cluster": cluster.name, "vhost": queue.vhost, "queue": queue.name}
         why = finding.why
-        if why is None and queue.messages:
-            # Which of its messages came by which binding cannot be told.
-            why = f"{finding.bindings[0][1]}: messages of a subscription that is not allowed cannot be told from others"
-        if why is not None:
-            await cluster.delete_queue(queue)
-            done.deleted.append({**where, "messages": queue.messages, "why": why})
-            return
-        for binding, reason in finding.bindings:
-            await cluster.unbind(queue, binding)
-            done.unbound.append({**where, "filter": binding.routing_key, "why": reason})
+        if why is None:
+            for binding, reason in finding.bindings:
+                await cluster.unbind(queue, binding)
+                done.unbound.append({**where, "filter": binding.routing_key, "why": reason})
+            if await cluster.is_empty(queue):
+                return
+            why = f"{finding.bindings[0][1]}: its messages cannot be told from those of other subscriptions"
+        await cluster.delete_queue(queue)
+        done.deleted.append({**where, "messages": queue.messages, "why": why})
 
 
 def judged(judge: Judge, cluster: Cluster, session: SessionQueue, bindings: list[Binding]) -> Finding | None:

@@ -183,7 +183,7 @@ class Enforcer:
             judge = Judge(registry, time.time(), self._settings)
             for (case, (cluster, session)), bound in zip(mine, bindings, strict=True):
                 finding = judged(judge, cluster, session, bound)
-                if finding is None and "client_id_owner" in case.task.causes and case.task.state == "waiting":
+                if "client_id_owner" in case.task.causes and case.task.state == "waiting":
                     finding = Finding(cluster, session, "client_id_owner")  # who had the id before had the session
                 if finding is None and session.will and "publish" in case.actions:
                     finding = Finding(cluster, session, "rules")

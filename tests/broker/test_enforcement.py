@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from .clients import Management
+from .clients import Management, connect_amqp
 from .fleet import Fleet
+from .identities import Certificates
 from .mqtt import MQTTClient
 from .node import Broker
+from .processes import HarnessError, until
 from .service import Service
 
 Clients = Callable[..., MQTTClient]
@@ -76,3 +78,260 @@ async def test_a_revoked_device_is_thrown_out_and_its_session_is_gone(
     again = mqtt(me, **SESSION)
     assert await again.connect() == 0
     assert not again.session_present
+
+
+async def test_by_psql_with_nobody_waiting(mqtt: Clients, fleet: Fleet, enforcing: Service) -> None:
+    """A row changed with psql is enough."""
+    me = fleet.device()
+    client = mqtt(me)
+    assert await client.connect() == 0
+    await fleet.change(f"update device set status = 'suspended' where device_id = '{me}'")
+    assert await client.disconnected(5) is not None
+
+
+async def test_a_narrowed_device_keeps_what_it_may_still_subscribe_to(
+    mqtt: Clients, fleet: Fleet, api: Management, enforcing: Service
+) -> None:
+    """Its login waits while the session is put right; then the rest of the session is still there."""
+    me = fleet.device()
+    client = mqtt(me, **SESSION)
+    assert await client.connect() == 0
+    assert await client.subscribe(f"fleet/{me}/commands/#", f"fleet/{me}/telemetry/#") == [1, 1]
+    await fleet.change(
+        f"insert into topic_rule (device_id, effect, action, topic) values ('{me}', 'deny', 'subscribe', 'fleet/+/telemetry/#')"
+    )
+    assert await client.disconnected(5) is not None
+    held = fleet.service.denials(endpoint="user", reason="enforcement_in_progress")
+    assert await mqtt(me, **SESSION).connect() == REFUSED
+    assert fleet.service.denials(endpoint="user", reason="enforcement_in_progress") == held + 1
+    task = await done(enforcing, me)
+    queue = f"mqtt-subscription-{me}qos1"
+    removed = task["receipt"]["subscriptions_removed"]
+    assert [(each["queue"], each["filter"], each["why"]) for each in removed] == [
+        (queue, f"fleet.{me}.telemetry.#", "rule_denies")
+    ]
+    assert task["receipt"]["queues_deleted"] == []
+    again = mqtt(me, **SESSION)
+    assert await again.connect() == 0
+    assert again.session_present
+    _, bindings = await api.get(f"queues/%2F/{queue}/bindings")
+    assert {each["routing_key"] for each in bindings if each["source"]} == {f"fleet.{me}.commands.#"}
+    sender = mqtt(me, client_id=f"{me}_pub")
+    assert await sender.connect() == 0
+    await sender.publish(f"fleet/{me}/telemetry/1", b"x")
+    assert again.messages() == []
+
+
+async def done(service: Service, name: str, kind: str = "device") -> Any:
+    """Wait until the newest task about something is done, and return it."""
+
+    def newest() -> Any:
+        return json.loads(service.command("enforcement", "list", "--kind", kind, "--name", name, "--json"))[0]
+
+    while (task := await asyncio.to_thread(newest))["state"] != "done":
+        await asyncio.sleep(0.1)
+    return task
+
+
+async def test_messages_of_a_forbidden_subscription_go_with_the_session(
+    mqtt: Clients, fleet: Fleet, enforcing: Service
+) -> None:
+    """What is queued cannot be told apart: the device, offline, loses the session, and the receipt says so."""
+    me = fleet.device()
+    client = mqtt(me, **SESSION)
+    assert await client.connect() == 0
+    assert await client.subscribe(f"fleet/{me}/telemetry/#") == [1]
+    await client.disconnect()
+    sender = mqtt(me, client_id=f"{me}_pub")
+    assert await sender.connect() == 0
+    assert await sender.publish(f"fleet/{me}/telemetry/1", b"secret") == 0
+    await fleet.change(
+        f"insert into topic_rule (device_id, effect, action, topic) values ('{me}', 'deny', 'subscribe', 'fleet/+/telemetry/#')"
+    )
+    task = await done(enforcing, me)
+    (deleted,) = task["receipt"]["queues_deleted"]
+    assert deleted["queue"] == f"mqtt-subscription-{me}qos1"
+    assert deleted["why"].startswith("rule_denies")
+    again = mqtt(me, **SESSION)
+    assert await again.connect() == 0
+    assert not again.session_present
+    assert again.messages() == []
+
+
+async def test_a_rule_of_a_type_touches_those_whom_it_takes_something_from(
+    mqtt: Clients, fleet: Fleet, enforcing: Service
+) -> None:
+    """A publisher of the type starts anew, a device of another type goes on."""
+    me = fleet.device()
+    client, reader = mqtt(me), mqtt("READER1")
+    assert await client.connect() == 0
+    assert await reader.connect() == 0
+    assert await client.publish("test", b"x") == NOBODY_SUBSCRIBED
+    rule = "device_type = 'APM' and action = 'publish' and topic = 'test'"
+    try:
+        await fleet.change(f"delete from topic_rule where {rule}")
+        assert await client.disconnected(10) is not None
+        task = await done(enforcing, "APM", "device_type")
+        assert task["receipt"]["devices"] >= 1
+        assert await reader.alive()
+        again = mqtt(me)
+        assert await again.connect() == 0
+    finally:
+        await fleet.change(
+            "insert into topic_rule (device_type, effect, action, topic) values ('APM', 'allow', 'publish', 'test')"
+        )
+
+
+async def test_a_rule_that_is_replaced_by_a_wider_one_disturbs_nobody(
+    mqtt: Clients, fleet: Fleet, enforcing: Service
+) -> None:
+    """What went is still allowed by what came."""
+    me = fleet.device()
+    await fleet.change(
+        f"insert into topic_rule (device_id, effect, action, topic) values ('{me}', 'allow', 'publish', 'own/a')"
+    )
+    client = mqtt(me)
+    assert await client.connect() == 0
+    await fleet.change(f"update topic_rule set topic = 'own/#' where device_id = '{me}'")
+    task = await done(enforcing, me)
+    assert task["receipt"]["closed"] == {}
+    assert await client.alive()
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ("delete from device where device_id = '{0}'", "deleted"),
+        ("update device set common_name = '{0}-new' where device_id = '{0}'", "renamed"),
+        ("update device set type = 'READER' where device_id = '{0}'", "retyped"),
+        ("update device set device_id = '{0}-new' where device_id = '{0}'", "deleted"),
+        ("update device set expires_at = now() where device_id = '{0}'", "expired"),
+        ("update device set expires_at = now() + interval '1 second' where device_id = '{0}'", "expired"),
+        (
+            "insert into device_schedule (device_id, at, status) values ('{0}', now() + interval '1 second', 'revoked')",
+            "revoked",
+        ),
+    ],
+)
+async def test_whatever_narrows_a_device_ends_its_connection(
+    mqtt: Clients, fleet: Fleet, enforcing: Service, change: str, cause: str
+) -> None:
+    """Also what is to happen later, on time."""
+    me = fleet.device()
+    client = mqtt(me)
+    assert await client.connect() == 0
+    await fleet.change(change.format(me))
+    assert await client.disconnected(5) is not None
+    task = await done(enforcing, me)
+    assert task["causes"] == [cause]
+    assert task["receipt"]["closed"] == {"rabbit@localhost": 1}
+
+
+async def test_an_attribute_that_a_rule_uses(mqtt: Clients, fleet: Fleet, enforcing: Service) -> None:
+    """Another attribute disturbs nobody."""
+    me = fleet.device()
+    await fleet.change(
+        f'update device set attributes = \'{{"site": "a", "line": "1"}}\' where device_id = \'{me}\';'
+        f"insert into topic_rule (device_id, effect, action, topic) values ('{me}', 'allow', 'publish', 'site/{{attr.site}}')"
+    )
+    client = mqtt(me)
+    assert await client.connect() == 0
+    await fleet.change(f"update device set attributes = attributes || '{{\"line\": \"2\"}}' where device_id = '{me}'")
+    assert await client.alive()
+    await fleet.change(f"update device set attributes = attributes || '{{\"site\": \"b\"}}' where device_id = '{me}'")
+    assert await client.disconnected(5) is not None
+
+
+async def test_a_new_device_takes_its_client_ids_from_who_had_them(
+    mqtt: Clients, fleet: Fleet, enforcing: Service
+) -> None:
+    """Who was connected by such an id ends, and the new device does not find the old one's session."""
+    me = fleet.device()
+    old = mqtt(me, client_id=f"{me}_1", **SESSION)
+    assert await old.connect() == 0
+    assert await old.subscribe(f"fleet/{me}/commands/#") == [1]
+    await fleet.change(f"insert into device (device_id, type) values ('{me}_1', 'APM')")
+    assert await old.disconnected(5) is not None
+    task = await done(enforcing, f"{me}_1")
+    assert [queue["why"] for queue in task["receipt"]["queues_deleted"]] == ["client_id_owner"]
+    new = mqtt(f"{me}_1", **SESSION)
+    assert await new.connect() == 0
+    assert not new.session_present
+
+
+async def test_an_account_whose_rights_changed(
+    certificates: Certificates, broker: Broker, fleet: Fleet, enforcing: Service
+) -> None:
+    """Its AMQP connection ends; it may come back."""
+    identity = certificates.device("dispatcher")
+    connection = await connect_amqp(identity.context(), port=broker.doors.amqp_tls)
+    closed = asyncio.Event()
+    connection.close_callbacks.add(lambda *_: closed.set())
+    await fleet.change("update account set write = '{amq.topic}' where name = 'dispatcher'")
+    async with asyncio.timeout(10):
+        await closed.wait()
+    task = await done(enforcing, "dispatcher", "account")
+    assert task["causes"] == ["rights"]
+    await (await connect_amqp(identity.context(), port=broker.doors.amqp_tls)).close()
+
+
+async def test_a_sweep_finds_what_was_missed_and_what_contradicts(
+    mqtt: Clients, fleet: Fleet, enforcing: Service, database: Any
+) -> None:
+    """A device whose revocation nobody noted is thrown out; another type claimed by MQTT 5 is reported."""
+    me, liar = fleet.device(), fleet.device()
+    client = mqtt(me)
+    claims = mqtt(liar, user_properties=[("client_type", "AGV"), ("client_name", liar)])
+    assert await client.connect() == 0
+    assert await claims.connect() == 0
+    database.sql(
+        f"set session_replication_role = replica; alter table device disable trigger enforcement_u;"
+        f"update device set status = 'revoked' where device_id = '{me}'; alter table device enable always trigger enforcement_u"
+    )
+    assert await client.disconnected(30) is not None
+    await until(lambda: enforcing.count("authbackend_sweep_ended", cause="device_not_permitted") >= 1)
+
+    def found() -> str:
+        return enforcing.command("enforcement", "sweeps")
+
+    await until(lambda: "client_type 'AGV', registered: 'APM'" in found(), 30)
+    assert await claims.alive()
+
+
+async def test_a_broker_that_is_down_is_not_forgotten(
+    mqtt: Clients, fleet: Fleet, broker: Broker, enforcing: Service
+) -> None:
+    """``--wait`` does not claim what is not so; when the broker is back, the work is done."""
+    me = fleet.device()
+    client = mqtt(me, **SESSION)
+    assert await client.connect() == 0
+    await client.subscribe(f"fleet/{me}/commands/#")
+    await client.disconnect()
+    await asyncio.to_thread(broker.stop)
+    try:
+        with pytest.raises(HarnessError, match=r"exit status 8(?s:.)*not yet known to be true"):
+            await asyncio.to_thread(enforcing.command, "device", "revoke", me, "--wait", "--timeout", "3")
+        text = enforcing.command("enforcement", "list", "--state", "open")
+        assert me in text
+        assert "management API" in text
+    finally:
+        await asyncio.to_thread(broker.start)
+    async with asyncio.timeout(60):
+        task = await done(enforcing, me)
+    assert [queue["queue"] for queue in task["receipt"]["queues_deleted"]] == [f"mqtt-subscription-{me}qos1"]
+
+
+async def test_a_crash_in_the_middle_loses_nothing(mqtt: Clients, fleet: Fleet, enforcing: Service) -> None:
+    """Killed while it works off fifty revocations, the service finishes them after its start."""
+    names = [fleet.device() for _ in range(20)]
+    clients = [mqtt(name) for name in names]
+    for client in clients:
+        assert await client.connect() == 0
+    listed = ", ".join(f"'{name}'" for name in names)
+    await fleet.change(f"update device set status = 'revoked' where device_id in ({listed})")
+    await asyncio.to_thread(enforcing.kill)
+    await asyncio.to_thread(enforcing.start)
+    for client in clients:
+        assert await client.disconnected(30) is not None
+    for name in names:
+        assert (await done(enforcing, name))["state"] == "done"
