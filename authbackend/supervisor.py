@@ -45,6 +45,7 @@ LIVED_LONG_S = 10.0
 _PREFIX = "authbackend-"
 _SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGUSR1}
 _REGISTRY = "registry"
+_GARBAGE = 10_000  # containers until a collection; requests leave no cycles behind, so there is little to find
 _GIVES_WAY = 5  # the process that follows the database to those that answer, when there are more than cores
 
 Part = Callable[[Store, bootstrap.OnEnd], AbstractAsyncContextManager[object]]
@@ -242,6 +243,7 @@ async def _child(ground: Ground, process: _Process, life: int, parent: int) -> N
     with contextlib.closing(Store(ground.folder, readonly=process.worker is not None)) as store:
         async with process.part(store, on_end):
             gc.freeze()  # what is here by now stays: no collection has to look at it again
+            gc.set_threshold(_GARBAGE)
             os.kill(parent, signal.SIGUSR1)
             await stop.wait()
     if ended:

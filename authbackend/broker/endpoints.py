@@ -99,21 +99,23 @@ class Endpoints:
         self._deny_reasons = deny_reasons
         self._responses = Responses()
 
-    def at_once(self, question: Question, form: bytes, arrived: float) -> bytes:
+    def at_once(self, question: Question, form: bytes, arrived: float) -> bytes | None:
         """
-        Answer a request that is here as a whole and needs no password check; never raises.
+        Answer a request that is here as a whole; never raises.
 
         Args:
             arrived: When its last bytes did, by the monotonic clock.
         Returns:
-            The whole response, as it goes to the client.
+            The whole response, as it goes to the client; None if it must wait for a password check.
         """
+        outcome: Decision | PasswordCheck | None = None
         try:
             if self._waited_too_long(question, arrived):
                 return self._responses.unavailable_message()
             parsed = question.parse(wire.parse_form(form))
             outcome = self._outcome(question, parsed)
-            assert not isinstance(outcome, PasswordCheck)
+            if isinstance(outcome, PasswordCheck):
+                return None
             if outcome is None:
                 return self._responses.unavailable_message()
             return self._responses.message(self._told(question, parsed, outcome))
@@ -124,7 +126,8 @@ class Endpoints:
             self._crashed(question, error)
             return self._responses.unavailable_message()
         finally:
-            self._metrics.answered(question.name, time.monotonic() - arrived)
+            if not isinstance(outcome, PasswordCheck):
+                self._metrics.answered(question.name, time.monotonic() - arrived)
 
     async def answer(self, question: Question, request: web.BaseRequest, arrived: float) -> web.StreamResponse:
         """
@@ -253,7 +256,10 @@ def _loop_time(deadline: float) -> float:
 def _form_at_hand(request: web.BaseRequest) -> bytes | None:
     """Return the form if it came with the head, as it nearly always does; None if it must be waited for."""
     if request.method == "POST" and request.content.is_eof():
-        form = request.content.read_nowait()
+        # What was read before it was known that the answer has to wait lies with the connection, for this request only.
+        payload, form = getattr(request.protocol, "form", (None, b""))
+        if payload is not request.content:
+            form = request.content.read_nowait()
         if len(form) > wire.LONGEST_BODY_BYTES:
             raise MalformedRequest(Malformed.TOO_LARGE)
         return form

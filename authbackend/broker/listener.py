@@ -27,8 +27,6 @@ log = structlog.get_logger(__name__)
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 HANDSHAKE_TIMEOUT_S = 5.0
 _RELOAD_LOOK_S = 2.0
-QUESTIONS_AT_ONCE = {path: question for path, question in QUESTIONS.items() if question.name != "user"}
-"""All but logins, which may have to wait for a password check."""
 
 
 class BrokerServer(web.Server):
@@ -115,14 +113,20 @@ class BrokerServer(web.Server):
 
 
 class _Protocol(RequestHandler):
-    """One connection; times are of the monotonic clock."""
+    """
+    One connection; times are of the monotonic clock.
 
-    __slots__ = ("_began", "answered", "received")
+    Args:
+        form: A request's payload and what was read of it, before it was known that its answer has to wait.
+    """
+
+    __slots__ = ("_began", "answered", "form", "received")
 
     def __init__(self, manager: BrokerServer, **kwargs: Any) -> None:
         super().__init__(manager, **kwargs)
         self.received = self._began = time.monotonic()
         self.answered = False
+        self.form: tuple[Any, bytes] = (None, b"")
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin, if there is room."""
@@ -170,14 +174,21 @@ class _Protocol(RequestHandler):
         message, payload = self._messages[0]
         if not isinstance(message, RawRequestMessage) or message.method != "POST" or message.version != HttpVersion11:
             return False
-        question = QUESTIONS_AT_ONCE.get(message.path)
+        question = QUESTIONS.get(message.path)
         if question is None or message.should_close or message.upgrade or not payload.is_eof() or payload.exception():
+            return False
+        form = payload.read_nowait()
+        answer = server.endpoints.at_once(question, form, self.received)
+        if answer is None:
+            self.form = payload, form
             return False
         self._messages.popleft()
         parser.message_consumed()
         self.answered = True
-        with contextlib.suppress(ConnectionResetError):
-            write(self.transport, server.endpoints.at_once(question, payload.read_nowait(), self.received))
+        try:
+            write(self.transport, answer)
+        except ConnectionResetError:
+            return True
         self._keepalive = True
         self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
         if self._keepalive_handle is None:

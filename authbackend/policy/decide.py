@@ -37,10 +37,10 @@ ACCOUNT = "account"
 UNKNOWN = "unknown"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Decision:
     """
-    A verdict and why.
+    A verdict and why. Not frozen for the same reason as ``Device``.
 
     Args:
         rule: The topic rule that decided, where one did.

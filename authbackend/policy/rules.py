@@ -301,10 +301,11 @@ class DeviceType:
     max_staleness_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Device:
     """
-    One device; devices speak MQTT and identify themselves by certificate only.
+    One device; devices speak MQTT and identify themselves by certificate only. Nothing changes one, and one is made for
+    each request: frozen, that would take three times as long.
 
     Args:
         expires_at: Seconds since the epoch, None for never.

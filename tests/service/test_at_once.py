@@ -136,3 +136,29 @@ def exchange_one(service):
     with socket.create_connection((where.hostname, where.port), timeout=10) as connection:
         connection.sendall(HEAD + b"\r\n" + FORM)
         return connection.recv(65536)
+
+
+async def test_a_login_by_certificate_is_answered_at_once_and_one_by_password_is_not(service, long_way):
+    """Only a password has to wait; what was read of it is used for that request and no other."""
+    head = "POST /auth/user HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n"
+    certificate = b"username=APM0001&client_id=APM0001"
+    password = b"username=ops&password=correct+horse"
+    nothing = head.format(0).encode()
+    requests = [head.format(len(form)).encode() + form for form in (certificate, password)]
+    received = await asyncio.to_thread(exchange, service, requests[0])
+    assert received.endswith(b"allow")
+    assert long_way == []
+    received = await asyncio.to_thread(exchange, service, requests[1])
+    assert b"\r\n\r\nallow monitoring management" in received
+    assert long_way == ["user"]
+
+    def both():
+        where = urlsplit(service.broker)
+        with socket.create_connection((where.hostname, where.port), timeout=10) as connection:
+            answers = []
+            for request in (requests[1], nothing):
+                connection.sendall(request)
+                answers.append(connection.recv(65536).partition(b"\r\n\r\n")[2])
+            return answers
+
+    assert await asyncio.to_thread(both) == [b"allow monitoring management", b"deny"]
