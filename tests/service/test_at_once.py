@@ -143,7 +143,7 @@ async def test_a_login_by_certificate_is_answered_at_once_and_one_by_password_is
     head = "POST /auth/user HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n"
     certificate = b"username=APM0001&client_id=APM0001"
     password = b"username=ops&password=correct+horse"
-    nothing = head.format(0).encode()
+    nothing = head.format(0).replace("Host", "Connection: close\r\nHost").encode()  # takes the long way
     requests = [head.format(len(form)).encode() + form for form in (certificate, password)]
     received = await asyncio.to_thread(exchange, service, requests[0])
     assert received.endswith(b"allow")
