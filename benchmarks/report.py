@@ -145,6 +145,14 @@ def _rows(found: dict[str, Any]) -> Iterator[Row]:
         yield f"storm with httpc: {name}", "reported", text, None
 
 
+_FAULTS = {
+    "postgres": "PostgreSQL is away",
+    "worker": "a process of the service is killed every 10 s",
+    "listener": "the connection that listens to PostgreSQL is cut every second",
+    "connections": "all connections between broker and service are cut every second",
+}
+
+
 def _storm_rows(part: dict[str, Any]) -> Iterator[Row]:
     summary = part.get("rounds", {}).get("summary", {})
     if ours := summary.get("authbackend", {}).get("ratio_to_always_allow"):
@@ -154,13 +162,26 @@ def _storm_rows(part: dict[str, Any]) -> Iterator[Row]:
         if internal := summary.get("internal"):
             ratio = summary["authbackend"]["cycles_per_s"]["median"] / internal["cycles_per_s"]["median"]
             yield "the same against RabbitMQ's internal backend", "reported", f"{ratio:.2f}", None
+    for name, one in part.get("refusals", {}).items():
+        text = f"{one['questions_per_refusal']:.1f} questions for each refused publish"
+        yield (
+            f"a publish that is not allowed, `mqtt.disconnect_on_unauthorized = {str(name == 'disconnect').lower()}`",
+            "reported",
+            text,
+            None,
+        )
     for name, one in part.get("faults", {}).items():
-        counts = one["counts"]
-        taken = one["forbidden_publishes"]["taken"]
-        wrong = counts.get("wrongly_refused", 0) + counts.get("wrongly_let_in", 0) + taken
+        counts, answers = one["counts"], one["answers"]
+        verdicts = sum(n for answer, n in answers.items() if answer.startswith(("allowed", "denied")))
+        denied = sum(n for a, n in answers.items() if a.startswith("denied") and a != "denied: device_revoked")
+        wrong = denied + counts.get("wrongly_let_in", 0) + one["forbidden_publishes"]["taken"]
         slow = one["slow_logins"]["longer_than_15_s"]
-        text = f"{wrong} wrong, {slow} logins over 15 s, longest {one['slow_logins']['longest_s']:.1f} s, {len(one['storms'])} storms in {one['lasted_s']:.0f} s"
-        yield f"storm while: {name}", "no wrong verdict, no 15 s", text, wrong == 0 and slow == 0
+        text = (
+            f"{wrong} wrong of {verdicts:,} verdicts, {slow} logins over 15 s, longest {one['slow_logins']['longest_s']:.1f} s; "
+            f"{counts.get('wrongly_refused', 0)} of {counts['attempts']:,} tries refused by the broker for want of an answer; "
+            f"{len(one['storms'])} storms in {one['lasted_s']:.0f} s"
+        )
+        yield f"storm while: {_FAULTS[name]}", "no wrong verdict, no 15 s", text, wrong == 0 and slow == 0
 
 
 def _plots(found: dict[str, Any]) -> Iterator[Path]:

@@ -49,6 +49,7 @@ class Done:
         deleted: Queues deleted, with why, and how many messages went with them.
         unbound: Subscriptions removed from sessions that stay.
         kept: Sessions looked at and left as they are.
+        unknown: Connections of which it is not known yet whether they are older than the change.
     """
 
     nodes: dict[str, dict[str, bool]] = field(default_factory=dict)
@@ -56,6 +57,7 @@ class Done:
     deleted: list[dict[str, Any]] = field(default_factory=list)
     unbound: list[dict[str, Any]] = field(default_factory=list)
     kept: int = 0
+    unknown: int = 0
 
     @property
     def anything(self) -> bool:
@@ -121,9 +123,7 @@ class Brokers:
         """Return all live connections; those of the last seconds may be missing."""
         return [(c, each) for c in self.clusters async for page in c.connections() for each in page]
 
-    async def close_users(
-        self, found: list[tuple[Cluster, Connection]], _limits: Mapping[str, float]
-    ) -> list[Connection]:
+    async def close_users(self, found: list[tuple[Cluster, Connection]]) -> list[Connection]:
         """Close all connections of the users of these, and return them."""
 
         async def one(cluster: Cluster, user: str) -> None:
@@ -136,19 +136,26 @@ class Brokers:
 
     async def close_older(
         self, found: list[tuple[Cluster, Connection]], limits: Mapping[str, float]
-    ) -> list[Connection]:
-        """Close those of these connections that are older than the limit of their user, and return them."""
+    ) -> tuple[list[Connection], list[Connection]]:
+        """
+        Close those of these connections that are older than the limit of their user.
 
-        async def one(cluster: Cluster, connection: Connection) -> bool:
+        Returns:
+            Those that were closed, and those that the statistics do not have yet.
+        """
+        closed, unknown = [], []
+
+        async def one(cluster: Cluster, connection: Connection) -> None:
             async with self._some:
                 connected_at = await cluster.connected_at(connection.name)
-                if connected_at is None or connected_at > limits[connection.user]:
-                    return False
-                await self.close_one(cluster, connection)
-                return True
+                if connected_at is None:
+                    unknown.append(connection)
+                elif connected_at <= limits[connection.user]:
+                    await self.close_one(cluster, connection)
+                    closed.append(connection)
 
-        closed = await asyncio.gather(*(one(*pair) for pair in found))
-        return [connection for (_, connection), old in zip(found, closed, strict=True) if old]
+        await asyncio.gather(*(one(*pair) for pair in found))
+        return closed, unknown
 
     async def sessions(self, owners: list[str]) -> list[tuple[Cluster, SessionQueue]]:
         """

@@ -152,20 +152,26 @@ class Enforcer:
         """
         Close the connections of the cases' users, and note where they were.
 
-        At a later look, who may be connected has logged in anew: then only what is older than the change ends.
+        At a later look, who may be connected may have logged in anew: then only what is older than the change ends.
         """
-        for anew, each in ((False, self._brokers.close_users), (True, self._brokers.close_older)):
+        for again in (False, True):
             users = {
                 user: case
                 for case in cases
                 for user in case.users
-                if anew == (case.task.state == "checking" and not case.gone and not case.held)
+                if again == (case.task.state == "checking" and not case.gone)
             }
             if not users:
                 continue
             found = await self._brokers.connections_of(users)
-            limits = {user: case.task.receipt.get("confirmed_at", 0.0) + _CLOCKS_S for user, case in users.items()}
-            for connection in await each(found, limits):
+            if again:
+                limits = {user: case.task.receipt["confirmed_at"] + _CLOCKS_S for user, case in users.items()}
+                closed, unknown = await self._brokers.close_older(found, limits)
+                for connection in unknown:
+                    users[connection.user].done.unknown += 1
+            else:
+                closed = await self._brokers.close_users(found)
+            for connection in closed:
                 users[connection.user].done.closed[connection.node] += 1
 
     async def _purge(self, cases: list[Case]) -> None:
@@ -204,7 +210,7 @@ class Enforcer:
             found = receipt(case, confirmed.by, confirmed.missing)
             receipts = dict.fromkeys(case.ids, found)
             nothing_to_do = not case.users and not case.sessions
-            if (case.task.state == "waiting" and not nothing_to_do) or case.done.anything:
+            if (case.task.state == "waiting" and not nothing_to_do) or case.done.anything or case.done.unknown:
                 soon |= receipts
             elif confirmed.missing or case.done.unseen:
                 later |= receipts

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from prometheus_client.parser import text_string_to_metric_families
+
 from authbackend_load.fleet import Fleet
 from authbackend_load.run import timeline
 from benchmarks.storm.processes import descendants
@@ -61,6 +63,7 @@ def _scenario(stage: Stage, name: str, broken: Callable[[Stage], Any]) -> dict[s
     everybody = [*stage.fleet, *stage.revoked]
     random.Random(0).shuffle(everybody)
     with Fleet(make_plan(stage), everybody, options.processes) as fleet, broken(stage) as events:
+        before = _answers(stage)
         begin = time.monotonic()
         fleet.storm(options.time_limit_s)
         while time.monotonic() - begin < lasts_s:
@@ -68,11 +71,13 @@ def _scenario(stage: Stage, name: str, broken: Callable[[Stage], Any]) -> dict[s
             fleet.storm(options.time_limit_s)
         fleet.stop()
         lasted_s = time.monotonic() - begin
+        answers = {name: number - before.get(name, 0) for name, number in _answers(stage).items()}
         trespassed = _trespass(stage)
     logins = fleet.record.latencies["connack"]
     return {
         "lasted_s": round(lasted_s, 1),
         "forbidden_publishes": trespassed,
+        "answers": {name: number for name, number in answers.items() if number},
         "events": events,
         "revoked": len(stage.revoked),
         "storms": [each.as_dict() for each in fleet.storms],
@@ -85,6 +90,35 @@ def _scenario(stage: Stage, name: str, broken: Callable[[Stage], Any]) -> dict[s
         "broker_log": _http_errors(stage.log_since(log)),
         "timeline": timeline(fleet.samples),
     }
+
+
+def _answers(stage: Stage) -> dict[str, int]:
+    """Return what the service has answered so far: allowed, denied by reason, failed and shed."""
+    found: dict[str, int] = {}
+    for family in text_string_to_metric_families(_metrics(stage)):
+        for sample in family.samples:
+            labels = sample.labels
+            if sample.name == "authbackend_decisions_total":
+                name = "allowed" if labels["verdict"] == "allow" else f"denied: {labels['reason']}"
+            elif sample.name == "authbackend_request_failures_total":
+                name = f"failed: {labels['cause']}"
+            elif sample.name == "authbackend_requests_shed_total":
+                name = f"shed: {labels['endpoint']}"
+            else:
+                continue
+            found[name] = found.get(name, 0) + int(sample.value)
+    return found
+
+
+def _metrics(stage: Stage) -> str:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return stage.service.metrics()
+        except OSError:  # the process that tells them may just have been killed
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 def _trespass(stage: Stage) -> dict[str, int]:

@@ -65,6 +65,7 @@ class Broker:
         overlays: further files for /etc/rabbitmq/conf.d.
         advanced: what becomes /etc/rabbitmq/advanced.config.
         plugins: plugins to enable besides those of ``rabbitmq/enabled_plugins``.
+        cookie: the Erlang cookie, the same for all nodes of a cluster; a new one by default.
         boot_s: how long the last start took, in seconds.
     """
 
@@ -76,6 +77,7 @@ class Broker:
     overlays: Sequence[Path] = ()
     advanced: Path = RABBITMQ_FILES / "advanced.config"
     plugins: Sequence[str] = ()
+    cookie: str = field(default_factory=lambda: secrets.token_hex(20), repr=False)
     boot_s: float = 0.0
     _process: Process | None = field(default=None, init=False)
     _epmd: Process | None = field(default=None, init=False)
@@ -143,7 +145,7 @@ class Broker:
             shutil.copy(self.certificates.directory / name, etc / "certs" / name)
         (etc / "hosts").write_text("127.0.0.1 localhost authbackend\n::1 localhost\n")
         cookie = self.state / "lib/.erlang.cookie"
-        cookie.write_text(secrets.token_hex(20))
+        cookie.write_text(self.cookie)
         cookie.chmod(0o400)
         user, group = self._user()
         for place in ("etc", "lib", "log", "tmp"):

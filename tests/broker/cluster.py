@@ -1,0 +1,97 @@
+"""A RabbitMQ cluster of three nodes with the files of ``rabbitmq/``, on one loopback interface."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from .identities import Certificates
+from .node import RABBITMQ_FILES, Broker, Doors
+from .processes import HarnessError
+
+NODES = 3
+
+
+class Cluster:
+    """
+    Three nodes that find each other by ``conf.d-optional/cluster.conf``, with their own names, ports and no balancer.
+
+    Args:
+        root: as printed by ``tools/rabbitmq-root``.
+        workplace: an existing directory.
+        prepare: is called with each node before it is prepared, to give it other files.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        workplace: Path,
+        certificates: Certificates,
+        prepare: Callable[[Broker], None] = lambda _: None,
+    ) -> None:
+        cookie = secrets.token_hex(20)
+        self.nodes: list[Broker] = []
+        for number in range(1, NODES + 1):
+            name = f"rabbitmq{number}"
+            state = workplace / name
+            state.mkdir()
+            base = 100 * number
+            doors = Doors(5671 + base, 8883 + base, 15671 + base, distribution=25672 + base)
+            overlay = workplace / f"{name}.conf"
+            overlay.write_text(_overlay(doors))
+            node = Broker(root, state, certificates, name, doors, [overlay], cookie=cookie)
+            prepare(node)
+            node.prepare()
+            self.nodes.append(node)
+
+    @property
+    def management(self) -> str:
+        """The management URLs of all nodes, as ``enforcement.clusters`` wants them."""
+        return " ".join(f"https://localhost:{node.doors.management_tls}" for node in self.nodes)
+
+    def start(self) -> None:
+        """
+        Start all nodes and wait until they are one cluster.
+
+        Raises:
+            HarnessError: a node did not start, or they did not find each other.
+        """
+        with ThreadPoolExecutor(NODES) as pool:
+            list(pool.map(Broker.start, self.nodes))
+        running = self.nodes[0].control("eval", "length(rabbit_nodes:list_running()).").strip()
+        if running != str(NODES):
+            raise HarnessError(f"{running} of {NODES} nodes have found each other")
+
+    def close(self) -> None:
+        """Stop all nodes for good."""
+        with ThreadPoolExecutor(NODES) as pool:
+            list(pool.map(Broker.close, reversed(self.nodes)))
+
+    def cut_off(self, node: Broker) -> None:
+        """Cut the links between a node and the others, as a network does; it goes on, and its clients stay."""
+        self._links(node, "partitioned")
+
+    def join_again(self, node: Broker) -> None:
+        """Mend the links."""
+        self._links(node, node.cookie)
+
+    def _links(self, node: Broker, cookie: str) -> None:
+        # Two nodes that think of each other's cookie differently do not talk.
+        others = ", ".join(f"'{other.name}@localhost'" for other in self.nodes if other is not node)
+        node.control(
+            "eval", f"[begin erlang:set_cookie(N, '{cookie}'), erlang:disconnect_node(N) end || N <- [{others}]], ok."
+        )
+
+
+def _overlay(doors: Doors) -> str:
+    lines = (RABBITMQ_FILES / "conf.d-optional/cluster.conf").read_text().splitlines()
+    kept = [line.replace("rabbit@rabbitmq", "rabbitmq") for line in lines if not line.startswith("mqtt.proxy_protocol")]
+    kept = [f"{line}@localhost" if ".nodes." in line else line for line in kept]
+    ports = (
+        f"listeners.ssl.default = {doors.amqp_tls}",
+        f"mqtt.listeners.ssl.default = {doors.mqtt_tls}",
+        f"management.ssl.port = {doors.management_tls}",
+    )
+    return "\n".join((*kept, *ports)) + "\n"

@@ -1,0 +1,137 @@
+"""Enforcement on a cluster of three nodes, with two replicas of the service; nodes and replicas that are lost."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from authbackend_load.connection import Connection
+
+from .cluster import Cluster
+from .conftest import ROOT, make_service
+from .fleet import Fleet
+from .identities import Certificates
+from .mqtt import MQTTClient
+from .processes import HarnessError, until
+from .service import Database, Service
+from .thin import connected
+
+Clients = Callable[..., MQTTClient]
+REFUSED, NOBODY_SUBSCRIBED = 0x86, 0x10
+SESSION = {"clean": False, "session_expiry_s": 600}
+
+
+@pytest.fixture(scope="module")
+def cluster(workplace: Path, certificates: Certificates, service: Service) -> Iterator[Cluster]:
+    """Three nodes."""
+    found = Cluster(Path(ROOT), workplace, certificates)
+    try:
+        found.start()
+        yield found
+    finally:
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def replicas(
+    cluster: Cluster, workplace: Path, certificates: Certificates, database: Database, service: Service
+) -> Iterator[list[Service]]:
+    """Two replicas that enforce on the cluster: the one that the brokers ask, and a second one."""
+    second = make_service(workplace, certificates, database, broker_port=8082, admin_port=8083)
+    service.stop()
+    for each in (service, second):
+        each.enforce(cluster.management, sweep_interval_s="5")
+        each.start()
+    yield [service, second]
+    second.stop()
+    service.stop()
+    service.enforce()
+    service.command("enforcement", "disable")
+    service.start()
+
+
+def tasks(service: Service, *arguments: str) -> list[dict[str, Any]]:
+    """What ``enforcement list`` says."""
+    found: list[dict[str, Any]] = json.loads(
+        service.command("enforcement", "list", "--limit", "1000", *arguments, "--json")
+    )
+    return found
+
+
+async def test_a_session_outlives_its_node_and_a_denial_stays_one(
+    mqtt: Clients, fleet: Fleet, cluster: Cluster, replicas: list[Service]
+) -> None:
+    """After a node is lost, its device goes on elsewhere within seconds; who is revoked is refused there too."""
+    me, revoked = fleet.device(), fleet.device()
+    first, second = cluster.nodes[0], cluster.nodes[1]
+    client = mqtt(me, port=first.doors.mqtt_tls, **SESSION)
+    assert await client.connect() == 0
+    assert await client.subscribe(f"fleet/{me}/telemetry/#") == [1]
+    await fleet.change(f"update device set status = 'revoked' where device_id = '{revoked}'")
+    await asyncio.to_thread(first.kill)
+    try:
+        assert await client.disconnected() is not None
+        again = mqtt(me, port=second.doors.mqtt_tls, **SESSION)
+        assert await again.connect() == 0
+        assert again.session_present
+        sender = mqtt(me, client_id=f"{me}_pub", port=second.doors.mqtt_tls)
+        assert await sender.connect() == 0
+        assert await sender.publish(f"fleet/{me}/telemetry/1", b"x") == 0
+        assert (await again.message()).payload == b"x"
+        assert await mqtt(revoked, port=second.doors.mqtt_tls).connect() == REFUSED
+    finally:
+        await asyncio.to_thread(first.start)
+
+
+async def test_a_replica_that_dies_in_the_middle_of_two_hundred_revocations(
+    certificates: Certificates, fleet: Fleet, cluster: Cluster, replicas: list[Service]
+) -> None:
+    """Another one finishes: nobody is forgotten, nothing is left half done."""
+    names = [fleet.device() for _ in range(200)]
+    ports = [node.doors.mqtt_tls for node in cluster.nodes]
+    connections: list[Connection] = []
+    for number, name in enumerate(names):
+        connections.append(await connected(certificates.device(name), ports[number % 3], clean=False))
+        assert await connections[-1].subscribe([f"fleet/{name}/commands/#"], 1) == (1,)
+    enforcing = next(each for each in replicas if "enforcement_leading 1" in each.metrics())
+    ended = asyncio.wait([each.lost for each in connections], return_when=asyncio.FIRST_COMPLETED)
+    listed = ", ".join(f"'{name}'" for name in names)
+    fleet.database.sql(f"update device set status = 'revoked' where device_id in ({listed})")
+    await ended
+    await asyncio.to_thread(enforcing.kill)
+    left = [each for each in connections if not each.lost.done()]
+    if enforcing is replicas[0]:
+        await asyncio.to_thread(enforcing.start)  # the brokers ask this one
+    async with asyncio.timeout(60):
+        await asyncio.gather(*(each.lost for each in connections))
+    assert left, "all were closed before the replica was killed: it proves nothing"
+    await until(lambda: not tasks(replicas[0], "--state", "open"), 60)
+    done = {task["name"]: task["receipt"] for task in tasks(replicas[0], "--state", "done")}
+    assert set(names) <= set(done)
+    queues = cluster.nodes[0].control("list_queues", "name").split()
+    assert not [queue for queue in queues if any(name in queue for name in names)]
+    if enforcing is not replicas[0]:
+        await asyncio.to_thread(enforcing.start)
+
+
+async def test_a_node_that_is_cut_off_is_named_until_it_has_been_seen(
+    mqtt: Clients, fleet: Fleet, cluster: Cluster, replicas: list[Service]
+) -> None:
+    """What is connected there is not known, and nobody claims it is; when it is back, the device is thrown out."""
+    me = fleet.device()
+    last = cluster.nodes[2]
+    client = mqtt(me, port=last.doors.mqtt_tls)
+    assert await client.connect() == 0
+    await asyncio.to_thread(cluster.cut_off, last)
+    try:
+        with pytest.raises(HarnessError, match=r"exit status 8(?s:.)*rabbitmq3@localhost"):
+            await asyncio.to_thread(replicas[0].command, "device", "revoke", me, "--wait", "--timeout", "5")
+    finally:
+        await asyncio.to_thread(cluster.join_again, last)
+    await until(lambda: tasks(replicas[0], "--name", me)[0]["state"] == "done", 60)
+    assert await client.disconnected(1) is not None
