@@ -119,26 +119,23 @@ class Service:
             raise HarnessError(f"authbackend {words}: exit status {done.returncode}\n{done.stdout}{done.stderr}")
         return done.stdout
 
-    def enforce(self, *clusters: str, **settings: str) -> None:
-        """
-        Let it end what is connected on these clusters, from the next start on; without any, no more.
+    def configure(self, **settings: str) -> None:
+        """Set settings for the next start, named as in the environment without ``AUTHBACKEND_``; empty: the default."""
+        for name, value in settings.items():
+            self._environment.pop(f"AUTHBACKEND_{name}", None)
+            if value:
+                self._environment[f"AUTHBACKEND_{name}"] = value
 
-        Args:
-            settings: More of ``[enforcement]``, for example ``sweep_interval_s``.
-        """
-        prefix = "AUTHBACKEND_ENFORCEMENT__"
-        self._environment = {name: value for name, value in self._environment.items() if not name.startswith(prefix)}
-        if not clusters:
-            return
+    def enforce(self, clusters: str, sweep_interval_s: str = "") -> None:
+        """Let it end what is connected on these clusters, from the next start on; none: no more."""
         password = self.log.with_name("enforcer-password")
         password.write_text("enforcer-password\n")
-        found = {
-            "clusters": ",".join(clusters),
-            "password_file": str(password),
-            "ca_file": str(self._ca_file),
-            **settings,
-        }
-        self._environment |= {f"{prefix}{name.upper()}": value for name, value in found.items()}
+        self.configure(
+            ENFORCEMENT__CLUSTERS=clusters,
+            ENFORCEMENT__PASSWORD_FILE=str(password) if clusters else "",
+            ENFORCEMENT__CA_FILE=str(self._ca_file) if clusters else "",
+            ENFORCEMENT__SWEEP_INTERVAL_S=sweep_interval_s,
+        )
 
     def start(self) -> None:
         """

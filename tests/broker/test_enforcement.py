@@ -31,7 +31,7 @@ def enforcing(broker: Broker, service: Service) -> Iterator[Service]:
     service.start()
     yield service
     service.stop()
-    service.enforce()
+    service.enforce("")
     service.command("enforcement", "disable")
     service.start()
 
