@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from authbackend.policy.rules import Account, Device, DeviceType
 
@@ -35,3 +35,6 @@ class MemoryRegistry:
 
     def account(self, name: str) -> Account | None:
         return self._accounts.get(name)
+
+    def accounts(self) -> Iterator[Account]:
+        yield from self._accounts.values()
