@@ -15,13 +15,13 @@ import click
 from authbackend_load.run import machine
 from benchmarks import report
 from benchmarks.measurements import ALL, QUICK, Extent, staged
+from benchmarks.namespaces import CannotRun, run_inside
 from benchmarks.scene import BenchmarkError
-from benchmarks.storm.options import Options
-from benchmarks.storm.outside import StormError
-from benchmarks.storm.outside import run as storm
+from benchmarks.storm import Options
+from benchmarks.storm import run as storm
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = (*ALL, "storm", "httpc")
+PARTS = (*ALL, "storm", "httpc", "revocation")
 
 
 def _say(text: str) -> None:
@@ -42,7 +42,7 @@ def main(only: tuple[str, ...], quick: bool, report_only: bool) -> None:
     try:
         if not report_only:
             _measure(only or PARTS, quick)
-    except (BenchmarkError, StormError) as error:
+    except (BenchmarkError, CannotRun) as error:
         _say(str(error))
         sys.exit(1)
     if not quick:
@@ -81,6 +81,11 @@ def _measure(parts: tuple[str, ...], quick: bool) -> None:
             for sessions in (64, 2)
         }
         _keep("httpc", found, started, quick)
+    if "revocation" in parts:
+        _say("--- revocation")
+        started = time.monotonic()
+        small = {"revocations": 10, "fleet": 300, "registered": 3000, "mass": 300, "swept": 200}
+        _keep("revocation", run_inside("benchmarks.revocation.inside", small if quick else {}), started, quick)
 
 
 def _keep(name: str, found: dict[str, Any], started: float, quick: bool) -> None:

@@ -4,7 +4,21 @@ The connection storm: a whole fleet reconnects to a real RabbitMQ 4.3 at once, w
 ``python -m benchmarks.storm --help``; from a program: :func:`run`.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.namespaces import run_inside
 from benchmarks.storm.options import Options
-from benchmarks.storm.outside import run
 
 __all__ = ["Options", "run"]
+
+
+def run(options: Options | None = None) -> dict[str, Any]:
+    """
+    Run the benchmark and return its result for JSON.
+
+    Raises:
+        CannotRun: it could not run; what failed is on standard error.
+    """
+    return run_inside("benchmarks.storm.inside", (options or Options()).as_dict())

@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
+from benchmarks.namespaces import CannotRun
+from benchmarks.storm import run
 from benchmarks.storm.options import BACKENDS, FAULTS, Options
-from benchmarks.storm.outside import StormError, run
 from benchmarks.storm.plot import plot
 
 _DEFAULT = Options()
@@ -55,7 +56,7 @@ def main(output: Path | None, plots: Path | None, **values: Any) -> None:
     """
     try:
         result = run(Options(**values))
-    except StormError as error:
+    except CannotRun as error:
         click.echo(f"storm: {error}", err=True)
         sys.exit(1)
     text = json.dumps(result, indent=1)

@@ -278,3 +278,20 @@ async def test_a_type_without_publish_rules_cannot_reach_the_exchange(mqtt: Clie
     with pytest.raises(Disconnected):
         await client.publish("fleet/x/telemetry/y", b"x")
     assert fleet.service.denials(endpoint="resource", reason="no_rule_allows", device_type="READER") == denied + 1
+
+
+async def test_who_stays_connected_after_a_refused_publish_is_told_only_in_mqtt_5(
+    mqtt: Clients, fleet: Fleet, broker: Broker
+) -> None:
+    """Why ``conf.d-optional/stay-connected.conf`` is optional: in 3.1.1 the message is lost with a PUBACK."""
+    broker.control("eval", "application:set_env(rabbitmq_mqtt, disconnect_on_unauthorized, false).")
+    try:
+        found = {}
+        for version in (4, 5):
+            client = mqtt(fleet.device(), version=version)
+            assert await client.connect() == 0
+            found[version] = await client.publish("forbidden/x", b"x")
+            assert await client.alive()
+        assert found == {4: 0, 5: 0x87}
+    finally:
+        broker.control("eval", "application:set_env(rabbitmq_mqtt, disconnect_on_unauthorized, true).")

@@ -1,4 +1,4 @@
-"""Begin a run in namespaces of its own, so that nothing collides with what runs here and nothing is left behind."""
+"""Runs a benchmark in namespaces of its own, so that nothing collides with what runs here and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -10,43 +10,40 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.storm.options import Options
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[1]
 # A loopback interface is down in a new namespace. Its addresses 127.0.0.x have about 28,000 ports each.
 _LOOPBACK_UP = (
     'import fcntl, socket, struct; fcntl.ioctl(socket.socket(), 0x8914, struct.pack("16sh", b"lo", 0x1 | 0x40))'
 )
-_INSIDE = 'exec "$0" -m benchmarks.storm.inside "$@"'
 
 
-class StormError(Exception):
+class CannotRun(Exception):
     """The benchmark cannot run; the text says why, and what to do."""
 
 
-def run(options: Options | None = None) -> dict[str, Any]:
+def run_inside(module: str, options: dict[str, Any]) -> dict[str, Any]:
     """
-    Run the benchmark and return its result for JSON. Needs root, for network, mount and process namespaces.
+    Run ``python -m MODULE OPTIONS RESULT``, both JSON files, and return the result. Needs root.
 
     Raises:
-        StormError: it could not run; what failed is on standard error.
+        CannotRun: it could not run; what failed is on standard error.
     """
-    options = options or Options()
     if os.geteuid() != 0:
-        raise StormError("the storm needs root, for a network of its own: sudo python -m benchmarks.storm")
+        raise CannotRun(f"{module} needs root, for a network of its own: run it with sudo")
     root = _rabbitmq_root()
-    with tempfile.TemporaryDirectory(prefix="authbackend-storm-") as place:
+    with tempfile.TemporaryDirectory(prefix="authbackend-bench-") as place:
         request, result = Path(place) / "options.json", Path(place) / "result.json"
-        request.write_text(json.dumps(options.as_dict()))
+        request.write_text(json.dumps(options))
         environment = os.environ | {
             "AUTHBACKEND_TEST_RABBITMQ_ROOT": root,
             "AUTHBACKEND_TEST_OUTSIDE": str(Path("/proc/self/ns/mnt").readlink()),
         }
-        inside = ["bash", "-c", f"\"$0\" -c '{_LOOPBACK_UP}' && {_INSIDE}", sys.executable, str(request), str(result)]
+        inside = f'"$0" -c \'{_LOOPBACK_UP}\' && exec "$0" -m {module} "$@"'
+        command = ["bash", "-c", inside, sys.executable, str(request), str(result)]
         namespaces = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--"]
-        done = subprocess.run([*namespaces, *inside], cwd=REPOSITORY, env=environment, check=False)
+        done = subprocess.run([*namespaces, *command], cwd=REPOSITORY, env=environment, check=False)
         if done.returncode != 0 or not result.exists():
-            raise StormError(f"the storm ended with status {done.returncode}; see above")
+            raise CannotRun(f"{module} ended with status {done.returncode}; see above")
         found: dict[str, Any] = json.loads(result.read_text())
         return found
 
@@ -54,5 +51,5 @@ def run(options: Options | None = None) -> dict[str, Any]:
 def _rabbitmq_root() -> str:
     done = subprocess.run([REPOSITORY / "tools/rabbitmq-root"], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
-        raise StormError("there is no RabbitMQ to test against; see above")
+        raise CannotRun("there is no RabbitMQ to test against; see above")
     return done.stdout.strip()

@@ -1,0 +1,188 @@
+"""The real parts: a cluster of three nodes, PostgreSQL, two replicas that enforce, and devices that publish."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from authbackend_load import certificates
+from authbackend_load.connection import Connection, ConnectionFailed
+from authbackend_load.plan import Identity, read_identities
+from authbackend_load.tls import TLS, make_context
+from tests.broker.cluster import Cluster
+from tests.broker.identities import Certificates
+from tests.broker.mounts import remove_tree
+from tests.broker.node import REPOSITORY
+from tests.broker.processes import HarnessError
+from tests.broker.service import Database, Service
+
+PUBLISH_EVERY_S = 0.1
+SENDER = "APM000001"
+"""The device that may send commands to all others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """
+    One run.
+
+    Attributes:
+        revocations: one after the other, among ``publishers`` that publish ten times a second.
+        fleet: devices with a certificate; as many connect for the mass revocation.
+        registered: devices in the registry.
+        mass: devices revoked in one statement.
+        swept: connections that a sweep looks at.
+        kicks_per_second: as in the settings.
+    """
+
+    revocations: int = 300
+    publishers: int = 200
+    fleet: int = 1000
+    registered: int = 100_000
+    mass: int = 10_000
+    swept: int = 20_000
+    kicks_per_second: int = 100
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the options for JSON."""
+        return asdict(self)
+
+
+class Device:
+    """A device that publishes ten times a second with QoS 1, and remembers when its last message was accepted."""
+
+    def __init__(self, identity: Identity, port: int, ca_file: Path) -> None:
+        self.name = identity.device_id
+        self.port = port
+        self._context = make_context(identity.certificate_file, ca_file)
+        self.connection: Connection | None = None
+        self.accepted_at = 0.0
+        self.lost_at = 0.0
+        self._task: asyncio.Task[None] | None = None
+
+    async def connect(self, *, clean: bool = True, client_id: str = "") -> Connection:
+        """
+        Log in.
+
+        Raises:
+            HarnessError: it was refused.
+        """
+        tls = TLS(self._context, "localhost")
+        loop = asyncio.get_running_loop()
+        _, made = await loop.create_connection(lambda: Connection(tls, 5), "127.0.0.1", self.port)
+        await made.established
+        expiry = 0 if clean else 3600
+        code = await made.connect(client_id or self.name, keep_alive_s=600, clean=clean, session_expiry_s=expiry)
+        if code:
+            raise HarnessError(f"{self.name} was refused: 0x{code:02x}")
+        self.connection = made
+        return made
+
+    def publish_on(self) -> None:
+        """Publish from now on, until the connection is lost."""
+        assert self.connection is not None
+        self._task = asyncio.create_task(self._publishing(self.connection))
+
+    async def _publishing(self, connection: Connection) -> None:
+        due = time.monotonic()
+        try:
+            while True:
+                await connection.publish(f"fleet/{self.name}/telemetry/speed", b"x" * 64, 1)
+                self.accepted_at = time.monotonic()
+                due = max(due + PUBLISH_EVERY_S, self.accepted_at)
+                await asyncio.sleep(due - time.monotonic())
+        except ConnectionFailed:
+            self.lost_at = time.monotonic()
+
+
+class Stage:
+    """Everything that runs; make it with :func:`stage`."""
+
+    def __init__(
+        self, options: Options, workplace: Path, cluster: Cluster, database: Database, ca: Certificates
+    ) -> None:
+        self.options = options
+        self.cluster = cluster
+        self.database = database
+        self.certificates = ca
+        dsn = database.dsn_of()
+        self.service = Service(workplace, ca, dsn, dsn)
+        self.other = Service(workplace, ca, dsn, dsn, broker_port=8082, admin_port=8083)
+        for each in (self.service, self.other):
+            each.enforce(cluster.management, sweep_interval_s="3600")
+            each.configure(ENFORCEMENT__KICKS_PER_SECOND=str(options.kicks_per_second), LOG__LEVEL="warning")
+        # The second one answers over plain HTTP, so that its answers can be timed without TLS in the client.
+        self.other.configure(BROKER__TLS__CERTIFICATE_FILE="", BROKER__TLS__KEY_FILE="", BROKER__TLS__CLIENT_CA_FILE="")
+        self.identities = read_identities(ca.directory)
+        ports = [node.doors.mqtt_tls for node in cluster.nodes]
+        self.devices = [Device(each, ports[n % 3], ca.ca_file) for n, each in enumerate(self.identities)]
+
+    def prepare(self) -> None:
+        """Fill the registry and start the replicas."""
+        directory = self.certificates.directory
+        self.service.command("migrate")
+        self.service.command("policy", "apply", directory / "policy.yaml", "--devices", directory / "devices.csv")
+        known = yaml.safe_load((REPOSITORY / "tests/broker/policy.yaml").read_text())
+        accounts = [account for account in known["accounts"] if account["name"] == "enforcer"]
+        file = directory / "enforcer.yaml"
+        file.write_text(yaml.safe_dump({"schema": "authbackend/1", "accounts": accounts}))
+        self.service.command("policy", "apply", file)
+        self.database.sql(
+            "insert into topic_rule (device_type, effect, action, topic) values ('APM', 'allow', 'subscribe', 'fleet/{device_id}/telemetry/#');"
+            f"insert into topic_rule (device_id, effect, action, topic) values ('{SENDER}', 'allow', 'publish', 'fleet/+/commands/#');"
+            f"insert into device (device_id, type) select 'other' || n, 'APM' from generate_series(1, {self.options.registered - len(self.devices)}) n"
+        )
+        self.service.start()
+        self.other.start()
+
+    @property
+    def leading(self) -> Service:
+        """The replica that enforces."""
+        return next(each for each in (self.service, self.other) if "enforcement_leading 1" in each.metrics())
+
+    def close(self) -> None:
+        """End the replicas."""
+        self.other.stop()
+        self.service.stop()
+
+
+@contextmanager
+def stage(options: Options) -> Iterator[Stage]:
+    """
+    Boot everything and end it with the block.
+
+    Raises:
+        HarnessError: one of the parts did not start.
+    """
+    workplace = Path(tempfile.mkdtemp(prefix="authbackend-revocation-"))
+    workplace.chmod(0o755)
+    try:
+        made = Certificates(workplace / "certs")
+        ids = certificates.device_ids("APM", max(options.fleet, options.swept))
+        processes = len(os.sched_getaffinity(0))
+        certificates.make(made.directory, ids, device_type="APM", processes=processes)
+        root = Path(os.environ["AUTHBACKEND_TEST_RABBITMQ_ROOT"])
+        cluster = Cluster(root, workplace, made)
+        database = Database()
+        try:
+            cluster.start()
+            ready = Stage(options, workplace, cluster, database, made)
+            try:
+                ready.prepare()
+                yield ready
+            finally:
+                ready.close()
+        finally:
+            cluster.close()
+            database.server.remove()
+    finally:
+        remove_tree(workplace)
