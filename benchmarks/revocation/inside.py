@@ -275,7 +275,7 @@ class Measurements:
                     server_name="localhost",
                     ca_file=str(self.stage.certificates.ca_file),
                     keep_alive_s=3600,
-                    until="connect",
+                    until="login",
                     in_flight=100,
                 )
                 own = self.stage.identities[: options.swept][number::3]
