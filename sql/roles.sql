@@ -2,8 +2,8 @@
 -- `authbackend migrate`; run it again after an upgrade. Give each role its password and LOGIN yourself:
 --   ALTER ROLE authbackend_service LOGIN PASSWORD '...';
 --
---   authbackend_service   `authbackend serve`: reads the registry, prunes the change feed, says which version it serves, writes nothing else
---   authbackend_admin     `authbackend policy|device|account`, psql of the security team: edits the registry, reads the trail
+--   authbackend_service   `authbackend serve`: reads the registry, prunes the change feed, says which version it serves, publishes revocation lists, writes nothing else
+--   authbackend_admin     `authbackend policy|device|account|ca|cert|crl`, psql of the security team: edits the registry and the certificates, reads the trail
 --   authbackend_reader    dashboards and auditors: reads everything but password hashes
 
 do $$
@@ -22,7 +22,7 @@ end $$;
 -- Databases that began before PostgreSQL 15 let everybody create functions and tables here.
 revoke create on schema public from public;
 
-revoke all on device_type, device, account, topic_rule, audit, change, change_floor, change_horizon, incarnation, identity_guard, replica, replica_state, schema_migrations
+revoke all on device_type, device, account, topic_rule, audit, change, change_floor, change_horizon, incarnation, identity_guard, replica, replica_state, certificate, authority, crl, schema_migrations
   from public, authbackend_service, authbackend_admin, authbackend_reader;
 
 grant select on device_type, device, account, topic_rule, change, change_floor, incarnation, schema_migrations to authbackend_service;
@@ -30,10 +30,14 @@ grant select, insert, update, delete on replica to authbackend_service;
 grant select on replica_state to authbackend_service, authbackend_admin, authbackend_reader;
 grant execute on function change_prune(interval), incarnation_renew() to authbackend_service;
 
+grant select on certificate, authority to authbackend_service;
+grant select, insert, update on crl to authbackend_service; -- a list never goes back to an older number
+
 grant select, insert, update, delete on device_type, device, account, topic_rule to authbackend_admin;
+grant select, insert, update, delete on certificate, authority, crl to authbackend_admin;
 grant select on audit, change, change_floor, incarnation, schema_migrations to authbackend_admin;
 grant select, delete on replica to authbackend_admin;
 grant execute on function incarnation_renew() to authbackend_admin;
 
-grant select on device_type, device, topic_rule, audit, incarnation, schema_migrations to authbackend_reader;
+grant select on device_type, device, topic_rule, audit, incarnation, certificate, authority, crl, schema_migrations to authbackend_reader;
 grant select (name, login, tags, vhosts, networks, client_ids, configure, write, read, unchecked_dead_lettering) on account to authbackend_reader;
