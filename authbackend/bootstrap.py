@@ -16,6 +16,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from authbackend import __version__, metrics
+from authbackend.admin.crl import PublishedLists
 from authbackend.admin.health import Health
 from authbackend.admin.listener import application
 from authbackend.board import Board
@@ -25,13 +26,14 @@ from authbackend.broker.passwords import PasswordChecker
 from authbackend.errors import ConfigurationError
 from authbackend.ground import Ground, prepared, target
 from authbackend.logs import Sampler
-from authbackend.metrics import BrokerMetrics, RegistryMetrics
+from authbackend.metrics import BrokerMetrics, CertificateMetrics, RegistryMetrics
 from authbackend.policy.decide import DecisionSettings
 from authbackend.postgres.feed import ChangeFeed
 from authbackend.postgres.replicas import Announcer, Identity
 from authbackend.registry.presence import Presence
 from authbackend.registry.store import Store
 from authbackend.registry.sync import Look, Refreshed, RegistryCopy, SyncTimes
+from authbackend.revocation import Keeper, open_authority
 from authbackend.settings import TLS, Broker, Settings, host_and_port, is_loopback
 
 log = structlog.get_logger(__name__)
@@ -85,6 +87,8 @@ async def following(
         admin: The listening socket for people and Prometheus.
         collected: The metrics of this process; those of others come from files.
         on_end: Is told the name of a background task that ended by itself, which it never should.
+    Raises:
+        ConfigurationError: ``pki.authority_dir`` cannot be taken up.
     """
     collected = collected or CollectorRegistry()
 
@@ -102,11 +106,15 @@ async def following(
     copy = RegistryCopy(feed, store, _Observers(counted, presence), times, ground.disk)
     reader = store.reader()
 
+    lists, certificates = PublishedLists(), CertificateMetrics()
+    keeper = Keeper(database, lists, certificates, open_authority(settings.pki), settings.pki.crl_lifetime_s)
+
     app = application(
         store.reader(),
-        lambda: metrics.exposition(collected, ground.metrics, counted),
+        lambda: metrics.exposition(collected, ground.metrics, counted, certificates),
         Health(reader, ground.board, registry.max_staleness_s),
         DecisionSettings(mqtt_exchange=settings.broker.mqtt_exchange),
+        lists,
         loopback=is_loopback(settings.admin.listen),
     )
     async with contextlib.AsyncExitStack() as stack:
@@ -114,6 +122,7 @@ async def following(
         stack.push_async_callback(presence.leave)
         await stack.enter_async_context(_background("registry", copy.run(), on_end))
         await stack.enter_async_context(_background("presence", presence.run(), on_end))
+        await stack.enter_async_context(_background("crl", keeper.run(), on_end))
         await stack.enter_async_context(_application_listening(app, admin))
         yield
 
