@@ -7,14 +7,14 @@ A certificate is on record before anybody gets it: what is returned here is hand
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from authbackend.errors import Conflict, InvalidInput
 from authbackend.pki import signing
 from authbackend.pki.authority_folder import AuthorityFolder, Signed
 from authbackend.pki.profiles import Profile
-from authbackend.pki.reading import PKIError, new_key, read_request
+from authbackend.pki.reading import PKIError, PublicKey, new_key, read_request
 from authbackend.postgres import certificates as store
 from authbackend.postgres.certificates import CertificateRow
 from authbackend.postgres.connection import Connection
@@ -77,7 +77,7 @@ async def enroll(
         "select device_id, common_name, type, status from device where device_id = any ($1::text[]) for key share",
         [request.device_id for request in requests],
     )
-    devices = {row["device_id"]: row for row in found}
+    devices = {row["device_id"]: dict(row) for row in found}
     enrolled, faults = [], []
     for request in requests:
         try:
@@ -101,7 +101,7 @@ async def _register(connection: Connection, requests: Sequence[Request]) -> None
     )
 
 
-def _sign(authority: AuthorityFolder, profile: Profile, request: Request, device: dict[str, str] | None) -> Enrolled:
+def _sign(authority: AuthorityFolder, profile: Profile, request: Request, device: Mapping[str, str] | None) -> Enrolled:
     name = request.device_id
     if device is None:
         raise PKIError(f"no device has the id {name!r}; register it, or give its type (--type)")
@@ -124,7 +124,7 @@ def _sign(authority: AuthorityFolder, profile: Profile, request: Request, device
     return Enrolled(name, _signed(authority, common_name, public_key, profile), None)
 
 
-def _signed(authority: AuthorityFolder, common_name: str, key: signing.PublicKey, profile: Profile) -> Signed:
+def _signed(authority: AuthorityFolder, common_name: str, key: PublicKey, profile: Profile) -> Signed:
     return authority.sign(common_name, key, profile, [common_name] if _DNS_NAME.fullmatch(common_name) else [])
 
 

@@ -220,6 +220,7 @@ CREATE FUNCTION public.certificate_serial_fault(serial text) RETURNS text
     AS $_$
   select case
     when serial is null or serial !~ '^[0-9a-f]{1,40}$' then 'it is written as 1 to 40 lower-case hexadecimal digits without separators'
+    when serial ~ '^[89a-f].{39}$' then 'it has more than 20 octets, because as a DER integer it begins with a zero one'
     when serial ~ '^0' then 'it is written without leading zeros, and zero is not possible'
   end
 $_$;

@@ -179,7 +179,7 @@ def export(context: click.Context, name: str, der: bool) -> None:
     if not found or found[0].list is None:
         raise NotFound(f"no authority {name!r} has a revocation list; see: authbackend crl list")
     content = found[0].list.der
-    click.get_binary_stream("stdout").write(content if der else list_pem(content))
+    click.echo(content if der else list_pem(content), nl=False)
 
 
 @crl.command()

@@ -117,7 +117,7 @@ def _collected() -> Iterator[tuple[Metric, tuple[str, ...]]]:
     registry.register(CertificateMetrics())
     for collector in dict.fromkeys(registry._collector_to_names):  # noqa: SLF001 - the only list there is
         for metric in collector.describe() if hasattr(collector, "describe") else collector.collect():
-            yield metric, tuple(getattr(collector, "_labelnames", None) or getattr(metric, "_labelnames", ()))
+            yield metric, tuple(getattr(collector, "_labelnames", ()) or getattr(metric, "_labelnames", ()))
 
 
 def _reasons() -> Iterator[str]:

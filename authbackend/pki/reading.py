@@ -72,7 +72,7 @@ def record_of(certificate: x509.Certificate) -> Record:
         )
     except (ValueError, OverflowError) as error:
         raise PKIError(f"the certificate cannot be read: {error}") from error
-    if not 0 < serial < 2**160:
+    if not 0 < serial < 2**159:
         raise PKIError("its serial number is not a positive number of at most 20 octets (RFC 5280 4.1.2.2)")
     if "\x00" in record.issuer + record.subject + record.common_name:
         raise PKIError("a zero byte in a name cannot be kept")

@@ -8,6 +8,7 @@ create function certificate_serial_fault(serial text) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
   select case
     when serial is null or serial !~ '^[0-9a-f]{1,40}$' then 'it is written as 1 to 40 lower-case hexadecimal digits without separators'
+    when serial ~ '^[89a-f].{39}$' then 'it has more than 20 octets, because as a DER integer it begins with a zero one'
     when serial ~ '^0' then 'it is written without leading zeros, and zero is not possible'
   end
 $$;
