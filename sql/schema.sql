@@ -629,7 +629,7 @@ CASE
 END),
     CONSTRAINT certificate_names CHECK (
 CASE
-    WHEN (((octet_length(issuer) >= 1) AND (octet_length(issuer) <= 2048)) AND (octet_length(subject) <= 2048) AND (octet_length(common_name) <= 1024)) THEN true
+    WHEN ((issuer <> ''::text) AND (octet_length(issuer) <= 2048) AND (octet_length(subject) <= 2048) AND (octet_length(common_name) <= 1024)) THEN true
     ELSE public.refuse(format('certificate %s: issuer (not empty) and subject have at most 2048 bytes, the common name at most 1024'::text, serial))
 END),
     CONSTRAINT certificate_reason CHECK (
