@@ -16,6 +16,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from authbackend import __version__, metrics
+from authbackend.admin.crl import PublishedLists
 from authbackend.admin.health import Health
 from authbackend.admin.listener import application
 from authbackend.board import Board
@@ -31,7 +32,7 @@ from authbackend.enforcement.sweep import SweepSettings
 from authbackend.errors import ConfigurationError
 from authbackend.ground import Ground, prepared, target
 from authbackend.logs import Sampler
-from authbackend.metrics import BrokerMetrics, RegistryMetrics
+from authbackend.metrics import BrokerMetrics, CertificateMetrics, RegistryMetrics
 from authbackend.policy.decide import DecisionSettings
 from authbackend.postgres.enforcement import leading
 from authbackend.postgres.feed import ChangeFeed
@@ -39,6 +40,7 @@ from authbackend.postgres.replicas import Announcer, Identity
 from authbackend.registry.presence import Presence
 from authbackend.registry.store import Store
 from authbackend.registry.sync import Look, Refreshed, RegistryCopy, SyncTimes
+from authbackend.revocation import Keeper, open_authority
 from authbackend.settings import TLS, Broker, Settings, host_and_port, is_loopback
 
 log = structlog.get_logger(__name__)
@@ -92,6 +94,8 @@ async def following(
         admin: The listening socket for people and Prometheus.
         collected: The metrics of this process; those of others come from files.
         on_end: Is told the name of a background task that ended by itself, which it never should.
+    Raises:
+        ConfigurationError: ``pki.authority_dir`` cannot be taken up.
     """
     collected = collected or CollectorRegistry()
 
@@ -109,11 +113,15 @@ async def following(
     copy = RegistryCopy(feed, store, _Observers(counted, presence), times, ground.disk)
     reader = store.reader()
 
+    lists, certificates = PublishedLists(), CertificateMetrics()
+    keeper = Keeper(database, lists, certificates, open_authority(settings.pki), settings.pki.crl_lifetime_s)
+
     app = application(
         store.reader(),
-        lambda: metrics.exposition(collected, ground.metrics, counted),
+        lambda: metrics.exposition(collected, ground.metrics, counted, certificates),
         Health(reader, ground.board, registry.max_staleness_s),
         DecisionSettings(mqtt_exchange=settings.broker.mqtt_exchange),
+        lists,
         loopback=is_loopback(settings.admin.listen),
     )
     async with contextlib.AsyncExitStack() as stack:
@@ -123,6 +131,7 @@ async def following(
         await stack.enter_async_context(_background("presence", presence.run(), on_end))
         if duty := _duty(settings, store, collected):
             await stack.enter_async_context(_background("enforcement", duty.run(), on_end))
+        await stack.enter_async_context(_background("crl", keeper.run(), on_end))
         await stack.enter_async_context(_application_listening(app, admin))
         yield
 

@@ -48,10 +48,11 @@ def forget_gauges(folder: Path, process: str) -> None:
     multiprocess.mark_process_dead(process, str(folder))  # type: ignore[no-untyped-call]
 
 
-def exposition(registry: CollectorRegistry, folder: Path | None, present: Collector) -> bytes:
+def exposition(registry: CollectorRegistry, folder: Path | None, *present: Collector) -> bytes:
     """Return the text format that Prometheus reads, over all processes that share a folder, or of this one."""
     collected = CollectorRegistry()
-    collected.register(present)
+    for collector in present:
+        collected.register(collector)
     if folder is not None:
         multiprocess.MultiProcessCollector(collected, str(folder))  # type: ignore[no-untyped-call]
         return generate_latest(collected)
@@ -239,6 +240,52 @@ class RegistryMetrics(Collector):
         )
         info.add_metric([__version__, platform.python_version()], 1)
         yield info
+
+
+class CertificateMetrics(Collector):
+    """What the process that follows the database knows of certificates, authorities and revocation lists."""
+
+    def __init__(self) -> None:
+        self.within: dict[str, tuple[int, int, int]] = {}
+        """By device type, ending within 7, 30 and 90 days."""
+        self.expired: int | None = None
+        self.most_on_a_day: int | None = None
+        self.authorities: dict[str, float] = {}
+        self.next_updates: dict[str, float] = {}
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the gauges, for one scrape."""
+        expiring = GaugeMetricFamily(
+            "authbackend_certificates_expiring",
+            "Active certificates that end within so many days (7, 30, 90; each counts those before) and have no successor, by device type (unknown: of no device).",
+            labels=["days", "device_type"],
+        )
+        for device_type, numbers in self.within.items():
+            for days, number in zip(("7", "30", "90"), numbers, strict=True):
+                expiring.add_metric([days, device_type], number)
+        yield expiring
+        yield _gauge(
+            "certificates_expired_active",
+            "Active devices whose last certificate has ended: they cannot log in any more.",
+            self.expired,
+        )
+        yield _gauge(
+            "certificates_expiring_on_one_day",
+            "The most certificates without a successor that end on one day of the next 90.",
+            self.most_on_a_day,
+        )
+        yield _gauges(
+            "authority_not_after_timestamp_seconds",
+            "When the certificate of an authority ends.",
+            "authority",
+            self.authorities,
+        )
+        yield _gauges(
+            "crl_next_update_timestamp_seconds",
+            "When the revocation list of an authority is too old, so that brokers refuse everybody.",
+            "authority",
+            self.next_updates,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,8 @@ from authbackend.errors import ConfigurationError
 _LISTS = {("accounts", "reserved"), ("enforcement", "clusters"), ("enforcement", "sweep_closes")}
 PREFIX = "AUTHBACKEND_"
 CONFIG_FILE_VARIABLE = "AUTHBACKEND_CONFIG"
-NOT_SETTINGS = ("AUTHBACKEND_ACTOR", "AUTHBACKEND_CACHE", CONFIG_FILE_VARIABLE)
-"""Variables of this prefix that other parts read: the command line's acting person, tools' cache, the file."""
+NOT_SETTINGS = ("AUTHBACKEND_ACTOR", "AUTHBACKEND_CACHE", "AUTHBACKEND_CA_PASSPHRASE", CONFIG_FILE_VARIABLE)
+"""Variables of this prefix that other parts read: the acting person and passphrase of commands, tools' cache, the file."""
 
 
 def _listen_address(value: str) -> str:
@@ -239,6 +239,24 @@ class Enforcement(_Section):
     )
 
 
+class Pki(_Section):
+    """Certificates and revocation lists."""
+
+    authority_dir: Path | None = Field(
+        None,
+        description="An authority made with `authbackend ca init`, whose revocation list this replica signs. Unset: `authbackend crl sign` or an outside authority does.",
+    )
+    passphrase_file: Path | None = Field(
+        None, description="File that holds the passphrase of the authority's key; the last newline is dropped."
+    )
+    crl_lifetime_s: float = Field(
+        604800.0,
+        ge=60,
+        le=31536000,
+        description="From thisUpdate to nextUpdate of a revocation list, after which brokers refuse everybody. It is signed anew after half of it, and at once when something is revoked.",
+    )
+
+
 class Log(_Section):
     """Logging, to standard error."""
 
@@ -264,6 +282,7 @@ class Settings(_Section):
     replica: Replica = Replica()
     accounts: Accounts = Accounts()
     enforcement: Enforcement = Enforcement()
+    pki: Pki = Pki()
     log: Log = Log()
 
 

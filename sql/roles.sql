@@ -2,8 +2,9 @@
 -- `authbackend migrate`; run it again after an upgrade. Give each role its password and LOGIN yourself:
 --   ALTER ROLE authbackend_service LOGIN PASSWORD '...';
 --
---   authbackend_service   `authbackend serve`: reads the registry, prunes the change feed, says which version it serves, does the work of enforcement, writes nothing else
---   authbackend_admin     `authbackend policy|device|account`, psql of the security team: edits the registry, reads the trail
+--   authbackend_service   `authbackend serve`: reads the registry, prunes the change feed, says which version it serves, does the work of enforcement,
+--                         publishes revocation lists, writes nothing else
+--   authbackend_admin     `authbackend policy|device|account|ca|cert|crl`, psql of the security team: edits the registry and the certificates, reads the trail
 --   authbackend_reader    dashboards and auditors: reads everything but password hashes
 
 do $$
@@ -22,7 +23,7 @@ end $$;
 -- Databases that began before PostgreSQL 15 let everybody create functions and tables here.
 revoke create on schema public from public;
 
-revoke all on device_type, device, account, topic_rule, audit, change, change_floor, change_horizon, incarnation, identity_guard, replica, replica_state, schema_migrations,
+revoke all on device_type, device, account, topic_rule, audit, change, change_floor, change_horizon, incarnation, identity_guard, replica, replica_state, certificate, authority, crl, schema_migrations,
   enforcement, enforcement_setup, enforcement_expiry, enforcement_sweep, device_hold, device_schedule
   from public, authbackend_service, authbackend_admin, authbackend_reader;
 
@@ -35,7 +36,11 @@ grant select, insert, update on enforcement_setup to authbackend_service;
 grant select, delete on device_hold to authbackend_service;
 grant execute on function enforcement_hold(text[]), enforcement_note_expired(), device_schedule_apply() to authbackend_service;
 
+grant select on certificate, authority to authbackend_service;
+grant select, insert, update on crl to authbackend_service; -- a list never goes back to an older number
+
 grant select, insert, update, delete on device_type, device, account, topic_rule to authbackend_admin;
+grant select, insert, update, delete on certificate, authority, crl to authbackend_admin;
 grant select on audit, change, change_floor, incarnation, schema_migrations to authbackend_admin;
 grant select, delete on replica to authbackend_admin;
 grant execute on function incarnation_renew() to authbackend_admin;
@@ -44,5 +49,5 @@ grant select, delete on enforcement_setup, device_hold to authbackend_admin;
 grant select on enforcement_sweep to authbackend_admin;
 grant select, insert, update, delete on device_schedule to authbackend_admin;
 
-grant select on device_type, device, topic_rule, audit, incarnation, schema_migrations, enforcement, enforcement_setup, enforcement_sweep, device_hold, device_schedule to authbackend_reader;
+grant select on device_type, device, topic_rule, audit, incarnation, certificate, authority, crl, schema_migrations, enforcement, enforcement_setup, enforcement_sweep, device_hold, device_schedule to authbackend_reader;
 grant select (name, login, tags, vhosts, networks, client_ids, configure, write, read, unchecked_dead_lettering) on account to authbackend_reader;

@@ -168,8 +168,10 @@ CREATE FUNCTION public.audit_row(entity text, r jsonb) RETURNS jsonb
     LANGUAGE sql IMMUTABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
-  select case when entity = 'account' and r is not null
-    then r || jsonb_build_object('password_hash', case when r ->> 'password_hash' is null then null else 'set' end)
+  select case
+    when entity = 'account' and r is not null
+      then r || jsonb_build_object('password_hash', case when r ->> 'password_hash' is null then null else 'set' end)
+    when entity = 'crl' then r - 'der'
     else r end
 $$;
 
@@ -184,6 +186,44 @@ begin
   execute format('create trigger audit_t after truncate on %s for each statement execute function audit_note(%L, %L)', watched, entity, key);
   execute format('alter table %s enable always trigger audit_i, enable always trigger audit_u, enable always trigger audit_d, enable always trigger audit_t', watched);
 end $$;
+
+CREATE FUNCTION public.certificate_check() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if tg_op = 'DELETE' then
+    if old.state = 'revoked' and old.not_after > now() then
+      perform public.refuse(format('certificate %s of %L is revoked and not expired: without its row it would be missing from the revocation list', old.serial, old.common_name));
+    end if;
+    return old;
+  end if;
+  if tg_op = 'UPDATE' then
+    if (new.fingerprint, new.serial, new.issuer, new.not_after) is distinct from (old.fingerprint, old.serial, old.issuer, old.not_after) then
+      perform public.refuse(format('certificate %s: fingerprint, serial number, issuer and end of validity cannot be changed; a new certificate is a new row', old.serial));
+    end if;
+    if old.state = 'revoked' and new.state is distinct from 'revoked' then
+      perform public.refuse(format('certificate %s of %L is revoked for good; issue a new one', old.serial, old.common_name));
+    end if;
+  elsif new.device_id is null then
+    select device_id into new.device_id from public.device where common_name = new.common_name;
+  end if;
+  if new.state = 'revoked' and new.revoked_at is null then
+    new.revoked_at := now();
+  end if;
+  return new;
+end $$;
+
+CREATE FUNCTION public.certificate_serial_fault(serial text) RETURNS text
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+  select case
+    when serial is null or serial !~ '^[0-9a-f]{1,40}$' then 'it is written as 1 to 40 lower-case hexadecimal digits without separators'
+    when serial ~ '^[89a-f].{39}$' then 'it has more than 20 octets, because as a DER integer it begins with a zero one'
+    when serial ~ '^0' then 'it is written without leading zeros, and zero is not possible'
+  end
+$_$;
 
 CREATE FUNCTION public.change_note() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER
@@ -255,6 +295,15 @@ begin
   execute format('alter table %s enable always trigger change_i, enable always trigger change_u, enable always trigger change_d, enable always trigger change_t', watched);
 end $$;
 
+CREATE FUNCTION public.channel_notify() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  perform pg_notify(tg_argv[0], '');
+  return null;
+end $$;
+
 CREATE FUNCTION public.client_id_fits(client_id text, device_id text, patterns text[]) RETURNS boolean
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -313,6 +362,19 @@ begin
   end if;
   return null;
 end $_$;
+
+CREATE FUNCTION public.crl_check() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if new.number < old.number then
+    perform public.refuse(format('revocation list of authority %L: number %s is older than the present number %s', new.authority, new.number, old.number));
+  elsif new.number = old.number and new.der <> old.der then
+    perform public.refuse(format('revocation list of authority %L: there is another list with number %s', new.authority, new.number));
+  end if;
+  return new;
+end $$;
 
 CREATE FUNCTION public.device_defaults() RETURNS trigger
     LANGUAGE plpgsql
@@ -736,6 +798,80 @@ ALTER TABLE public.audit ALTER COLUMN id ADD GENERATED ALWAYS AS IDENTITY (
     CACHE 1
 );
 
+CREATE TABLE public.authority (
+    name text NOT NULL,
+    subject text NOT NULL,
+    certificate_pem text NOT NULL,
+    not_after timestamp with time zone NOT NULL,
+    added_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT authority_certificate_pem CHECK (
+CASE
+    WHEN ((certificate_pem ~ '-----BEGIN CERTIFICATE-----'::text) AND (certificate_pem !~ 'PRIVATE KEY'::text) AND (octet_length(certificate_pem) <= 65536)) THEN true
+    ELSE public.refuse(format('certificate of authority %L: it is one PEM certificate, and never a private key'::text, name))
+END),
+    CONSTRAINT authority_name CHECK (
+CASE
+    WHEN (name ~ '^[A-Za-z0-9_-]{1,64}$'::text) THEN true
+    ELSE public.refuse(format('authority %L: a name is 1 to 64 letters, digits, "_" and "-"'::text, "left"(name, 80)))
+END)
+);
+
+CREATE TABLE public.certificate (
+    fingerprint text NOT NULL,
+    serial text NOT NULL,
+    issuer text NOT NULL,
+    subject text NOT NULL,
+    common_name text NOT NULL,
+    not_before timestamp with time zone NOT NULL,
+    not_after timestamp with time zone NOT NULL,
+    device_id text,
+    state text DEFAULT 'active'::text NOT NULL,
+    reason text DEFAULT ''::text NOT NULL,
+    revoked_at timestamp with time zone,
+    added_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT certificate_fingerprint CHECK (
+CASE
+    WHEN (fingerprint ~ '^[0-9a-f]{64}$'::text) THEN true
+    ELSE public.refuse(format('fingerprint %L: it is the SHA-256 of the certificate as 64 lower-case hexadecimal digits'::text, "left"(fingerprint, 80)))
+END),
+    CONSTRAINT certificate_names CHECK (
+CASE
+    WHEN ((issuer <> ''::text) AND (octet_length(issuer) <= 2048) AND (octet_length(subject) <= 2048) AND (octet_length(common_name) <= 1024)) THEN true
+    ELSE public.refuse(format('certificate %s: issuer (not empty) and subject have at most 2048 bytes, the common name at most 1024'::text, serial))
+END),
+    CONSTRAINT certificate_reason CHECK (
+CASE
+    WHEN (reason = ANY (ARRAY['certificateHold'::text, 'removeFromCRL'::text])) THEN public.refuse(format('reason %L of certificate %s: a revocation is final here; to deny a device for now, suspend the device'::text, reason, serial))
+    WHEN (octet_length(reason) > 1024) THEN public.refuse(format('reason of certificate %s: at most 1024 bytes are possible'::text, serial))
+    ELSE true
+END),
+    CONSTRAINT certificate_revoked_at CHECK (
+CASE
+    WHEN ((state = 'revoked'::text) = (revoked_at IS NOT NULL)) THEN true
+    ELSE public.refuse(format('certificate %s: revoked_at goes with the state revoked'::text, serial))
+END),
+    CONSTRAINT certificate_revoked_at_range CHECK (
+CASE
+    WHEN ((revoked_at IS NULL) OR ((revoked_at >= '1950-01-01 00:00:00+00'::timestamp with time zone) AND (revoked_at < '10000-01-01 00:00:00+00'::timestamp with time zone))) THEN true
+    ELSE public.refuse(format('certificate %s: revoked_at is in the years 1950 to 9999'::text, serial))
+END),
+    CONSTRAINT certificate_serial CHECK (
+CASE
+    WHEN (public.certificate_serial_fault(serial) IS NULL) THEN true
+    ELSE public.refuse(format('serial number %L: %s'::text, "left"(serial, 80), public.certificate_serial_fault(serial)))
+END),
+    CONSTRAINT certificate_state CHECK (
+CASE
+    WHEN (state = ANY (ARRAY['active'::text, 'revoked'::text])) THEN true
+    ELSE public.refuse(format('state %L of certificate %s: possible are active and revoked'::text, state, serial))
+END),
+    CONSTRAINT certificate_validity CHECK (
+CASE
+    WHEN ((not_before >= '1950-01-01 00:00:00+00'::timestamp with time zone) AND (not_after < '10000-01-01 00:00:00+00'::timestamp with time zone) AND (not_before <= not_after)) THEN true
+    ELSE public.refuse(format('certificate %s: its validity must begin before it ends, in the years 1950 to 9999'::text, serial))
+END)
+);
+
 CREATE TABLE public.change (
     txid xid8 DEFAULT pg_current_xact_id() NOT NULL,
     entity text NOT NULL,
@@ -752,6 +888,24 @@ CREATE TABLE public.change_floor (
 CREATE TABLE public.change_horizon (
     at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
     horizon xid8 NOT NULL
+);
+
+CREATE TABLE public.crl (
+    authority text NOT NULL,
+    number numeric(48,0) NOT NULL,
+    this_update timestamp with time zone NOT NULL,
+    next_update timestamp with time zone NOT NULL,
+    der bytea NOT NULL,
+    CONSTRAINT crl_next_update CHECK (
+CASE
+    WHEN (next_update > this_update) THEN true
+    ELSE public.refuse(format('revocation list of authority %L: nextUpdate must be after thisUpdate'::text, authority))
+END),
+    CONSTRAINT crl_number CHECK (
+CASE
+    WHEN (number >= (0)::numeric) THEN true
+    ELSE public.refuse(format('revocation list of authority %L: its number is 0 or more'::text, authority))
+END)
 );
 
 CREATE TABLE public.device (
@@ -1015,11 +1169,26 @@ ALTER TABLE ONLY public.account
 ALTER TABLE ONLY public.audit
     ADD CONSTRAINT audit_pkey PRIMARY KEY (id);
 
+ALTER TABLE ONLY public.authority
+    ADD CONSTRAINT authority_pkey PRIMARY KEY (name);
+
+ALTER TABLE ONLY public.authority
+    ADD CONSTRAINT authority_subject_key UNIQUE (subject);
+
+ALTER TABLE ONLY public.certificate
+    ADD CONSTRAINT certificate_issuer_serial UNIQUE (issuer, serial);
+
+ALTER TABLE ONLY public.certificate
+    ADD CONSTRAINT certificate_pkey PRIMARY KEY (fingerprint);
+
 ALTER TABLE ONLY public.change_floor
     ADD CONSTRAINT change_floor_pkey PRIMARY KEY (one);
 
 ALTER TABLE ONLY public.change_horizon
     ADD CONSTRAINT change_horizon_pkey PRIMARY KEY (at);
+
+ALTER TABLE ONLY public.crl
+    ADD CONSTRAINT crl_pkey PRIMARY KEY (authority);
 
 ALTER TABLE ONLY public.device
     ADD CONSTRAINT device_common_name_key UNIQUE (common_name) DEFERRABLE;
@@ -1068,6 +1237,16 @@ ALTER TABLE ONLY public.topic_rule
 
 CREATE INDEX audit_key ON public.audit USING btree (entity, key, id);
 
+CREATE INDEX certificate_common_name ON public.certificate USING btree (common_name) WHERE (device_id IS NULL);
+
+CREATE INDEX certificate_device_id ON public.certificate USING btree (device_id, not_after);
+
+CREATE INDEX certificate_not_after ON public.certificate USING btree (not_after);
+
+CREATE INDEX certificate_revoked ON public.certificate USING btree (issuer) WHERE (state = 'revoked'::text);
+
+CREATE INDEX certificate_serial ON public.certificate USING btree (serial);
+
 CREATE INDEX change_txid ON public.change USING btree (txid);
 
 CREATE INDEX device_expiry ON public.device USING btree (expires_at) WHERE (expires_at IS NOT NULL);
@@ -1098,6 +1277,18 @@ CREATE TRIGGER audit_d AFTER DELETE ON public.account REFERENCING OLD TABLE AS o
 
 ALTER TABLE public.account ENABLE ALWAYS TRIGGER audit_d;
 
+CREATE TRIGGER audit_d AFTER DELETE ON public.authority REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('authority', 'name');
+
+ALTER TABLE public.authority ENABLE ALWAYS TRIGGER audit_d;
+
+CREATE TRIGGER audit_d AFTER DELETE ON public.certificate REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('certificate', 'fingerprint');
+
+ALTER TABLE public.certificate ENABLE ALWAYS TRIGGER audit_d;
+
+CREATE TRIGGER audit_d AFTER DELETE ON public.crl REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('crl', 'authority');
+
+ALTER TABLE public.crl ENABLE ALWAYS TRIGGER audit_d;
+
 CREATE TRIGGER audit_d AFTER DELETE ON public.device REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('device', 'device_id');
 
 ALTER TABLE public.device ENABLE ALWAYS TRIGGER audit_d;
@@ -1117,6 +1308,18 @@ ALTER TABLE public.topic_rule ENABLE ALWAYS TRIGGER audit_d;
 CREATE TRIGGER audit_i AFTER INSERT ON public.account REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('account', 'name');
 
 ALTER TABLE public.account ENABLE ALWAYS TRIGGER audit_i;
+
+CREATE TRIGGER audit_i AFTER INSERT ON public.authority REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('authority', 'name');
+
+ALTER TABLE public.authority ENABLE ALWAYS TRIGGER audit_i;
+
+CREATE TRIGGER audit_i AFTER INSERT ON public.certificate REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('certificate', 'fingerprint');
+
+ALTER TABLE public.certificate ENABLE ALWAYS TRIGGER audit_i;
+
+CREATE TRIGGER audit_i AFTER INSERT ON public.crl REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('crl', 'authority');
+
+ALTER TABLE public.crl ENABLE ALWAYS TRIGGER audit_i;
 
 CREATE TRIGGER audit_i AFTER INSERT ON public.device REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('device', 'device_id');
 
@@ -1138,6 +1341,18 @@ CREATE TRIGGER audit_t AFTER TRUNCATE ON public.account FOR EACH STATEMENT EXECU
 
 ALTER TABLE public.account ENABLE ALWAYS TRIGGER audit_t;
 
+CREATE TRIGGER audit_t AFTER TRUNCATE ON public.authority FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('authority', 'name');
+
+ALTER TABLE public.authority ENABLE ALWAYS TRIGGER audit_t;
+
+CREATE TRIGGER audit_t AFTER TRUNCATE ON public.certificate FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('certificate', 'fingerprint');
+
+ALTER TABLE public.certificate ENABLE ALWAYS TRIGGER audit_t;
+
+CREATE TRIGGER audit_t AFTER TRUNCATE ON public.crl FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('crl', 'authority');
+
+ALTER TABLE public.crl ENABLE ALWAYS TRIGGER audit_t;
+
 CREATE TRIGGER audit_t AFTER TRUNCATE ON public.device FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('device', 'device_id');
 
 ALTER TABLE public.device ENABLE ALWAYS TRIGGER audit_t;
@@ -1158,6 +1373,18 @@ CREATE TRIGGER audit_u AFTER UPDATE ON public.account REFERENCING OLD TABLE AS o
 
 ALTER TABLE public.account ENABLE ALWAYS TRIGGER audit_u;
 
+CREATE TRIGGER audit_u AFTER UPDATE ON public.authority REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('authority', 'name');
+
+ALTER TABLE public.authority ENABLE ALWAYS TRIGGER audit_u;
+
+CREATE TRIGGER audit_u AFTER UPDATE ON public.certificate REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('certificate', 'fingerprint');
+
+ALTER TABLE public.certificate ENABLE ALWAYS TRIGGER audit_u;
+
+CREATE TRIGGER audit_u AFTER UPDATE ON public.crl REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('crl', 'authority');
+
+ALTER TABLE public.crl ENABLE ALWAYS TRIGGER audit_u;
+
 CREATE TRIGGER audit_u AFTER UPDATE ON public.device REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('device', 'device_id');
 
 ALTER TABLE public.device ENABLE ALWAYS TRIGGER audit_u;
@@ -1173,6 +1400,10 @@ ALTER TABLE public.device_type ENABLE ALWAYS TRIGGER audit_u;
 CREATE TRIGGER audit_u AFTER UPDATE ON public.topic_rule REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('topic_rule', 'id');
 
 ALTER TABLE public.topic_rule ENABLE ALWAYS TRIGGER audit_u;
+
+CREATE TRIGGER certificate_check BEFORE INSERT OR DELETE OR UPDATE ON public.certificate FOR EACH ROW EXECUTE FUNCTION public.certificate_check();
+
+ALTER TABLE public.certificate ENABLE ALWAYS TRIGGER certificate_check;
 
 CREATE TRIGGER change_d AFTER DELETE ON public.account REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.change_note('account', 'name');
 
@@ -1254,9 +1485,25 @@ CREATE TRIGGER change_u AFTER UPDATE ON public.topic_rule REFERENCING OLD TABLE 
 
 ALTER TABLE public.topic_rule ENABLE ALWAYS TRIGGER change_u;
 
+CREATE TRIGGER changed AFTER INSERT OR DELETE OR UPDATE OR TRUNCATE ON public.authority FOR EACH STATEMENT EXECUTE FUNCTION public.channel_notify('crl');
+
+ALTER TABLE public.authority ENABLE ALWAYS TRIGGER changed;
+
+CREATE TRIGGER changed AFTER INSERT OR DELETE OR UPDATE OR TRUNCATE ON public.certificate FOR EACH STATEMENT EXECUTE FUNCTION public.channel_notify('certificate');
+
+ALTER TABLE public.certificate ENABLE ALWAYS TRIGGER changed;
+
+CREATE TRIGGER changed AFTER INSERT OR DELETE OR UPDATE OR TRUNCATE ON public.crl FOR EACH STATEMENT EXECUTE FUNCTION public.channel_notify('crl');
+
+ALTER TABLE public.crl ENABLE ALWAYS TRIGGER changed;
+
 CREATE TRIGGER client_id_patterns BEFORE INSERT OR UPDATE ON public.device_type FOR EACH ROW EXECUTE FUNCTION public.device_type_client_id_patterns();
 
 ALTER TABLE public.device_type ENABLE ALWAYS TRIGGER client_id_patterns;
+
+CREATE TRIGGER crl_check BEFORE UPDATE ON public.crl FOR EACH ROW EXECUTE FUNCTION public.crl_check();
+
+ALTER TABLE public.crl ENABLE ALWAYS TRIGGER crl_check;
 
 CREATE TRIGGER dead_lettering_i AFTER INSERT ON public.account REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.account_dead_lettering_check();
 
@@ -1330,6 +1577,12 @@ CREATE TRIGGER status_changed BEFORE UPDATE ON public.device FOR EACH ROW WHEN (
 
 ALTER TABLE public.device ENABLE ALWAYS TRIGGER status_changed;
 
+ALTER TABLE ONLY public.certificate
+    ADD CONSTRAINT certificate_device_id_fkey FOREIGN KEY (device_id) REFERENCES public.device(device_id) ON UPDATE CASCADE ON DELETE SET NULL;
+
+ALTER TABLE ONLY public.crl
+    ADD CONSTRAINT crl_authority_fkey FOREIGN KEY (authority) REFERENCES public.authority(name) ON UPDATE CASCADE ON DELETE CASCADE;
+
 ALTER TABLE ONLY public.device_hold
     ADD CONSTRAINT device_hold_device_id_fkey FOREIGN KEY (device_id) REFERENCES public.device(device_id) ON UPDATE CASCADE ON DELETE CASCADE;
 
@@ -1386,4 +1639,5 @@ insert into public.schema_migrations (version) values
   ('20261123100100'),
   ('20261123100200'),
   ('20261123200000'),
-  ('20261124100000');
+  ('20261124100000'),
+  ('20261124200000');

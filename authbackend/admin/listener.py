@@ -1,4 +1,4 @@
-"""The listener for people and Prometheus: metrics, health, and explanations on loopback."""
+"""The listener for people and Prometheus: metrics, health, revocation lists, and explanations on loopback."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
+from authbackend.admin.crl import PublishedLists
 from authbackend.admin.explanations import as_json, read_attempt
 from authbackend.admin.health import Health
 from authbackend.errors import AuthbackendError, NotFound, Unavailable
@@ -27,6 +28,7 @@ def application(
     exposition: Callable[[], bytes],
     health: Health,
     settings: decide.DecisionSettings,
+    lists: PublishedLists,
     *,
     loopback: bool,
 ) -> web.Application:
@@ -35,6 +37,7 @@ def application(
 
     Args:
         exposition: Returns the metrics.
+        lists: The revocation lists; public by nature.
         loopback: Whether it is reachable from this host only; else it shows no policy, since nobody logs in.
     """
 
@@ -56,6 +59,8 @@ def application(
     app.router.add_get("/metrics", show_metrics)
     app.router.add_get("/health/live", health.live)
     app.router.add_get("/health/ready", health.ready)
+    app.router.add_get("/crl/{name}.crl", lists.show)
+    app.on_shutdown.append(lists.close)
     if loopback:
         app.router.add_get("/api/explain", _for_this_host(show_explanation))
     return app

@@ -12,10 +12,14 @@ import click
 
 from authbackend import __version__
 from authbackend.cli.account import account
+from authbackend.cli.ca import ca
+from authbackend.cli.cert import cert
 from authbackend.cli.certs import certs
 from authbackend.cli.common import Commands
+from authbackend.cli.crl import crl
 from authbackend.cli.device import device
 from authbackend.cli.enforcement import enforcement
+from authbackend.cli.enroll import enroll
 from authbackend.cli.explain import explain
 from authbackend.cli.policy import policy
 from authbackend.cli.replicas import replicas, wait
@@ -42,5 +46,6 @@ def main(context: click.Context, config: str | None) -> None:
     context.obj = config
 
 
-for command in (serve, migrate, policy, device, account, replicas, wait, enforcement, explain, certs):
+for command in (serve, migrate, policy, device, account, ca, cert, crl, replicas, wait, enforcement, explain, certs):
     main.add_command(command)
+device.add_command(enroll)

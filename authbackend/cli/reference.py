@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Metric
 from pydantic import BaseModel, SecretStr
 
 from authbackend.enforcement.metrics import EnforcementMetrics
-from authbackend.metrics import BrokerMetrics, Present, RegistryMetrics
+from authbackend.metrics import BrokerMetrics, CertificateMetrics, Present, RegistryMetrics
 from authbackend.policy.reasons import Reason
 from authbackend.settings import Settings, setting_names, variable
 
@@ -63,8 +63,9 @@ def _configuration() -> Iterator[str]:
     yield "environment wins. `AUTHBACKEND_BROKER__LISTEN` is `listen` under `[broker]` in the file. Lists are separated by"
     yield "commas in the environment. An unknown name is an error that suggests the nearest one."
     yield ""
-    yield "Not settings of the service: `AUTHBACKEND_ACTOR` (whom the audit trail names for a command), `AUTHBACKEND_CACHE`"
-    yield "(where the tools of a checkout keep what they fetched)."
+    yield "Not settings of the service: `AUTHBACKEND_ACTOR` (whom the audit trail names for a command),"
+    yield "`AUTHBACKEND_CA_PASSPHRASE` (of an authority's key, for commands), `AUTHBACKEND_CACHE` (where the tools of a"
+    yield "checkout keep what they fetched)."
     section: tuple[str, ...] = ()
     for path in setting_names():
         if path[:-1] != section:
@@ -116,9 +117,10 @@ def _collected() -> Iterator[tuple[Metric, tuple[str, ...]]]:
     BrokerMetrics(registry)
     EnforcementMetrics(registry)
     registry.register(RegistryMetrics(registry, lambda: Present(None, {}, {}, 0)))
+    registry.register(CertificateMetrics())
     for collector in dict.fromkeys(registry._collector_to_names):  # noqa: SLF001 - the only list there is
         for metric in collector.describe() if hasattr(collector, "describe") else collector.collect():
-            yield metric, tuple(getattr(collector, "_labelnames", ()))
+            yield metric, tuple(getattr(collector, "_labelnames", ()) or getattr(metric, "_labelnames", ()))
 
 
 def _reasons() -> Iterator[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 from pydantic import SecretStr
 
-from authbackend import bootstrap, ground, logs, supervisor
+from authbackend import bootstrap, ground, logs, revocation, supervisor
 from authbackend.cli.common import json_option, run, settings_of, show, target_of
 from authbackend.document.read import read
 from authbackend.errors import ConfigurationError, Unavailable
@@ -49,6 +49,7 @@ def serve(context: click.Context, folder: Path | None, sample: bool, workers: in
         )
     logs.configure(settings.log.format, settings.log.level)
     bootstrap.broker_tls(settings.broker)  # say what is wrong before anything is started
+    revocation.open_authority(settings.pki)
     with _database(settings, folder, sample) as ready:
         supervisor.serve(ready, lambda where: _greet(ready, where, folder, sample))
 

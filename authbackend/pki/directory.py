@@ -9,7 +9,6 @@ about devices.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,12 +18,9 @@ from pathlib import Path
 from authbackend.pki.authority import (
     Authority,
     Issued,
-    PKIError,
-    normal_server_name,
-    read_certificate,
-    read_key,
-    server_names,
 )
+from authbackend.pki.files import write_file
+from authbackend.pki.reading import PKIError, normal_server_name, read_certificate, read_key, server_names
 
 DEFAULT_BROKER_NAMES = ("localhost", "127.0.0.1", "::1", "rabbitmq")
 SERVICE_NAMES = ("authbackend", "localhost", "127.0.0.1")
@@ -189,20 +185,6 @@ def _read_pair(directory: Path, name: str) -> Issued | None:
 
 
 def _write_pair(directory: Path, name: str, pair: Issued, note: str) -> Outcome:
-    _write(directory / f"{name}.key", pair.key_pem, 0o600)
-    _write(directory / f"{name}.pem", pair.certificate_pem, 0o644)
+    write_file(directory / f"{name}.key", pair.key_pem, 0o600)
+    write_file(directory / f"{name}.pem", pair.certificate_pem, 0o644)
     return Outcome(name, written=True, note=note, expires=_expires(pair))
-
-
-def _write(path: Path, content: bytes, mode: int) -> None:
-    """Write beside and rename, so that nobody reads half a file, and a key is never readable by others."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    try:
-        os.fchmod(descriptor, mode)  # whatever the umask says
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise

@@ -105,7 +105,10 @@ async def repair_triggers(target: Target) -> int:
         found = await connection.fetch(
             "select tgrelid::regclass::text as watched, quote_ident(tgname) as name from pg_trigger "
             "where not tgisinternal and tgenabled <> 'A' and tgrelid = any ($1::regclass[])",
-            ["device_type", "device", "device_hold", "device_schedule", "account", "topic_rule", "audit"],
+            [
+                *("device_type", "device", "device_hold", "device_schedule", "account", "topic_rule"),
+                *("audit", "certificate", "authority", "crl"),
+            ],
         )
         async with connection.transaction():
             await connection.execute(f"set local lock_timeout = '{LOCK_TIMEOUT}'")

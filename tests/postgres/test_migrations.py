@@ -281,7 +281,9 @@ def test_dbmate_applies_the_same_migrations(postgres: Server, migrated_template:
 # --- triggers ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("table", ["device_type", "device", "account", "topic_rule", "audit"])
+@pytest.mark.parametrize(
+    "table", ["device_type", "device", "account", "topic_rule", "audit", "certificate", "authority", "crl"]
+)
 async def test_every_trigger_fires_always_and_repairing_makes_it_so_again(
     dsn: str, connection: asyncpg.Connection, table: str
 ) -> None:

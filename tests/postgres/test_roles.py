@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from click.testing import CliRunner, Result
 from authbackend.cli import main
 from authbackend.postgres.connection import Target
 from authbackend.postgres.feed import ChangeFeed
+from authbackend.postgres.lists import StoredList, keep_list
 from authbackend.postgres.statements import SQL
 from tests.postgres.test_constraints import HASH
 from tests.support.postgres import Server, connected, run
@@ -30,6 +32,10 @@ insert into device_type (name, client_ids, vhosts) values ('agv', array['{{devic
 insert into device (device_id, type) values ('d1', 'agv'), ('d2', 'agv');
 insert into account (name, login, password_hash) values ('robot', 'password', '{HASH}');
 insert into topic_rule (device_type, effect, action, topic) values ('agv', 'allow', 'publish', 'fleet/{{device_id}}/#');
+insert into certificate (fingerprint, serial, issuer, subject, common_name, not_before, not_after)
+  values (repeat('a', 64), '1', 'CN=CA', 'CN=d1', 'd1', '2026-01-01Z', '2099-01-01Z');
+insert into authority values ('fleet', 'CN=CA', '-----BEGIN CERTIFICATE-----', '2099-01-01Z');
+insert into crl values ('fleet', 5, '2026-01-01Z', '2099-01-01Z', '');
 """
 
 
@@ -181,7 +187,7 @@ async def test_the_trail_is_for_admin_and_reader(as_role: Callable[[str], Any], 
     await forbidden(await as_role(role), "select count(*) from audit")
 
 
-@pytest.mark.parametrize("table", [*TABLES, "audit", "change", "incarnation"])
+@pytest.mark.parametrize("table", [*TABLES, "audit", "change", "incarnation", "certificate", "authority", "crl"])
 async def test_a_role_that_was_given_nothing_reads_nothing(as_role: Callable[[str], Any], table: str) -> None:
     await forbidden(await as_role(OUTSIDER), f"select count(*) from {table}")
 
@@ -192,6 +198,45 @@ async def test_the_admins_edits_are_told_under_its_name(as_role: Callable[[str],
     row = await session.fetchrow("select role, key, after from audit order by id desc limit 1")
     assert (row["role"], row["key"], json.loads(row["after"])["status"]) == (ADMIN, "d1", "revoked")
     assert await session.fetchval("select count(*) from change where txid = pg_current_xact_id()") == 1
+
+
+@pytest.mark.parametrize("role", [SERVICE, READER, OUTSIDER])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "insert into certificate select * from certificate",
+        "update certificate set device_id = null",
+        "delete from certificate",
+        "insert into authority select * from authority",
+        "update authority set certificate_pem = ''",
+        "delete from crl",
+    ],
+)
+async def test_only_the_admin_writes_certificates(as_role: Callable[[str], Any], role: str, statement: str) -> None:
+    await forbidden(await as_role(role), statement)
+
+
+@pytest.mark.parametrize("role", [ADMIN, SERVICE])
+async def test_who_signs_can_replace_a_list_and_not_put_back_an_older_one(
+    as_role: Callable[[str], Any], role: str
+) -> None:
+    session = await as_role(role)
+    stored = StoredList(*await session.fetchrow("select number::bigint, this_update, next_update, der from crl"))
+    await keep_list(session, "fleet", replace(stored, number=6, der=b"x"))
+    with pytest.raises(asyncpg.CheckViolationError, match="older than the present number 6"):
+        await keep_list(session, "fleet", stored)
+
+
+@pytest.mark.parametrize("role", [READER, OUTSIDER])
+async def test_nobody_else_replaces_a_list(as_role: Callable[[str], Any], role: str) -> None:
+    await forbidden(await as_role(role), "update crl set number = 6")
+
+
+@pytest.mark.parametrize("role", [ADMIN, SERVICE, READER])
+async def test_certificates_are_no_secret_to_the_roles(as_role: Callable[[str], Any], role: str) -> None:
+    session = await as_role(role)
+    for table in ("certificate", "authority", "crl"):
+        assert await session.fetchval(f"select count(*) from {table}") == 1
 
 
 # --- each can do its work ------------------------------------------------------------------------------------------
@@ -279,6 +324,16 @@ def test_the_admin_role_suffices_for_every_command(
     command(f"account passwd robot --password-file {password}")
     command("account add press --login certificate --client-id press-1")
     command("account list")
+    monkeypatch.setenv("AUTHBACKEND_CA_PASSPHRASE", "correct horse battery")
+    monkeypatch.chdir(tmp_path)
+    command("ca init ca --name fleet")
+    command("ca issue-server ca --name rabbitmq")
+    command("device enroll d1 --ca ca --generate")
+    command("cert import d1.pem")
+    command("cert list --expiring 30d")
+    command("cert revoke --device d1 --all --ca ca")
+    command("crl sign ca")
+    command("crl list")
     command(f"policy export -o {policy}")
     assert "nothing to change" in command(f"policy apply {policy} --prune").output
     text = policy.read_text(encoding="utf-8").replace("Number 2", "Number two")
@@ -294,7 +349,8 @@ def test_the_admin_role_suffices_for_every_command(
 
     told = run(trail())
     assert {(role, who) for role, who, _ in told} == {(ADMIN, "ann")}
-    assert [key for *_, key in told] == ["d1", "d2", "d1", "d1", "d1", "robot", "robot", "press", "d2"]
+    others = [key for *_, key in told if len(key) < 64 and key != "fleet"]  # not the fingerprints, not the authority
+    assert others == ["d1", "d2", "d1", "d1", "d1", "robot", "robot", "press", "d2"]
 
 
 def test_the_script_can_be_run_again(postgres: Server, edited: str) -> None:

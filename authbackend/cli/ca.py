@@ -1,0 +1,311 @@
+"""``ca init | show | issue-server | issue-client | renew``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from authbackend.cli.authorities import (
+    authority_argument,
+    file_type,
+    folder_type,
+    new_files,
+    passphrase_of,
+    passphrase_option,
+    read_input,
+    write_pair,
+)
+from authbackend.cli.common import actor, json_option, run, show, target_of
+from authbackend.enrolment import record
+from authbackend.errors import ConfigurationError, InvalidInput
+from authbackend.pki import signing
+from authbackend.pki.authority_folder import AuthorityFolder, Signed, create_authority, renew_intermediate
+from authbackend.pki.profiles import Profile
+from authbackend.pki.reading import KEY_KINDS, new_key, read_certificate, read_request, record_of, server_names
+from authbackend.postgres.connection import Target
+from authbackend.postgres.editor import editing
+from authbackend.revocation import keep_authority
+
+offline_option = click.option(
+    "--offline", is_flag=True, help="Without a database; put it on record later with: authbackend cert import FILE."
+)
+
+
+@click.group()
+def ca() -> None:
+    """A small certificate authority, for those who have none."""
+
+
+_WHERE = """
+The root's key is needed again only to renew the intermediate (before {until:%Y-%m-%d}). Take it offline now:
+  move {root} to a medium that you lock away, and keep its passphrase elsewhere.
+What goes where:
+  broker    {folder}/ca.pem as /etc/rabbitmq/certs/ca.pem (ssl_options.cacertfile)
+  devices   {folder}/ca.pem, beside their own certificate and key
+  nowhere   {folder}/intermediate.key signs certificates: keep it here only
+Next:
+  authbackend ca issue-server {folder} --name HOST --out rabbitmq
+  authbackend device enroll DEVICE --ca {folder} --csr DEVICE.csr
+  authbackend crl sign {folder}"""
+
+
+@ca.command("init")
+@click.argument("directory", metavar="DIR", type=folder_type)
+@click.option(
+    "--name", metavar="NAME", help="Also that of its revocation list, /crl/NAME.crl; default: DIR's own name."
+)
+@click.option(
+    "--root-out",
+    "root_folder",
+    type=folder_type,
+    metavar="DIR",
+    help="Where the root's key goes; default: DIR/offline.",
+)
+@click.option(
+    "--key",
+    "key_kind",
+    type=click.Choice(KEY_KINDS),
+    default=KEY_KINDS[0],
+    show_default=True,
+    help="Of both authorities.",
+)
+@passphrase_option
+@json_option
+def init(
+    directory: Path,
+    name: str | None,
+    root_folder: Path | None,
+    key_kind: str,
+    passphrase_file: Path | None,
+    as_json: bool,
+) -> None:
+    """
+    Make an authority in DIR: a root, and an intermediate that signs.
+
+    Both keys are encrypted with the passphrase (at least 12 characters). No database is needed.
+    """
+    passphrase = passphrase_of(passphrase_file, new=True)
+    place = root_folder or directory / "offline"
+    try:
+        root = create_authority(
+            directory, name or directory.absolute().name, passphrase, root_folder=place, key_kind=key_kind
+        )
+    except OSError as error:
+        raise InvalidInput(f"{error.filename or directory}: {error.strerror}") from error
+    made = AuthorityFolder.open(directory, passphrase)
+    result = {
+        "name": made.name,
+        "subject": made.subject,
+        "not_after": made.not_after.isoformat(),
+        "root_key": str(root),
+    }
+    where = _WHERE.format(folder=directory, root=root, until=made.not_after)
+    show(result, as_json, lambda: [f"made authority {made.name}: {made.subject}", where])
+
+
+@ca.command("show")
+@authority_argument
+@json_option
+def show_(authority: AuthorityFolder, as_json: bool) -> None:
+    """Show an authority and its profiles; also a check that its files fit and the passphrase is right."""
+    profiles = {
+        name: {"purpose": profile.purpose, "lifetime_days": profile.lifetime.days, "key": profile.key}
+        for name, profile in sorted(authority.profiles.items())
+    }
+    result = {
+        "name": authority.name,
+        "subject": authority.subject,
+        "not_after": authority.not_after.isoformat(),
+        "root_not_after": authority.root.not_valid_after_utc.isoformat(),
+        "profiles": profiles,
+    }
+
+    def lines() -> list[str]:
+        head = [f"{key:15} {result[key]}" for key in ("name", "subject", "not_after", "root_not_after")]
+        return [*head, *(f"profile {name}: {' '.join(map(str, p.values()))}" for name, p in profiles.items())]
+
+    show(result, as_json, lines)
+
+
+@ca.command("issue-server")
+@authority_argument
+@click.option(
+    "--name", "names", metavar="HOST", multiple=True, required=True, help="Host name or address; may be repeated."
+)
+@click.option("--csr", type=file_type, metavar="FILE", help="The server's own request; else a key is made here.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="PATH", help="PATH.pem and PATH.key; default: HOST.")
+@click.option("--profile", "profile_name", default="server", show_default=True, metavar="NAME")
+@offline_option
+@json_option
+@click.pass_context
+def issue_server(
+    context: click.Context,
+    authority: AuthorityFolder,
+    names: tuple[str, ...],
+    csr: Path | None,
+    out: Path | None,
+    profile_name: str,
+    offline: bool,
+    as_json: bool,
+) -> None:
+    """
+    Issue a certificate for a server, for example the broker.
+
+    Of a request, only the key is taken; names are those given here.
+    """
+    profile = authority.profile(profile_name, "server")
+    common_name = next((name.lower() for name in names if ":" not in name and len(name) <= 64), "server")
+    _issue(
+        context, authority, profile, common_name, names, csr, out or Path(names[0].replace(":", "_")), offline, as_json
+    )
+
+
+@ca.command("issue-client")
+@authority_argument
+@click.option("--name", required=True, metavar="ACCOUNT", help="Common name: that of the account.")
+@click.option("--csr", type=file_type, metavar="FILE", help="The client's own request; else a key is made here.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="PATH", help="PATH.pem and PATH.key; default: ACCOUNT.")
+@click.option("--profile", "profile_name", default="service", show_default=True, metavar="NAME")
+@offline_option
+@json_option
+@click.pass_context
+def issue_client(
+    context: click.Context,
+    authority: AuthorityFolder,
+    name: str,
+    csr: Path | None,
+    out: Path | None,
+    profile_name: str,
+    offline: bool,
+    as_json: bool,
+) -> None:
+    """Issue a certificate for the client of an account; devices get theirs with: authbackend device enroll."""
+    profile = authority.profile(profile_name, "client")
+    _issue(context, authority, profile, name, (), csr, out or Path(name), offline, as_json)
+
+
+def _issue(
+    context: click.Context,
+    authority: AuthorityFolder,
+    profile: Profile,
+    common_name: str,
+    names: tuple[str, ...],
+    csr: Path | None,
+    out: Path,
+    offline: bool,
+    as_json: bool,
+) -> None:
+    new_files(*(out.with_name(f"{out.name}{suffix}") for suffix in (".pem", ".key")[: 1 if csr else 2]))
+    key = None if csr else new_key(profile.key)
+    public_key = read_request(read_input(csr))[1] if csr else key.public_key() if key else None
+    assert public_key is not None
+    signed = authority.sign(common_name, public_key, profile, names)
+    if not offline:
+        run(_record(_recording_target(context), authority, signed, "device" if profile.purpose == "client" else ""))
+    files = write_pair(out, signed.chain_pem, signing.key_pem(key) if key else None)
+    show(result_of(signed, files), as_json, lambda: lines_of(signed, files))
+
+
+def _recording_target(context: click.Context) -> Target:
+    try:
+        return target_of(context)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{error.detail}; or use --offline and import the certificate later") from error
+
+
+async def _record(target: Target, authority: AuthorityFolder, signed: Signed, not_of: str) -> None:
+    async with editing(target, actor()) as connection:
+        name = signed.record.common_name
+        if not_of and await connection.fetchval("select exists (select from device where common_name = $1)", name):
+            raise InvalidInput(f"{name!r} is the common name of a device; use: authbackend device enroll")
+        await keep_authority(connection, authority)
+        await record(connection, [(signed, None)])
+
+
+def result_of(signed: Signed, files: list[str]) -> dict[str, Any]:
+    """Return what is told of a certificate that was issued."""
+    found = signed.record
+    return {
+        "serial": found.serial,
+        "fingerprint": found.fingerprint,
+        "common_name": found.common_name,
+        "not_after": found.not_after.isoformat(),
+        "files": files,
+    }
+
+
+def lines_of(signed: Signed, files: list[str]) -> list[str]:
+    """Return the same for a person."""
+    lines = [f"wrote {' '.join(files)}: {signed.record.subject}, until {signed.record.not_after:%Y-%m-%d}"]
+    if signed.shortened:
+        lines.append("it ends earlier than its profile says, with the authority; see: authbackend ca renew")
+    return lines
+
+
+@ca.command()
+@click.argument("directory", metavar="DIR", type=folder_type)
+@passphrase_option
+@click.option("--root-key", type=file_type, metavar="FILE", help="Renew the intermediate, with the root's key.")
+@click.option("--root-passphrase-file", type=file_type, metavar="FILE", help="If the root's passphrase is another one.")
+@click.option(
+    "--server",
+    "servers",
+    type=file_type,
+    metavar="FILE.pem",
+    multiple=True,
+    help="Renew a server's certificate: same names, new key.",
+)
+@offline_option
+@json_option
+@click.pass_context
+def renew(
+    context: click.Context,
+    directory: Path,
+    passphrase_file: Path | None,
+    root_key: Path | None,
+    root_passphrase_file: Path | None,
+    servers: tuple[Path, ...],
+    offline: bool,
+    as_json: bool,
+) -> None:
+    """
+    Renew the intermediate authority, or certificates of servers.
+
+    The intermediate keeps its name and key, so what it signed stays valid: bring the new ca.pem to brokers and devices
+    before the old one ends. A server's files are replaced; its old certificate stays valid until it ends.
+    """
+    if root_key is None and not servers:
+        raise InvalidInput(
+            "what is to be renewed? Give --root-key FILE for the intermediate, --server FILE.pem for a server"
+        )
+    passphrase = passphrase_of(passphrase_file)
+    lines, result = [], {}
+    if root_key is not None:
+        root_passphrase = read_input(root_passphrase_file).removesuffix(b"\n") if root_passphrase_file else passphrase
+        until = renew_intermediate(directory, root_key, root_passphrase)
+        result["intermediate"] = until.isoformat()
+        lines.append(f"renewed {directory / 'intermediate.pem'} and {directory / 'ca.pem'}, until {until:%Y-%m-%d}")
+    authority = AuthorityFolder.open(directory, passphrase)
+    for server in servers:
+        signed, files = _renew_server(context, authority, server, offline)
+        result[str(server)] = signed.record.not_after.isoformat()
+        lines += lines_of(signed, files)
+    show(result, as_json, lambda: lines)
+
+
+def _renew_server(
+    context: click.Context, authority: AuthorityFolder, server: Path, offline: bool
+) -> tuple[Signed, list[str]]:
+    present = read_input(server)
+    names = sorted(server_names(present))
+    old = record_of(read_certificate(present))
+    if old.issuer != authority.subject or not names:
+        raise InvalidInput(f"{server} is no server's certificate of authority {authority.name}")
+    profile = authority.profile("server", "server")
+    key = new_key(profile.key)
+    signed = authority.sign(old.common_name, key.public_key(), profile, names)
+    if not offline:
+        run(_record(_recording_target(context), authority, signed, ""))
+    return signed, write_pair(server.with_suffix(""), signed.chain_pem, signing.key_pem(key))

@@ -1,0 +1,235 @@
+"""``cert list | show | revoke | import``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import click
+
+from authbackend.cli import cert_import
+from authbackend.cli.authorities import file_type, folder_type, passphrase_of, passphrase_option
+from authbackend.cli.common import actor, json_option, printable, run, settings_of, show, table, target_of
+from authbackend.errors import InvalidInput
+from authbackend.pki.authority_folder import AuthorityFolder
+from authbackend.pki.lists import HOLD, REASONS
+from authbackend.postgres import certificates as store
+from authbackend.postgres.connection import Target, connected
+from authbackend.postgres.editor import editing
+from authbackend.postgres.lists import StoredList
+from authbackend.revocation import keep_authority, sign
+
+_DURATION = re.compile(r"(\d{1,5})([dhw])")
+_UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
+_MANY_ON_A_DAY = 50
+_LIST = ("serial", "common_name", "device_id", "type", "not_after", "state", "reason", "renewed")
+
+
+@click.group()
+def cert() -> None:
+    """Certificates on record: what was issued, what ends when, what is revoked."""
+
+
+def duration(value: str) -> timedelta:
+    """
+    Return a duration such as 30d, 12h or 2w.
+
+    Raises:
+        InvalidInput: It is written in another way.
+    """
+    found = _DURATION.fullmatch(value)
+    if found is None:
+        raise InvalidInput(f"{value!r} is no duration; write it as 30d, 12h or 2w")
+    return int(found[1]) * _UNITS[found[2]]
+
+
+@cert.command("list")
+@click.option("--device", "device_id", metavar="DEVICE", help="Only those of this device.")
+@click.option("--state", type=click.Choice(["active", "revoked"]), help="Only those in this state.")
+@click.option("--expiring", metavar="DURATION", help="Only active ones that end within this time, for example 30d.")
+@click.option("--limit", type=click.IntRange(1), default=1000, show_default=True, help="At most this many.")
+@json_option
+@click.pass_context
+def list_(
+    context: click.Context, device_id: str | None, state: str | None, expiring: str | None, limit: int, as_json: bool
+) -> None:
+    """
+    List certificates by the end of their validity.
+
+    RENEWED: the device has another active one that ends later. With --expiring, days on which many end are named.
+    """
+    target, now = target_of(context), datetime.now(UTC)
+    before = now + duration(expiring) if expiring else None
+    found = run(
+        store.list_certificates(
+            target,
+            device_id=device_id,
+            state="active" if expiring else state,
+            before=before,
+            not_before=now if expiring else None,
+            limit=limit,
+        )
+    )
+    days = run(store.expiring_by_day(target, before)) if before and device_id is None else []
+
+    def lines() -> Iterator[str]:
+        yield from table([_shown(row) for row in found], _LIST)
+        if len(found) == limit:
+            yield f"only the first {limit}; see --limit"
+        yield from (f"many end on one day: {number} without a successor on {day}" for day, number in _crowded(days))
+
+    show([_plain(row) for row in found], as_json, lines)
+
+
+def _crowded(days: list[tuple[Any, int]]) -> list[tuple[Any, int]]:
+    """Return the days on which at least 50 end, and a fifth of all of them or more."""
+    total = sum(number for _, number in days)
+    return [(day, number) for day, number in days if number >= _MANY_ON_A_DAY and number * 5 >= total]
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.isoformat() if isinstance(value, datetime) else value for key, value in row.items()}
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "not_after": f"{row['not_after']:%Y-%m-%d %H:%M}", "renewed": "yes" if row["renewed"] else "no"}
+
+
+@cert.command("show")
+@click.argument("name", metavar="SERIAL|FINGERPRINT")
+@json_option
+@click.pass_context
+def show_(context: click.Context, name: str, as_json: bool) -> None:
+    """Show a certificate."""
+
+    async def get() -> dict[str, Any]:
+        async with connected(target_of(context)) as connection:
+            return await store.get_certificate(connection, name)
+
+    found = _plain(run(get()))
+    show(found, as_json, lambda: (f"{key:12} {printable(value)}" for key, value in found.items()))
+
+
+@cert.command()
+@click.argument("name", metavar="[SERIAL|FINGERPRINT]", required=False)
+@click.option("--device", "device_id", metavar="DEVICE", help="Those of a device, with --all-but-newest or --all.")
+@click.option("--all-but-newest", is_flag=True, help="All active ones except the one that was issued last.")
+@click.option("--all", "every", is_flag=True, help="All active ones.")
+@click.option(
+    "--reason",
+    default="unspecified",
+    show_default=True,
+    help=f"A reason of RFC 5280 ({', '.join(name for name in REASONS if name != HOLD)}), or any text, which is listed as unspecified.",
+)
+@click.option(
+    "--ca", "directory", type=folder_type, metavar="DIR", help="Sign the new list at once, with this authority."
+)
+@passphrase_option
+@json_option
+@click.pass_context
+def revoke(
+    context: click.Context,
+    name: str | None,
+    device_id: str | None,
+    all_but_newest: bool,
+    every: bool,
+    reason: str,
+    directory: Path | None,
+    passphrase_file: Path | None,
+    as_json: bool,
+) -> None:
+    """
+    Revoke certificates for good; the device lives on with its other ones.
+
+    With --ca, revocation and new list are one transaction. Else the service signs the list if it has the authority
+    (pki.authority_dir), or: authbackend crl sign DIR. To deny the device itself: authbackend device revoke.
+    """
+    if (name is None) == (device_id is None) or (device_id is not None) != (all_but_newest != every):
+        raise InvalidInput("name one certificate, or give --device DEVICE with either --all-but-newest or --all")
+    authority = AuthorityFolder.open(directory, passphrase_of(passphrase_file)) if directory else None
+    lifetime = timedelta(seconds=settings_of(context).pki.crl_lifetime_s)
+    chosen = (name, device_id, 1 if all_but_newest else 0)
+    revoked, signed = run(_revoke(target_of(context), chosen, reason, authority, lifetime))
+    result = {
+        "revoked": revoked,
+        "reason": reason,
+        "crl_number": signed.number if signed else None,
+        "crl_next_update": signed.next_update.isoformat() if signed else None,
+    }
+
+    def lines() -> Iterator[str]:
+        for row in revoked:
+            yield f"revoked {row['serial']} of {printable(row['common_name'])} ({reason})"
+        if not revoked:
+            yield "revoked already, or nothing to revoke; nothing was changed"
+        if signed is not None and authority is not None:
+            yield f"list number {signed.number} of authority {authority.name} is published, until {signed.next_update:%Y-%m-%d %H:%M} UTC"
+
+    show(result, as_json, lines)
+
+
+async def _revoke(
+    target: Target,
+    chosen: tuple[str | None, str | None, int],
+    reason: str,
+    authority: AuthorityFolder | None,
+    lifetime: timedelta,
+) -> tuple[list[dict[str, Any]], StoredList | None]:
+    name, device_id, kept = chosen
+    async with editing(target, actor()) as connection:
+        if device_id is not None:
+            found = (await store.certificates_of(connection, device_id))[kept:]
+        else:
+            assert name is not None
+            found = [await store.get_certificate(connection, name)]
+        others = {row["issuer"] for row in found} - {authority.subject if authority else ""}
+        if authority is not None and others:
+            raise InvalidInput(
+                f"issued by {', '.join(map(repr, sorted(others)))}, not by {authority.subject!r}: that authority revokes it"
+            )
+        revoked = await store.revoke_certificates(connection, [row["fingerprint"] for row in found], reason)
+        if authority is None:
+            return revoked, None
+        await keep_authority(connection, authority)
+        return revoked, await sign(connection, authority, lifetime)
+
+
+@cert.command("import")
+@click.argument("paths", metavar="FILE|DIR|-...", nargs=-1, type=click.Path(allow_dash=True, path_type=Path))
+@click.option(
+    "--openssl-index",
+    "index",
+    type=file_type,
+    metavar="index.txt",
+    help="Revocations from the database of `openssl ca`.",
+)
+@click.option(
+    "--issuer", type=file_type, metavar="CA.pem", help="With --openssl-index: the authority whose index it is."
+)
+@json_option
+@click.pass_context
+def import_(
+    context: click.Context, paths: tuple[Path, ...], index: Path | None, issuer: Path | None, as_json: bool
+) -> None:
+    """
+    Put certificates of another authority on record: PEM files, chains, folders (*.pem, *.crt, *.cer), or a stream.
+
+    Can be repeated: what is on record stays as it is. Certificates of authorities are skipped; devices are found by the
+    common name. Written in batches; what cannot be read is named, the rest imported, and the exit status is 2.
+    """
+    if not paths and index is None:
+        raise InvalidInput("name files, folders or - for standard input")
+    if (index is None) != (issuer is None):
+        raise InvalidInput("--openssl-index and --issuer go together")
+    target = target_of(context)
+    report = cert_import.Report()
+    if paths:
+        run(cert_import.import_paths(target, actor(), paths, report))
+    if index is not None and issuer is not None:
+        run(cert_import.import_index(target, actor(), index, issuer, report))
+    show(report.result(), as_json, report.lines)
+    if report.faults:
+        context.exit(2)

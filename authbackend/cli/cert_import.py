@@ -1,0 +1,170 @@
+"""Imports of certificates in constant memory, and of revocations from an openssl CA."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from authbackend.cli.authorities import read_input
+from authbackend.cli.common import printable
+from authbackend.pki.lists import HOLD
+from authbackend.pki.openssl_index import revoked_in
+from authbackend.pki.reading import PKIError, is_authority, pem_blocks, read_certificate, record_of
+from authbackend.postgres import certificates as store
+from authbackend.postgres.certificates import CertificateRow
+from authbackend.postgres.connection import Connection, Target, connected
+
+BATCH = 2000
+_SHOWN = 20
+_PROGRESS_S = 2.0
+_SUFFIXES = {".pem", ".crt", ".cer"}
+
+
+@dataclass(slots=True)
+class Report:
+    """What an import came to. Of names and faults, the first 20 are kept."""
+
+    new: int = 0
+    present: int = 0
+    authorities: int = 0
+    unknown: int = 0
+    unknown_names: list[str] = field(default_factory=list)
+    linked: int = 0
+    faults: int = 0
+    fault_texts: list[str] = field(default_factory=list)
+    revoked: int = 0
+    revoked_unknown: int = 0
+
+    def fault(self, text: str) -> None:
+        """Note something that was not imported."""
+        self.faults += 1
+        if len(self.fault_texts) < _SHOWN:
+            self.fault_texts.append(text)
+
+    def result(self) -> dict[str, Any]:
+        """Return it as JSON."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    def lines(self) -> Iterator[str]:
+        """Yield it for a person."""
+        yield f"{self.new} new, {self.present} on record already, {self.authorities} of authorities skipped"
+        if self.unknown:
+            names = ", ".join(map(printable, self.unknown_names))
+            yield f"{self.unknown} of no registered device: {names}{' ...' if self.unknown > _SHOWN else ''}"
+        if self.linked:
+            yield f"{self.linked} given to devices that were registered since"
+        if self.revoked or self.revoked_unknown:
+            yield f"{self.revoked} revoked, {self.revoked_unknown} revoked ones are not on record"
+        yield from (f"not imported: {text}" for text in self.fault_texts)
+        if self.faults > _SHOWN:
+            yield f"and {self.faults - _SHOWN} more not imported"
+
+
+async def import_paths(target: Target, actor: str, paths: Iterable[Path], report: Report) -> None:
+    """
+    Import PEM certificates in batches, each in a transaction of its own; progress goes to standard error.
+
+    Raises:
+        AuthbackendError: The database refuses or goes away; the batches before are imported.
+    """
+    told = time.monotonic()
+    async with connected(target) as connection:
+        batch: list[CertificateRow] = []
+        for row in _rows(paths, report):
+            batch.append(row)
+            if len(batch) == BATCH:
+                await _insert(connection, actor, batch, report)
+                batch = []
+                if time.monotonic() - told >= _PROGRESS_S:
+                    told = time.monotonic()
+                    click.echo(f"authbackend: {report.new + report.present} certificates so far", err=True)
+        if batch:
+            await _insert(connection, actor, batch, report)
+        async with connection.transaction():
+            await connection.execute("select set_config('authbackend.actor', $1, true)", actor)
+            report.linked = await store.link_devices(connection)
+
+
+async def _insert(connection: Connection, actor: str, rows: list[CertificateRow], report: Report) -> None:
+    async with connection.transaction():
+        await connection.execute("select set_config('authbackend.actor', $1, true)", actor)
+        inserted = await store.insert_certificates(connection, rows)
+    report.new += len(inserted.new)
+    report.present += inserted.present
+    report.unknown += len(inserted.unknown)
+    report.unknown_names += inserted.unknown[: _SHOWN - len(report.unknown_names)]
+    for serial in inserted.collided:
+        report.fault(f"serial number {serial}: its issuer used it for another certificate that is on record")
+
+
+def _rows(paths: Iterable[Path], report: Report) -> Iterator[CertificateRow]:
+    for path in paths:
+        if str(path) == "-":
+            yield from _stream("standard input", sys.stdin.buffer, report)
+        elif path.is_dir():
+            for file in sorted(path.rglob("*")):
+                if file.suffix.lower() in _SUFFIXES and file.is_file():
+                    yield from _file(file, report)
+        else:
+            yield from _file(path, report)
+
+
+def _file(path: Path, report: Report) -> Iterator[CertificateRow]:
+    try:
+        with path.open("rb") as lines:
+            yield from _stream(str(path), lines, report)
+    except OSError as error:
+        report.fault(f"{path}: {error.strerror}")
+
+
+def _stream(name: str, lines: Iterable[bytes], report: Report) -> Iterator[CertificateRow]:
+    number = 0
+    try:
+        for block in pem_blocks(lines):
+            number += 1
+            try:
+                certificate = read_certificate(block)
+                if is_authority(certificate):
+                    report.authorities += 1
+                    continue
+                found = record_of(certificate)
+            except PKIError as error:
+                report.fault(f"{name}: certificate {number}: {error.detail}")
+                continue
+            yield CertificateRow(
+                found.fingerprint,
+                found.serial,
+                found.issuer,
+                found.subject,
+                found.common_name,
+                found.not_before,
+                found.not_after,
+            )
+    except PKIError as error:
+        report.fault(f"{name}: after certificate {number}: {error.detail}")
+    if number == 0:
+        report.fault(f"{name}: no PEM certificate in it")
+
+
+async def import_index(target: Target, actor: str, index: Path, issuer: Path, report: Report) -> None:
+    """
+    Revoke what an openssl CA's database says is revoked.
+
+    Raises:
+        InvalidInput: A file cannot be read, or is no such database; nothing was changed.
+    """
+    revoked = list(revoked_in(read_input(index).decode("utf-8", "replace"), str(index)))
+    for entry in revoked:
+        if entry.reason == HOLD:
+            report.fault(f"serial number {entry.serial} is on hold: a revocation is final here, so it is left as it is")
+    subject = read_certificate(read_input(issuer)).subject.rfc4514_string()
+    async with connected(target) as connection, connection.transaction():
+        await connection.execute("select set_config('authbackend.actor', $1, true)", actor)
+        listed = [(entry.serial, entry.reason, entry.revoked_at) for entry in revoked if entry.reason != HOLD]
+        report.revoked, report.revoked_unknown = await store.revoke_listed(connection, subject, listed)

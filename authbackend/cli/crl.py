@@ -1,0 +1,232 @@
+"""``crl sign | import | list | export | sync``."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import click
+
+from authbackend import logs
+from authbackend.admin.crl import PublishedLists
+from authbackend.cli.authorities import authority_argument, file_type, folder_type, read_input
+from authbackend.cli.common import actor, json_option, run, settings_of, show, table, target_of
+from authbackend.errors import Conflict, InvalidInput, NotFound
+from authbackend.metrics import CertificateMetrics
+from authbackend.pki import signing
+from authbackend.pki.authority_folder import AuthorityFolder
+from authbackend.pki.lists import HOLD, RevocationList, age_fault, entries_of, list_pem, read_list
+from authbackend.pki.reading import PKIError, read_certificates
+from authbackend.pki.sync import Sync
+from authbackend.postgres import certificates as store
+from authbackend.postgres import lists
+from authbackend.postgres.connection import Target, connected
+from authbackend.postgres.editor import editing
+from authbackend.postgres.lists import StoredAuthority, StoredList
+from authbackend.revocation import Keeper, keep_authority
+from authbackend.revocation import sign as sign_list
+
+
+@click.group()
+def crl() -> None:
+    """Revocation lists: sign them, take them over, bring them to brokers."""
+
+
+@crl.command()
+@authority_argument
+@click.option(
+    "--watch", is_flag=True, help="Go on: sign at once when something is revoked, and long before nextUpdate."
+)
+@json_option
+@click.pass_context
+def sign(context: click.Context, authority: AuthorityFolder, watch: bool, as_json: bool) -> None:
+    """
+    Sign the revocation list of an authority and publish it.
+
+    Needed once to begin with, then only if no replica has the authority (pki.authority_dir).
+    """
+    settings, target = settings_of(context), target_of(context)
+    lifetime = timedelta(seconds=settings.pki.crl_lifetime_s)
+    signed = run(_sign(target, authority, lifetime))
+    result = {
+        "authority": authority.name,
+        "number": signed.number,
+        "next_update": signed.next_update.isoformat(),
+        "entries": sum(1 for _ in entries_of(signed.der)),
+    }
+    text = f"list number {signed.number} of authority {authority.name}: {result['entries']} revoked, until {signed.next_update:%Y-%m-%d %H:%M} UTC"
+    show(result, as_json, lambda: [text])
+    if watch:
+        sys.stdout.flush()
+        logs.configure(settings.log.format, settings.log.level)
+        keeper = Keeper(target, PublishedLists(), CertificateMetrics(), authority, settings.pki.crl_lifetime_s)
+        run(_until_interrupted(keeper.run()))
+
+
+async def _sign(target: Target, authority: AuthorityFolder, lifetime: timedelta) -> StoredList:
+    async with editing(target, actor()) as connection:
+        await keep_authority(connection, authority)
+        signed = await sign_list(connection, authority, lifetime, anyway=True)
+        assert signed is not None
+        return signed
+
+
+async def _until_interrupted(work: Any) -> None:
+    try:
+        await work
+    except asyncio.CancelledError:  # Ctrl-C
+        return
+
+
+@crl.command("import")
+@click.argument("file", metavar="FILE", type=file_type)
+@click.option("--ca", "ca_file", type=file_type, required=True, metavar="CA.pem", help="The authority that signed it.")
+@click.option("--name", required=True, metavar="NAME", help="How the authority is called here: /crl/NAME.crl.")
+@json_option
+@click.pass_context
+def import_(context: click.Context, file: Path, ca_file: Path, name: str, as_json: bool) -> None:
+    """
+    Take over the list of an outside authority: serve it, and mark what it lists as revoked.
+
+    Refused, without any change: a list that the authority did not sign, one that is too old, and one older than the
+    present one. Run it whenever the authority has signed another, well before nextUpdate.
+    """
+    authorities = read_certificates(read_input(ca_file))
+    try:
+        found, authority = read_list(read_input(file), authorities)
+        if fault := age_fault(found, datetime.now(UTC)):
+            raise PKIError(fault)
+    except PKIError as error:
+        raise InvalidInput(f"{file}: {error.detail}") from error
+    pem = signing.certificate_pem(authority).decode("ascii")
+    ends = authority.not_valid_after_utc
+    revoked, unknown, held = run(_take_over(target_of(context), name, pem, ends, found))
+    result = {
+        "authority": name,
+        "number": found.number,
+        "next_update": found.next_update.isoformat(),
+        "revoked": revoked,
+        "not_on_record": unknown,
+        "on_hold": held,
+    }
+
+    def lines() -> Iterator[str]:
+        yield f"list number {found.number} of authority {name}, until {found.next_update:%Y-%m-%d %H:%M} UTC"
+        yield f"{revoked} certificates revoked now, {unknown} listed ones are not on record"
+        if held:
+            yield f"{held} on hold: brokers refuse them while they are listed; on record they stay active"
+
+    show(result, as_json, lines)
+
+
+async def _take_over(
+    target: Target, name: str, pem: str, ends: datetime, found: RevocationList
+) -> tuple[int, int, int]:
+    entries = list(entries_of(found.der))
+    listed = [(one.serial, one.reason or "unspecified", one.revoked_at) for one in entries if one.reason != HOLD]
+    async with editing(target, actor()) as connection:
+        await store.keep_authority(connection, name, found.issuer, pem, ends)
+        await lists.lock_list(connection, name)
+        (present,) = await lists.fetch_authorities(connection, name)
+        if present.list is not None and found.number < present.list.number:
+            raise Conflict(
+                f"number {found.number} is older than the present number {present.list.number}; nothing was changed"
+            )
+        await lists.keep_list(
+            connection, name, StoredList(found.number, found.this_update, found.next_update, found.der)
+        )
+        revoked, unknown = await store.revoke_listed(connection, found.issuer, listed)
+    return revoked, unknown, len(entries) - len(listed)
+
+
+async def _authorities(target: Target, name: str | None = None) -> list[StoredAuthority]:
+    async with connected(target) as connection:
+        return await lists.fetch_authorities(connection, name)
+
+
+@crl.command("list")
+@json_option
+@click.pass_context
+def list_(context: click.Context, as_json: bool) -> None:
+    """List the authorities and their present revocation lists."""
+    found = [
+        {
+            "authority": one.name,
+            "subject": one.subject,
+            "ends": one.not_after.isoformat(timespec="minutes"),
+            "number": one.list.number if one.list else None,
+            "entries": sum(1 for _ in entries_of(one.list.der)) if one.list else None,
+            "this_update": one.list.this_update.isoformat(timespec="seconds") if one.list else None,
+            "next_update": one.list.next_update.isoformat(timespec="seconds") if one.list else None,
+        }
+        for one in run(_authorities(target_of(context)))
+    ]
+    columns = ("authority", "subject", "ends", "number", "entries", "this_update", "next_update")
+    show(found, as_json, lambda: table(found, columns))
+
+
+@crl.command("export")
+@click.argument("name", metavar="NAME")
+@click.option("--der", is_flag=True, help="DER instead of PEM.")
+@click.pass_context
+def export(context: click.Context, name: str, der: bool) -> None:
+    """Write the present list of an authority to standard output, PEM."""
+    found = run(_authorities(target_of(context), name))
+    if not found or found[0].list is None:
+        raise NotFound(f"no authority {name!r} has a revocation list; see: authbackend crl list")
+    content = found[0].list.der
+    click.echo(content if der else list_pem(content), nl=False)
+
+
+@crl.command()
+@click.option(
+    "--url",
+    "urls",
+    multiple=True,
+    required=True,
+    metavar="URL",
+    help="http://REPLICA/crl/NAME.crl; several are alternatives.",
+)
+@click.option("--ca", "ca_file", type=file_type, required=True, metavar="CA.pem", help="The authority that signs it.")
+@click.option("--dir", "folder", type=folder_type, required=True, metavar="DIR", help="RabbitMQ's ssl_crl_hash_dir.")
+@click.option(
+    "--interval",
+    type=click.FloatRange(0.1),
+    default=1.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Shortest time between two looks.",
+)
+@click.option("--once", is_flag=True, help="Look once; exit status 0 if the list in DIR is in order then.")
+@click.pass_context
+def sync(
+    context: click.Context, urls: tuple[str, ...], ca_file: Path, folder: Path, interval: float, once: bool
+) -> None:
+    """
+    Keep a revocation list beside a broker up to date; runs on the broker's host and needs no database.
+
+    What is fetched is used only if the authority signed it, it is in its time and not older than the one there; the
+    file is replaced as a whole. The service answers as soon as there is another list, so a revocation takes a moment,
+    not the interval. Faults go to the log, and the list there stays; when it is past nextUpdate, the broker refuses
+    every certificate.
+    """
+    if wrong := [url for url in urls if not url.startswith(("http://", "https://"))]:
+        raise InvalidInput(f"--url {wrong[0]}: write it as http://HOST:PORT/crl/NAME.crl")
+    syncer = Sync(urls, read_certificates(read_input(ca_file)), folder)
+    try:
+        if once:
+            synced = run(syncer.once())
+            state = "replaced" if synced.new else "up to date"
+            click.echo(
+                f"{synced.path} {state}: number {synced.list.number}, until {synced.list.next_update:%Y-%m-%d %H:%M} UTC"
+            )
+            return
+        log = settings_of(context).log
+        logs.configure(log.format, log.level)
+        run(_until_interrupted(syncer.run(interval)))
+    except OSError as error:
+        raise InvalidInput(f"{error.filename or folder}: {error.strerror}") from error

@@ -1,0 +1,52 @@
+"""Reads the database of ``openssl ca`` (``index.txt``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+from authbackend.pki.lists import REASONS, Entry
+from authbackend.pki.reading import PKIError
+
+_REASONS = {name.lower(): name for name in REASONS} | {
+    "keytime": "keyCompromise",
+    "cakeytime": "cACompromise",
+    "holdinstruction": "certificateHold",
+}
+
+
+def revoked_in(text: str, name: str) -> Iterator[Entry]:
+    """
+    Yield what is revoked in an index.
+
+    Source: apps/openssl.h of OpenSSL: tab-separated type (V, R or E), end, ``time[,reason[,extra]]`` of the revocation,
+    serial number, file, subject.
+
+    Args:
+        name: Of the file, for messages.
+    Raises:
+        PKIError: A line is of another form.
+    """
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        fields = line.split("\t")
+        if len(fields) != 6 or fields[0] not in {"V", "R", "E"}:
+            raise PKIError(f"{name}:{number}: not a line of openssl's index.txt (six fields with tabs between them)")
+        if fields[0] != "R":
+            continue
+        moment, _, reason = fields[2].partition(",")
+        reason = reason.partition(",")[0].lower()
+        try:
+            serial = f"{int(fields[3], 16):x}"
+            revoked_at = _time(moment)
+        except ValueError:
+            raise PKIError(f"{name}:{number}: the time of the revocation or the serial number cannot be read") from None
+        yield Entry(serial, _REASONS.get(reason, "unspecified"), revoked_at)
+
+
+def _time(text: str) -> datetime:
+    """Parse a UTCTime or a GeneralizedTime (RFC 5280 4.1.2.5: two-digit years are 1950 to 2049)."""
+    if len(text) == 13:
+        text = ("19" if text[:2] >= "50" else "20") + text
+    return datetime.strptime(text, "%Y%m%d%H%M%SZ").replace(tzinfo=UTC)

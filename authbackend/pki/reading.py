@@ -1,0 +1,261 @@
+"""Reads certificates, keys and requests, and says what a database, a person or RabbitMQ wants to know of them."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import NameOID
+
+from authbackend.errors import InvalidInput
+
+PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
+PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
+
+KEY_KINDS = ("ec-p256", "ec-p384", "rsa-2048", "rsa-3072", "rsa-4096")
+"""Kinds of keys that are made and signed for; the first is the default."""
+
+_LONGEST_PEM_BYTES = 65536
+_CURVES: tuple[type[ec.EllipticCurve], ...] = (ec.SECP256R1, ec.SECP384R1)
+
+
+class PKIError(InvalidInput):
+    """A certificate, a key or a name cannot be used; the message says which, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """
+    What is kept of a certificate; the columns of the table ``certificate``.
+
+    Attributes:
+        fingerprint: SHA-256 of the DER form, 64 lower-case hexadecimal digits.
+        serial: lower-case hexadecimal digits without leading zeros.
+        issuer: RFC 4514.
+        subject: RFC 4514.
+        common_name: as RabbitMQ reads it, several joined with a comma; empty if there is none.
+    """
+
+    fingerprint: str
+    serial: str
+    issuer: str
+    subject: str
+    common_name: str
+    not_before: datetime
+    not_after: datetime
+
+
+def record_of(certificate: x509.Certificate) -> Record:
+    """
+    Return what is kept of a certificate.
+
+    Raises:
+        PKIError: Its names, serial number or validity are not such that they could be kept.
+    """
+    try:
+        subject = certificate.subject
+        names = [attribute.value for attribute in subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+        serial = certificate.serial_number
+        record = Record(
+            certificate.fingerprint(hashes.SHA256()).hex(),
+            f"{serial:x}",
+            certificate.issuer.rfc4514_string(),
+            subject.rfc4514_string(),
+            ",".join(name if isinstance(name, str) else name.decode("latin-1") for name in names),
+            certificate.not_valid_before_utc,
+            certificate.not_valid_after_utc,
+        )
+    except (ValueError, OverflowError) as error:
+        raise PKIError(f"the certificate cannot be read: {error}") from error
+    if not 0 < serial < 2**159:
+        raise PKIError("its serial number is not a positive number of at most 20 octets (RFC 5280 4.1.2.2)")
+    if "\x00" in record.issuer + record.subject + record.common_name:
+        raise PKIError("a zero byte in a name cannot be kept")
+    return record
+
+
+def is_authority(certificate: x509.Certificate) -> bool:
+    """
+    Return whether the basic constraints say CA.
+
+    Raises:
+        PKIError: The extensions cannot be read.
+    """
+    try:
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except x509.ExtensionNotFound:
+        return False
+    except ValueError as error:
+        raise PKIError(f"the certificate's extensions cannot be read: {error}") from error
+
+
+def read_certificate(certificate_pem: bytes) -> x509.Certificate:
+    """
+    Parse the first certificate of a PEM text.
+
+    Raises:
+        PKIError: there is none.
+    """
+    try:
+        return x509.load_pem_x509_certificate(certificate_pem)
+    except ValueError as error:
+        raise PKIError(f"not a PEM certificate: {error}") from error
+
+
+def read_certificates(certificates_pem: bytes) -> list[x509.Certificate]:
+    """
+    Parse every certificate of a PEM text, at least one.
+
+    Raises:
+        PKIError: there is none, or one cannot be read.
+    """
+    try:
+        return x509.load_pem_x509_certificates(certificates_pem)
+    except ValueError as error:
+        raise PKIError(f"not PEM certificates: {error}") from error
+
+
+def read_key(key_pem: bytes, passphrase: bytes | None = None) -> PrivateKey:
+    """
+    Parse a private key, EC or RSA.
+
+    Raises:
+        PKIError: not PEM, of another kind, or the passphrase does not fit.
+    """
+    try:
+        key = serialization.load_pem_private_key(key_pem, password=passphrase)
+    except TypeError as error:  # encrypted and no passphrase, or the other way round
+        wanted = "is encrypted: give its passphrase" if passphrase is None else "is not encrypted"
+        raise PKIError(f"the private key {wanted}") from error
+    except ValueError as error:
+        if passphrase is not None:
+            raise PKIError("the private key cannot be read: the passphrase is wrong, or it is not PEM") from None
+        raise PKIError(f"not a PEM private key: {error}") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
+        raise PKIError("the private key is neither EC nor RSA")
+    return key
+
+
+def new_key(kind: str) -> PrivateKey:
+    """Return a fresh private key of one of :data:`KEY_KINDS`."""
+    if kind == "ec-p256":
+        return ec.generate_private_key(ec.SECP256R1())
+    if kind == "ec-p384":
+        return ec.generate_private_key(ec.SECP384R1())
+    return rsa.generate_private_key(public_exponent=65537, key_size=int(kind.removeprefix("rsa-")))
+
+
+def usable_key(key: object, whose: str) -> PublicKey:
+    """
+    Return a public key that certificates are signed for: EC P-256 or P-384, RSA from 2048 to 8192 bits.
+
+    Raises:
+        PKIError: It is another, or a weaker one.
+    """
+    if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, _CURVES):
+        return key
+    if isinstance(key, rsa.RSAPublicKey) and 2048 <= key.key_size <= 8192 and key.public_numbers().e >= 65537:
+        return key
+    raise PKIError(f"{whose} has a key that is not signed for: possible are EC P-256, EC P-384 and RSA from 2048 bits")
+
+
+def read_request(request_pem: bytes) -> tuple[str, PublicKey]:
+    """
+    Parse a certificate request (PKCS #10) and return its common name and its public key.
+
+    The signature is checked, which shows that whoever asks holds the key (RFC 2986 3). Everything else in it, the
+    extensions it asks for above all, is ignored: profiles say what is signed.
+
+    Raises:
+        PKIError: Not PEM, a wrong signature, not exactly one common name, or a key that is too weak.
+    """
+    try:
+        request = x509.load_pem_x509_csr(request_pem)
+        names = request.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        valid = request.is_signature_valid
+        key = request.public_key()
+    except ValueError as error:
+        raise PKIError(f"not a PEM certificate request: {error}") from error
+    if not valid:
+        raise PKIError("the certificate request's signature is wrong: it was not made with the key it asks for")
+    if len(names) != 1 or not isinstance(names[0].value, str):
+        raise PKIError(f"the certificate request has {len(names)} common names; it needs exactly one")
+    return names[0].value, usable_key(key, "the certificate request")
+
+
+def pem_blocks(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """
+    Yield the certificates of a PEM stream of any length, one by one; everything between them is skipped.
+
+    Raises:
+        PKIError: One is longer than 64 KiB, or the stream ends inside one.
+    """
+    block: list[bytes] = []
+    size = 0
+    for line in lines:
+        stripped = line.strip()
+        if stripped == b"-----BEGIN CERTIFICATE-----":
+            block, size = [], 0
+        elif not block:
+            continue
+        block.append(stripped)
+        size += len(stripped) + 1
+        if size > _LONGEST_PEM_BYTES:
+            raise PKIError("a certificate is longer than 64 KiB: this is no stream of PEM certificates")
+        if stripped == b"-----END CERTIFICATE-----":
+            yield b"\n".join(block) + b"\n"
+            block = []
+    if block:
+        raise PKIError("the stream ends in the middle of a certificate")
+
+
+def server_names(certificate_pem: bytes) -> frozenset[str]:
+    """
+    List the DNS names and IP addresses a certificate is good for.
+
+    Raises:
+        PKIError: not a PEM certificate.
+    """
+    extensions = read_certificate(certificate_pem).extensions
+    try:
+        names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return frozenset()
+    addresses = (str(address) for address in names.get_values_for_type(x509.IPAddress))
+    return frozenset([*names.get_values_for_type(x509.DNSName), *addresses])
+
+
+def server_name(name: str) -> x509.DNSName | x509.IPAddress:
+    """
+    Return a host name (lower case) or an address as an alternative name.
+
+    Raises:
+        PKIError: it is neither.
+    """
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        pass
+    labels = name.lower().removeprefix("*.").split(".")
+    if len(name) <= 253 and all(_is_label(label) for label in labels):
+        return x509.DNSName(name.lower())
+    raise PKIError(f"{name!r} is neither a host name nor an IP address (a port or a scheme does not belong here)")
+
+
+def normal_server_name(name: str) -> str:
+    """
+    Write a host name or an address the way :func:`server_names` reports it: lower case, addresses shortened.
+
+    Raises:
+        PKIError: it is neither.
+    """
+    return str(server_name(name).value)
+
+
+def _is_label(label: str) -> bool:
+    return 1 <= len(label) <= 63 and label.isascii() and label.replace("-", "").replace("_", "").isalnum()

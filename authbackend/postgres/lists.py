@@ -1,0 +1,150 @@
+"""Revocation lists in the database: what belongs on them, and the present list of each authority."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from authbackend.postgres.connection import Connection, Target, connect, translated_errors
+from authbackend.postgres.statements import load_statements
+
+CHANNELS = ("certificate", "crl")
+"""What is notified when certificates change, and when lists or authorities do."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredList:
+    """A list as it is in the database."""
+
+    number: int
+    this_update: datetime
+    next_update: datetime
+    der: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAuthority:
+    """An authority, and its list if it has one yet."""
+
+    name: str
+    subject: str
+    certificate_pem: str
+    not_after: datetime
+    list: StoredList | None
+
+
+@dataclass(frozen=True, slots=True)
+class Expiring:
+    """
+    How many active certificates without a successor end soon.
+
+    Args:
+        within: By device type (``unknown``: of no device): within 7, 30 and 90 days, each with those before.
+        expired: Ended already, and the device is active.
+        most_on_a_day: The most that end on one day of the next 90.
+    """
+
+    within: dict[str, tuple[int, int, int]]
+    expired: int
+    most_on_a_day: int
+
+
+async def fetch_authorities(connection: Connection, name: str | None = None) -> list[StoredAuthority]:
+    """Return authorities by name, or the one of that name."""
+    rows = await connection.fetch(load_statements("certificates").lists.sql, name)
+    return [
+        StoredAuthority(
+            *(row["name"], row["subject"], row["certificate_pem"], row["not_after"]),
+            None
+            if row["number"] is None
+            else StoredList(int(row["number"]), row["this_update"], row["next_update"], row["der"]),
+        )
+        for row in rows
+    ]
+
+
+async def lock_list(connection: Connection, authority: str) -> None:
+    """Wait until nobody else signs the list of an authority; until the end of the transaction."""
+    await connection.execute(load_statements("certificates").lock_list.sql, authority)
+
+
+async def fetch_revoked(
+    connection: Connection, issuer: str, oldest_end: datetime
+) -> Sequence[tuple[str, str, datetime]]:
+    """Return serial number, reason and time of what belongs on a list; what ended before ``oldest_end`` does not."""
+    rows = await connection.fetch(load_statements("certificates").revoked.sql, issuer, oldest_end)
+    return [tuple(row) for row in rows]
+
+
+async def keep_list(connection: Connection, authority: str, stored: StoredList) -> None:
+    """
+    Make a list the present one.
+
+    Raises:
+        InvalidInput: The present one is newer.
+    """
+    await connection.execute(
+        load_statements("certificates").keep_list.sql,
+        *(authority, str(stored.number), stored.this_update, stored.next_update, stored.der),
+    )
+
+
+async def fetch_expiring(connection: Connection) -> Expiring:
+    """Count what ends soon. Cost: an index over those that end within 90 days and one look for each."""
+    statements = load_statements("certificates")
+    types = await connection.fetch(statements.expiring_by_type.sql)
+    until = await connection.fetchval("select now() + interval '90 days'")
+    days = await connection.fetch(statements.expiring_by_day.sql, until)
+    return Expiring(
+        {row["type"]: (row["days7"], row["days30"], row["days90"]) for row in types},
+        sum(row["expired"] for row in types),
+        max((row["number"] for row in days), default=0),
+    )
+
+
+class Listener:
+    """A connection that hears of changes; reconnect by making another."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._changed = asyncio.Event()
+
+    @classmethod
+    async def open(cls, target: Target) -> Listener:
+        """
+        Connect and listen.
+
+        Raises:
+            Unavailable: The database cannot be reached.
+        """
+        listener = cls(await connect(target))
+        with translated_errors():
+            for channel in CHANNELS:
+                await listener.connection.add_listener(channel, listener._notified)
+        listener.connection.add_termination_listener(listener._ended)
+        return listener
+
+    def _notified(self, *_: object) -> None:
+        self._changed.set()
+
+    def _ended(self, *_: object) -> None:
+        self._changed.set()
+
+    async def changed(self, timeout_s: float) -> bool:
+        """Return when something changed or the connection ended (True), or after a time (False)."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
+        except TimeoutError:
+            return False
+        self._changed.clear()
+        return True
+
+    async def close(self) -> None:
+        """Close the connection."""
+        try:
+            await self.connection.close(timeout=1)
+        except Exception:
+            self.connection.terminate()

@@ -1,0 +1,221 @@
+"""
+Revocation lists from the table of certificates to whoever asks for them: signed anew when something is revoked and long
+before nextUpdate, and kept in memory to be served.
+
+Whoever signs (a command, any replica that has the authority's key) does it in one transaction under one lock, from
+what is committed: two at once give two lists, and the later one holds everything that the earlier one does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import structlog
+
+from authbackend.admin.crl import Published, PublishedLists
+from authbackend.errors import AuthbackendError, ConfigurationError
+from authbackend.metrics import CertificateMetrics
+from authbackend.pki.authority_folder import AuthorityFolder
+from authbackend.pki.lists import Entry, entries_of, next_number
+from authbackend.postgres import certificates as store
+from authbackend.postgres import lists
+from authbackend.postgres.connection import Connection, Target, translated_errors
+from authbackend.postgres.lists import Listener, StoredList
+from authbackend.settings import Pki
+
+log = structlog.get_logger(__name__)
+
+CHECK_S = 30.0
+"""How often the keeper looks without being told of a change."""
+RETRY_S = 1.0
+EXPIRY_S = 300.0
+
+
+def open_authority(pki: Pki) -> AuthorityFolder | None:
+    """
+    Return the authority whose list this replica signs, None without ``pki.authority_dir``.
+
+    Raises:
+        ConfigurationError: It cannot be taken up.
+    """
+    if pki.authority_dir is None:
+        return None
+    if pki.passphrase_file is None:
+        raise ConfigurationError(
+            "pki.authority_dir needs pki.passphrase_file, with the passphrase of the authority's key"
+        )
+    try:
+        passphrase = read_passphrase(pki.passphrase_file)
+        return AuthorityFolder.open(pki.authority_dir, passphrase)
+    except AuthbackendError as error:
+        raise ConfigurationError(f"pki.authority_dir: {error.detail}") from error
+
+
+def read_passphrase(file: Path) -> bytes:
+    """
+    Return the passphrase in a file, without its last newline.
+
+    Raises:
+        ConfigurationError: The file cannot be read or is empty.
+    """
+    try:
+        passphrase = file.read_bytes().removesuffix(b"\n").removesuffix(b"\r")
+    except OSError as error:
+        raise ConfigurationError(f"cannot read the passphrase file {file}: {error.strerror}") from error
+    if not passphrase:
+        raise ConfigurationError(f"the passphrase file {file} is empty")
+    return passphrase
+
+
+async def keep_authority(connection: Connection, authority: AuthorityFolder) -> None:
+    """
+    Make an authority known to the database.
+
+    Raises:
+        Conflict: Another one has its name.
+    """
+    pem = authority.certificate_pem.decode("ascii")
+    await store.keep_authority(connection, authority.name, authority.subject, pem, authority.not_after)
+
+
+async def sign(
+    connection: Connection, authority: AuthorityFolder, lifetime: timedelta, *, anyway: bool = False
+) -> StoredList | None:
+    """
+    Sign the list of an authority if something revoked is missing from it or half its lifetime has passed.
+
+    In a transaction of the caller's: what that revoked is on the list, and both are committed or neither.
+
+    Args:
+        anyway: Sign in any case.
+    Returns:
+        The new list, or None if the present one is right.
+    """
+    now = datetime.now(UTC)
+    if not anyway and not await _due(connection, authority, lifetime, now):
+        return None
+    await lists.lock_list(connection, authority.name)
+    if not anyway and not await _due(connection, authority, lifetime, now):
+        return None  # somebody else did it meanwhile
+    present = await _present(connection, authority.name)
+    revoked = await lists.fetch_revoked(connection, authority.subject, now - lifetime)
+    entries = [Entry(*row) for row in revoked]
+    number = next_number(None if present is None else present.number, now)
+    signed = await asyncio.to_thread(authority.sign_list, entries, number, now, lifetime)
+    stored = StoredList(number, signed.this_update, signed.next_update, signed.der)
+    await lists.keep_list(connection, authority.name, stored)
+    return stored
+
+
+async def _present(connection: Connection, name: str) -> StoredList | None:
+    found = await lists.fetch_authorities(connection, name)
+    return found[0].list if found else None
+
+
+async def _due(connection: Connection, authority: AuthorityFolder, lifetime: timedelta, now: datetime) -> bool:
+    present = await _present(connection, authority.name)
+    if present is None:
+        return True
+    if now >= present.this_update + min(lifetime, present.next_update - present.this_update) / 2:
+        return True
+    revoked = await lists.fetch_revoked(connection, authority.subject, now)
+    return not {serial for serial, _, _ in revoked} <= {entry.serial for entry in entries_of(present.der)}
+
+
+class Keeper:
+    """
+    Keeps the lists of all authorities in memory, signs that of one, and counts what expires.
+
+    Args:
+        published: Where the lists are served from; they stay while the database is away.
+        authority: Whose list this replica signs; None: it signs none.
+        lifetime_s: From thisUpdate to nextUpdate of what it signs.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        published: PublishedLists,
+        counted: CertificateMetrics,
+        authority: AuthorityFolder | None,
+        lifetime_s: float,
+    ) -> None:
+        self._target = target
+        self._published = published
+        self._counted = counted
+        self._authority = authority
+        self._lifetime = timedelta(seconds=lifetime_s)
+        self._counted_at: float | None = None
+        self._fault: str | None = None
+
+    async def run(self) -> None:
+        """Work until cancelled; what fails is logged, once for each fault, and tried again."""
+        while True:
+            try:
+                listener = await Listener.open(self._target)
+                try:
+                    await self._follow(listener)
+                finally:
+                    await listener.close()
+            except AuthbackendError as error:
+                self._tell(error.detail)
+            except Exception:  # lists are late then, which brokers and an alert notice; decisions go on
+                log.error("crl.refresh_failed", exc_info=True)
+            await asyncio.sleep(RETRY_S)
+
+    def _tell(self, fault: str | None) -> None:
+        if fault is not None and fault != self._fault:
+            log.warning("crl.refresh_failed", error=fault)
+        self._fault = fault
+
+    async def _follow(self, listener: Listener) -> None:
+        connection = listener.connection
+        with translated_errors():
+            while not connection.is_closed():
+                fault = None
+                if self._authority is not None:
+                    fault = await self._stranger(connection, self._authority)
+                    if fault is None:
+                        await self._sign(connection, self._authority)
+                await self._publish(connection)
+                await self._count(connection)
+                self._tell(fault)
+                await listener.changed(CHECK_S)
+
+    async def _stranger(self, connection: Connection, authority: AuthorityFolder) -> str | None:
+        """Return why the list of ``pki.authority_dir`` cannot be signed, or None."""
+        found = await lists.fetch_authorities(connection, authority.name)
+        if found and found[0].subject == authority.subject:
+            return None
+        return f"authority {authority.name} of pki.authority_dir is not in the database; run: authbackend crl sign DIR"
+
+    async def _sign(self, connection: Connection, authority: AuthorityFolder) -> None:
+        async with connection.transaction():
+            signed = await sign(connection, authority, self._lifetime)
+        if signed is not None:
+            log.info(
+                "crl.signed",
+                authority=authority.name,
+                number=signed.number,
+                next_update=signed.next_update.isoformat(),
+                size_bytes=len(signed.der),
+            )
+
+    async def _publish(self, connection: Connection) -> None:
+        found = await lists.fetch_authorities(connection)
+        present = {authority.name: authority.list for authority in found if authority.list is not None}
+        self._counted.authorities = {authority.name: authority.not_after.timestamp() for authority in found}
+        self._counted.next_updates = {name: stored.next_update.timestamp() for name, stored in present.items()}
+        self._published.replace({name: Published(stored.der, stored.this_update) for name, stored in present.items()})
+
+    async def _count(self, connection: Connection) -> None:
+        if self._counted_at is not None and time.monotonic() - self._counted_at < EXPIRY_S:
+            return
+        expiring = await lists.fetch_expiring(connection)
+        self._counted.within = expiring.within
+        self._counted.expired = expiring.expired
+        self._counted.most_on_a_day = expiring.most_on_a_day
+        self._counted_at = time.monotonic()

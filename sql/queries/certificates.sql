@@ -1,0 +1,112 @@
+-- Certificates, authorities and revocation lists.
+
+-- name: insert_certificates
+-- Those that are there already are left as they are.
+-- params: 1 fingerprints, 2 serials, 3 issuers, 4 subjects, 5 common names, 6 beginnings, 7 ends, 8 device ids (null: by the
+--   common name), 9 states, 10 reasons, 11 times of revocation
+-- row: fingerprint and device id of each that is new
+insert into certificate (fingerprint, serial, issuer, subject, common_name, not_before, not_after, device_id, state, reason, revoked_at)
+select * from unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::timestamptz[], $7::timestamptz[],
+                     $8::text[], $9::text[], $10::text[], $11::timestamptz[])
+on conflict do nothing
+returning fingerprint, device_id;
+
+-- name: present_fingerprints
+-- params: 1 fingerprints
+select fingerprint from certificate where fingerprint = any ($1::text[]);
+
+-- name: link_devices$
+-- Gives certificates of no device to those that were registered since; uses certificate_common_name.
+with linked as (
+  update certificate c set device_id = d.device_id from device d
+  where c.device_id is null and d.common_name = c.common_name
+  returning 1)
+select count(*) from linked;
+
+-- name: certificates
+-- params: 1 device id, 2 state, 3 ends before, 4 at most, 5 fingerprint, 6 serial, 7 ends not before; null: any
+select c.fingerprint, c.serial, c.issuer, c.subject, c.common_name, c.not_before, c.not_after, c.device_id, c.state,
+       c.reason, c.revoked_at, c.added_at, d.type, d.status,
+       exists (select from certificate s where s.device_id = c.device_id and s.state = 'active' and s.not_after > c.not_after) as renewed
+from certificate c left join device d on d.device_id = c.device_id
+where ($1::text is null or c.device_id = $1) and ($2::text is null or c.state = $2)
+  and ($3::timestamptz is null or c.not_after < $3) and ($5::text is null or c.fingerprint = $5)
+  and ($6::text is null or c.serial = $6) and ($7::timestamptz is null or c.not_after >= $7)
+order by c.not_after, c.fingerprint limit $4;
+
+-- name: expiring_by_day
+-- Active certificates that end before a moment and have no successor, by the day of their end (UTC).
+-- params: 1 ends before
+-- row: day, number
+select (c.not_after at time zone 'UTC')::date as day, count(*) as number
+from certificate c left join device d on d.device_id = c.device_id
+where c.state = 'active' and c.not_after between now() and $1 and coalesce(d.status, 'active') = 'active'
+  and not exists (select from certificate s where s.device_id = c.device_id and s.state = 'active' and s.not_after > c.not_after)
+  and not (c.device_id is null and exists (select from certificate s where s.device_id is null and s.common_name = c.common_name
+           and s.state = 'active' and s.not_after > c.not_after))
+group by 1 order by 1;
+
+-- name: expiring_by_type
+-- As expiring_by_day, by device type; also how many have ended already although their device is active.
+-- row: type (unknown: of no device), days7, days30, days90, expired
+select coalesce(d.type, 'unknown') as type,
+       count(*) filter (where c.not_after >= now() and c.not_after < now() + interval '7 days') as days7,
+       count(*) filter (where c.not_after >= now() and c.not_after < now() + interval '30 days') as days30,
+       count(*) filter (where c.not_after >= now()) as days90,
+       count(*) filter (where c.not_after < now() and d.device_id is not null) as expired
+from certificate c left join device d on d.device_id = c.device_id
+where c.state = 'active' and c.not_after < now() + interval '90 days' and coalesce(d.status, 'active') = 'active'
+  and not exists (select from certificate s where s.device_id = c.device_id and s.state = 'active' and s.not_after > c.not_after)
+  and not (c.device_id is null and exists (select from certificate s where s.device_id is null and s.common_name = c.common_name
+           and s.state = 'active' and s.not_after > c.not_after))
+group by 1;
+
+-- name: revoke_certificates
+-- params: 1 fingerprints, 2 reason
+update certificate set state = 'revoked', reason = $2 where fingerprint = any ($1::text[]) and state = 'active'
+returning fingerprint, serial, issuer, common_name, device_id;
+
+-- name: revoke_listed
+-- params: 1 issuer, 2 serials, 3 reasons, 4 times of revocation
+-- row: serial of each that was active
+update certificate c set state = 'revoked', reason = l.reason, revoked_at = l.revoked_at
+from unnest($2::text[], $3::text[], $4::timestamptz[]) as l (serial, reason, revoked_at)
+where c.issuer = $1 and c.serial = l.serial and c.state = 'active'
+returning c.serial;
+
+-- name: known_serials$
+-- params: 1 issuer, 2 serials
+select count(*) from certificate where issuer = $1 and serial = any ($2::text[]);
+
+-- name: keep_authority!
+-- params: 1 name, 2 subject, 3 certificate, 4 end
+insert into authority (name, subject, certificate_pem, not_after) values ($1, $2, $3, $4)
+on conflict (name) do update set certificate_pem = excluded.certificate_pem, not_after = excluded.not_after
+where authority.subject = excluded.subject and authority.certificate_pem <> excluded.certificate_pem;
+
+-- name: authority_subject$
+-- params: 1 name
+select subject from authority where name = $1;
+
+-- name: lock_list!
+-- One at a time signs the list of an authority.
+-- params: 1 name
+select pg_advisory_xact_lock(724003, hashtext($1));
+
+-- name: revoked
+-- What belongs on the list of an authority; uses certificate_revoked.
+-- params: 1 issuer, 2 the oldest end of a certificate that is still listed
+select serial, reason, revoked_at from certificate
+where issuer = $1 and state = 'revoked' and not_after > $2 order by revoked_at, serial;
+
+-- name: lists
+-- params: 1 authority; null: all
+select a.name, a.subject, a.certificate_pem, a.not_after, c.number::text as number, c.this_update, c.next_update, c.der
+from authority a left join crl c on c.authority = a.name
+where $1::text is null or a.name = $1 order by a.name;
+
+-- name: keep_list!
+-- params: 1 authority, 2 number text, 3 this update, 4 next update, 5 list
+insert into crl (authority, number, this_update, next_update, der) values ($1, $2::text::numeric, $3, $4, $5)
+on conflict (authority) do update set number = excluded.number, this_update = excluded.this_update,
+  next_update = excluded.next_update, der = excluded.der;

@@ -1,0 +1,183 @@
+"""A node that checks revocation lists, the authority whose certificates it trusts, and TLS clients that save sessions."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import ssl
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+from authbackend.pki.authority_folder import AuthorityFolder
+
+from .identities import Certificates, Identity
+from .mqtt import HOST
+from .node import RABBITMQ_FILES, REPOSITORY, Broker, Doors
+from .processes import Process
+from .service import Service
+
+HERE = Path(__file__).parent
+CRL_CONFIG = RABBITMQ_FILES / "conf.d-optional/crl.advanced.config"
+CRL_CONF = HERE / "overlay/crl.conf"
+DOORS = Doors(amqp_tls=5871, mqtt_tls=9083, management_tls=15871, web_mqtt_tls=15677, distribution=25674)
+PASSPHRASE = "correct horse battery"
+VERSIONS = {"TLS 1.2": ssl.TLSVersion.TLSv1_2, "TLS 1.3": ssl.TLSVersion.TLSv1_3}
+
+
+@dataclass(slots=True)
+class Directory:
+    """A folder with the files that a node needs, as :class:`Certificates` has one."""
+
+    directory: Path
+
+
+class Revocable:
+    """
+    An authority of ``authbackend ca``, the node that trusts it, the replica that signs its list, and ``crl sync``.
+
+    Args:
+        replica: not started; gets the authority and is asked for the list.
+    """
+
+    def __init__(self, workplace: Path, root: Path, bench: Certificates, replica: Service) -> None:
+        self.place = workplace / "revocable"
+        self.place.mkdir()
+        self.replica = replica
+        self.secret = self.place / "passphrase"
+        self.secret.write_text(PASSPHRASE + "\n")
+        self.ca = self.place / "fleet"
+        self._count = 0
+        self._sync: Process | None = None
+        replica.command("ca", "init", self.ca, "--root-out", self.place / "offline", "--passphrase-file", self.secret)
+        self.authority = AuthorityFolder.open(self.ca, PASSPHRASE.encode())
+        self.node = self._node(workplace / "crl", root, bench)
+
+    def _node(self, state: Path, root: Path, bench: Certificates) -> Broker:
+        certs = self.place / "certs"
+        shutil.copytree(bench.directory, certs)
+        shutil.copy(self.ca / "ca.pem", certs / "ca.pem")
+        for name in ("rabbitmq.pem", "rabbitmq.key"):
+            (certs / name).unlink()
+        self.sign("ca", "issue-server", self.ca, "--name", "localhost", "--name", HOST, "--out", certs / "rabbitmq")
+        advanced = self.place / "advanced.config"
+        advanced.write_text(CRL_CONFIG.read_text().replace("{port, 15676}", f"{{port, {DOORS.web_mqtt_tls}}}"))
+        state.mkdir()
+        node = Broker(root, state, cast("Certificates", Directory(certs)), "crl", DOORS, [CRL_CONF], advanced)
+        node.plugins = ["rabbitmq_web_mqtt"]
+        node.prepare()
+        return node
+
+    @property
+    def lists(self) -> Path:
+        """What the node sees as /etc/rabbitmq/crl."""
+        return self.node.state / "etc/crl"
+
+    @property
+    def file(self) -> Path:
+        """The one list in it."""
+        (found,) = self.lists.glob("*.r0")
+        return found
+
+    def sign(self, *arguments: str | Path) -> str:
+        """Run a command that needs the authority's passphrase."""
+        return self.replica.command(*arguments, "--passphrase-file", self.secret)
+
+    def start(self) -> None:
+        """Publish a first list, bring it to the node's folder, and start replica, sync and node."""
+        self.sign("crl", "sign", self.ca)
+        self.replica.start()
+        self.replica.command(*self._sync_command(), "--once")
+        self.start_sync()
+        self.node.start()
+
+    def _sync_command(self) -> list[str | Path]:
+        url = f"{self.replica.url}/crl/fleet.crl"
+        return ["crl", "sync", "--url", url, "--ca", self.ca / "ca.pem", "--dir", self.lists]
+
+    def start_sync(self) -> None:
+        """Keep the list up to date from now on."""
+        command = [sys.executable, "-m", "authbackend", *self._sync_command()]
+        self._sync = Process(command, self.place / "sync.log", {"PATH": "/usr/bin:/bin"}, REPOSITORY)
+
+    def stop_sync(self) -> None:
+        """Leave the list as it is from now on."""
+        if self._sync is not None:
+            self._sync.stop()
+            self._sync = None
+
+    def close(self) -> None:
+        """Stop everything."""
+        self.stop_sync()
+        self.replica.stop()
+        self.node.close()
+
+    def enroll(self, device_id: str) -> Identity:
+        """A certificate for a registered device, with its key."""
+        self._count += 1
+        path = self.place / f"device-{self._count}"
+        self.sign("device", "enroll", device_id, "--ca", self.ca, "--generate", "--out", path)
+        return Identity(device_id, path.with_suffix(".pem"), path.with_suffix(".key"), self.ca / "ca.pem")
+
+
+@dataclass(slots=True)
+class Tls:
+    """
+    A client that speaks one TLS version and offers the session of its last connection again.
+
+    Attributes:
+        reused: whether the last connection resumed a session.
+    """
+
+    identity: Identity
+    version: str = "TLS 1.3"
+    port: int = DOORS.mqtt_tls
+    reused: bool = False
+    context: ssl.SSLContext = field(init=False)
+    session: ssl.SSLSession | None = None
+
+    def __post_init__(self) -> None:
+        self.context = self.identity.context()
+        self.context.minimum_version = self.context.maximum_version = VERSIONS[self.version]
+
+    def login(self) -> str:
+        """
+        Connect and log in over MQTT: "accepted", or the TLS alert or other end of the connection.
+
+        TLS 1.3 tells a client of a refused certificate only when it reads.
+        """
+        name = self.identity.name.encode()
+        body = b"\x00\x04MQTT\x04\x02\x00\x3c" + len(name).to_bytes(2, "big") + name
+        try:
+            with socket.create_connection((HOST, self.port), timeout=10) as plain:
+                with self.context.wrap_socket(plain, server_hostname="localhost", session=self.session) as tls:
+                    self.reused = bool(tls.session_reused)
+                    tls.sendall(b"\x10" + bytes([len(body)]) + body)
+                    answer = tls.recv(4)
+                    self.session = tls.session
+        except OSError as error:
+            return getattr(error, "reason", None) or type(error).__name__
+        return "accepted" if answer == b"\x20\x02\x00\x00" else f"refused by MQTT: {answer.hex()}"
+
+    def handshake(self) -> str:
+        """As login, without MQTT: the alert, or "accepted" when the door waits for what follows the handshake."""
+        try:
+            with socket.create_connection((HOST, self.port), timeout=10) as plain:
+                with self.context.wrap_socket(plain, server_hostname="localhost") as tls:
+                    tls.settimeout(1)
+                    return "accepted" if tls.recv(1) else "closed"
+        except TimeoutError:
+            return "accepted"
+        except OSError as error:
+            return getattr(error, "reason", None) or type(error).__name__
+
+    def seconds_until(self, refused: str, begin: float) -> float:
+        """Log in again and again until that alert comes: seconds since ``begin`` (monotonic)."""
+        while time.monotonic() < begin + 20:
+            answer = self.login()
+            if answer == refused:
+                return time.monotonic() - begin
+            assert answer == "accepted", answer
+        raise AssertionError("not refused within 20 s")

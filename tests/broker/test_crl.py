@@ -1,0 +1,172 @@
+"""Revoked certificates are refused at the TLS handshake, at once, on every door, whatever the client saved."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from authbackend.pki.lists import list_pem
+
+from .conftest import make_service
+from .fleet import Fleet
+from .identities import Certificates, anonymous_context
+from .mqtt import MQTTClient
+from .revocation import DOORS, VERSIONS, Revocable, Tls
+from .service import Database
+
+Clients = Callable[..., MQTTClient]
+REVOKED = "SSLV3_ALERT_CERTIFICATE_REVOKED"
+SOON_S = 2.0
+"""How long after the revocation a revoked certificate may still be accepted."""
+
+
+@pytest.fixture(scope="module")
+def revocable(workplace: Path, certificates: Certificates, database: Database, fleet: Fleet) -> Iterator[Revocable]:
+    """The node, started, with a list that is kept up to date."""
+    replica = make_service(workplace, certificates, database, broker_port=8090, admin_port=8091)
+    root = Path(os.environ["AUTHBACKEND_TEST_RABBITMQ_ROOT"])
+    found = Revocable(workplace, root, certificates, replica)
+    replica.set("AUTHBACKEND_PKI__AUTHORITY_DIR", found.ca)
+    replica.set("AUTHBACKEND_PKI__PASSPHRASE_FILE", found.secret)
+    try:
+        found.start()
+        yield found
+    finally:
+        found.close()
+
+
+@pytest.fixture
+def without_sync(revocable: Revocable) -> Iterator[Revocable]:
+    """Nobody keeps the list up to date for the time of a test."""
+    revocable.stop_sync()
+    content = revocable.file.read_bytes()
+    path = revocable.file
+    yield revocable
+    path.write_bytes(content)
+    revocable.start_sync()
+
+
+def serial_of(revocable: Revocable, device_id: str) -> str:
+    """The serial number of a device's first certificate."""
+    return revocable.replica.command("cert", "list", "--device", device_id).splitlines()[1].split()[0]
+
+
+async def test_a_revoked_certificate_is_refused_at_once_and_the_new_one_goes_on(
+    mqtt: Clients, revocable: Revocable, fleet: Fleet
+) -> None:
+    """The device rotates: its new certificate stays connected while the old one is revoked."""
+    me = fleet.device()
+    old = revocable.enroll(me)
+    serial = serial_of(revocable, me)
+    new = revocable.enroll(me)
+    in_use = mqtt(new, client_id=f"{me}_new", port=DOORS.mqtt_tls)
+    assert await in_use.connect() == 0
+    client = Tls(old)
+    assert client.login() == "accepted"
+    asked = fleet.service.count("authbackend_decisions", endpoint="user")
+    begin = time.monotonic()
+    revocable.sign("cert", "revoke", serial, "--ca", revocable.ca, "--reason", "superseded")
+    told = time.monotonic()
+    seconds = client.seconds_until(REVOKED, told)
+    print(f"refused {seconds:.3f} s after the command ended, {seconds + told - begin:.3f} s after its start")
+    assert seconds < SOON_S
+    asked_meanwhile = fleet.service.count("authbackend_decisions", endpoint="user")
+    assert [Tls(old, version).login() for version in VERSIONS] == [REVOKED] * 2
+    assert fleet.service.count("authbackend_decisions", endpoint="user") == asked_meanwhile >= asked
+    assert await in_use.alive()
+    assert Tls(new).login() == "accepted"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_a_saved_session_does_not_carry_a_revoked_certificate_past_the_check(
+    revocable: Revocable, fleet: Fleet, version: str
+) -> None:
+    """A client offers what it saved: it is not resumed, neither before nor after the revocation."""
+    me = fleet.device()
+    client = Tls(revocable.enroll(me), version)
+    assert client.login() == "accepted"
+    assert client.login() == "accepted"
+    assert not client.reused
+    revocable.sign("cert", "revoke", "--device", me, "--all", "--ca", revocable.ca)
+    seconds = client.seconds_until(REVOKED, time.monotonic())
+    print(f"{version}: refused {seconds:.3f} s after the command ended")
+    assert seconds < SOON_S
+    assert client.login() == REVOKED
+
+
+async def test_a_revocation_with_psql_is_signed_by_the_service(
+    revocable: Revocable, fleet: Fleet, database: Database
+) -> None:
+    """A row is enough: the replica that has the authority signs, the sync hears of it."""
+    me = fleet.device()
+    client = Tls(revocable.enroll(me))
+    assert client.login() == "accepted"
+    begin = time.monotonic()
+    database.sql(f"update certificate set state = 'revoked', reason = 'keyCompromise' where device_id = '{me}'")
+    seconds = client.seconds_until(REVOKED, begin)
+    print(f"psql: refused {seconds:.3f} s after the statement began")
+    assert seconds < SOON_S
+
+
+@pytest.mark.parametrize("door", ["amqp_tls", "mqtt_tls", "web_mqtt_tls"])
+async def test_every_door_checks(revocable: Revocable, fleet: Fleet, door: str) -> None:
+    """MQTT, AMQP and MQTT over WebSocket; the last has TLS options of its own."""
+    me = fleet.device()
+    identity = revocable.enroll(me)
+    port = getattr(DOORS, door)
+    assert Tls(identity, port=port).handshake() == "accepted"
+    revocable.sign("cert", "revoke", "--device", me, "--all", "--ca", revocable.ca)
+    Tls(identity).seconds_until(REVOKED, time.monotonic())
+    assert [Tls(identity, version, port).handshake() for version in VERSIONS] == [REVOKED] * 2
+
+
+async def test_nobody_gets_in_without_a_certificate(revocable: Revocable, fleet: Fleet) -> None:
+    """The options of advanced.config, fail_if_no_peer_cert among them, are those in force."""
+    client = Tls(revocable.enroll(fleet.device()))
+    client.context = anonymous_context(revocable.ca / "ca.pem")
+    assert client.login() == "TLSV13_ALERT_CERTIFICATE_REQUIRED"
+
+
+async def test_without_a_list_in_order_everybody_is_refused_and_a_new_list_is_in_force_at_once(
+    without_sync: Revocable, fleet: Fleet
+) -> None:
+    """Missing, past nextUpdate, half written: fail closed. Replaced: the next handshake succeeds."""
+    client = Tls(without_sync.enroll(fleet.device()))
+    file = without_sync.file
+    good = file.read_bytes()
+    assert client.login() == "accepted"
+
+    file.unlink()
+    missing = client.login()
+    file.write_bytes(good)
+    assert (missing != "accepted", client.login()) == (True, "accepted")
+
+    then = datetime.now(UTC) - timedelta(hours=1)
+    late = without_sync.authority.sign_list([], 1, then, timedelta(minutes=59))
+    file.write_bytes(list_pem(late.der))
+    past = client.login()
+    file.write_bytes(good)
+    assert (past != "accepted", client.login()) == (True, "accepted")
+
+    file.write_bytes(good[: len(good) // 2])
+    half = client.login()
+    file.write_bytes(good)
+    assert (half != "accepted", client.login()) == (True, "accepted")
+    print(f"missing: {missing}; past nextUpdate: {past}; half written: {half}")
+
+
+async def test_the_sync_says_that_a_list_is_too_old(without_sync: Revocable) -> None:
+    """The node then refuses everybody, so somebody must hear of it."""
+    then = datetime.now(UTC) - timedelta(hours=1)
+    late = without_sync.authority.sign_list([], 10**14, then, timedelta(minutes=59))
+    without_sync.file.write_bytes(list_pem(late.der))
+    without_sync.start_sync()
+    sync = without_sync._sync
+    assert sync is not None
+    sync.wait_for_line("crl.expired", 10)
+    without_sync.stop_sync()

@@ -1,0 +1,211 @@
+"""Revocation lists on the people's listener: served from memory, signed by the replica that has the authority."""
+
+import asyncio
+import contextlib
+import shutil
+import tempfile
+from pathlib import Path
+
+import aiohttp
+import asyncpg
+import pytest
+
+from authbackend import bootstrap
+from authbackend.errors import ConfigurationError
+from authbackend.pki.authority_folder import AuthorityFolder, create_authority
+from authbackend.pki.lists import entries_of
+from authbackend.revocation import keep_authority, open_authority
+from authbackend.settings import Pki, load
+from tests.service.conftest import until
+
+PASSPHRASE = "correct horse battery"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("authority")
+    create_authority(folder / "fleet", "fleet", PASSPHRASE.encode(), root_folder=folder / "offline")
+    (folder / "passphrase").write_text(PASSPHRASE + "\n")
+    return folder
+
+
+@pytest.fixture
+def authority(made):
+    return AuthorityFolder.open(made / "fleet", PASSPHRASE.encode())
+
+
+@contextlib.asynccontextmanager
+async def serving(dsn, made=None):
+    """A service; with the authority of a folder, it signs."""
+    environment = {
+        "AUTHBACKEND_DATABASE__DSN": dsn,
+        "AUTHBACKEND_BROKER__LISTEN": "127.0.0.1:0",
+        "AUTHBACKEND_ADMIN__LISTEN": "127.0.0.1:0",
+    }
+    if made is not None:
+        environment["AUTHBACKEND_PKI__AUTHORITY_DIR"] = str(made / "fleet")
+        environment["AUTHBACKEND_PKI__PASSPHRASE_FILE"] = str(made / "passphrase")
+    folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    try:
+        async with (
+            bootstrap.service(load(environment), folder) as where,
+            aiohttp.ClientSession(where["admin"]) as asking,
+        ):
+            yield asking
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+async def revoked(connection, authority):
+    """The authority is known, and has revoked one certificate."""
+    await keep_authority(connection, authority)
+    await add(connection, authority, "a1", "revoked")
+
+
+async def add(connection, authority, serial, state="active"):
+    await connection.execute(
+        "insert into certificate (fingerprint, serial, issuer, subject, common_name, not_before, not_after, state)"
+        "values ($1, $2, $3, 'CN=x', 'x', now(), now() + interval '5 days', $4)",
+        *(serial.rjust(64, "0"), serial, authority.subject, state),
+    )
+
+
+async def ask(asking, path="/crl/fleet.crl", **headers):
+    async with asking.get(path, headers=headers) as answer:
+        return answer.status, await answer.read(), answer.headers
+
+
+async def published(asking):
+    """The list as soon as there is one."""
+
+    async def is_there():
+        status, body, headers = await ask(asking)
+        return (body, headers) if status == 200 else None
+
+    return await until(is_there, "a list is served")
+
+
+def serials(body):
+    return {entry.serial for entry in entries_of(body)}
+
+
+async def test_a_replica_with_the_authority_signs_and_serves(dsn, made, revoked):
+    async with serving(dsn, made) as asking:
+        body, headers = await published(asking)
+        assert serials(body) == {"a1"}
+        assert headers["Content-Type"] == "application/pkix-crl"
+        assert headers["Cache-Control"] == "no-cache"
+        assert "GMT" in headers["Last-Modified"]
+        assert (await ask(asking, **{"If-None-Match": headers["ETag"]}))[0] == 304
+        status, text, _ = await ask(asking, "/crl/nosuch.crl")
+        assert (status, b"nosuch" in text) == (404, True)
+
+
+async def test_a_row_revoked_with_psql_is_on_the_list_at_once_for_who_waits(dsn, made, revoked, connection, authority):
+    await add(connection, authority, "b2")
+    async with serving(dsn, made) as asking:
+        _, headers = await published(asking)
+        waiting = asyncio.create_task(ask(asking, **{"If-None-Match": headers["ETag"], "Prefer": "wait=30"}))
+        await connection.execute("update certificate set state = 'revoked' where serial = 'b2'")
+        status, body, _ = await asyncio.wait_for(waiting, 10)
+        assert (status, serials(body)) == (200, {"a1", "b2"})
+
+
+async def test_who_waits_is_answered_when_nothing_changes_and_when_the_service_stops(dsn, made, revoked):
+    async with serving(dsn, made) as asking:
+        _, headers = await published(asking)
+        known = headers["ETag"]
+        assert (await ask(asking, **{"If-None-Match": known, "Prefer": "respond-async, wait=0"}))[0] == 304
+        waiting = asyncio.create_task(ask(asking, **{"If-None-Match": known, "Prefer": "wait=60"}))
+        await ask(asking)
+    with contextlib.suppress(aiohttp.ClientError):
+        assert (await asyncio.wait_for(waiting, 5))[0] == 304
+
+
+async def test_one_of_two_replicas_signs(dsn, made, revoked, connection):
+    async with serving(dsn, made) as one, serving(dsn, made) as other:
+        assert (await published(one))[0] == (await published(other))[0]
+        signed = "select count(*) from audit where entity = 'crl'"
+        assert await connection.fetchval(signed) == 1
+
+
+async def test_a_list_half_through_its_lifetime_is_signed_again(dsn, made, revoked, connection):
+    async with serving(dsn, made) as asking:
+        await published(asking)
+    before = await connection.fetchval("select number from crl")
+    await connection.execute(
+        "update crl set this_update = now() - interval '4 days', next_update = now() + interval '3 days'"
+    )
+    async with serving(dsn, made):
+
+        async def signed_again():
+            return await connection.fetchval("select number from crl") > before
+
+        await until(signed_again, "it is signed again")
+
+
+async def test_lists_are_served_while_the_database_is_away(postgres, database, dsn, made, revoked):
+    async with serving(dsn, made) as asking:
+        body, _ = await published(asking)
+        async with contextlib.AsyncExitStack() as stack:
+            admin = await asyncpg.connect(postgres.dsn("postgres"))
+            stack.push_async_callback(admin.close)
+            await admin.execute(f"alter database {database} allow_connections false")
+            stack.push_async_callback(admin.execute, f"alter database {database} allow_connections true")
+            await admin.execute(f"select pg_terminate_backend(pid) from pg_stat_activity where datname = '{database}'")
+
+            async def away():
+                status, _, _ = await ask(asking, "/metrics")
+                _, text, _ = await ask(asking, "/health/ready")
+                return status == 200 and b'"fault": null' not in text
+
+            await until(away, "the service has noticed")
+            assert (await ask(asking))[1] == body
+
+
+async def test_an_authority_the_database_does_not_know_is_not_signed_for_and_others_are_served(
+    dsn, made, connection, authority, tmp_path
+):
+    create_authority(tmp_path / "fleet", "fleet", PASSPHRASE.encode(), root_folder=tmp_path / "offline")
+    await connection.execute(
+        "insert into authority values ('other', 'CN=other', '-----BEGIN CERTIFICATE-----', now());"
+        "insert into crl values ('other', 1, now(), now() + interval '1 day', '\\x01')"
+    )
+    async with serving(dsn, made) as asking:
+
+        async def other_is_served():
+            return (await ask(asking, "/crl/other.crl"))[0] == 200
+
+        await until(other_is_served, "the other list is served")
+        assert (await ask(asking))[0] == 404
+
+
+async def test_metrics_tell_of_lists_and_of_what_ends(dsn, made, revoked, connection, authority):
+    await add(connection, authority, "c3")
+    async with serving(dsn, made) as asking:
+        await published(asking)
+
+        async def told():
+            text = (await ask(asking, "/metrics"))[1].decode()
+            return text if "authbackend_certificates_expired_active 0.0" in text else None
+
+        text = await until(told, "it has counted")
+    assert 'authbackend_certificates_expiring{days="7",device_type="unknown"} 1.0' in text
+    assert 'authbackend_authority_not_after_timestamp_seconds{authority="fleet"}' in text
+    assert 'authbackend_crl_next_update_timestamp_seconds{authority="fleet"}' in text
+    assert "authbackend_certificates_expiring_on_one_day 1.0" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"passphrase_file": None}, "needs pki.passphrase_file"),
+        ({"passphrase_file": Path("/nonexistent")}, "cannot read the passphrase file"),
+        ({"authority_dir": Path("/nonexistent")}, "pki.authority_dir: .*authbackend ca init"),
+    ],
+)
+def test_an_authority_that_cannot_be_taken_up_is_told_before_anything_starts(made, changes, fault):
+    values = {"authority_dir": made / "fleet", "passphrase_file": made / "passphrase", **changes}
+    with pytest.raises(ConfigurationError, match=fault):
+        open_authority(Pki(**values))

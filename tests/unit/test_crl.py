@@ -1,0 +1,409 @@
+"""Revocation lists: what OpenSSL and RabbitMQ make of them, and what is refused."""
+
+import asyncio
+import re
+import shutil
+import subprocess
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from aiohttp import web
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.name import _ASN1Type
+from cryptography.x509.oid import NameOID
+
+from authbackend.admin.crl import Published, PublishedLists
+from authbackend.admin.listener import _errors
+from authbackend.errors import Unavailable
+from authbackend.pki import signing
+from authbackend.pki.lists import (
+    Entry,
+    age_fault,
+    entries_of,
+    issuer_hash,
+    list_pem,
+    next_number,
+    read_list,
+    sign_list,
+)
+from authbackend.pki.openssl_index import revoked_in
+from authbackend.pki.reading import PKIError
+from authbackend.pki.sync import Sync
+
+NOW = datetime.now(UTC)
+WEEK = timedelta(days=7)
+openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+
+
+def authority(name=None):
+    """A root and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = name or signing.subject_of(["test CA"])
+    valid = signing.validity(None, None, timedelta(days=30))
+    return signing.sign_authority(name, key.public_key(), issuer=name, key=key, valid=valid, path_length=0), key
+
+
+CA, KEY = authority()
+
+
+def signed(entries=(), number=7, now=NOW, lifetime=WEEK, issuer=CA, key=KEY):
+    return sign_list(list(entries), issuer=issuer, key=key, number=number, now=now, lifetime=lifetime)
+
+
+def ask_openssl(*arguments, stdin):
+    return subprocess.run(["openssl", *arguments], input=stdin, capture_output=True, check=True).stdout.decode()
+
+
+# --- signing -------------------------------------------------------------------------------------------------------
+
+
+def test_a_list_holds_what_was_revoked_when_and_why():
+    entries = [
+        Entry("a1", "keyCompromise", NOW - timedelta(days=1)),
+        Entry("7f" + "ff" * 19, "unspecified", NOW),
+        Entry("2", "left in a taxi", NOW),
+    ]
+    made = signed(entries, number=12)
+    found, signer = read_list(made.der, [CA])
+    assert signer is CA
+    assert (found.number, found.next_update - found.this_update) == (12, WEEK)
+    assert [(e.serial, e.reason) for e in entries_of(found.der)] == [
+        ("a1", "keyCompromise"),
+        ("7f" + "ff" * 19, ""),
+        ("2", ""),
+    ]
+    assert next(iter(entries_of(found.der))).revoked_at == (NOW - timedelta(days=1)).replace(microsecond=0)
+
+
+@openssl
+def test_openssl_verifies_a_list_and_sees_its_number(tmp_path):
+    ca = tmp_path / "ca.pem"
+    ca.write_bytes(signing.certificate_pem(CA))
+    made = signed([Entry("a1", "superseded", NOW)], number=4660)
+    text = ask_openssl("crl", "-CAfile", str(ca), "-text", "-noout", stdin=list_pem(made.der))
+    assert re.search(r"CRL Number:\s+(4660|0x1234)\b", text)
+    assert "Serial Number: A1" in text
+    assert "Superseded" in text
+
+
+def test_a_revocation_in_the_future_is_listed_as_of_now():
+    (entry,) = entries_of(signed([Entry("a1", "", NOW + timedelta(hours=1))]).der)
+    assert entry.revoked_at == NOW.replace(microsecond=0)
+
+
+def test_numbers_rise_whatever_the_database_remembers():
+    assert next_number(None, NOW) == int(NOW.timestamp() * 1000)
+    assert next_number(5, NOW) == int(NOW.timestamp() * 1000), "a restored backup had an older one"
+    ahead = next_number(None, NOW) + 1000
+    assert next_number(ahead, NOW) == ahead + 1, "the clock went back"
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------
+
+
+def foreign(name="test CA"):
+    other, key = authority(signing.subject_of([name]))
+    return signed(issuer=other, key=key).der
+
+
+def tampered():
+    der = bytearray(signed([Entry("abcdef", "", NOW)]).der)
+    at = bytes(der).index(bytes.fromhex("abcdef"))
+    der[at] ^= 1
+    return bytes(der)
+
+
+def extended(extension, *, critical=True, next_update=NOW + WEEK):
+    builder = x509.CertificateRevocationListBuilder(CA.subject).last_update(NOW).next_update(next_update)
+    return (
+        builder.add_extension(extension, critical=critical)
+        .sign(KEY, hashes.SHA256())
+        .public_bytes(serialization.Encoding.DER)
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"", "neither DER nor PEM"),
+        (b"<html>502 Bad Gateway</html>", "neither DER nor PEM"),
+        (signed().der[:-20], "neither DER nor PEM"),
+        (list_pem(signed().der)[:200], "neither DER nor PEM"),
+        (foreign(), "none of the authorities"),
+        (foreign("somebody else"), "none of the authorities.*somebody else"),
+        (tampered(), "none of the authorities"),
+        (extended(x509.DeltaCRLIndicator(3)), "delta"),
+        (
+            extended(
+                x509.IssuingDistributionPoint(
+                    full_name=None,
+                    relative_name=None,
+                    only_contains_user_certs=False,
+                    only_contains_ca_certs=True,
+                    only_some_reasons=None,
+                    indirect_crl=False,
+                    only_contains_attribute_certs=False,
+                )
+            ),
+            "critical extension 2.5.29.28",
+        ),
+    ],
+)
+def test_what_is_no_complete_list_of_the_authority_is_refused(content, fault):
+    with pytest.raises(PKIError, match=fault):
+        read_list(content, [CA])
+
+
+def test_a_leaf_signs_no_list():
+    key = ec.generate_private_key(ec.SECP256R1())
+    leaf = signing.sign_leaf(
+        CA.subject,
+        key.public_key(),
+        issuer=CA.subject,
+        key=KEY,
+        valid=signing.validity(None, None, WEEK),
+        usage=x509.ExtendedKeyUsageOID.CLIENT_AUTH,
+        alternative=[],
+    )
+    with pytest.raises(PKIError, match="none of the authorities"):
+        read_list(signed(issuer=leaf, key=key).der, [leaf])
+
+
+def test_age_is_told():
+    assert age_fault(signed(), NOW) is None
+    assert "too old" in age_fault(signed(), NOW + WEEK)
+    assert "a clock is wrong" in age_fault(signed(), NOW - timedelta(hours=1))
+
+
+def test_a_list_without_a_number_counts_by_its_time():
+    der = extended(x509.AuthorityKeyIdentifier(b"x", None, None), critical=False)
+    assert read_list(der, [CA])[0].number == int(NOW.timestamp())
+
+
+# --- the file's name -----------------------------------------------------------------------------------------------
+
+NAMES = [
+    [[(NameOID.COMMON_NAME, "test CA", _ASN1Type.UTF8String)]],
+    [[(NameOID.COMMON_NAME, "  Odd   Spacing \t and CASE  ", _ASN1Type.UTF8String)]],
+    [[(NameOID.COMMON_NAME, "Größe ÄÖÜ Ω", _ASN1Type.UTF8String)]],
+    [[(NameOID.COMMON_NAME, "Wide ÄÖ", _ASN1Type.BMPString)]],
+    [
+        [(NameOID.COUNTRY_NAME, "SE", _ASN1Type.PrintableString)],
+        [(NameOID.ORGANIZATION_NAME, "Acme, Inc", _ASN1Type.UTF8String)],
+        [(NameOID.ORGANIZATIONAL_UNIT_NAME, 'Field "x"', _ASN1Type.UTF8String)],
+        [(NameOID.EMAIL_ADDRESS, "CA@Example.ORG", _ASN1Type.IA5String)],
+        [(NameOID.COMMON_NAME, "x" * 64, _ASN1Type.UTF8String)],
+    ],
+    [
+        [
+            (NameOID.COMMON_NAME, "Two In One", _ASN1Type.UTF8String),
+            (NameOID.SERIAL_NUMBER, "77", _ASN1Type.PrintableString),
+        ]
+    ],
+]
+
+
+@openssl
+@pytest.mark.parametrize("rdns", NAMES)
+def test_the_name_of_the_file_is_the_one_that_openssl_looks_for(rdns):
+    name = x509.Name(
+        [
+            x509.RelativeDistinguishedName(
+                [x509.NameAttribute(oid, value, kind, _validate=False) for oid, value, kind in rdn]
+            )
+            for rdn in rdns
+        ]
+    )
+    certificate, _ = authority(name)
+    pem = signing.certificate_pem(certificate)
+    assert issuer_hash(certificate) == ask_openssl("x509", "-noout", "-issuer_hash", stdin=pem).strip()
+
+
+def test_the_name_of_the_file_without_openssl():
+    assert issuer_hash(CA) == "3387b84d"
+
+
+# --- openssl's database --------------------------------------------------------------------------------------------
+
+INDEX = (
+    "V\t271124120000Z\t\t01\tunknown\t/CN=a\n"
+    "R\t271124120000Z\t261101120000Z,keyCompromise\t0A0B\tunknown\t/CN=b\n"
+    "R\t20501124120000Z\t20500101120000Z\t02\tunknown\t/CN=c\n"
+    "R\t271124120000Z\t261101120000Z,holdInstruction,1.2.840.10040.2.2\t03\tunknown\t/CN=d\n"
+    "E\t201124120000Z\t\t04\tunknown\t/CN=e\n"
+)
+
+
+def test_revocations_of_an_openssl_authority_are_read():
+    assert [(e.serial, e.reason, e.revoked_at.year) for e in revoked_in(INDEX, "index.txt")] == [
+        ("a0b", "keyCompromise", 2026),
+        ("2", "unspecified", 2050),
+        ("3", "certificateHold", 2026),
+    ]
+
+
+@pytest.mark.parametrize(
+    "line", ["R\t271124120000Z\tyesterday\t0A\tunknown\t/CN=b", "R\t1\t2\tXY\tz\tw", "hello", "R\t1\t2\t3"]
+)
+def test_what_is_no_index_is_refused_with_the_line(line):
+    with pytest.raises(PKIError, match=r"index.txt:2: "):
+        list(revoked_in(f"V\t271124120000Z\t\t01\tunknown\t/CN=a\n{line}\n", "index.txt"))
+
+
+# --- served, and synced --------------------------------------------------------------------------------------------
+
+
+class Source:
+    """A server of lists; ``lists`` as in the service, or ``body`` for anything."""
+
+    def __init__(self):
+        self.lists = PublishedLists()
+        self.body = None
+        self.asked = asyncio.Event()
+        self.url = ""
+
+    async def answer(self, request):
+        self.asked.set()
+        if self.body is not None:
+            return web.Response(body=self.body)
+        return await self.lists.show(request)
+
+    def publish(self, made):
+        self.lists.replace({"fleet": Published(made.der, made.this_update)})
+
+
+@pytest.fixture
+async def source(aiohttp_unused_port):
+    found = Source()
+    app = web.Application(middlewares=[_errors])
+    app.router.add_get("/crl/{name}.crl", found.answer)
+    app.on_shutdown.append(found.lists.close)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=5)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", aiohttp_unused_port).start()
+    found.url = f"http://127.0.0.1:{aiohttp_unused_port}/crl/fleet.crl"
+    yield found
+    await runner.cleanup()
+
+
+@pytest.fixture
+def aiohttp_unused_port():
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "crl" / f"{issuer_hash(CA)}.r0"
+
+
+@pytest.fixture
+def sync(source, file):
+    return Sync([source.url], [CA], file.parent)
+
+
+async def test_a_list_is_written_as_pem_for_all_to_read(source, sync, file):
+    made = signed()
+    source.publish(made)
+    assert (await sync.once()).new
+    assert file.read_bytes() == list_pem(made.der)
+    assert file.stat().st_mode & 0o777 == 0o644
+    assert not (await sync.once()).new
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    [
+        (b"<html>", "neither DER nor PEM"),
+        (foreign(), "none of the authorities"),
+        (tampered(), "none of the authorities"),
+        (signed(number=6).der, "number 6 is older than the number 7"),
+        (signed([Entry("a1", "", NOW)], number=7).der, "another one with the number 7"),
+        (signed(number=9, now=NOW - 2 * WEEK).der, "too old"),
+        (signed(number=9, now=NOW + timedelta(days=1)).der, "clock is wrong"),
+        (signed(number=9).der[:100], "neither DER nor PEM"),
+    ],
+)
+async def test_what_is_not_in_order_leaves_the_list_there(source, sync, file, body, fault):
+    made = signed(number=7)
+    source.publish(made)
+    await sync.once()
+    source.body = body
+    with pytest.raises(PKIError, match=fault):
+        await sync.once()
+    assert file.read_bytes() == list_pem(made.der)
+
+
+async def test_a_half_written_file_is_replaced(source, sync, file):
+    made = signed()
+    file.parent.mkdir()
+    file.write_bytes(list_pem(made.der)[:300])
+    source.publish(made)
+    assert (await sync.once()).new
+    assert file.read_bytes() == list_pem(made.der)
+
+
+async def test_another_address_is_asked_when_the_first_fails(source, file, aiohttp_unused_port):
+    source.publish(signed())
+    other = Sync(["http://127.0.0.1:1/crl/fleet.crl", source.url], [CA], file.parent)
+    assert (await other.once()).new
+    source.body = b"garbage"
+    with pytest.raises(Unavailable, match=r"127\.0\.0\.1:1.*neither DER"):
+        await other.once()
+
+
+async def test_an_authority_without_a_list_is_told(source, sync):
+    with pytest.raises(Unavailable, match="answers 503"):
+        await sync.once()
+    source.lists.replace({})
+    with pytest.raises(Unavailable, match="answers 404"):
+        await sync.once()
+
+
+async def test_a_new_list_is_fetched_at_once_and_a_lost_file_again(source, sync, file):
+    source.publish(signed(number=1))
+    following = asyncio.create_task(sync.run(0.1))
+    try:
+        await _until(lambda: file.exists())
+        source.asked.clear()
+        await source.asked.wait()  # it waits for the next list now
+        later = signed([Entry("a1", "", NOW)], number=2)
+        source.publish(later)
+        await _until(lambda: file.read_bytes() == list_pem(later.der))
+        source.asked.clear()
+        await source.asked.wait()
+        file.unlink()
+        last = signed(number=3)
+        source.publish(last)
+        await _until(lambda: file.exists() and file.read_bytes() == list_pem(last.der))
+    finally:
+        following.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await following
+
+
+async def test_following_outlives_what_is_wrong(source, sync, file):
+    source.body = b"garbage"
+    following = asyncio.create_task(sync.run(0.1))
+    try:
+        await source.asked.wait()
+        source.body = None
+        source.publish(signed())
+        await _until(lambda: file.exists())
+        assert not following.done()
+    finally:
+        following.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await following
+
+
+async def _until(condition):
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
