@@ -469,6 +469,21 @@ CREATE FUNCTION public.enforcement_attributes_used(of_device text, of_type text,
     where a.value is distinct from b.value and position('{attr.' || key || '}' in r.topic) > 0)
 $$;
 
+CREATE FUNCTION public.enforcement_certificate() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if not exists (select from public.enforcement_setup) then
+    return null;
+  end if;
+  insert into public.enforcement (kind, name, causes, details)
+  select 'certificate', n.serial, '{revoked}', jsonb_build_object('common_name', n.common_name)
+  from old_rows o join new_rows n using (fingerprint) where o.state = 'active' and n.state = 'revoked' and n.not_after > now();
+  perform pg_notify('enforcement', '');
+  return null;
+end $$;
+
 CREATE FUNCTION public.enforcement_device() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -981,6 +996,7 @@ CREATE TABLE public.device_type (
     vhosts text[] DEFAULT '{}'::text[] NOT NULL,
     networks cidr[],
     max_staleness_s double precision,
+    require_known_certificate boolean DEFAULT false NOT NULL,
     CONSTRAINT device_type_client_ids CHECK (
 CASE
     WHEN (public.name_list_fault(client_ids, 128) IS NULL) THEN true
@@ -1025,7 +1041,7 @@ CREATE TABLE public.enforcement (
     fault text,
     receipt jsonb,
     finished_at timestamp with time zone,
-    CONSTRAINT enforcement_kind_check CHECK ((kind = ANY (ARRAY['device'::text, 'device_type'::text, 'account'::text]))),
+    CONSTRAINT enforcement_kind_check CHECK ((kind = ANY (ARRAY['device'::text, 'device_type'::text, 'account'::text, 'certificate'::text]))),
     CONSTRAINT enforcement_state_check CHECK ((state = ANY (ARRAY['waiting'::text, 'checking'::text, 'done'::text])))
 );
 
@@ -1549,6 +1565,10 @@ CREATE TRIGGER enforcement_u AFTER UPDATE ON public.account REFERENCING OLD TABL
 
 ALTER TABLE public.account ENABLE ALWAYS TRIGGER enforcement_u;
 
+CREATE TRIGGER enforcement_u AFTER UPDATE ON public.certificate REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.enforcement_certificate();
+
+ALTER TABLE public.certificate ENABLE ALWAYS TRIGGER enforcement_u;
+
 CREATE TRIGGER enforcement_u AFTER UPDATE ON public.device REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.enforcement_device();
 
 ALTER TABLE public.device ENABLE ALWAYS TRIGGER enforcement_u;
@@ -1616,6 +1636,8 @@ REVOKE ALL ON FUNCTION public.device_schedule_apply() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.enforcement_account() FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION public.enforcement_certificate() FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION public.enforcement_device() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.enforcement_device_type() FROM PUBLIC;
@@ -1640,4 +1662,5 @@ insert into public.schema_migrations (version) values
   ('20261123100200'),
   ('20261123200000'),
   ('20261124100000'),
-  ('20261124200000');
+  ('20261124200000'),
+  ('20261124210000');

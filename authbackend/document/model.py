@@ -27,6 +27,7 @@ class DeviceTypeEntry:
 
     Args:
         max_staleness_s: Seconds; None is as long as the replicas allow.
+        require_known_certificate: Whether a sweep ends connections whose certificate is not on record.
     """
 
     name: str
@@ -35,6 +36,7 @@ class DeviceTypeEntry:
     vhosts: tuple[str, ...] = ()
     networks: tuple[str, ...] | None = None
     max_staleness_s: float | None = None
+    require_known_certificate: bool = False
     rules: tuple[RuleEntry, ...] = ()
 
 

@@ -125,6 +125,7 @@ class _Reader:
             vhosts=self.texts(found.get("vhosts"), _vhost_fault, "vhost"),
             networks=self.networks(found.get("networks")),
             max_staleness_s=self.seconds(found.get("max_staleness_s")),
+            require_known_certificate=self.flag(found.get("require_known_certificate")),
             rules=self.rules(found.get("rules"), account=False),
         )
 

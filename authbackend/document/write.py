@@ -41,6 +41,7 @@ def _device_type(entry: DeviceTypeEntry) -> dict[str, Any]:
         vhosts=list(entry.vhosts),
         networks=None if entry.networks is None else list(entry.networks),
         max_staleness_s=entry.max_staleness_s,
+        require_known_certificate=entry.require_known_certificate,
         rules=_rules(entry.rules),
     )
 

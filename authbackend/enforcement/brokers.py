@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,23 +134,23 @@ class Brokers:
         await asyncio.gather(*(one(cluster, user) for cluster, user in dict.fromkeys((c, x.user) for c, x in found)))
         return [connection for _, connection in found]
 
-    async def close_older(
-        self, found: list[tuple[Cluster, Connection]], limits: Mapping[str, float]
+    async def close_where(
+        self, found: list[tuple[Cluster, Connection]], condition: Callable[[LiveConnection], bool]
     ) -> tuple[list[Connection], list[Connection]]:
         """
-        Close those of these connections that are older than the limit of their user.
+        Close those of these connections that meet a condition.
 
         Returns:
-            Those that were closed, and those that the statistics do not have yet.
+            Those that were closed, and those that the statistics do not have yet, so that it cannot be told.
         """
         closed, unknown = [], []
 
         async def one(cluster: Cluster, connection: Connection) -> None:
             async with self._some:
-                connected_at = await cluster.connected_at(connection.name)
-                if connected_at is None:
+                details = await cluster.details(connection.name)
+                if details is None:
                     unknown.append(connection)
-                elif connected_at <= limits[connection.user]:
+                elif condition(details):
                     await self.close_one(cluster, connection)
                     closed.append(connection)
 

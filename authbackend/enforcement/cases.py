@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import groupby
 from typing import Any
 
 from authbackend.enforcement.brokers import Done
-from authbackend.enforcement.judging import Judge, fits, narrowed_actions
+from authbackend.enforcement.judging import Judge, fits, narrowed_actions, serial
+from authbackend.enforcement.management import LiveConnection
 from authbackend.enforcement.work import Task
 from authbackend.policy.rules import Device, Effect, Permission, RuleSet
 
 _ACTIONS = {Permission.WRITE: "publish", Permission.READ: "subscribe"}
+CLOCKS_S = 2.0
+"""How far the clocks of brokers and of this service may be apart."""
+
 _BOTH = frozenset({"publish", "subscribe"})
 
 
@@ -31,6 +35,7 @@ class Case:
         held: True if the device's logins are held until this is done.
         actions: Which rules narrowed.
         sessions: Device ids and client ids whose sessions are looked at.
+        serial: Of a revoked certificate: only connections with it end.
     """
 
     task: Task
@@ -41,7 +46,21 @@ class Case:
     held: bool = False
     actions: frozenset[str] = frozenset()
     sessions: list[str] = field(default_factory=list)
+    serial: str | None = None
     done: Done = field(default_factory=Done)
+
+    def selects(self, clocks_s: float) -> Callable[[LiveConnection], bool] | None:
+        """
+        Return which of the users' connections end; None for all of them.
+
+        At a later look, who may be connected may have logged in anew: then only what is older than the change ends.
+        """
+        if self.serial is not None:
+            return lambda live: live.certificate_serial is not None and serial(live.certificate_serial) == self.serial
+        if self.task.state == "checking" and not self.gone:
+            latest = self.task.receipt["confirmed_at"] + clocks_s
+            return lambda live: live.connected_at <= latest
+        return None
 
 
 def cases_of(judge: Judge, tasks: Iterable[Task]) -> list[Case]:
@@ -51,7 +70,7 @@ def cases_of(judge: Judge, tasks: Iterable[Task]) -> list[Case]:
     for (kind, _), group in groupby(ordered, key=lambda task: (task.kind, task.name)):
         same = list(group)
         task = _merged(same)
-        case = _device_case(judge, task) if kind == "device" else _account_case(judge, task)
+        case = _CASES[kind](judge, task)
         case.ids = [each.id for each in same]
         found.append(case)
     return found
@@ -94,6 +113,14 @@ def _account_case(judge: Judge, task: Task) -> Case:
         return Case(task, [])
     sessions = sorted({*task.details["client_ids"], *(account.client_ids if account else ())})
     return Case(task, [], None, {task.name}, gone=account is None, actions=actions, sessions=sessions)
+
+
+def _certificate_case(judge: Judge, task: Task) -> Case:
+    del judge  # whoever it is now: the certificate must not be in use
+    return Case(task, [], None, set(task.details["users"]), serial=task.name)
+
+
+_CASES = {"device": _device_case, "account": _account_case, "certificate": _certificate_case}
 
 
 def narrowed(judge: Judge, task: Task) -> frozenset[str]:

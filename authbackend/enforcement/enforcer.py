@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import structlog
 
 from authbackend.enforcement.brokers import Brokers, Done, Finding, judged
-from authbackend.enforcement.cases import Case, case_of, cases_of, narrowed, receipt, since
+from authbackend.enforcement.cases import CLOCKS_S, Case, case_of, cases_of, narrowed, receipt, since
 from authbackend.enforcement.judging import Judge
 from authbackend.enforcement.work import Confirmation, Task, Work
 from authbackend.errors import AuthbackendError, Unavailable
@@ -34,7 +34,6 @@ UNVERIFIED_S = 5.0
 STATISTICS_LATE_S = 6.0
 """The list of all connections may be so late."""
 
-_CLOCKS_S = 2.0
 LONGEST_PAUSE_S = 1.0
 LONGEST_BACK_OFF_S = 30.0
 _CONFIRM_EVERY_S = 0.01
@@ -149,30 +148,18 @@ class Enforcer:
             return cases_of(Judge(registry, time.time(), self._settings), tasks)
 
     async def _close(self, cases: list[Case]) -> None:
-        """
-        Close the connections of the cases' users, and note where they were.
-
-        At a later look, who may be connected may have logged in anew: then only what is older than the change ends.
-        """
-        for again in (False, True):
-            users = {
-                user: case
-                for case in cases
-                for user in case.users
-                if again == (case.task.state == "checking" and not case.gone)
-            }
-            if not users:
+        """Close the connections of the cases' users, and note where they were."""
+        every = {user: case for case in cases for user in case.users if not case.selects(CLOCKS_S)}
+        for connection in await self._brokers.close_users(await self._brokers.connections_of(every)):
+            every[connection.user].done.closed[connection.node] += 1
+        for case in cases:
+            condition = case.selects(CLOCKS_S)
+            if condition is None:
                 continue
-            found = await self._brokers.connections_of(users)
-            if again:
-                limits = {user: case.task.receipt["confirmed_at"] + _CLOCKS_S for user, case in users.items()}
-                closed, unknown = await self._brokers.close_older(found, limits)
-                for connection in unknown:
-                    users[connection.user].done.unknown += 1
-            else:
-                closed = await self._brokers.close_users(found)
-            for connection in closed:
-                users[connection.user].done.closed[connection.node] += 1
+            found = await self._brokers.connections_of(case.users)
+            closed, unknown = await self._brokers.close_where(found, condition)
+            case.done.unknown += len(unknown)
+            case.done.closed.update(connection.node for connection in closed)
 
     async def _purge(self, cases: list[Case]) -> None:
         """Put right the sessions of the cases."""
@@ -265,7 +252,7 @@ class Enforcer:
                 device = registry.device_by_name(connection.user)
                 if device is None or device.type != task.name:
                     continue
-                older = connection.connected_at <= confirmed_at + _CLOCKS_S
+                older = connection.connected_at <= confirmed_at + CLOCKS_S
                 if judge.connection(connection) or ("publish" in actions and older):
                     touched[device.device_id] = _details(task, device)
             owners = [judge.owner(session.client_id) for _, session in sessions]

@@ -169,3 +169,8 @@ def contradiction(registry: Registry, connection: LiveConnection) -> str | None:
         if name in claimed and claimed[name] not in true:
             return f"{name} {claimed[name][:64]!r}, registered: {true[0]!r}"
     return None
+
+
+def serial(text: str) -> str:
+    """Return a certificate's serial number as the registry writes it: lower-case hexadecimal without leading zeros."""
+    return text.replace(":", "").lower().lstrip("0") or "0"

@@ -133,10 +133,10 @@ class Cluster:
         """Close every connection of a user, on every node."""
         await self._call("DELETE", f"/api/connections/username/{_quoted(user)}", headers=_REASON)
 
-    async def connected_at(self, name: str) -> float | None:
-        """Return since when a connection has been there, seconds since the epoch; None if the statistics lack it."""
-        found = await self._get(f"/api/connections/{_quoted(name)}?columns=name,user,connected_at", missing=None)
-        return _live(found).connected_at if found and found.get("user") else None
+    async def details(self, name: str) -> LiveConnection | None:
+        """Return what the statistics know of a connection; None if they do not have it, or not yet."""
+        found = await self._get(f"/api/connections/{_quoted(name)}?columns={_CONNECTION_COLUMNS}", missing=None)
+        return _live(found) if found and found.get("user") else None
 
     async def close_connection(self, name: str) -> None:
         """Close one connection; it must be in the statistics."""

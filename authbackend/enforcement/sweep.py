@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import structlog
 
 from authbackend.enforcement.brokers import Brokers, Done, Finding
-from authbackend.enforcement.judging import Judge, Registry, SessionQueue, common_name, contradiction
+from authbackend.enforcement.judging import Judge, Registry, SessionQueue, common_name, contradiction, serial
 from authbackend.enforcement.management import Cluster, Connection, LiveConnection
 from authbackend.enforcement.work import Work
 from authbackend.errors import AuthbackendError
@@ -152,7 +152,7 @@ class Sweep:
         async for page in cluster.connections():
             report.connections += len(page)
             serials = {serial(each.certificate_serial) for each in page if each.certificate_serial}
-            states = await self._work.revoked_serials(sorted(serials))
+            states = await self._work.serial_states(sorted(serials))
             closing += self._compare(page, states, report)
         await self._close(cluster, closing, report)
         await self._sessions(cluster, report)
@@ -182,7 +182,7 @@ class Sweep:
                 if cause is not None:
                     facts = {"user": connection.user, "client_id": connection.client_id, "node": connection.node}
                     report.note(cause, **facts, connection=connection.name, why=why)
-                    if cause in self._settings.closes:
+                    if cause in self._settings.closes or cause == CERTIFICATE_UNKNOWN:  # which its type demands
                         closing.append((cause, connection))
                 elif claim := contradiction(registry, connection):
                     report.note(PROPERTY_CONTRADICTS, user=connection.user, node=connection.node, why=claim)
@@ -225,9 +225,19 @@ def connection_fault(
         return WRONG_CLIENT_ID, str(reason)
     if reason is not None:
         return (DEVICE_NOT_PERMITTED if device else ACCOUNT_NOT_PERMITTED), str(reason)
-    if connection.certificate_serial and states.get(serial(connection.certificate_serial)) == "revoked":
-        return CERTIFICATE_REVOKED, f"serial {serial(connection.certificate_serial)}"
+    if connection.certificate_serial:
+        shown = serial(connection.certificate_serial)
+        state = states.get(shown)
+        if state == "revoked":
+            return CERTIFICATE_REVOKED, f"serial {shown}"
+        if state is None and device is not None and _must_be_known(registry, device):
+            return CERTIFICATE_UNKNOWN, f"serial {shown}"
     return _certificate_fault(device, connection)
+
+
+def _must_be_known(registry: Registry, device: Device) -> bool:
+    device_type = registry.device_type(device.type)
+    return device_type is not None and device_type.require_known_certificate
 
 
 def _certificate_fault(device: Device | None, connection: LiveConnection) -> tuple[str | None, str | None]:
@@ -237,8 +247,3 @@ def _certificate_fault(device: Device | None, connection: LiveConnection) -> tup
     if named is not None and named != connection.user:
         return NAME_NOT_OF_CERTIFICATE, f"the certificate is that of {named[:128]!r}"
     return None, None
-
-
-def serial(text: str) -> str:
-    """Return a certificate's serial number as the registry writes it: lower-case hexadecimal without leading zeros."""
-    return text.replace(":", "").lower().lstrip("0") or "0"

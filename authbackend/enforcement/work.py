@@ -88,7 +88,7 @@ class Work(Protocol):
     async def backlog(self) -> Backlog:
         """Return what is open."""
 
-    async def revoked_serials(self, serials: list[str]) -> dict[str, str]:
+    async def serial_states(self, serials: list[str]) -> dict[str, str]:
         """Return the state of the certificates with these serials that are on record."""
 
     async def keep_sweep(self, cluster: str, report: dict[str, Any]) -> None:

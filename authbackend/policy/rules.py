@@ -299,6 +299,7 @@ class DeviceType:
     networks: Networks | None = None
     rules: RuleSet = NO_RULES
     max_staleness_s: float | None = None
+    require_known_certificate: bool = False
 
 
 @dataclass(slots=True)

@@ -100,9 +100,9 @@ class WorkTable:
         tasks = {"waiting": row["waiting"], "checking": row["checking"]}
         return Backlog(tasks, row["oldest_s"], row["holds"], row["overdue_holds"])
 
-    async def revoked_serials(self, serials: list[str]) -> dict[str, str]:
+    async def serial_states(self, serials: list[str]) -> dict[str, str]:
         """Return the state of the certificates with these serials that are on record."""
-        return dict.fromkeys(serials[:0], "active")
+        return {row["serial"]: row["state"] for row in await self._fetch("serial_states", serials)}
 
     async def keep_sweep(self, cluster: str, report: dict[str, Any]) -> None:
         """Keep the report of a sweep in the place of the one before."""

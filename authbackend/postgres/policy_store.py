@@ -38,7 +38,11 @@ class _Table:
         return f"wanted_{self.name}"
 
 
-_TYPES = _Table("device_type", "name", ("name", "description", "client_ids", "vhosts", "networks", "max_staleness_s"))
+_TYPES = _Table(
+    "device_type",
+    "name",
+    ("name", "description", "client_ids", "vhosts", "networks", "max_staleness_s", "require_known_certificate"),
+)
 _DEVICES = _Table(
     "device",
     "device_id",
@@ -136,6 +140,7 @@ def _type_entry(row: Any, rules: dict[tuple[str, str], list[RuleEntry]]) -> Devi
         tuple(row["vhosts"]),
         _networks(row["networks"]),
         row["max_staleness_s"],
+        row["require_known_certificate"],
         tuple(rules.get(("device_type", row["name"]), ())),
     )
 
@@ -189,7 +194,10 @@ def _sections(document: Document) -> Iterator[tuple[_Table, Iterable[tuple[Any, 
         yield (
             _TYPES,
             (
-                (e.name, e.description, list(e.client_ids), list(e.vhosts), _list(e.networks), e.max_staleness_s)
+                (
+                    *(e.name, e.description, list(e.client_ids), list(e.vhosts), _list(e.networks)),
+                    *(e.max_staleness_s, e.require_known_certificate),
+                )
                 for e in document.device_types.values()
             ),
         )

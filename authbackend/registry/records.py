@@ -122,6 +122,7 @@ def device_type(record: bytes, previous: DeviceType | None = None) -> DeviceType
         vhosts=tuple(row["vhosts"]),
         networks=_networks(row["networks"]),
         max_staleness_s=row["max_staleness_s"],
+        require_known_certificate=row.get("require_known_certificate", False),
         rules=_rules(row["rules"], f"device_type {row['name']}", previous.rules if previous else NO_RULES),
     )
 

@@ -110,3 +110,7 @@ with again as (
   where case when $1::bigint is null then state <> 'done' else id = $1 end returning 1),
 told as (select pg_notify('enforcement', ''))
 select (select count(*) from again) from told;
+
+-- name: serial_states
+-- Revoked where several authorities have given the same number and one of the certificates is. params: 1 serials text[]
+select serial, max(state) as state from certificate where serial = any ($1::text[]) group by serial;

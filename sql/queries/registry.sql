@@ -28,13 +28,13 @@ select change_prune(make_interval(secs => $1));
 
 -- name: all_device_types
 select name, convert_to(json_build_object('name', name, 'client_ids', client_ids, 'vhosts', vhosts, 'networks', networks::text[],
-         'max_staleness_s', max_staleness_s,
+         'max_staleness_s', max_staleness_s, 'require_known_certificate', require_known_certificate,
          'rules', (select json_agg(json_build_array(r.id, r.effect, r.action, r.topic, r.exchange) order by r.id) from topic_rule r where r.device_type = t.name))::text, 'UTF8') as record
 from device_type t;
 
 -- name: device_types
 select name, convert_to(json_build_object('name', name, 'client_ids', client_ids, 'vhosts', vhosts, 'networks', networks::text[],
-         'max_staleness_s', max_staleness_s,
+         'max_staleness_s', max_staleness_s, 'require_known_certificate', require_known_certificate,
          'rules', (select json_agg(json_build_array(r.id, r.effect, r.action, r.topic, r.exchange) order by r.id) from topic_rule r where r.device_type = t.name))::text, 'UTF8') as record
 from device_type t where name = any ($1::text[]);
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
+from cryptography import x509
 
 from .clients import Management, connect_amqp
 from .fleet import Fleet
@@ -28,10 +30,13 @@ def enforcing(broker: Broker, service: Service) -> Iterator[Service]:
     """The service, enforcing on the node."""
     service.stop()
     service.enforce(f"https://localhost:{broker.doors.management_tls}", sweep_interval_s="2")
+    # One that is killed might still be answering for so long; until then nothing is confirmed.
+    service.configure(REGISTRY__MAX_STALENESS_S="10")
     service.start()
     yield service
     service.stop()
     service.enforce("")
+    service.configure(REGISTRY__MAX_STALENESS_S="")
     service.command("enforcement", "disable")
     service.start()
 
@@ -128,8 +133,9 @@ async def done(service: Service, name: str, kind: str = "device") -> Any:
     def newest() -> Any:
         return json.loads(service.command("enforcement", "list", "--kind", kind, "--name", name, "--json"))[0]
 
-    while (task := await asyncio.to_thread(newest))["state"] != "done":
-        await asyncio.sleep(0.1)
+    async with asyncio.timeout(60):
+        while (task := await asyncio.to_thread(newest))["state"] != "done":
+            await asyncio.sleep(0.1)
     return task
 
 
@@ -335,3 +341,29 @@ async def test_a_crash_in_the_middle_loses_nothing(mqtt: Clients, fleet: Fleet, 
         assert await client.disconnected(30) is not None
     for name in names:
         assert (await done(enforcing, name))["state"] == "done"
+
+
+async def test_a_revoked_certificate_ends_the_connection_that_uses_it_and_no_other(
+    mqtt: Clients, fleet: Fleet, certificates: Certificates, enforcing: Service, tmp_path: Path
+) -> None:
+    """The device lives on with its new one; what is not on record is ended where the type demands it."""
+    me = fleet.device()
+    old, new = certificates.device(me), certificates.device(me)
+    for each in (old, new):
+        enforcing.command("cert", "import", str(each.certificate_file))
+    with_old, with_new = mqtt(old), mqtt(new, client_id=f"{me}_2")
+    assert await with_old.connect() == 0
+    assert await with_new.connect() == 0
+    serial = f"{x509.load_pem_x509_certificate(old.certificate_file.read_bytes()).serial_number:x}"
+    enforcing.command("cert", "revoke", serial, "--reason", "keyCompromise")
+    assert await with_old.disconnected(10) is not None
+    await done(enforcing, serial, "certificate")
+    assert await with_new.alive()
+    unknown = mqtt(certificates.device(me), client_id=f"{me}_3")
+    assert await unknown.connect() == 0
+    await fleet.change("update device_type set require_known_certificate = true where name = 'APM'")
+    try:
+        assert await unknown.disconnected(30) is not None
+        assert await with_new.alive()
+    finally:
+        await fleet.change("update device_type set require_known_certificate = false where name = 'APM'")
