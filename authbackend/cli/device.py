@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from datetime import datetime
 
 import click
 
@@ -50,6 +50,8 @@ def show_(context: click.Context, name: str, as_json: bool) -> None:
             yield f"{key:18} {printable(found[key])}"
         for key, value in sorted(found["attributes"].items()):
             yield f"attr.{key:13} {printable(value)}"
+        for change in found["scheduled"]:
+            yield f"scheduled          {change['status']} at {change['at']}, by {printable(change['actor'])}"
         yield ""
         yield from table(found["rules"], ("id", "of", "effect", "action", "topic", "note"))
 
@@ -86,10 +88,7 @@ def add(
         if not equals:
             raise InvalidInput(f"--attribute {attribute}: write it as NAME=VALUE")
         values[name] = value
-    try:
-        expires_at = parse_time(expires) if expires else None
-    except ValueError:
-        raise InvalidInput(f"--expires {expires}: write it as 2027-01-31T12:00:00Z") from None
+    expires_at = _time("--expires", expires)
     target = target_of(context)
     version = run(
         editor.insert_device(
@@ -107,27 +106,79 @@ def add(
     show_change(target, result, as_json, lambda: [f"device {device_id} is {status}, version {version}"], wait_s)
 
 
-def _transition(name: str, status: str, text: str) -> Callable[..., Any]:
-    @device.command(name, help=text)
-    @click.argument("device_id")
-    @click.option("--reason", default="", help="Why; kept with the device and in the audit trail.")
-    @wait_options
-    @json_option
-    @click.pass_context
-    def command(context: click.Context, device_id: str, reason: str, as_json: bool, wait_s: float | None) -> None:
-        target = target_of(context)
-        version = run(editor.set_device_status(target, actor(), device_id, status, reason))
-        end = f"is {status} already; nothing was changed" if version is None else f"is {status}, version {version}"
-        result = {"device_id": device_id, "status": status, "reason": reason, "version": version}
-        show_change(target, result, as_json, lambda: [f"device {device_id} {end}"], wait_s)
-
-    return command
+def _time(option: str, text: str | None) -> datetime | None:
+    try:
+        return parse_time(text) if text else None
+    except ValueError:
+        raise InvalidInput(f"{option} {text}: write it as 2027-01-31T12:00:00Z") from None
 
 
-suspend = _transition("suspend", "suspended", "Deny a device for now.")
-revoke = _transition(
-    "revoke",
-    "revoked",
-    "Deny a device for good. RabbitMQ does not ask again about what is already connected: close its connections too.",
-)
-reinstate = _transition("reinstate", "active", "Let a pending, suspended or revoked device in again.")
+def _change(
+    context: click.Context,
+    device_id: str,
+    status: str,
+    reason: str,
+    as_json: bool,
+    wait_s: float | None,
+    until: datetime | None = None,
+) -> None:
+    target = target_of(context)
+    version = run(editor.set_device_status(target, actor(), device_id, status, reason, until))
+    end = f"is {status} already; nothing was changed" if version is None else f"is {status}, version {version}"
+    if until is not None:
+        end += f", active again at {until.isoformat()}"
+    result = {"device_id": device_id, "status": status, "reason": reason, "version": version}
+    show_change(target, result, as_json, lambda: [f"device {device_id} {end}"], wait_s)
+
+
+_reason_option = click.option("--reason", default="", help="Why; kept with the device and in the audit trail.")
+
+
+@device.command()
+@click.argument("device_id")
+@_reason_option
+@click.option("--until", metavar="TIME", help="Let it in again then, by itself. ISO 8601; UTC without a zone.")
+@wait_options
+@json_option
+@click.pass_context
+def suspend(
+    context: click.Context, device_id: str, reason: str, until: str | None, as_json: bool, wait_s: float | None
+) -> None:
+    """Deny a device for now, and end what it has open."""
+    _change(context, device_id, "suspended", reason, as_json, wait_s, _time("--until", until))
+
+
+@device.command()
+@click.argument("device_id")
+@_reason_option
+@click.option("--at", metavar="TIME", help="Do it then, not now. ISO 8601; UTC without a zone.")
+@wait_options
+@json_option
+@click.pass_context
+def revoke(
+    context: click.Context, device_id: str, reason: str, at: str | None, as_json: bool, wait_s: float | None
+) -> None:
+    """
+    Deny a device for good, and end what it has open: connections are closed, sessions deleted.
+
+    With --wait, returns when that is so and prints the receipt. Needs a replica with enforcement.clusters.
+    """
+    due = _time("--at", at)
+    if due is None:
+        _change(context, device_id, "revoked", reason, as_json, wait_s)
+        return
+    target = target_of(context)
+    version = run(editor.schedule_device_status(target, actor(), device_id, "revoked", reason, due))
+    result = {"device_id": device_id, "status": "revoked", "at": due.isoformat(), "version": version}
+    show_change(target, result, as_json, lambda: [f"device {device_id} will be revoked at {due.isoformat()}"], wait_s)
+
+
+@device.command()
+@click.argument("device_id")
+@_reason_option
+@wait_options
+@json_option
+@click.pass_context
+def reinstate(context: click.Context, device_id: str, reason: str, as_json: bool, wait_s: float | None) -> None:
+    """Let a pending, suspended or revoked device in again."""
+    _change(context, device_id, "active", reason, as_json, wait_s)

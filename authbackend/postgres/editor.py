@@ -75,6 +75,11 @@ async def get_device(target: Target, name: str) -> dict[str, Any]:
             device["device_id"],
             device["type"],
         )
+        scheduled = await connection.fetch(
+            "select at, status, reason, actor from device_schedule where device_id = $1 order by at",
+            device["device_id"],
+        )
+        device["scheduled"] = [{**row, "at": row["at"].isoformat()} for row in scheduled]
         device["rules"] = [
             {
                 "id": rule["id"],
@@ -112,10 +117,41 @@ async def insert_device(
         return await _version(connection)
 
 
-async def set_device_status(target: Target, actor: str, device_id: str, status: str, reason: str) -> str | None:
+async def schedule_device_status(
+    target: Target, actor: str, device_id: str, status: str, reason: str, at: datetime
+) -> str:
+    """
+    Note a change of status that is to happen later, and return the registry version.
+
+    Raises:
+        NotFound: There is no such device.
+        InvalidInput: The time is past or not possible.
+    """
+    async with editing(target, actor) as connection:
+        await _schedule(connection, device_id, status, reason, at)
+        return await _version(connection)
+
+
+async def _schedule(connection: Connection, device_id: str, status: str, reason: str, at: datetime) -> None:
+    if await connection.fetchval("select $1 <= now()", at):
+        raise InvalidInput(f"{at.isoformat()} is past")
+    if not await connection.fetchval("select exists (select from device where device_id = $1)", device_id):
+        raise NotFound(f"no device has the id {device_id!r}")
+    await connection.execute(
+        "insert into device_schedule (device_id, at, status, reason) values ($1, $2, $3, $4) "
+        "on conflict (device_id, at) do update set status = excluded.status, reason = excluded.reason",
+        *(device_id, at, status, reason),
+    )
+
+
+async def set_device_status(
+    target: Target, actor: str, device_id: str, status: str, reason: str, until: datetime | None = None
+) -> str | None:
     """
     Change the status of a device and return the registry version that serves it, None if it had that status.
 
+    Args:
+        until: When it becomes active again by itself; None for never.
     Raises:
         NotFound: There is no such device.
         Conflict: A revoked device can only be reinstated to ``active``.
@@ -124,8 +160,10 @@ async def set_device_status(target: Target, actor: str, device_id: str, status: 
         present = await connection.fetchval("select status from device where device_id = $1 for update", device_id)
         if present is None:
             raise NotFound(f"no device has the id {device_id!r}")
+        if until is not None:
+            await _schedule(connection, device_id, "active", f"end of: {reason}" if reason else "", until)
         if present == status:
-            return None
+            return None if until is None else await _version(connection)
         if present == "revoked" and status == "suspended":
             raise Conflict(f"device {device_id} is revoked, which is more than suspended; nothing was changed")
         await connection.execute(
