@@ -16,7 +16,6 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from authbackend import __version__, metrics
-from authbackend.admin.crl import PublishedLists
 from authbackend.admin.health import Health
 from authbackend.admin.listener import application
 from authbackend.board import Board
@@ -26,7 +25,7 @@ from authbackend.broker.passwords import PasswordChecker
 from authbackend.errors import ConfigurationError
 from authbackend.ground import Ground, prepared, target
 from authbackend.logs import Sampler
-from authbackend.metrics import BrokerMetrics, CertificateMetrics, RegistryMetrics
+from authbackend.metrics import BrokerMetrics, RegistryMetrics
 from authbackend.policy.decide import DecisionSettings
 from authbackend.postgres.feed import ChangeFeed
 from authbackend.postgres.replicas import Announcer, Identity
@@ -104,17 +103,14 @@ async def following(
     presence = Presence(announcer, counted, comes_back=ground.disk is not None)
     times = SyncTimes(registry.poll_interval_s, registry.compare_interval_s, registry.prune_interval_s)
     copy = RegistryCopy(feed, store, _Observers(counted, presence), times, ground.disk)
-    reader = store.reader()
-
-    lists, certificates = PublishedLists(), CertificateMetrics()
-    keeper = Keeper(database, lists, certificates, open_authority(settings.pki), settings.pki.crl_lifetime_s)
+    keeper = Keeper(database, open_authority(settings.pki), settings.pki.crl_lifetime_s)
 
     app = application(
         store.reader(),
-        lambda: metrics.exposition(collected, ground.metrics, counted, certificates),
-        Health(reader, ground.board, registry.max_staleness_s),
+        lambda: metrics.exposition(collected, ground.metrics, counted, keeper.metrics),
+        Health(store.reader(), ground.board, registry.max_staleness_s),
         DecisionSettings(mqtt_exchange=settings.broker.mqtt_exchange),
-        lists,
+        keeper.lists,
         loopback=is_loopback(settings.admin.listen),
     )
     async with contextlib.AsyncExitStack() as stack:
