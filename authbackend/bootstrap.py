@@ -16,7 +16,6 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from authbackend import __version__, metrics
-from authbackend.admin.crl import PublishedLists
 from authbackend.admin.health import Health
 from authbackend.admin.listener import application
 from authbackend.board import Board
@@ -32,7 +31,7 @@ from authbackend.enforcement.sweep import SweepSettings
 from authbackend.errors import ConfigurationError
 from authbackend.ground import Ground, prepared, target
 from authbackend.logs import Sampler
-from authbackend.metrics import BrokerMetrics, CertificateMetrics, RegistryMetrics
+from authbackend.metrics import BrokerMetrics, RegistryMetrics
 from authbackend.policy.decide import DecisionSettings
 from authbackend.postgres.enforcement import leading
 from authbackend.postgres.feed import ChangeFeed
@@ -111,27 +110,24 @@ async def following(
     presence = Presence(announcer, counted, comes_back=ground.disk is not None)
     times = SyncTimes(registry.poll_interval_s, registry.compare_interval_s, registry.prune_interval_s)
     copy = RegistryCopy(feed, store, _Observers(counted, presence), times, ground.disk)
-    reader = store.reader()
-
-    lists, certificates = PublishedLists(), CertificateMetrics()
-    keeper = Keeper(database, lists, certificates, open_authority(settings.pki), settings.pki.crl_lifetime_s)
+    keeper = Keeper(database, open_authority(settings.pki), settings.pki.crl_lifetime_s)
+    parts = [("registry", copy.run), ("presence", presence.run), ("crl", keeper.run)]
+    if duty := _duty(settings, store, collected):
+        parts.append(("enforcement", duty.run))
 
     app = application(
         store.reader(),
-        lambda: metrics.exposition(collected, ground.metrics, counted, certificates),
-        Health(reader, ground.board, registry.max_staleness_s),
+        lambda: metrics.exposition(collected, ground.metrics, counted, keeper.metrics),
+        Health(store.reader(), ground.board, registry.max_staleness_s),
         DecisionSettings(mqtt_exchange=settings.broker.mqtt_exchange),
-        lists,
+        keeper.lists,
         loopback=is_loopback(settings.admin.listen),
     )
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(feed.close)
         stack.push_async_callback(presence.leave)
-        await stack.enter_async_context(_background("registry", copy.run(), on_end))
-        await stack.enter_async_context(_background("presence", presence.run(), on_end))
-        if duty := _duty(settings, store, collected):
-            await stack.enter_async_context(_background("enforcement", duty.run(), on_end))
-        await stack.enter_async_context(_background("crl", keeper.run(), on_end))
+        for name, run in parts:
+            await stack.enter_async_context(_background(name, run(), on_end))
         await stack.enter_async_context(_application_listening(app, admin))
         yield
 

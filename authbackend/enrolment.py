@@ -72,7 +72,9 @@ async def enroll(
     if len(requests) > MOST_AT_ONCE:
         raise InvalidInput(f"{len(requests)} at once are too many; at most {MOST_AT_ONCE} are possible")
     await keep_authority(connection, authority)
-    await _register(connection, requests)
+    if any(request.device_type is not None for request in requests):
+        await _register(connection, requests)
+        await store.link_devices(connection)  # what was imported for them before
     found = await connection.fetch(
         "select device_id, common_name, type, status from device where device_id = any ($1::text[]) for key share",
         [request.device_id for request in requests],

@@ -9,7 +9,9 @@ what is committed: two at once give two lists, and the later one holds everythin
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -82,7 +84,12 @@ async def keep_authority(connection: Connection, authority: AuthorityFolder) -> 
 
 
 async def sign(
-    connection: Connection, authority: AuthorityFolder, lifetime: timedelta, *, anyway: bool = False
+    connection: Connection,
+    authority: AuthorityFolder,
+    lifetime: timedelta,
+    *,
+    anyway: bool = False,
+    known: Mapping[str, StoredList] | None = None,
 ) -> StoredList | None:
     """
     Sign the list of an authority if something revoked is missing from it or half its lifetime has passed.
@@ -91,16 +98,17 @@ async def sign(
 
     Args:
         anyway: Sign in any case.
+        known: Lists that the caller has seen, by authority, so that they are not fetched again.
     Returns:
         The new list, or None if the present one is right.
     """
     now = datetime.now(UTC)
-    if not anyway and not await _due(connection, authority, lifetime, now):
+    if not anyway and not await _due(connection, authority, lifetime, now, known):
         return None
     await lists.lock_list(connection, authority.name)
-    if not anyway and not await _due(connection, authority, lifetime, now):
+    if not anyway and not await _due(connection, authority, lifetime, now, known):
         return None  # somebody else did it meanwhile
-    present = await _present(connection, authority.name)
+    present = await _present(connection, authority.name, known)
     revoked = await lists.fetch_revoked(connection, authority.subject, now - lifetime)
     entries = [Entry(*row) for row in revoked]
     number = next_number(None if present is None else present.number, now)
@@ -110,19 +118,32 @@ async def sign(
     return stored
 
 
-async def _present(connection: Connection, name: str) -> StoredList | None:
-    found = await lists.fetch_authorities(connection, name)
+async def _present(connection: Connection, name: str, known: Mapping[str, StoredList] | None) -> StoredList | None:
+    found = await lists.fetch_authorities(connection, name, known)
     return found[0].list if found else None
 
 
-async def _due(connection: Connection, authority: AuthorityFolder, lifetime: timedelta, now: datetime) -> bool:
-    present = await _present(connection, authority.name)
+async def _due(
+    connection: Connection,
+    authority: AuthorityFolder,
+    lifetime: timedelta,
+    now: datetime,
+    known: Mapping[str, StoredList] | None,
+) -> bool:
+    present = await _present(connection, authority.name, known)
     if present is None:
         return True
     if now >= present.this_update + min(lifetime, present.next_update - present.this_update) / 2:
         return True
     revoked = await lists.fetch_revoked(connection, authority.subject, now)
-    return not {serial for serial, _, _ in revoked} <= {entry.serial for entry in entries_of(present.der)}
+    listed = await asyncio.to_thread(_listed, present.der)
+    return not {serial for serial, _, _ in revoked} <= listed
+
+
+@functools.lru_cache(maxsize=2)
+def _listed(der: bytes) -> frozenset[str]:
+    """Return the serial numbers on a list; asked again at every change of a certificate."""
+    return frozenset(entry.serial for entry in entries_of(der))
 
 
 class Keeper:
@@ -130,24 +151,18 @@ class Keeper:
     Keeps the lists of all authorities in memory, signs that of one, and counts what expires.
 
     Args:
-        published: Where the lists are served from; they stay while the database is away.
         authority: Whose list this replica signs; None: it signs none.
         lifetime_s: From thisUpdate to nextUpdate of what it signs.
     """
 
-    def __init__(
-        self,
-        target: Target,
-        published: PublishedLists,
-        counted: CertificateMetrics,
-        authority: AuthorityFolder | None,
-        lifetime_s: float,
-    ) -> None:
+    def __init__(self, target: Target, authority: AuthorityFolder | None, lifetime_s: float) -> None:
+        self.lists = PublishedLists()
+        """What is served; it stays while the database is away."""
+        self.metrics = CertificateMetrics()
         self._target = target
-        self._published = published
-        self._counted = counted
         self._authority = authority
         self._lifetime = timedelta(seconds=lifetime_s)
+        self._known: dict[str, StoredList] = {}
         self._counted_at: float | None = None
         self._fault: str | None = None
 
@@ -187,14 +202,14 @@ class Keeper:
 
     async def _stranger(self, connection: Connection, authority: AuthorityFolder) -> str | None:
         """Return why the list of ``pki.authority_dir`` cannot be signed, or None."""
-        found = await lists.fetch_authorities(connection, authority.name)
+        found = await lists.fetch_authorities(connection, authority.name, self._known)
         if found and found[0].subject == authority.subject:
             return None
         return f"authority {authority.name} of pki.authority_dir is not in the database; run: authbackend crl sign DIR"
 
     async def _sign(self, connection: Connection, authority: AuthorityFolder) -> None:
         async with connection.transaction():
-            signed = await sign(connection, authority, self._lifetime)
+            signed = await sign(connection, authority, self._lifetime, known=self._known)
         if signed is not None:
             log.info(
                 "crl.signed",
@@ -205,17 +220,17 @@ class Keeper:
             )
 
     async def _publish(self, connection: Connection) -> None:
-        found = await lists.fetch_authorities(connection)
-        present = {authority.name: authority.list for authority in found if authority.list is not None}
-        self._counted.authorities = {authority.name: authority.not_after.timestamp() for authority in found}
-        self._counted.next_updates = {name: stored.next_update.timestamp() for name, stored in present.items()}
-        self._published.replace({name: Published(stored.der, stored.this_update) for name, stored in present.items()})
+        found = await lists.fetch_authorities(connection, None, self._known)
+        self._known = present = {authority.name: authority.list for authority in found if authority.list is not None}
+        self.metrics.authorities = {authority.name: authority.not_after.timestamp() for authority in found}
+        self.metrics.next_updates = {name: stored.next_update.timestamp() for name, stored in present.items()}
+        self.lists.replace({name: Published(stored.der, stored.this_update) for name, stored in present.items()})
 
     async def _count(self, connection: Connection) -> None:
         if self._counted_at is not None and time.monotonic() - self._counted_at < EXPIRY_S:
             return
         expiring = await lists.fetch_expiring(connection)
-        self._counted.within = expiring.within
-        self._counted.expired = expiring.expired
-        self._counted.most_on_a_day = expiring.most_on_a_day
+        self.metrics.within = expiring.within
+        self.metrics.expired = expiring.expired
+        self.metrics.most_on_a_day = expiring.most_on_a_day
         self._counted_at = time.monotonic()

@@ -12,11 +12,9 @@ from typing import Any
 import click
 
 from authbackend import logs
-from authbackend.admin.crl import PublishedLists
 from authbackend.cli.authorities import authority_argument, file_type, folder_type, read_input
 from authbackend.cli.common import actor, json_option, run, settings_of, show, table, target_of
 from authbackend.errors import Conflict, InvalidInput, NotFound
-from authbackend.metrics import CertificateMetrics
 from authbackend.pki import signing
 from authbackend.pki.authority_folder import AuthorityFolder
 from authbackend.pki.lists import HOLD, RevocationList, age_fault, entries_of, list_pem, read_list
@@ -63,7 +61,7 @@ def sign(context: click.Context, authority: AuthorityFolder, watch: bool, as_jso
     if watch:
         sys.stdout.flush()
         logs.configure(settings.log.format, settings.log.level)
-        keeper = Keeper(target, PublishedLists(), CertificateMetrics(), authority, settings.pki.crl_lifetime_s)
+        keeper = Keeper(target, authority, settings.pki.crl_lifetime_s)
         run(_until_interrupted(keeper.run()))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -51,15 +51,29 @@ class Expiring:
     most_on_a_day: int
 
 
-async def fetch_authorities(connection: Connection, name: str | None = None) -> list[StoredAuthority]:
-    """Return authorities by name, or the one of that name."""
-    rows = await connection.fetch(load_statements("certificates").lists.sql, name)
+async def fetch_authorities(
+    connection: Connection, name: str | None = None, known: Mapping[str, StoredList] | None = None
+) -> list[StoredAuthority]:
+    """
+    Return authorities by name, or the one of that name.
+
+    Args:
+        known: Lists that the asker has, by authority: their contents, which can be megabytes, are not sent again.
+    """
+    known = known or {}
+    marks = [f"{authority}:{stored.number}" for authority, stored in known.items()]
+    rows = await connection.fetch(load_statements("certificates").lists.sql, name, marks)
     return [
         StoredAuthority(
             *(row["name"], row["subject"], row["certificate_pem"], row["not_after"]),
             None
             if row["number"] is None
-            else StoredList(int(row["number"]), row["this_update"], row["next_update"], row["der"]),
+            else StoredList(
+                int(row["number"]),
+                row["this_update"],
+                row["next_update"],
+                known[row["name"]].der if row["der"] is None else row["der"],
+            ),
         )
         for row in rows
     ]
@@ -120,9 +134,13 @@ class Listener:
             Unavailable: The database cannot be reached.
         """
         listener = cls(await connect(target))
-        with translated_errors():
-            for channel in CHANNELS:
-                await listener.connection.add_listener(channel, listener._notified)
+        try:
+            with translated_errors():
+                for channel in CHANNELS:
+                    await listener.connection.add_listener(channel, listener._notified)
+        except BaseException:
+            listener.connection.terminate()
+            raise
         listener.connection.add_termination_listener(listener._ended)
         return listener
 

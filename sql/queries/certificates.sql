@@ -100,8 +100,9 @@ select serial, reason, revoked_at from certificate
 where issuer = $1 and state = 'revoked' and not_after > $2 order by revoked_at, serial;
 
 -- name: lists
--- params: 1 authority; null: all
-select a.name, a.subject, a.certificate_pem, a.not_after, c.number::text as number, c.this_update, c.next_update, c.der
+-- params: 1 authority; null: all, 2 AUTHORITY:NUMBER of lists that the asker has; they come without their contents
+select a.name, a.subject, a.certificate_pem, a.not_after, c.number::text as number, c.this_update, c.next_update,
+       case when a.name || ':' || c.number::text = any ($2::text[]) then null else c.der end as der
 from authority a left join crl c on c.authority = a.name
 where $1::text is null or a.name = $1 order by a.name;
 

@@ -225,6 +225,12 @@ def test_a_bench_device_is_registered_and_gets_a_key(cli, ca, fleet, execute, tm
     assert execute("select type, status from device where device_id = 'D3'") == [{"type": "APM", "status": "active"}]
 
 
+def test_a_device_that_is_registered_gets_what_was_imported_for_it(cli, ca, fleet, execute):
+    cli("cert", "import", "-", stdin=pem(*outside("D3")))
+    cli("device", "enroll", "D3", "--ca", ca, "--generate", "--type", "APM")
+    assert [row["device_id"] for row in execute("select device_id from certificate")] == ["D3", "D3"]
+
+
 def table(tmp_path, rows, columns=("device_id", "type", "csr")):
     with (tmp_path / "fleet.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

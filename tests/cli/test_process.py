@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import re
 import shlex
 import signal
 import sys
@@ -10,6 +9,7 @@ import sys
 import aiohttp
 import pytest
 
+from authbackend.postgres.migrate import migrations
 from tests.service.conftest import until
 
 
@@ -53,7 +53,7 @@ async def test_first_and_second_start_with_a_database_of_its_own(start, tmp_path
     listen = {"AUTHBACKEND_BROKER__LISTEN": "127.0.0.1:0", "AUTHBACKEND_ADMIN__LISTEN": "127.0.0.1:0"}
     process = await start("serve", "--embedded", tmp_path / "data", "--sample", **listen)
     printed = await read_until(process, "Stop with Ctrl-C")
-    assert re.search("applied [1-9][0-9]* migrations", printed)
+    assert f"applied {len(migrations())} migrations" in printed
     assert "loaded the sample fleet" in printed
     assert "export AUTHBACKEND_DATABASE__DSN=" in printed
     curls = [line.partition("curl ")[2].strip() for line in printed.splitlines() if "curl " in line]

@@ -2,8 +2,12 @@
 
 import asyncio
 import contextlib
+import os
 import shutil
+import signal
+import sys
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 
 import aiohttp
@@ -14,9 +18,10 @@ from authbackend import bootstrap
 from authbackend.errors import ConfigurationError
 from authbackend.pki.authority_folder import AuthorityFolder, create_authority
 from authbackend.pki.lists import entries_of
-from authbackend.revocation import keep_authority, open_authority
+from authbackend.revocation import keep_authority, open_authority, sign
 from authbackend.settings import Pki, load
 from tests.service.conftest import until
+from tests.support.postgres import connected
 
 PASSPHRASE = "correct horse battery"
 
@@ -113,13 +118,14 @@ async def test_a_row_revoked_with_psql_is_on_the_list_at_once_for_who_waits(dsn,
 
 
 async def test_who_waits_is_answered_when_nothing_changes_and_when_the_service_stops(dsn, made, revoked):
-    async with serving(dsn, made) as asking:
-        _, headers = await published(asking)
-        known = headers["ETag"]
-        assert (await ask(asking, **{"If-None-Match": known, "Prefer": "respond-async, wait=0"}))[0] == 304
-        waiting = asyncio.create_task(ask(asking, **{"If-None-Match": known, "Prefer": "wait=60"}))
-        await ask(asking)
-    with contextlib.suppress(aiohttp.ClientError):
+    async with contextlib.AsyncExitStack() as stack:
+        async with serving(dsn, made) as asking:
+            _, headers = await published(asking)
+            known = headers["ETag"]
+            assert (await ask(asking, **{"If-None-Match": known, "Prefer": "respond-async, wait=0"}))[0] == 304
+            patient = await stack.enter_async_context(aiohttp.ClientSession(asking._base_url))
+            waiting = asyncio.create_task(ask(patient, **{"If-None-Match": known, "Prefer": "wait=60"}))
+            await ask(patient)
         assert (await asyncio.wait_for(waiting, 5))[0] == 304
 
 
@@ -128,6 +134,45 @@ async def test_one_of_two_replicas_signs(dsn, made, revoked, connection):
         assert (await published(one))[0] == (await published(other))[0]
         signed = "select count(*) from audit where entity = 'crl'"
         assert await connection.fetchval(signed) == 1
+
+
+async def test_revocations_at_once_are_all_listed(dsn, revoked, connection, authority):
+    serials_of_all = [f"{n:x}" for n in range(0x100, 0x10C)]
+    for serial in serials_of_all:
+        await add(connection, authority, serial)
+
+    async def revoke(serial):
+        async with connected(dsn) as own, own.transaction():
+            await own.execute("update certificate set state = 'revoked' where serial = $1", serial)
+            assert await sign(own, authority, timedelta(days=7)) is not None
+
+    await asyncio.gather(*map(revoke, serials_of_all))
+    assert serials(await connection.fetchval("select der from crl")) == {"a1", *serials_of_all}
+    numbers = await connection.fetch("select after->>'number' as number from audit where entity = 'crl' order by id")
+    assert len(numbers) == len({row["number"] for row in numbers}) == len(serials_of_all)
+
+
+async def test_the_command_signs_as_long_as_it_runs(dsn, made, revoked, connection, authority):
+    await add(connection, authority, "b2")
+    command = [sys.executable, "-m", "authbackend", "crl", "sign", made / "fleet", "--watch"]
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("AUTHBACKEND_")},
+        "AUTHBACKEND_DATABASE__DSN": dsn,
+        "AUTHBACKEND_CA_PASSPHRASE": PASSPHRASE,
+    }
+    process = await asyncio.create_subprocess_exec(*command, env=environment, stdout=asyncio.subprocess.PIPE)
+    try:
+        assert b"1 revoked" in await asyncio.wait_for(process.stdout.readline(), 30)
+        await connection.execute("update certificate set state = 'revoked' where serial = 'b2'")
+
+        async def listed():
+            return serials(await connection.fetchval("select der from crl")) == {"a1", "b2"}
+
+        await until(listed, "it has signed again")
+    finally:
+        process.send_signal(signal.SIGINT)
+        await asyncio.wait_for(process.wait(), 10)
+        process._transport.close()
 
 
 async def test_a_list_half_through_its_lifetime_is_signed_again(dsn, made, revoked, connection):
