@@ -97,17 +97,15 @@ async def following(
         ConfigurationError: ``pki.authority_dir`` cannot be taken up.
     """
     collected = collected or CollectorRegistry()
-
-    def present() -> metrics.Present:
-        return metrics.Present(store.state(), store.sizes(), ground.board.states(), ground.board.restarts)
-
-    counted = RegistryMetrics(collected, present)
+    board = ground.board
+    counted = RegistryMetrics(
+        collected, lambda: metrics.Present(store.state(), store.sizes(), board.states(), board.restarts)
+    )
     registry = settings.registry
     database = target(settings)
     identity = _identity(settings, ground)
     feed = ChangeFeed(database, registry.change_retention_s, identity)
-    announcer = Announcer(database, identity)
-    presence = Presence(announcer, counted, comes_back=ground.disk is not None)
+    presence = Presence(Announcer(database, identity), counted, comes_back=ground.disk is not None)
     times = SyncTimes(registry.poll_interval_s, registry.compare_interval_s, registry.prune_interval_s)
     copy = RegistryCopy(feed, store, _Observers(counted, presence), times, ground.disk)
     keeper = Keeper(database, open_authority(settings.pki), settings.pki.crl_lifetime_s)
@@ -118,7 +116,7 @@ async def following(
     app = application(
         store.reader(),
         lambda: metrics.exposition(collected, ground.metrics, counted, keeper.metrics),
-        Health(store.reader(), ground.board, registry.max_staleness_s),
+        Health(store.reader(), board, registry.max_staleness_s),
         DecisionSettings(mqtt_exchange=settings.broker.mqtt_exchange),
         keeper.lists,
         loopback=is_loopback(settings.admin.listen),
