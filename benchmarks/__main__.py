@@ -84,7 +84,7 @@ def _measure(parts: tuple[str, ...], quick: bool) -> None:
     if "revocation" in parts:
         _say("--- revocation")
         started = time.monotonic()
-        small = {"revocations": 10, "fleet": 300, "registered": 3000, "mass": 300, "swept": 200}
+        small = {"revocations": 10, "fleet": 300, "registered": 3000, "mass": 300, "swept": 200, "certificates": 2}
         _keep("revocation", run_inside("benchmarks.revocation.inside", small if quick else {}), started, quick)
 
 

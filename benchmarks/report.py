@@ -48,7 +48,18 @@ def _page(found: dict[str, Any]) -> Iterator[str]:
         yield f"| {what} | {wanted} | {value} | {'' if reached is None else '**reached**' if reached else '**missed**'} |"
     missing = [
         name
-        for name in ("throughput", "workers", "sizes", "memory", "loading", "changes", "overload", "storm", "httpc")
+        for name in (
+            "throughput",
+            "workers",
+            "sizes",
+            "memory",
+            "loading",
+            "changes",
+            "overload",
+            "storm",
+            "httpc",
+            "revocation",
+        )
         if name not in found
     ]
     if missing:
@@ -139,6 +150,8 @@ def _rows(found: dict[str, Any]) -> Iterator[Row]:
         yield "p99 while 10,000 revoked devices retry at a third of the capacity", "1.5 times, none shed", text, good
     if part := found.get("storm"):
         yield from _storm_rows(part)
+    if part := found.get("revocation"):
+        yield from _revocation_rows(part)
     for name, one in found.get("httpc", {}).items():
         rates = one["rounds"]["summary"]["authbackend"]
         text = f"{rates['cycles_per_s']['median']:.0f} devices/s, broker {rates['cpu_ms_per_device']['broker']:.1f} ms CPU a device"
@@ -184,6 +197,49 @@ def _storm_rows(part: dict[str, Any]) -> Iterator[Row]:
         yield f"storm while: {_FAULTS[name]}", "no wrong verdict, no 15 s", text, wrong == 0 and slow == 0
 
 
+def _revocation_rows(part: dict[str, Any]) -> Iterator[Row]:
+    one = part["revocations"]["last_accepted"]
+    closed = part["revocations"]["closed"]
+    yield (
+        f"one of {part['options']['publishers']} publishers (10 messages a second each, three nodes) is revoked, {one['number']} times: commit until the last message accepted from it",
+        "p50 150 ms, p99 1 s",
+        f"p50 {one['p50_ms']:.0f} ms, p99 {one['p99_ms']:.0f} ms; until it is closed: p50 {closed['p50_ms']:.0f} ms, p99 {closed['p99_ms']:.0f} ms",
+        one["p50_ms"] <= 150 and one["p99_ms"] <= 1000,
+    )
+    down = part["node_stopped"]
+    text = f"p99 {down['last_accepted']['p99_ms']:.0f} ms; {down['verified']} of {down['revoked']} verified when the node was back"
+    good = down["last_accepted"]["p99_ms"] <= 3000 and down["verified"] == down["revoked"]
+    yield "the same with a node just stopped", "p99 3 s, none lost", text, good
+    read = part["subscribers"]
+    after, left = read["messages_after_the_receipt"], read["messages_after_reinstating"]
+    yield f"messages to {read['subscribers']} revoked subscribers after the receipt", "0", str(after), after == 0
+    yield "messages in their persistent sessions when they are reinstated", "0", str(left), left == 0
+    rule = part["narrowed"]
+    text = f"{rule['kept']} of {rule['sessions']} keep theirs, {rule['illegitimate_left']} illegitimate left, after {rule['took_s']:.1f} s"
+    good = rule["kept"] == rule["sessions"] and not rule["illegitimate_left"]
+    yield "a type loses a subscription: sessions keep the others", "all, 0 left", text, good
+    mass = part["mass"]
+    ratio = mass["p99_meanwhile_ms"] / mass["p99_quiet_ms"]
+    text = f"{mass['connected']} connections closed in {mass['all_closed_s']:.0f} s, all verified in {mass['all_verified_s']:.0f} s at {mass['kicks_per_second']} a second; p99 {ratio:.1f} times the quiet one"
+    yield (
+        f"{mass['revoked']:,} of {part['options']['registered']:,} devices revoked at once",
+        "paced; p99 2 times",
+        text,
+        ratio <= 2,
+    )
+    if crl := part.get("certificates"):
+        text = f"refused after {crl['refused_ms']['longest_ms']:.0f} ms at the latest ({crl['refused_ms']['number']} times), with a saved TLS session too; closed after {crl['closed_ms']['longest_ms'] / 1000:.1f} s at the latest; the new certificate's connections dropped: {crl['dropped']}"
+        good = (
+            crl["refused_ms"]["longest_ms"] <= 2000 and crl["closed_ms"]["longest_ms"] <= 10_000 and not crl["dropped"]
+        )
+        yield "a certificate is revoked while its device uses a new one", "2 s; closed 10 s; 0 dropped", text, good
+    sweep = part["sweep"]
+    longest = max(sweep["duration_s"], default=float("nan"))
+    busy, idle = sweep["broker_cpu_s_in_the_second_of_a_sweep"], sweep["broker_cpu_s_a_second_idle"]
+    text = f"{longest:.1f} s at the longest of {len(sweep['duration_s'])}; brokers' CPU {statistics.median(busy):.2f} s in its last second, {idle:.2f} s a second otherwise"
+    yield f"sweep over {sweep['connections']:,} connections", "5 s", text, longest <= 5
+
+
 def _plots(found: dict[str, Any]) -> Iterator[Path]:
     if part := found.get("throughput"):
         yield _bars("throughput", part["requests_per_s"], "requests a second, one process")
@@ -205,8 +261,23 @@ def _plots(found: dict[str, Any]) -> Iterator[Path]:
         for one in summary:
             rates.setdefault(one["backend"], []).append(one["cycles_per_s"])
         yield _bars("storm", rates, "devices a second that connected, subscribed and published")
+    if part := found.get("revocation"):
+        yield _revocation(part["revocations"])
     if part := found.get("overload"):
         yield _bars("overload", part["p99_ms"], "p99 of the good devices, ms")
+
+
+def _revocation(part: dict[str, Any]) -> Path:
+    _, axes = plt.subplots(figsize=(7, 3))
+    for name, label in (("accepted_ms", "last message accepted"), ("closed_ms", "connection closed")):
+        ordered = sorted(part[name])
+        axes.plot(ordered, [100 * (n + 1) / len(ordered) for n in range(len(ordered))], label=label)
+    axes.axvline(150, color="#999999", linestyle="--", linewidth=1)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("ms after the commit of the revocation (dashed: 150)")
+    axes.set_ylabel("% of the revocations")
+    axes.legend(loc="lower right")
+    return _saved("revocation")
 
 
 def _saved(name: str) -> Path:

@@ -19,6 +19,7 @@ import uvloop
 from authbackend_load.fleet import Fleet
 from authbackend_load.plan import Plan
 from benchmarks import asking
+from benchmarks.revocation.certificates import certificates
 from benchmarks.revocation.stage import SENDER, Device, Options, Stage, stage
 from benchmarks.storm.processes import cpu_s
 from tests.broker.clients import Management
@@ -346,6 +347,14 @@ def main() -> None:
     options = Options(**json.loads(Path(sys.argv[1]).read_text()))
     try:
         result = uvloop.run(measure(options))
+        _say("--- certificates")
+        found = certificates(options.certificates)
+        result["certificates"] = {
+            "refused_ms": _quantiles(found["refused_s"]),
+            "closed_ms": _quantiles(found["closed_s"]),
+            "dropped": found["dropped"],
+        }
+        _say(f"certificates: {result['certificates']}")
     except HarnessError as error:
         _say(str(error))
         sys.exit(1)

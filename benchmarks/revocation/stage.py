@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import ssl
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import yaml
 
 from authbackend_load import certificates
 from authbackend_load.connection import Connection, ConnectionFailed
-from authbackend_load.plan import Identity, read_identities
+from authbackend_load.plan import read_identities
 from authbackend_load.tls import TLS, make_context
 from tests.broker.cluster import Cluster
 from tests.broker.identities import Certificates
@@ -41,6 +42,7 @@ class Options:
         registered: devices in the registry.
         mass: devices revoked in one statement.
         swept: connections that a sweep looks at.
+        certificates: revoked one after the other.
         kicks_per_second: as in the settings.
     """
 
@@ -50,6 +52,7 @@ class Options:
     registered: int = 100_000
     mass: int = 10_000
     swept: int = 20_000
+    certificates: int = 20
     kicks_per_second: int = 100
 
     def as_dict(self) -> dict[str, Any]:
@@ -60,10 +63,10 @@ class Options:
 class Device:
     """A device that publishes ten times a second with QoS 1, and remembers when its last message was accepted."""
 
-    def __init__(self, identity: Identity, port: int, ca_file: Path) -> None:
-        self.name = identity.device_id
+    def __init__(self, name: str, context: ssl.SSLContext, port: int) -> None:
+        self.name = name
         self.port = port
-        self._context = make_context(identity.certificate_file, ca_file)
+        self._context = context
         self.connection: Connection | None = None
         self.accepted_at = 0.0
         self.lost_at = 0.0
@@ -124,18 +127,17 @@ class Stage:
         self.other.configure(BROKER__TLS__CERTIFICATE_FILE="", BROKER__TLS__KEY_FILE="", BROKER__TLS__CLIENT_CA_FILE="")
         self.identities = read_identities(ca.directory)
         ports = [node.doors.mqtt_tls for node in cluster.nodes]
-        self.devices = [Device(each, ports[n % 3], ca.ca_file) for n, each in enumerate(self.identities)]
+        self.devices = [
+            Device(each.device_id, make_context(each.certificate_file, ca.ca_file), ports[n % 3])
+            for n, each in enumerate(self.identities[: options.fleet])
+        ]
 
     def prepare(self) -> None:
         """Fill the registry and start the replicas."""
         directory = self.certificates.directory
         self.service.command("migrate")
         self.service.command("policy", "apply", directory / "policy.yaml", "--devices", directory / "devices.csv")
-        known = yaml.safe_load((REPOSITORY / "tests/broker/policy.yaml").read_text())
-        accounts = [account for account in known["accounts"] if account["name"] == "enforcer"]
-        file = directory / "enforcer.yaml"
-        file.write_text(yaml.safe_dump({"schema": "authbackend/1", "accounts": accounts}))
-        self.service.command("policy", "apply", file)
+        self.service.command("policy", "apply", accounts_file(directory))
         self.database.sql(
             "insert into topic_rule (device_type, effect, action, topic) values ('APM', 'allow', 'subscribe', 'fleet/{device_id}/telemetry/#');"
             f"insert into topic_rule (device_id, effect, action, topic) values ('{SENDER}', 'allow', 'publish', 'fleet/+/commands/#');"
@@ -153,6 +155,15 @@ class Stage:
         """End the replicas."""
         self.other.stop()
         self.service.stop()
+
+
+def accounts_file(directory: Path) -> Path:
+    """Write a policy file with the account of enforcement, as the broker tests have it."""
+    known = yaml.safe_load((REPOSITORY / "tests/broker/policy.yaml").read_text())
+    accounts = [account for account in known["accounts"] if account["name"] == "enforcer"]
+    file = directory / "enforcer.yaml"
+    file.write_text(yaml.safe_dump({"schema": "authbackend/1", "accounts": accounts}))
+    return file
 
 
 @contextmanager

@@ -88,10 +88,6 @@ class Service:
             "AUTHBACKEND_ADMIN__LISTEN": f"127.0.0.1:{admin_port}",
         }
 
-    def set(self, variable: str, value: str | Path) -> None:
-        """Give the service a setting; before it starts."""
-        self._environment[variable] = str(value)
-
     @property
     def url(self) -> str:
         """The people's face."""

@@ -31,8 +31,7 @@ def revocable(workplace: Path, certificates: Certificates, database: Database, f
     replica = make_service(workplace, certificates, database, broker_port=8090, admin_port=8091)
     root = Path(os.environ["AUTHBACKEND_TEST_RABBITMQ_ROOT"])
     found = Revocable(workplace, root, certificates, replica)
-    replica.set("AUTHBACKEND_PKI__AUTHORITY_DIR", found.ca)
-    replica.set("AUTHBACKEND_PKI__PASSPHRASE_FILE", found.secret)
+    replica.configure(PKI__AUTHORITY_DIR=str(found.ca), PKI__PASSPHRASE_FILE=str(found.secret))
     try:
         found.start()
         yield found
