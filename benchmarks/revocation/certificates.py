@@ -67,7 +67,7 @@ async def _measure(found: Revocable, number: int) -> dict[str, Any]:
         old = found.enroll(name)
         serial = found.replica.command("cert", "list", "--device", name).splitlines()[1].split()[0]
         new = found.enroll(name)
-        with_old = await _device(old).connect()
+        with_old = await _device(old).connect(client_id=f"{name}_old")
         with_new = await _device(new).connect(client_id=f"{name}_new")
         saved = {version: Tls(old, version) for version in VERSIONS}
         for client in saved.values():
