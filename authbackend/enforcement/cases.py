@@ -36,6 +36,7 @@ class Case:
         actions: Which rules narrowed.
         sessions: Device ids and client ids whose sessions are looked at.
         serial: Of a revoked certificate: only connections with it end.
+        confirmed: True if every replica decides by the change by now.
     """
 
     task: Task
@@ -47,18 +48,22 @@ class Case:
     actions: frozenset[str] = frozenset()
     sessions: list[str] = field(default_factory=list)
     serial: str | None = None
+    confirmed: bool = False
     done: Done = field(default_factory=Done)
 
-    def selects(self, clocks_s: float) -> Callable[[LiveConnection], bool] | None:
+    def selects(self) -> Callable[[LiveConnection], bool] | None:
         """
         Return which of the users' connections end; None for all of them.
 
-        At a later look, who may be connected may have logged in anew: then only what is older than the change ends.
+        At a later look, who may be connected may have logged in anew: then only what is older than the moment at which
+        every replica had confirmed ends. Until then nothing more: a replica that is silent for long must not have
+        everybody thrown out again and again.
         """
         if self.serial is not None:
             return lambda live: live.certificate_serial is not None and serial(live.certificate_serial) == self.serial
         if self.task.state == "checking" and not self.gone:
-            latest = self.task.receipt["confirmed_at"] + clocks_s
+            since_ = self.task.receipt.get("confirmed_at")
+            latest = (since_ or datetime.now(UTC).timestamp()) + CLOCKS_S if since_ or self.confirmed else 0.0
             return lambda live: live.connected_at <= latest
         return None
 
@@ -163,7 +168,7 @@ def receipt(case: Case, confirmed: list[str], missing: list[str]) -> dict[str, A
         closed[node] = closed.get(node, 0) + number
     return {
         "took_s": took_s,
-        "confirmed_at": before.get("confirmed_at", datetime.now(UTC).timestamp()),
+        "confirmed_at": before.get("confirmed_at") or (None if missing else datetime.now(UTC).timestamp()),
         "confirmed_by": confirmed,
         "unconfirmed": missing,
         "nodes": now.nodes,

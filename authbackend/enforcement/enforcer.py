@@ -127,6 +127,7 @@ class Enforcer:
             confirmed = Confirmation(confirmed.by, sorted({*confirmed.missing, *holding.missing}))
         for case in cases:
             case.done.nodes = nodes
+            case.confirmed = not confirmed.missing
         await self._close(cases)
         await self._purge([case for case in cases if case.sessions])
         await self._settle(cases, confirmed)
@@ -149,11 +150,11 @@ class Enforcer:
 
     async def _close(self, cases: list[Case]) -> None:
         """Close the connections of the cases' users, and note where they were."""
-        every = {user: case for case in cases for user in case.users if not case.selects(CLOCKS_S)}
+        every = {user: case for case in cases for user in case.users if not case.selects()}
         for connection in await self._brokers.close_users(await self._brokers.connections_of(every)):
             every[connection.user].done.closed[connection.node] += 1
         for case in cases:
-            condition = case.selects(CLOCKS_S)
+            condition = case.selects()
             if condition is None:
                 continue
             found = await self._brokers.connections_of(case.users)
@@ -213,7 +214,8 @@ class Enforcer:
                     "enforcement.ended", kind=case.task.kind, name=case.task.name, connections=closed, queues=deleted
                 )
         await self._work.check_later(soon, LOOK_AGAIN_S)
-        await self._work.check_later(later, UNVERIFIED_S)
+        looks = max((found["looks"] for found in later.values()), default=1)
+        await self._work.check_later(later, min(LONGEST_BACK_OFF_S, UNVERIFIED_S * looks))
         await self._work.finish(finished)
         await self._work.release(released, list(finished))
 
@@ -221,12 +223,14 @@ class Enforcer:
         """Find the devices that a change of their type touches, and note a task for each of them."""
         confirmed_at = task.receipt.get("confirmed_at") or time.time()
         looks = task.receipt.get("looks", 0)
+        if confirmed.missing and looks == 1:
+            looks = 0  # the look that counts is the one when everybody decides by it
         if looks < 2:
             await self._work.add(task, await self._touched(task, confirmed_at))
         children = await self._work.children(task)
         found = {
             "took_s": since(task),
-            "confirmed_at": confirmed_at,
+            "confirmed_at": None if confirmed.missing else confirmed_at,
             "confirmed_by": confirmed.by,
             "unconfirmed": confirmed.missing,
             "devices": sum(children.values()),
