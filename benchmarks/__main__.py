@@ -21,7 +21,7 @@ from benchmarks.storm import Options
 from benchmarks.storm import run as storm
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = (*ALL, "storm", "httpc", "revocation")
+PARTS = (*ALL, "storm", "faults", "httpc", "revocation")
 
 
 def _say(text: str) -> None:
@@ -64,14 +64,21 @@ def _measure(parts: tuple[str, ...], quick: bool) -> None:
     if "storm" in parts:
         _say("--- storm")
         started = time.monotonic()
-        options = Options(devices=200, rounds=1, faults=()) if quick else Options(rounds=3, outage_s=600.0)
+        options = Options(workers=1, refusals=False, faults=())
+        options = replace(options, devices=200, rounds=1) if quick else replace(options, rounds=5)
         _keep("storm", storm(options), started, quick)
+    if "faults" in parts:
+        _say("--- faults")
+        started = time.monotonic()
+        options = Options(rounds=0, steps=False)
+        options = (
+            replace(options, devices=200, fault_s=5.0, outage_s=5.0) if quick else replace(options, outage_s=600.0)
+        )
+        _keep("faults", storm(options), started, quick)
     if "httpc" in parts:
         _say("--- httpc")
         started = time.monotonic()
-        plain = replace(
-            Options(), devices=200 if quick else 5000, rounds=1 if quick else 2, steps=False, refusals=False, faults=()
-        )
+        plain = replace(Options(), devices=200 if quick else 5000, rounds=1, steps=False, refusals=False, faults=())
         plain = replace(plain, backends=("authbackend",))
         found = {
             f"{'mutual TLS' if tls else 'plain'}, {sessions} sessions": storm(

@@ -204,6 +204,8 @@ def _rows(found: dict[str, Any]) -> Iterator[Row]:
         yield "p99 while 10,000 revoked devices retry at a third of the capacity", "1.5 times, none shed", text, good
     if part := found.get("storm"):
         yield from _storm_rows(part)
+    if part := found.get("faults"):
+        yield from _fault_rows(part)
     if part := found.get("revocation"):
         yield from _revocation_rows(part)
     for name, one in found.get("httpc", {}).items():
@@ -229,6 +231,9 @@ def _storm_rows(part: dict[str, Any]) -> Iterator[Row]:
         if internal := summary.get("internal"):
             ratio = summary["authbackend"]["cycles_per_s"]["median"] / internal["cycles_per_s"]["median"]
             yield "the same against RabbitMQ's internal backend", "reported", f"{ratio:.2f}", None
+
+
+def _fault_rows(part: dict[str, Any]) -> Iterator[Row]:
     for name, one in part.get("refusals", {}).items():
         text = f"{one['questions_per_refusal']:.1f} questions for each refused publish"
         yield (
