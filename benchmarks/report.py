@@ -57,6 +57,7 @@ def _page(found: dict[str, Any]) -> Iterator[str]:
             "changes",
             "overload",
             "storm",
+            "faults",
             "httpc",
             "revocation",
         )
