@@ -225,6 +225,17 @@ CREATE FUNCTION public.certificate_serial_fault(serial text) RETURNS text
   end
 $_$;
 
+CREATE FUNCTION public.certificate_truncate() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if exists (select from public.certificate where state = 'revoked' and not_after > now()) then
+    perform public.refuse('TRUNCATE would empty the table of certificates too, and some are revoked and not expired: without their rows they would be missing from the revocation list');
+  end if;
+  return null;
+end $$;
+
 CREATE FUNCTION public.change_note() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'public', 'pg_temp'
@@ -1420,6 +1431,10 @@ ALTER TABLE public.topic_rule ENABLE ALWAYS TRIGGER audit_u;
 CREATE TRIGGER certificate_check BEFORE INSERT OR DELETE OR UPDATE ON public.certificate FOR EACH ROW EXECUTE FUNCTION public.certificate_check();
 
 ALTER TABLE public.certificate ENABLE ALWAYS TRIGGER certificate_check;
+
+CREATE TRIGGER certificate_truncate BEFORE TRUNCATE ON public.certificate FOR EACH STATEMENT EXECUTE FUNCTION public.certificate_truncate();
+
+ALTER TABLE public.certificate ENABLE ALWAYS TRIGGER certificate_truncate;
 
 CREATE TRIGGER change_d AFTER DELETE ON public.account REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.change_note('account', 'name');
 

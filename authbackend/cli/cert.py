@@ -165,6 +165,8 @@ def revoke(
             yield f"revoked {row['serial']} of {printable(row['common_name'])} ({reason})"
         if not revoked:
             yield "revoked already, or nothing to revoke; nothing was changed"
+        if revoked and authority is None:
+            yield "brokers refuse it once it is on a list: signed by the service (pki.authority_dir), else by: authbackend crl sign DIR"
         if signed is not None and authority is not None:
             yield f"list number {signed.number} of authority {authority.name} is published, until {signed.next_update:%Y-%m-%d %H:%M} UTC"
 

@@ -27,7 +27,7 @@ What goes where (NAME.pem is public; NAME.key is secret, mode 600, owned by who 
                AUTHBACKEND_BROKER__TLS__CLIENT_CA_FILE={directory}/internal-ca.pem
   a device     ca.pem and its own NAME.pem NAME.key
   nowhere      ca.key and internal-ca.key sign new certificates: keep them here only
-A bench authority for trying things out: production certificates come from your own."""
+A bench authority for trying things out; for more, use your own, or make one with: authbackend ca init"""
 
 
 @click.command()

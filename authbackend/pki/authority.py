@@ -4,7 +4,7 @@ through.
 
 It is meant for demonstrations and tests. Its keys lie unencrypted beside its certificates, it keeps no list
 of what it issued, and it revokes nothing. In production, certificates come from the organisation's own
-authority; what they must look like is what this one makes.
+authority, or from one of :mod:`authbackend.pki.authority_folder`.
 """
 
 from __future__ import annotations

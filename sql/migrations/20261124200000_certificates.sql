@@ -68,6 +68,16 @@ begin
 end $$;
 create trigger certificate_check before insert or update or delete on certificate for each row execute function certificate_check();
 
+create function certificate_truncate() returns trigger
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+begin
+  if exists (select from public.certificate where state = 'revoked' and not_after > now()) then
+    perform public.refuse('TRUNCATE would empty the table of certificates too, and some are revoked and not expired: without their rows they would be missing from the revocation list');
+  end if;
+  return null;
+end $$;
+create trigger certificate_truncate before truncate on certificate for each statement execute function certificate_truncate();
+
 create table authority (
   name text primary key, -- in the address of its list: /crl/NAME.crl
   subject text not null unique, -- RFC 4514: the issuer of its certificates
@@ -126,7 +136,7 @@ call audit_watch('certificate', 'certificate', 'fingerprint');
 call audit_watch('authority', 'authority', 'name');
 call audit_watch('crl', 'crl', 'authority');
 
-alter table certificate enable always trigger certificate_check, enable always trigger changed;
+alter table certificate enable always trigger certificate_check, enable always trigger certificate_truncate, enable always trigger changed;
 alter table authority enable always trigger changed;
 alter table crl enable always trigger crl_check, enable always trigger changed;
 

@@ -142,6 +142,7 @@ async def test_truncate_is_told_as_such(scratch: asyncpg.Connection) -> None:
     await scratch.execute("truncate device_type cascade")
     rows = await scratch.fetch("select entity, key, actor from audit where operation = 'TRUNCATE' order by entity")
     assert [tuple(row) for row in rows] == [
+        ("certificate", None, "carl"),
         ("device", None, "carl"),
         ("device_schedule", None, "carl"),
         ("device_type", None, "carl"),

@@ -112,6 +112,14 @@ async def test_a_revocation_is_for_good(scratch: asyncpg.Connection, change: str
         assert "missing from the revocation list" in await refused(scratch, "delete from certificate")
 
 
+@pytest.mark.parametrize("statement", ["truncate certificate", "truncate device_type cascade"])
+async def test_emptying_tables_forgets_no_revocation(scratch: asyncpg.Connection, statement: str) -> None:
+    await scratch.execute(insert())
+    await scratch.execute(statement)
+    await scratch.execute(insert(state="revoked"))
+    assert "missing from the revocation list" in await refused(scratch, statement)
+
+
 async def test_a_revoked_certificate_can_be_forgotten_when_it_has_ended(scratch: asyncpg.Connection) -> None:
     await scratch.execute(insert(state="revoked", not_after="2026-02-01Z"))
     await scratch.execute("delete from certificate")

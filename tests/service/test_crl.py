@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import os
 import shutil
-import signal
 import sys
 import tempfile
 from datetime import timedelta
@@ -170,8 +169,8 @@ async def test_the_command_signs_as_long_as_it_runs(dsn, made, revoked, connecti
 
         await until(listed, "it has signed again")
     finally:
-        process.send_signal(signal.SIGINT)
-        await asyncio.wait_for(process.wait(), 10)
+        process.terminate()
+        await process.wait()
         process._transport.close()
 
 
