@@ -129,6 +129,7 @@ def _time_options(function: Any) -> Any:
             click.option(
                 "--rate", type=click.FloatRange(0), default=0.0, help="Cycles begun a second; 0: all at once."
             ),
+            click.option("--ramp", type=click.FloatRange(0), default=0.0, help="Seconds in which --rate is reached."),
             click.option("--in-flight", type=click.IntRange(0), default=0, help="Most unfinished cycles; 0: no limit."),
             click.option("--duration", type=click.FloatRange(0), default=0.0, help="Stay connected, seconds."),
             click.option("--reconnect-all", type=click.IntRange(0), default=0, metavar="N", help="N times, cut all."),
@@ -211,6 +212,7 @@ def _plan(directory: Path, options: dict[str, Any]) -> Plan:
         payload_bytes=options["payload"],
         until=options["until"],
         rate_per_s=options["rate"],
+        ramp_s=options["ramp"],
         in_flight=options["in_flight"],
         retry_delay_s=options["retry_delay"],
         timeout_s=options["timeout"],

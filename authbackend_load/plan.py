@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -63,6 +64,7 @@ class Plan:
         payload_bytes: size of each message.
         until: the last step of a cycle, one of :data:`STEPS`.
         rate_per_s: cycles begun in a second, by the whole fleet; 0 begins all at once.
+        ramp_s: time in which the rate grows from nothing to ``rate_per_s``.
         in_flight: cycles not finished at a time, by the whole fleet; 0 is no limit.
         retry_delay_s: time until a failed cycle is tried again, half as much more or less by chance.
         timeout_s: longest wait for each answer.
@@ -88,6 +90,7 @@ class Plan:
     payload_bytes: int = 64
     until: str = "publish"
     rate_per_s: float = 0.0
+    ramp_s: float = 0.0
     in_flight: int = 0
     retry_delay_s: float = 1.0
     timeout_s: float = 30.0
@@ -96,6 +99,19 @@ class Plan:
     def goes_to(self, step: str) -> bool:
         """Return whether a cycle has this step."""
         return STEPS.index(step) <= STEPS.index(self.until)
+
+    def begins_after_s(self, place: int) -> float:
+        """
+        Return when the device at a place of the fleet begins, counted from the beginning of all.
+
+        While the rate grows evenly to its full height, rate times t squared over two ramps have begun after t.
+        """
+        if not self.rate_per_s:
+            return 0.0
+        in_the_ramp = self.rate_per_s * self.ramp_s / 2
+        if place < in_the_ramp:
+            return math.sqrt(2 * self.ramp_s * place / self.rate_per_s)
+        return self.ramp_s + (place - in_the_ramp) / self.rate_per_s
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan for JSON."""

@@ -102,7 +102,7 @@ class Worker:
             self.fault = task.exception()
 
     async def _live(self, device: Device, at: float, place: int) -> None:
-        start = at + (place / self._plan.rate_per_s if self._plan.rate_per_s else 0.0)
+        start = at + self._plan.begins_after_s(place)
         await asyncio.sleep(max(0.0, start - time.monotonic()))
         failures, done = 0, False
         while True:
