@@ -164,12 +164,12 @@ class Brokers:
         Args:
             owners: Empty for all sessions.
         """
-        pattern = SESSION_QUEUES
+        pattern = None
         if 0 < len(owners) <= _FEW:
-            pattern += f"({'|'.join(map(_escaped, owners))})"
+            pattern = f"{SESSION_QUEUES}({'|'.join(map(_escaped, owners))})"
         return [(c, session) for c in self.clusters for session in await self.sessions_of(c, pattern)]
 
-    async def sessions_of(self, cluster: Cluster, pattern: str = SESSION_QUEUES) -> list[SessionQueue]:
+    async def sessions_of(self, cluster: Cluster, pattern: str | None = None) -> list[SessionQueue]:
         """Return the session queues of one cluster."""
         pages = [page async for page in cluster.queues(pattern)]
         return [session for page in pages for queue in page if (session := session_queue(queue)) is not None]

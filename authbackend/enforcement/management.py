@@ -7,6 +7,7 @@ connection tracking and is true at once; the list of all connections reads stati
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import ssl
@@ -21,7 +22,10 @@ from yarl import URL
 from authbackend.errors import Unavailable
 
 PAGE = 500
-"""RabbitMQ allows at most this many entries on a page."""
+"""RabbitMQ allows at most this many entries on a page; longer lists are read in parts of this size, too."""
+
+LIST_TIMEOUT_S = 60.0
+"""For a list of everything, which takes RabbitMQ seconds when there is much."""
 
 _CONNECTION_COLUMNS = (
     "name,node,user,vhost,protocol,peer_host,peer_cert_subject,peer_cert_serial_number,client_properties,connected_at"
@@ -143,15 +147,19 @@ class Cluster:
         await self._call("DELETE", f"/api/connections/{_quoted(name)}", headers=_REASON)
 
     async def connections(self) -> AsyncIterator[list[LiveConnection]]:
-        """Yield all connections in pages; one that is younger than the statistics may be missing."""
-        async for page in self._pages(f"/api/connections?columns={_CONNECTION_COLUMNS}&sort=name"):
-            yield [_live(each) for each in page if each.get("user")]
+        """Yield all connections, so many at a time; one that is younger than the statistics may be missing."""
+        async for part in self._whole(f"/api/connections?columns={_CONNECTION_COLUMNS}"):
+            yield [_live(each) for each in part if each.get("user")]
 
-    async def queues(self, pattern: str) -> AsyncIterator[list[Queue]]:
-        """Yield the queues whose name matches a regular expression, in pages."""
-        options = "disable_stats=true&enable_queue_totals=true"
-        async for page in self._pages(f"/api/queues?{options}&use_regex=true&name={_quoted(pattern)}"):
-            yield [Queue(each["vhost"], each["name"], each.get("messages", 0)) for each in page]
+    async def queues(self, pattern: str | None = None) -> AsyncIterator[list[Queue]]:
+        """Yield the queues whose name matches a regular expression, or all, so many at a time."""
+        path = "/api/queues?disable_stats=true&enable_queue_totals=true"
+        if pattern is None:
+            parts = self._whole(f"{path}&columns=name,vhost,messages")
+        else:
+            parts = self._pages(f"{path}&use_regex=true&name={_quoted(pattern)}")
+        async for part in parts:
+            yield [Queue(each["vhost"], each["name"], each.get("messages", 0)) for each in part]
 
     async def bindings(self, queue: Queue) -> list[Binding]:
         """Return what is bound to a queue, but for the default exchange; none if the queue is gone."""
@@ -178,6 +186,26 @@ class Cluster:
         """Delete a queue with its messages; one that is gone is no fault."""
         await self._call("DELETE", _queue(queue))
 
+    async def _whole(self, path: str) -> AsyncIterator[list[dict[str, Any]]]:
+        """
+        Yield a whole list, so many entries at a time, giving way to other tasks in between.
+
+        One request and not pages: RabbitMQ makes each page from the whole list, so that pages of a long one cost it
+        the square of its length.
+        """
+        _, body = await self._call("GET", path, timeout_s=LIST_TIMEOUT_S)
+        text = body.decode()
+        decoder = json.JSONDecoder()
+        position, part = text.index("[") + 1, []
+        while (position := _next_value(text, position)) < len(text) and text[position] != "]":
+            entry, position = decoder.raw_decode(text, position)
+            part.append(entry)
+            if len(part) == PAGE:
+                yield part
+                part = []
+                await asyncio.sleep(0)
+        yield part
+
     async def _pages(self, path: str) -> AsyncIterator[list[dict[str, Any]]]:
         number = count = 1
         while number <= count:
@@ -200,11 +228,12 @@ class Cluster:
         headers: dict[str, str] | None = None,
         body: object = None,
         allowed: tuple[int, ...] = (404,),
+        timeout_s: float | None = None,
     ) -> tuple[int, bytes]:
         faults = []
         for url in tuple(self._urls):
             try:
-                status, text = await self._ask(url, method, path, headers, body)
+                status, text = await self._ask(url, method, path, headers, body, timeout_s)
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 faults.append(f"{url}: {type(error).__name__}")
                 self._urls.append(self._urls.pop(0))  # the next call begins with the next node
@@ -222,21 +251,28 @@ class Cluster:
         raise Unavailable(f"the management API of cluster {self.name} does not do as asked: {'; '.join(faults)}")
 
     async def _ask(
-        self, url: str, method: str, path: str, headers: dict[str, str] | None, body: object
+        self, url: str, method: str, path: str, headers: dict[str, str] | None, body: object, timeout_s: float | None
     ) -> tuple[int, bytes]:
         if self._session is None:
             self._session = self._opened()
         where = URL(url.rstrip("/") + path, encoded=True)
-        async with self._session.request(method, where, headers=headers, json=body) as answer:
+        limit = aiohttp.ClientTimeout(total=timeout_s or self._access.timeout_s)
+        async with self._session.request(method, where, headers=headers, json=body, timeout=limit) as answer:
             return answer.status, await answer.read()
 
     def _opened(self) -> aiohttp.ClientSession:
         tls = ssl.create_default_context(cafile=self._access.ca_file)
         return aiohttp.ClientSession(
             headers={"authorization": aiohttp.encode_basic_auth(*self._access.credentials())},
-            timeout=aiohttp.ClientTimeout(total=self._access.timeout_s),
             connector=aiohttp.TCPConnector(ssl=tls, limit=16),
         )
+
+
+def _next_value(text: str, position: int) -> int:
+    """Return where the next value of a JSON array, or its end, begins."""
+    while position < len(text) and text[position] in ", \n\r\t":
+        position += 1
+    return position
 
 
 def _quoted(text: str) -> str:

@@ -264,11 +264,11 @@ class Measurements:
         await self.finished()
         for each in (self.stage.other, self.stage.service):
             each.stop()
-            each.enforce(cluster.management, sweep_interval_s="20")
+            each.enforce(cluster.management, sweep_interval_s="15")
             each.start()
         pids = [int(node.control("eval", "os:getpid().").strip().strip('"')) for node in cluster.nodes]
+        over = threading.Event()
         with ExitStack() as stack:
-            fleets = []
             for number, node in enumerate(cluster.nodes):
                 plan = Plan(
                     host="127.0.0.1",
@@ -280,14 +280,18 @@ class Measurements:
                     in_flight=100,
                 )
                 own = self.stage.identities[: options.swept][number::3]
-                fleets.append(stack.enter_context(Fleet(plan, own, 1)))
-                await asyncio.to_thread(fleets[-1].storm, 600.0)
-                _say(f"{sum(len(each) for each in [own])} connected to {node.name}")
+                fleet = stack.enter_context(Fleet(plan, own, 1))
+                await asyncio.to_thread(fleet.storm, 600.0)
+                _say(f"{len(own)} connected to {node.name}")
+                thread = threading.Thread(target=_keep_connected, args=(fleet, over))
+                thread.start()
+                stack.callback(thread.join)
+            stack.callback(over.set)
             return await self._swept(pids)
 
     async def _swept(self, pids: list[int]) -> dict[str, Any]:
         reports: list[dict[str, Any]] = []
-        last = None
+        last = await self.database.fetchval("select max(at) from enforcement_sweep")
         busy, idle = [], []
         deadline = time.monotonic() + 240
         while len(reports) < 4 and time.monotonic() < deadline:
@@ -311,6 +315,11 @@ class Measurements:
             "broker_cpu_s_a_second_idle": round(statistics.median(idle), 3) if idle else None,
             "broker_cpu_s_in_the_second_of_a_sweep": [round(each, 3) for each in busy],
         }
+
+
+def _keep_connected(fleet: Fleet, over: threading.Event) -> None:
+    while not over.is_set():
+        fleet.hold(0.5)
 
 
 async def measure(options: Options) -> dict[str, Any]:
