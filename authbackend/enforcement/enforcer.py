@@ -97,9 +97,12 @@ class Enforcer:
             if not tasks:
                 await self._work.woken(LONGEST_PAUSE_S)
                 continue
+            began = time.monotonic()
             try:
                 await self._enforce(tasks)
                 failures = 0
+                if len(tasks) == self._batch:  # a mass change: as much rest as work, unless something new is noted
+                    await self._work.woken(min(LONGEST_PAUSE_S, time.monotonic() - began))
             except Unavailable as error:
                 failures += 1
                 await self._failed(tasks, error.detail)
