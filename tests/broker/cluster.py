@@ -37,7 +37,7 @@ class Cluster:
             name = f"rabbitmq{number}"
             state = workplace / name
             state.mkdir()
-            base = 100 * number
+            base = 1000 * number
             doors = Doors(5671 + base, 8883 + base, 15671 + base, distribution=25672 + base)
             overlay = workplace / f"{name}.conf"
             overlay.write_text(_overlay(doors))
