@@ -119,7 +119,7 @@ def _cost_model(found: dict[str, Any]) -> Iterator[str]:
         )
     yield ""
     yield "The rest of a fleet's needs, by the same figures: a device that publishes less often than once a second asks 2 questions"
-    yield f"each time, so {plain / 2:,.0f} such publishes a second fill one worker (about a third of that with mutual TLS). PostgreSQL is"
+    yield f"each time, so {plain / 2:,.0f} such publishes a second fill one worker, {4500 / ours:,.0f} with mutual TLS. PostgreSQL is"
     yield "not asked by any of this: it needs room for the registry and its changes, and a core for seconds when replicas load."
     yield ""
     yield "**Where it stops being linear**, of what was measured or seen: RabbitMQ fills its cores long before the service does;"
