@@ -39,3 +39,11 @@ def test_links_of_the_documentation_lead_somewhere():
             if "://" not in link and not (page.parent / link).exists():
                 broken.append(f"{page.relative_to(REPO)}: {link}")
     assert broken == []
+
+
+def test_the_builder_gets_every_file_that_the_image_is_made_of():
+    ignored = (REPO / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    copied = re.findall(r"^COPY (?!--)(.+) \S+$", (REPO / "Dockerfile").read_text(encoding="utf-8"), re.M)
+    sources = {source for line in copied for source in line.split()}
+    assert sources
+    assert {f"!{source.removeprefix('./')}" for source in sources} <= set(ignored)
