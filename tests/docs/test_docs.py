@@ -43,7 +43,7 @@ def test_links_of_the_documentation_lead_somewhere():
 
 def test_the_builder_gets_every_file_that_the_image_is_made_of():
     ignored = (REPO / ".dockerignore").read_text(encoding="utf-8").splitlines()
-    copied = re.findall(r"^COPY (?!--)(.+) \S+$", (REPO / "Dockerfile").read_text(encoding="utf-8"), re.M)
+    copied = re.findall(r"^COPY (?!--)(.+) \S+$", (REPO / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
     sources = {source for line in copied for source in line.split()}
     assert sources
     assert {f"!{source.removeprefix('./')}" for source in sources} <= set(ignored)
