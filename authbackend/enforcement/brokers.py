@@ -12,7 +12,7 @@ from typing import Any
 from authbackend.enforcement.judging import SESSION_QUEUES, Judge, SessionQueue, session_queue
 from authbackend.enforcement.management import Binding, Cluster, Connection, LiveConnection, Queue
 
-_AT_ONCE = 8
+_AT_ONCE = 2
 _FEW = 50
 """So many client ids are looked for by name; for more, all session queues are listed."""
 
