@@ -1286,6 +1286,8 @@ CREATE UNIQUE INDEX enforcement_child ON public.enforcement USING btree (parent,
 
 CREATE INDEX enforcement_due ON public.enforcement USING btree (due_at) WHERE (state <> 'done'::text);
 
+CREATE INDEX enforcement_finished ON public.enforcement USING btree (finished_at) WHERE (state = 'done'::text);
+
 CREATE INDEX enforcement_of ON public.enforcement USING btree (kind, name, id);
 
 CREATE INDEX topic_rule_account ON public.topic_rule USING btree (account) WHERE (account IS NOT NULL);
@@ -1628,7 +1630,7 @@ ALTER TABLE ONLY public.device
     ADD CONSTRAINT device_type_fkey FOREIGN KEY (type) REFERENCES public.device_type(name) ON UPDATE CASCADE;
 
 ALTER TABLE ONLY public.enforcement
-    ADD CONSTRAINT enforcement_parent_fkey FOREIGN KEY (parent) REFERENCES public.enforcement(id);
+    ADD CONSTRAINT enforcement_parent_fkey FOREIGN KEY (parent) REFERENCES public.enforcement(id) ON DELETE SET NULL;
 
 ALTER TABLE ONLY public.topic_rule
     ADD CONSTRAINT topic_rule_account_fkey FOREIGN KEY (account) REFERENCES public.account(name) ON UPDATE CASCADE ON DELETE CASCADE;

@@ -92,7 +92,7 @@ class Work(Protocol):
         """Return the state of the certificates with these serials that are on record."""
 
     async def keep_sweep(self, cluster: str, report: dict[str, Any]) -> None:
-        """Keep the report of a sweep in the place of the one before."""
+        """Keep the report of a sweep in the place of the one before, and forget tasks that were done long ago."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,8 @@ class WorkTable:
 
     async def release(self, device_ids: list[str], tasks: list[int]) -> None:
         """End holds, but for devices that have other open tasks than these."""
-        await self._fetch("release", device_ids, tasks)
+        if device_ids:
+            await self._fetch("release", device_ids, tasks)
 
     async def add(self, parent: Task, devices: dict[str, dict[str, Any]]) -> int:
         """Note tasks for devices on behalf of another, once each, and return how many there are by now."""
@@ -83,19 +84,20 @@ class WorkTable:
 
     async def check_later(self, receipts: dict[int, dict[str, Any]], after_s: float) -> None:
         """Keep what was done, and make the tasks due for another look."""
-        await self._fetch("check_later", list(receipts), [json.dumps(r) for r in receipts.values()], after_s)
+        if receipts:
+            await self._fetch("check_later", list(receipts), [json.dumps(r) for r in receipts.values()], after_s)
 
     async def finish(self, receipts: dict[int, dict[str, Any]]) -> None:
         """Close tasks with their receipts."""
-        await self._fetch("finish", list(receipts), [json.dumps(r) for r in receipts.values()])
+        if receipts:
+            await self._fetch("finish", list(receipts), [json.dumps(r) for r in receipts.values()])
 
     async def failed(self, tasks: list[int], fault: str, after_s: float) -> None:
         """Keep tasks open, with why they could not be done, and make them due again."""
         await self._fetch("failed", tasks, fault, after_s)
 
     async def backlog(self) -> Backlog:
-        """Return what is open, and forget what has been done for long."""
-        await self._fetch("prune", KEEP_DONE_S)
+        """Return what is open."""
         (row,) = await self._fetch("backlog")
         tasks = {"waiting": row["waiting"], "checking": row["checking"]}
         return Backlog(tasks, row["oldest_s"], row["holds"], row["overdue_holds"])
@@ -105,7 +107,8 @@ class WorkTable:
         return {row["serial"]: row["state"] for row in await self._fetch("serial_states", serials)}
 
     async def keep_sweep(self, cluster: str, report: dict[str, Any]) -> None:
-        """Keep the report of a sweep in the place of the one before."""
+        """Keep the report of a sweep in the place of the one before, and forget tasks that were done long ago."""
+        await self._fetch("prune", KEEP_DONE_S)
         await self._fetch("keep_sweep", cluster, json.dumps(report))
 
     async def _fetch(self, statement: str, *values: Any) -> list[Any]:

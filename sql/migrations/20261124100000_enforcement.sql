@@ -17,7 +17,7 @@ create table enforcement (
   name text not null, -- device id, or name of the type or account
   causes text[] not null, -- what narrowed
   details jsonb not null default '{}', -- what only the old rows knew
-  parent bigint references enforcement (id), -- on behalf of which it was noted
+  parent bigint references enforcement (id) on delete set null, -- on behalf of which it was noted
   role name not null default session_user,
   actor text default nullif(current_setting('authbackend.actor', true), ''),
   noted_at timestamptz not null default clock_timestamp(),
@@ -29,6 +29,7 @@ create table enforcement (
   finished_at timestamptz
 );
 create index enforcement_due on enforcement (due_at) where state <> 'done';
+create index enforcement_finished on enforcement (finished_at) where state = 'done';
 create index enforcement_of on enforcement (kind, name, id);
 create unique index enforcement_child on enforcement (parent, name) where parent is not null;
 

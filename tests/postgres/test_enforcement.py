@@ -283,3 +283,21 @@ async def test_the_security_team_can_look_and_retry_and_nothing_else(
         ):
             with pytest.raises(asyncpg.InsufficientPrivilegeError):
                 await admin.execute(forbidden)
+
+
+async def test_receipts_go_after_a_month_whatever_order_they_were_finished_in(
+    connection: asyncpg.Connection, dsn: str
+) -> None:
+    """A task that was done again lately outlives the one on whose behalf it was noted."""
+    await fleet(connection, 1)
+    async with leading(Target(dsn), 30) as work:
+        await connection.execute("update device_type set vhosts = '{}'")
+        (parent,) = await work.due(10)
+        await work.add(parent, {"d1": {}})
+        (child,) = [task for task in await work.due(10) if task.parent]
+        await work.finish({parent.id: {}, child.id: {}})
+        await connection.execute(
+            "update enforcement set finished_at = now() - interval '31 days' where id = $1", parent.id
+        )
+        await work.keep_sweep("c", {})
+        assert [row["id"] for row in await connection.fetch("select id from enforcement")] == [child.id]
