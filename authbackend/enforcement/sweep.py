@@ -20,7 +20,7 @@ from authbackend.enforcement.brokers import Brokers, Done, Finding
 from authbackend.enforcement.judging import Judge, Registry, SessionQueue, common_name, contradiction, serial
 from authbackend.enforcement.management import Cluster, Connection, LiveConnection
 from authbackend.enforcement.work import Work
-from authbackend.errors import AuthbackendError
+from authbackend.errors import AuthbackendError, Unavailable
 from authbackend.policy.decide import DecisionSettings
 from authbackend.policy.reasons import Reason
 from authbackend.policy.rules import Device
@@ -144,7 +144,7 @@ class Sweep:
         Compare one cluster with the registry.
 
         Raises:
-            Unavailable: It does not answer.
+            Unavailable: It does not answer, or the copy of the registry is too old to judge by.
         """
         begin = time.monotonic()
         report = Report()
@@ -174,8 +174,7 @@ class Sweep:
     ) -> list[tuple[str, LiveConnection]]:
         closing = []
         with self._registry as registry:
-            if registry.age_s > _OLDEST_COPY_S:
-                return []  # what is not known to be true now ends nobody
+            _demand_fresh(registry)
             judge = Judge(registry, time.time(), self._decisions)
             for connection in page:
                 cause, why = connection_fault(judge, registry, connection, states)
@@ -198,8 +197,7 @@ class Sweep:
         report.sessions = len(sessions)
         ending: list[SessionQueue] = []
         with self._registry as registry:
-            if registry.age_s > _OLDEST_COPY_S:
-                return
+            _demand_fresh(registry)
             judge = Judge(registry, time.time(), self._decisions)
             for session in sessions:
                 if why := judge.session(session):
@@ -211,6 +209,17 @@ class Sweep:
             for session in ending:
                 await self._brokers.put_right(Finding(cluster, session, SESSION_WITHOUT_OWNER), Done())
                 report.ended[SESSION_WITHOUT_OWNER] += 1
+
+
+def _demand_fresh(registry: Registry) -> None:
+    """
+    Let nothing be ended, or be told to be in order, by what is not known to be true now.
+
+    Raises:
+        Unavailable: The copy is too old.
+    """
+    if registry.age_s > _OLDEST_COPY_S:
+        raise Unavailable(f"the copy of the registry is {registry.age_s:.0f} s old: nothing was compared with it")
 
 
 def connection_fault(
