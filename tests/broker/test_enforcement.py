@@ -328,7 +328,7 @@ async def test_a_broker_that_is_down_is_not_forgotten(
 
 
 async def test_a_crash_in_the_middle_loses_nothing(mqtt: Clients, fleet: Fleet, enforcing: Service) -> None:
-    """Killed while it works off fifty revocations, the service finishes them after its start."""
+    """Killed while it works off twenty revocations, the service finishes them after its start."""
     names = [fleet.device() for _ in range(20)]
     clients = [mqtt(name) for name in names]
     for client in clients:
