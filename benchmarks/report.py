@@ -178,6 +178,20 @@ def _rows(found: dict[str, Any]) -> Iterator[Row]:
                 f"{value:.1f} s",
                 value <= most,
             )
+    yield from _change_rows(found)
+    if part := found.get("storm"):
+        yield from _storm_rows(part)
+    if part := found.get("faults"):
+        yield from _fault_rows(part)
+    if part := found.get("revocation"):
+        yield from _revocation_rows(part)
+    for name, one in found.get("httpc", {}).items():
+        rates = one["rounds"]["summary"]["authbackend"]
+        text = f"{rates['cycles_per_s']['median']:.0f} devices/s, broker {rates['cpu_ms_per_device']['broker']:.1f} ms CPU a device"
+        yield f"storm with httpc: {name}", "reported", text, None
+
+
+def _change_rows(found: dict[str, Any]) -> Iterator[Row]:
     if part := found.get("changes"):
         text = f"p50 {part['p50_ms']:.1f} ms, p99 {part['p99_ms']:.1f} ms"
         yield (
@@ -203,16 +217,6 @@ def _rows(found: dict[str, Any]) -> Iterator[Row]:
         good = ratio <= 1.5 and part["good_not_allowed"] == 0
         text = f"{ratio:.2f} ({p99['attacked']:.2f} and {p99['quiet']:.2f} ms), {part['good_not_allowed']} shed"
         yield "p99 while 10,000 revoked devices retry at a third of the capacity", "1.5 times, none shed", text, good
-    if part := found.get("storm"):
-        yield from _storm_rows(part)
-    if part := found.get("faults"):
-        yield from _fault_rows(part)
-    if part := found.get("revocation"):
-        yield from _revocation_rows(part)
-    for name, one in found.get("httpc", {}).items():
-        rates = one["rounds"]["summary"]["authbackend"]
-        text = f"{rates['cycles_per_s']['median']:.0f} devices/s, broker {rates['cpu_ms_per_device']['broker']:.1f} ms CPU a device"
-        yield f"storm with httpc: {name}", "reported", text, None
 
 
 _FAULTS = {
