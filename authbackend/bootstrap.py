@@ -23,9 +23,9 @@ from authbackend.broker.endpoints import Endpoints, Limits
 from authbackend.broker.listener import BrokerServer, TLSFiles, listening, watch
 from authbackend.broker.passwords import PasswordChecker
 from authbackend.credentials import read_password
-from authbackend.enforcement.brokers import Brokers
-from authbackend.enforcement.duty import Duty
-from authbackend.enforcement.management import Access, Cluster
+from authbackend.enforcement.clusters import Clusters
+from authbackend.enforcement.leader import Leader
+from authbackend.enforcement.management_api import Access, Cluster
 from authbackend.enforcement.metrics import EnforcementMetrics
 from authbackend.enforcement.sweep import SweepSettings
 from authbackend.errors import ConfigurationError
@@ -110,7 +110,7 @@ async def following(
     copy = RegistryCopy(feed, store, _Observers(counted, presence), times, ground.disk)
     keeper = Keeper(database, open_authority(settings.pki), settings.pki.crl_lifetime_s)
     parts = [("registry", copy.run), ("presence", presence.run), ("crl", keeper.run)]
-    if duty := _duty(settings, store, collected):
+    if duty := _leader(settings, store, collected):
         parts.append(("enforcement", duty.run))
 
     app = application(
@@ -130,24 +130,24 @@ async def following(
         yield
 
 
-def _duty(settings: Settings, store: Store, collected: CollectorRegistry) -> Duty | None:
+def _leader(settings: Settings, store: Store, collected: CollectorRegistry) -> Leader | None:
     """Return what makes verdicts true for what is connected; None without clusters."""
     enforcement = settings.enforcement
     if not enforcement.clusters:
         return None
     database = target(settings)
     limit_s = float("inf") if enforcement.hold_until_done else enforcement.hold_limit_s
-    return Duty(
+    return Leader(
         lambda: leading(database, limit_s),
         store,
-        brokers_of(settings),
+        clusters_of(settings),
         EnforcementMetrics(collected),
         DecisionSettings(mqtt_exchange=settings.broker.mqtt_exchange),
         SweepSettings(enforcement.sweep_interval_s, frozenset(enforcement.sweep_closes)),
     )
 
 
-def brokers_of(settings: Settings) -> Brokers:
+def clusters_of(settings: Settings) -> Clusters:
     """
     Return the clusters to enforce on.
 
@@ -164,7 +164,7 @@ def brokers_of(settings: Settings) -> Brokers:
         return Cluster(Access(tuple(urls.split()), credentials, ca_file, enforcement.timeout_s))
 
     read_password(enforcement)
-    return Brokers([cluster(urls) for urls in enforcement.clusters], enforcement.kicks_per_second)
+    return Clusters([cluster(urls) for urls in enforcement.clusters], enforcement.kicks_per_second)
 
 
 class _Observers:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from authbackend.enforcement.brokers import Done
+from authbackend.enforcement.clusters import Actions
 from authbackend.enforcement.sweep import CAUSES, Report
-from authbackend.enforcement.work import Backlog
+from authbackend.enforcement.tasks import Backlog
 
 TOOK_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0)
 
@@ -97,7 +97,7 @@ class EnforcementMetrics:
         self._holds.labels("held").set(backlog.holds)
         self._holds.labels("lifted").set(backlog.overdue_holds)
 
-    def ended(self, done: Done) -> None:
+    def ended(self, done: Actions) -> None:
         """Connections were closed, queues deleted, subscriptions removed."""
         self._ended.labels("connection").inc(sum(done.closed.values()))
         self._ended.labels("queue").inc(len(done.deleted))

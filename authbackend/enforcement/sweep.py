@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 import structlog
 
-from authbackend.enforcement.brokers import Brokers, Done, Finding
-from authbackend.enforcement.judging import Judge, Registry, SessionQueue, common_name, contradiction, serial
-from authbackend.enforcement.management import Cluster, Connection, LiveConnection
-from authbackend.enforcement.work import Work
+from authbackend.enforcement.checks import Checker, Registry, SessionQueue, common_name, contradiction, serial
+from authbackend.enforcement.clusters import Actions, Clusters, Violation
+from authbackend.enforcement.management_api import Cluster, Connection, LiveConnection
+from authbackend.enforcement.tasks import TaskStore
 from authbackend.errors import AuthbackendError, Unavailable
 from authbackend.policy.decide import DecisionSettings
 from authbackend.policy.reasons import Reason
@@ -112,15 +112,15 @@ class Sweep:
 
     def __init__(
         self,
-        work: Work,
-        brokers: Brokers,
+        work: TaskStore,
+        clusters: Clusters,
         registry: Reader,
         observer: Observer,
         decisions: DecisionSettings,
         settings: SweepSettings,
     ) -> None:
         self._work = work
-        self._brokers = brokers
+        self._clusters = clusters
         self._registry = registry
         self._observer = observer
         self._decisions = decisions
@@ -130,7 +130,7 @@ class Sweep:
         """Sweep until cancelled."""
         while True:
             begin = time.monotonic()
-            for cluster in self._brokers.clusters:
+            for cluster in self._clusters.clusters:
                 try:
                     report = await self.once(cluster)
                     await self._work.keep_sweep(cluster.name, report.as_dict())
@@ -144,7 +144,7 @@ class Sweep:
         Compare one cluster with the registry.
 
         Raises:
-            Unavailable: It does not answer, or the copy of the registry is too old to judge by.
+            Unavailable: It does not answer, or the copy of the registry is too old to checker by.
         """
         begin = time.monotonic()
         report = Report()
@@ -175,9 +175,9 @@ class Sweep:
         closing = []
         with self._registry as registry:
             _demand_fresh(registry)
-            judge = Judge(registry, time.time(), self._decisions)
+            checker = Checker(registry, time.time(), self._decisions)
             for connection in page:
-                cause, why = connection_fault(judge, registry, connection, states)
+                cause, why = connection_fault(checker, registry, connection, states)
                 if cause is not None:
                     facts = {"user": connection.user, "client_id": connection.client_id, "node": connection.node}
                     report.note(cause, **facts, connection=connection.name, why=why)
@@ -189,25 +189,25 @@ class Sweep:
 
     async def _close(self, cluster: Cluster, closing: list[tuple[str, LiveConnection]], report: Report) -> None:
         for cause, connection in closing:
-            await self._brokers.close_one(cluster, Connection(connection.name, connection.node, connection.user))
+            await self._clusters.close_one(cluster, Connection(connection.name, connection.node, connection.user))
             report.ended[cause] += 1
 
     async def _sessions(self, cluster: Cluster, report: Report) -> None:
-        sessions = await self._brokers.sessions_of(cluster)
+        sessions = await self._clusters.sessions_of(cluster)
         report.sessions = len(sessions)
         ending: list[SessionQueue] = []
         with self._registry as registry:
             _demand_fresh(registry)
-            judge = Judge(registry, time.time(), self._decisions)
+            checker = Checker(registry, time.time(), self._decisions)
             for session in sessions:
-                if why := judge.session(session):
+                if why := checker.session(session):
                     report.note(
                         SESSION_WITHOUT_OWNER, queue=session.queue.name, vhost=session.queue.vhost, why=str(why)
                     )
                     ending.append(session)
         if SESSION_WITHOUT_OWNER in self._settings.closes:
             for session in ending:
-                await self._brokers.put_right(Finding(cluster, session, SESSION_WITHOUT_OWNER), Done())
+                await self._clusters.repair_session(Violation(cluster, session, SESSION_WITHOUT_OWNER), Actions())
                 report.ended[SESSION_WITHOUT_OWNER] += 1
 
 
@@ -223,11 +223,11 @@ def _demand_fresh(registry: Registry) -> None:
 
 
 def connection_fault(
-    judge: Judge, registry: Registry, connection: LiveConnection, states: dict[str, str]
+    checker: Checker, registry: Registry, connection: LiveConnection, states: dict[str, str]
 ) -> tuple[str | None, str | None]:
     """Return the cause for which a live connection should not be there, and why; None twice if it may."""
     device = registry.device_by_name(connection.user)
-    reason = judge.connection(connection)
+    reason = checker.connection(connection)
     if reason is Reason.UNKNOWN_IDENTITY:
         return UNKNOWN_IDENTITY, None
     if reason in _CLIENT_ID_REASONS:

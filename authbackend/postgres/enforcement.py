@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
-from authbackend.enforcement.work import Backlog, Confirmation, Task
+from authbackend.enforcement.tasks import Backlog, Confirmation, Task
 from authbackend.errors import NotFound, Unavailable
 from authbackend.postgres.connection import Connection, Target, connect, connected, translated_errors
 from authbackend.postgres.statements import load_statements
@@ -21,8 +21,8 @@ LOCK_EVERY_S = 0.5
 _LOOK_EVERY_S = 0.02
 
 
-class WorkTable:
-    """Implements ``enforcement.work.Work`` on one connection, which holds the lock."""
+class PostgresTaskStore:
+    """Implements ``enforcement.tasks.TaskStore`` on one connection, which holds the lock."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -31,12 +31,12 @@ class WorkTable:
         self._turn = asyncio.Lock()  # enforcer and sweep share the connection
 
     async def listen(self) -> None:
-        """Be woken by what is noted from now on."""
+        """Be wait_for_tasks by what is noted from now on."""
         with translated_errors():
             await self._connection.add_listener(CHANNEL, lambda *_: self._woken.set())
         self._connection.add_termination_listener(lambda *_: self._woken.set())
 
-    async def tick(self) -> None:
+    async def record_due(self) -> None:
         """Note what has become due by time."""
         await self._fetch("note_expired")
         await self._fetch("apply_schedule")
@@ -46,7 +46,7 @@ class WorkTable:
         self._woken.clear()
         return [_task(row) for row in await self._fetch("due", most)]
 
-    async def woken(self, longest_s: float) -> None:
+    async def wait_for_tasks(self, longest_s: float) -> None:
         """Wait until something is noted, at most so long."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(longest_s):
@@ -134,7 +134,7 @@ def _task(row: Any) -> Task:
 
 
 @contextlib.asynccontextmanager
-async def leading(target: Target, hold_limit_s: float) -> AsyncIterator[WorkTable]:
+async def leading(target: Target, hold_limit_s: float) -> AsyncIterator[PostgresTaskStore]:
     """
     Wait for the lock of enforcement and hold it for the time of the block.
 
@@ -153,7 +153,7 @@ async def leading(target: Target, hold_limit_s: float) -> AsyncIterator[WorkTabl
             while not await connection.fetchval("select pg_try_advisory_lock($1)", LEADER_LOCK):  # noqa: ASYNC110
                 await asyncio.sleep(LOCK_EVERY_S)
             await connection.execute(load_statements("enforcement").enable.sql, hold_limit_s)
-        table = WorkTable(connection)
+        table = PostgresTaskStore(connection)
         await table.listen()
         yield table
     finally:

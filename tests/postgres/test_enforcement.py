@@ -222,7 +222,7 @@ async def test_one_leads_and_another_takes_over_when_its_connection_is_gone(
             await waiting
         assert order == ["second"]
         with pytest.raises(Exception, match="lock|reached|connection"):
-            await first.tick()
+            await first.record_due()
 
 
 async def test_small_changes_come_before_mass_changes(connection: asyncpg.Connection, dsn: str) -> None:

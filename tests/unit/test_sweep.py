@@ -2,11 +2,11 @@
 
 import pytest
 
-from authbackend.enforcement.brokers import Brokers
+from authbackend.enforcement.clusters import Clusters
 from authbackend.enforcement.sweep import Sweep, SweepSettings
 from authbackend.errors import Unavailable
 from authbackend.policy.decide import DecisionSettings
-from tests.unit.test_judging import live, registry
+from tests.unit.test_checks import live, registry
 
 
 class Reader:
@@ -47,7 +47,7 @@ class Told:
 
 def sweep(age_s, cluster):
     settings = SweepSettings(60.0, frozenset({"device_not_permitted"}))
-    return Sweep(Told(), Brokers([cluster], 1000), Reader(age_s), Told(), DecisionSettings(), settings)
+    return Sweep(Told(), Clusters([cluster], 1000), Reader(age_s), Told(), DecisionSettings(), settings)
 
 
 async def test_a_revoked_device_that_is_connected_is_found_and_closed():

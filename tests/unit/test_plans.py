@@ -5,10 +5,10 @@ from datetime import UTC, datetime
 
 import pytest
 
-from authbackend.enforcement.cases import CLOCKS_S, Case, case_of, cases_of, receipt
-from authbackend.enforcement.work import Task
+from authbackend.enforcement.plans import CLOCKS_S, Plan, plan_of, plans_of, receipt
+from authbackend.enforcement.tasks import Task
 from authbackend.policy.rules import Effect, Permission, RuleSet, TopicRule
-from tests.unit.test_judging import judge, live
+from tests.unit.test_checks import checker, live
 
 RULES = [{"effect": "deny", "action": "subscribe", "topic": "x"}]
 
@@ -19,7 +19,7 @@ def task(name, causes, number=1, kind="device", state="waiting", **more):
 
 
 def case(one, confirmed=True):
-    (found,) = cases_of(judge(), [one])
+    (found,) = plans_of(checker(), [one])
     found.confirmed = confirmed
     return found
 
@@ -35,18 +35,18 @@ def test_several_changes_about_one_device_are_one_case():
         task("A", ["renamed"], 2, details={"common_name": "old"}),
         task("R", ["revoked"], 3),
     ]
-    first, second = cases_of(judge(), changes)
+    first, second = plans_of(checker(), changes)
     assert (first.ids, first.users, first.held, first.gone) == ([1, 2], {"A", "old"}, True, False)
     assert (second.ids, second.users, second.held, second.gone) == ([3], {"R"}, False, True)
 
 
 def test_what_still_allows_as_much_makes_nothing_to_do():
-    found = judge()
+    found = checker()
     rules = RuleSet([TopicRule(Effect.ALLOW, Permission.READ, "fleet/{device_id}/#")])
     device = found.registry.device_by_id("A")
     found.registry._by_id["A"] = replace(device, rules=rules)
     went = [{"effect": "allow", "action": "subscribe", "topic": "fleet/{device_id}/x"}]
-    (nothing,) = cases_of(found, [task("A", ["rules"], details={"rules": went})])
+    (nothing,) = plans_of(found, [task("A", ["rules"], details={"rules": went})])
     assert (nothing.users, nothing.sessions, nothing.held) == (set(), [], False)
 
 
@@ -82,18 +82,18 @@ def test_only_connections_with_the_revoked_certificate_end():
 
 def test_a_session_without_an_owner_belongs_to_who_may_have_had_it():
     deleted = case(task("gone", ["deleted"], details={"client_ids": ["{device_id}_*"]}))
-    assert case_of(judge(), [deleted], "gone_1") is deleted
-    assert case_of(judge(), [deleted], "gone") is deleted
-    assert case_of(judge(), [deleted], "goner") is None
-    assert case_of(judge(), [deleted], "A") is None
+    assert plan_of(checker(), [deleted], "gone_1") is deleted
+    assert plan_of(checker(), [deleted], "gone") is deleted
+    assert plan_of(checker(), [deleted], "goner") is None
+    assert plan_of(checker(), [deleted], "A") is None
 
 
 def test_a_receipt_adds_up_over_looks():
-    found = Case(
+    found = Plan(
         task("A", ["retyped"], receipt={"closed": {"n": 1}, "looks": 1, "took_s": 0.5, "confirmed_at": 7.0}), [1]
     )
     found.done.closed["n"] += 1
     found.done.closed["m"] += 1
     after = receipt(found, ["x"], [])
     assert (after["closed"], after["looks"], after["confirmed_at"]) == ({"n": 2, "m": 1}, 2, 7.0)
-    assert receipt(Case(task("A", ["x"]), [1]), [], ["silent"])["confirmed_at"] is None
+    assert receipt(Plan(task("A", ["x"]), [1]), [], ["silent"])["confirmed_at"] is None

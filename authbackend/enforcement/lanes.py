@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 import structlog
 
-from authbackend.enforcement.brokers import Brokers, Done, Finding, judged
-from authbackend.enforcement.cases import CLOCKS_S, Case, case_of, cases_of, narrowed, receipt, since
-from authbackend.enforcement.judging import Judge
-from authbackend.enforcement.work import Confirmation, Task, Work
+from authbackend.enforcement.checks import Checker
+from authbackend.enforcement.clusters import Actions, Clusters, Violation, inspect_session
+from authbackend.enforcement.plans import CLOCKS_S, Plan, narrowed, plan_of, plans_of, receipt, since
+from authbackend.enforcement.tasks import Confirmation, Task, TaskStore
 from authbackend.errors import AuthbackendError, Unavailable
 from authbackend.policy.decide import DecisionSettings
 from authbackend.policy.rules import Device
@@ -43,7 +43,7 @@ _FAILURES_TO_LEAVE = 5
 class Observer(Protocol):
     """Is told what happens, for metrics."""
 
-    def ended(self, done: Done) -> None:
+    def ended(self, done: Actions) -> None:
         """Connections were closed, queues deleted, subscriptions removed."""
 
     def enforced(self, causes: frozenset[str], seconds: float) -> None:
@@ -66,8 +66,8 @@ class Enforcer:
 
     def __init__(
         self,
-        work: Work,
-        brokers: Brokers,
+        work: TaskStore,
+        clusters: Clusters,
         registry: Reader,
         observer: Observer,
         settings: DecisionSettings,
@@ -76,7 +76,7 @@ class Enforcer:
         confirm_s: float = 2.0,
     ) -> None:
         self._work = work
-        self._brokers = brokers
+        self._clusters = clusters
         self._registry = registry
         self._observer = observer
         self._settings = settings
@@ -85,24 +85,24 @@ class Enforcer:
 
     async def run(self) -> None:
         """
-        Work until cancelled.
+        TaskStore until cancelled.
 
         Raises:
             AuthbackendError: The table cannot be used, or the brokers cannot for so long that another replica should try.
         """
         failures = 0
         while True:
-            await self._work.tick()
+            await self._work.record_due()
             tasks = await self._work.due(self._batch)
             if not tasks:
-                await self._work.woken(LONGEST_PAUSE_S)
+                await self._work.wait_for_tasks(LONGEST_PAUSE_S)
                 continue
             began = time.monotonic()
             try:
                 await self._enforce(tasks)
                 failures = 0
                 if len(tasks) == self._batch:  # a mass change: as much rest as work, unless something new is noted
-                    await self._work.woken(min(LONGEST_PAUSE_S, time.monotonic() - began))
+                    await self._work.wait_for_tasks(min(LONGEST_PAUSE_S, time.monotonic() - began))
             except Unavailable as error:
                 failures += 1
                 await self._failed(tasks, error.detail)
@@ -123,17 +123,17 @@ class Enforcer:
 
     async def _enforce(self, tasks: list[Task]) -> None:
         confirmed = await self._confirmed({task.version for task in tasks})
-        nodes = await self._brokers.nodes()  # before anybody is held: work that cannot be done now must hold nobody
-        cases = self._cases([task for task in tasks if task.kind != "device_type"])
-        if held := [case.task.name for case in cases if case.held and case.task.state == "waiting"]:
+        nodes = await self._clusters.nodes()  # before anybody is held: work that cannot be done now must hold nobody
+        plans = self._cases([task for task in tasks if task.kind != "device_type"])
+        if held := [case.task.name for case in plans if case.held and case.task.state == "waiting"]:
             holding = await self._confirmed({await self._work.hold(held)})
             confirmed = Confirmation(confirmed.by, sorted({*confirmed.missing, *holding.missing}))
-        for case in cases:
+        for case in plans:
             case.done.nodes = nodes
             case.confirmed = not confirmed.missing
-        await self._close(cases)
-        await self._purge([case for case in cases if case.sessions])
-        await self._settle(cases, confirmed)
+        await self._close(plans)
+        await self._purge([case for case in plans if case.sessions])
+        await self._settle(plans, confirmed)
         for task in tasks:
             if task.kind == "device_type":
                 await self._spread(task, confirmed)
@@ -147,57 +147,57 @@ class Enforcer:
                 return found
             await asyncio.sleep(_CONFIRM_EVERY_S)
 
-    def _cases(self, tasks: list[Task]) -> list[Case]:
+    def _cases(self, tasks: list[Task]) -> list[Plan]:
         with self._registry as registry:
-            return cases_of(Judge(registry, time.time(), self._settings), tasks)
+            return plans_of(Checker(registry, time.time(), self._settings), tasks)
 
-    async def _close(self, cases: list[Case]) -> None:
-        """Close the connections of the cases' users, and note where they were."""
-        every = {user: case for case in cases for user in case.users if not case.selects()}
-        for connection in await self._brokers.close_users(await self._brokers.connections_of(every)):
+    async def _close(self, plans: list[Plan]) -> None:
+        """Close the connections of the plans' users, and note where they were."""
+        every = {user: case for case in plans for user in case.users if not case.selects()}
+        for connection in await self._clusters.close_users(await self._clusters.connections_of(every)):
             every[connection.user].done.closed[connection.node] += 1
-        for case in cases:
+        for case in plans:
             condition = case.selects()
             if condition is None:
                 continue
-            found = await self._brokers.connections_of(case.users)
-            closed, unknown = await self._brokers.close_where(found, condition)
+            found = await self._clusters.connections_of(case.users)
+            closed, unknown = await self._clusters.close_where(found, condition)
             case.done.unknown += len(unknown)
             case.done.closed.update(connection.node for connection in closed)
 
-    async def _purge(self, cases: list[Case]) -> None:
-        """Put right the sessions of the cases."""
-        if not cases:
+    async def _purge(self, plans: list[Plan]) -> None:
+        """Put right the sessions of the plans."""
+        if not plans:
             return
-        found = await self._brokers.sessions([owner for case in cases for owner in case.sessions])
-        findings: list[tuple[Case, Finding]] = []
+        found = await self._clusters.sessions([owner for case in plans for owner in case.sessions])
+        findings: list[tuple[Plan, Violation]] = []
         with self._registry as registry:
-            judge = Judge(registry, time.time(), self._settings)
-            cases_found = [case_of(judge, cases, session.client_id) for _, session in found]
+            checker = Checker(registry, time.time(), self._settings)
+            cases_found = [plan_of(checker, plans, session.client_id) for _, session in found]
         mine = [(case, pair) for case, pair in zip(cases_found, found, strict=True) if case is not None]
-        bindings = await self._brokers.bindings([pair for _, pair in mine])
+        bindings = await self._clusters.bindings([pair for _, pair in mine])
         with self._registry as registry:
-            judge = Judge(registry, time.time(), self._settings)
+            checker = Checker(registry, time.time(), self._settings)
             for (case, (cluster, session)), bound in zip(mine, bindings, strict=True):
-                finding = judged(judge, cluster, session, bound)
+                finding = inspect_session(checker, cluster, session, bound)
                 if "client_id_owner" in case.task.causes and case.task.state == "waiting":
-                    finding = Finding(cluster, session, "client_id_owner")  # who had the id before had the session
+                    finding = Violation(cluster, session, "client_id_owner")  # who had the id before had the session
                 if finding is None and session.will and "publish" in case.actions:
-                    finding = Finding(cluster, session, "rules")
+                    finding = Violation(cluster, session, "rules")
                 if finding is None:
                     case.done.kept += 1
                 else:
                     findings.append((case, finding))
         for case, finding in findings:
-            await self._brokers.put_right(finding, case.done)
+            await self._clusters.repair_session(finding, case.done)
 
-    async def _settle(self, cases: list[Case], confirmed: Confirmation) -> None:
+    async def _settle(self, plans: list[Plan], confirmed: Confirmation) -> None:
         """Finish what a later look found nothing left of, and keep the rest for another look."""
         soon: dict[int, dict[str, Any]] = {}
         later: dict[int, dict[str, Any]] = {}
         finished: dict[int, dict[str, Any]] = {}
         released = []
-        for case in cases:
+        for case in plans:
             found = receipt(case, confirmed.by, confirmed.missing)
             receipts = dict.fromkeys(case.ids, found)
             nothing_to_do = not case.users and not case.sessions
@@ -249,30 +249,30 @@ class Enforcer:
 
     async def _touched(self, task: Task, confirmed_at: float) -> dict[str, dict[str, Any]]:
         """Return the devices of a type that are connected, or have a session, and lose something by its change."""
-        live = await self._brokers.connections()
-        sessions = await self._brokers.sessions([])
+        live = await self._clusters.connections()
+        sessions = await self._clusters.sessions([])
         touched: dict[str, dict[str, Any]] = {}
         with self._registry as registry:
-            judge = Judge(registry, time.time(), self._settings)
-            actions = narrowed(judge, task)
+            checker = Checker(registry, time.time(), self._settings)
+            actions = narrowed(checker, task)
             for _, connection in live:
                 device = registry.device_by_name(connection.user)
                 if device is None or device.type != task.name:
                     continue
                 older = connection.connected_at <= confirmed_at + CLOCKS_S
-                if judge.connection(connection) or ("publish" in actions and older):
+                if checker.connection(connection) or ("publish" in actions and older):
                     touched[device.device_id] = _details(task, device)
-            owners = [judge.owner(session.client_id) for _, session in sessions]
+            owners = [checker.owner(session.client_id) for _, session in sessions]
         mine = [
             (pair, owner)
             for pair, owner in zip(sessions, owners, strict=True)
             if isinstance(owner, Device) and owner.type == task.name and owner.device_id not in touched
         ]
-        bindings = await self._brokers.bindings([pair for pair, _ in mine])
+        bindings = await self._clusters.bindings([pair for pair, _ in mine])
         with self._registry as registry:
-            judge = Judge(registry, time.time(), self._settings)
+            checker = Checker(registry, time.time(), self._settings)
             for ((cluster, session), owner), bound in zip(mine, bindings, strict=True):
-                if judged(judge, cluster, session, bound):
+                if inspect_session(checker, cluster, session, bound):
                     touched[owner.device_id] = _details(task, owner)
         return touched
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from authbackend.enforcement.judging import SESSION_QUEUES, Judge, SessionQueue, session_queue
-from authbackend.enforcement.management import Binding, Cluster, Connection, LiveConnection, Queue
+from authbackend.enforcement.checks import SESSION_QUEUES, Checker, SessionQueue, session_queue
+from authbackend.enforcement.management_api import Binding, Cluster, Connection, LiveConnection, Queue
 
 _AT_ONCE = 2
 _FEW = 50
@@ -39,7 +39,7 @@ class Pace:
 
 
 @dataclass
-class Done:
+class Actions:
     """
     What was done for one task; as JSON it is the receipt.
 
@@ -71,7 +71,7 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Violation:
     """
     A session that is not as it should be.
 
@@ -86,7 +86,7 @@ class Finding:
     bindings: tuple[tuple[Binding, str], ...] = ()
 
 
-class Brokers:
+class Clusters:
     """
     The clusters that a registry decides for. Every method raises ``Unavailable`` when one of them does not answer.
 
@@ -188,7 +188,7 @@ class Brokers:
 
         return await asyncio.gather(*(one(cluster, session.queue) for cluster, session in sessions))
 
-    async def put_right(self, finding: Finding, done: Done) -> None:
+    async def repair_session(self, finding: Violation, done: Actions) -> None:
         """Delete a session's queue, or remove the bindings that are not allowed; whichever it is goes into ``done``."""
         queue, cluster = finding.session.queue, finding.cluster
         where = {"cluster": cluster.name, "vhost": queue.vhost, "queue": queue.name}
@@ -204,12 +204,14 @@ class Brokers:
         done.deleted.append({**where, "messages": queue.messages, "why": why})
 
 
-def judged(judge: Judge, cluster: Cluster, session: SessionQueue, bindings: list[Binding]) -> Finding | None:
+def inspect_session(
+    checker: Checker, cluster: Cluster, session: SessionQueue, bindings: list[Binding]
+) -> Violation | None:
     """Return what is wrong with a session, None if nothing is."""
-    if why := judge.session(session):
-        return Finding(cluster, session, str(why))
-    faults = tuple((each, str(reason)) for each in bindings if (reason := judge.binding(session, each)))
-    return Finding(cluster, session, None, faults) if faults else None
+    if why := checker.session(session):
+        return Violation(cluster, session, str(why))
+    faults = tuple((each, str(reason)) for each in bindings if (reason := checker.binding(session, each)))
+    return Violation(cluster, session, None, faults) if faults else None
 
 
 def _escaped(text: str) -> str:

@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 from itertools import groupby
 from typing import Any
 
-from authbackend.enforcement.brokers import Done
-from authbackend.enforcement.judging import Judge, fits, narrowed_actions, serial
-from authbackend.enforcement.management import LiveConnection
-from authbackend.enforcement.work import Task
+from authbackend.enforcement.checks import Checker, fits, narrowed_actions, serial
+from authbackend.enforcement.clusters import Actions
+from authbackend.enforcement.management_api import LiveConnection
+from authbackend.enforcement.tasks import Task
 from authbackend.policy.rules import Device, Effect, Permission, RuleSet
 
 _ACTIONS = {Permission.WRITE: "publish", Permission.READ: "subscribe"}
@@ -22,7 +22,7 @@ _BOTH = frozenset({"publish", "subscribe"})
 
 
 @dataclass
-class Case:
+class Plan:
     """
     What the open tasks about one device or account come to.
 
@@ -49,7 +49,7 @@ class Case:
     sessions: list[str] = field(default_factory=list)
     serial: str | None = None
     confirmed: bool = False
-    done: Done = field(default_factory=Done)
+    done: Actions = field(default_factory=Actions)
 
     def selects(self) -> Callable[[LiveConnection], bool] | None:
         """
@@ -68,14 +68,14 @@ class Case:
         return None
 
 
-def cases_of(judge: Judge, tasks: Iterable[Task]) -> list[Case]:
-    """Return the cases of tasks about devices and accounts."""
+def plans_of(checker: Checker, tasks: Iterable[Task]) -> list[Plan]:
+    """Return the plans of tasks about devices and accounts."""
     found = []
     ordered = sorted(tasks, key=lambda task: (task.kind, task.name, task.id))
     for (kind, _), group in groupby(ordered, key=lambda task: (task.kind, task.name)):
         same = list(group)
         task = _merged(same)
-        case = _CASES[kind](judge, task)
+        case = _CASES[kind](checker, task)
         case.ids = [each.id for each in same]
         found.append(case)
     return found
@@ -100,39 +100,39 @@ def _merged(same: list[Task]) -> Task:
     )
 
 
-def _device_case(judge: Judge, task: Task) -> Case:
-    device = judge.registry.device_by_id(task.name)
+def _device_case(checker: Checker, task: Task) -> Plan:
+    device = checker.registry.device_by_id(task.name)
     users = {*task.details["users"], *([device.common_name] if device else [])}
-    if judge.ended(device) is not None:
-        return Case(task, [], device, users, gone=True, sessions=[task.name])
-    actions = narrowed(judge, task)
+    if checker.ended(device) is not None:
+        return Plan(task, [], device, users, gone=True, sessions=[task.name])
+    actions = narrowed(checker, task)
     if not actions:
-        return Case(task, [], device)  # what is still allowed covers what went
-    return Case(task, [], device, users, held=True, actions=actions, sessions=[task.name])
+        return Plan(task, [], device)  # what is still allowed covers what went
+    return Plan(task, [], device, users, held=True, actions=actions, sessions=[task.name])
 
 
-def _account_case(judge: Judge, task: Task) -> Case:
-    account = judge.registry.account(task.name)
-    actions = narrowed(judge, task)
+def _account_case(checker: Checker, task: Task) -> Plan:
+    account = checker.registry.account(task.name)
+    actions = narrowed(checker, task)
     if account is not None and not actions:
-        return Case(task, [])
+        return Plan(task, [])
     sessions = sorted({*task.details["client_ids"], *(account.client_ids if account else ())})
-    return Case(task, [], None, {task.name}, gone=account is None, actions=actions, sessions=sessions)
+    return Plan(task, [], None, {task.name}, gone=account is None, actions=actions, sessions=sessions)
 
 
-def _certificate_case(judge: Judge, task: Task) -> Case:
-    del judge  # whoever it is now: the certificate must not be in use
-    return Case(task, [], None, set(task.details["users"]), serial=task.name)
+def _certificate_case(checker: Checker, task: Task) -> Plan:
+    del checker  # whoever it is now: the certificate must not be in use
+    return Plan(task, [], None, set(task.details["users"]), serial=task.name)
 
 
 _CASES = {"device": _device_case, "account": _account_case, "certificate": _certificate_case}
 
 
-def narrowed(judge: Judge, task: Task) -> frozenset[str]:
+def narrowed(checker: Checker, task: Task) -> frozenset[str]:
     """Return which of ``publish`` and ``subscribe`` a change may have narrowed; both, unless only rules changed."""
     if task.causes != {"rules"}:
         return _BOTH
-    registry = judge.registry
+    registry = checker.registry
     rules: list[RuleSet] = []
     if task.kind == "account":
         account = registry.account(task.name)
@@ -145,19 +145,19 @@ def narrowed(judge: Judge, task: Task) -> frozenset[str]:
     return frozenset(narrowed_actions(task.details.get("rules", []), present))
 
 
-def case_of(judge: Judge, cases: Iterable[Case], client_id: str) -> Case | None:
+def plan_of(checker: Checker, plans: Iterable[Plan], client_id: str) -> Plan | None:
     """Return the case that a session belongs to: its owner's, or without one, that of who may have owned it before."""
-    owner = judge.owner(client_id)
+    owner = checker.owner(client_id)
     if owner is None:
-        for case in cases:
+        for case in plans:
             if client_id in case.sessions or fits(client_id, case.task.name, case.task.details["client_ids"]):
                 return case
         return None
     mine = ("device", owner.device_id) if isinstance(owner, Device) else ("account", owner.name)
-    return next((case for case in cases if (case.task.kind, case.task.name) == mine), None)
+    return next((case for case in plans if (case.task.kind, case.task.name) == mine), None)
 
 
-def receipt(case: Case, confirmed: list[str], missing: list[str]) -> dict[str, Any]:
+def receipt(case: Plan, confirmed: list[str], missing: list[str]) -> dict[str, Any]:
     """Return the receipt of a case: what was done before, and now."""
     before, now = case.task.receipt, case.done
     took_s = before.get("took_s")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from authbackend.enforcement.judging import Judge, common_name, contradiction, narrowed_actions, session_queue
-from authbackend.enforcement.management import Binding, LiveConnection, Queue
+from authbackend.enforcement.checks import Checker, common_name, contradiction, narrowed_actions, session_queue
+from authbackend.enforcement.management_api import Binding, LiveConnection, Queue
 from authbackend.enforcement.sweep import connection_fault, serial
 from authbackend.policy.decide import DecisionSettings
 from authbackend.policy.reasons import Reason
@@ -30,8 +30,8 @@ def registry():
     return MemoryRegistry(devices, types, (Account("svc", Login.PASSWORD, client_ids=("svc-1",), vhosts=("/",)),))
 
 
-def judge():
-    return Judge(registry(), NOW, DecisionSettings())
+def checker():
+    return Checker(registry(), NOW, DecisionSettings())
 
 
 def live(user, client_id=None, **changes):
@@ -69,7 +69,7 @@ def live(user, client_id=None, **changes):
     ],
 )
 def test_a_connection_is_judged_as_its_login_would_be(connection, reason):
-    assert judge().connection(connection) == reason
+    assert checker().connection(connection) == reason
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_a_connection_is_judged_as_its_login_would_be(connection, reason):
 def test_a_session_belongs_to_somebody_who_may_have_it(name, expected):
     session = session_queue(Queue("/", name, 0))
     assert session is not None
-    assert judge().session(session) == expected
+    assert checker().session(session) == expected
 
 
 @pytest.mark.parametrize(
@@ -101,10 +101,11 @@ def test_other_queues_are_nobodys_session(name):
 def test_a_subscription_is_judged_by_the_rules_of_the_owner():
     session = session_queue(Queue("/", "mqtt-subscription-Aqos1", 0))
     found = {
-        key: judge().binding(session, Binding("amq.topic", key, "k")) for key in ("fleet.A.x", "fleet.A.#", "fleet.B.x")
+        key: checker().binding(session, Binding("amq.topic", key, "k"))
+        for key in ("fleet.A.x", "fleet.A.#", "fleet.B.x")
     }
     assert found == {"fleet.A.x": None, "fleet.A.#": Reason.RULE_DENIES, "fleet.B.x": Reason.NO_RULE_ALLOWS}
-    assert judge().binding(session, Binding("amq.fanout", "fleet.A.x", "k")) == Reason.EXCHANGE_NOT_PERMITTED
+    assert checker().binding(session, Binding("amq.fanout", "fleet.A.x", "k")) == Reason.EXCHANGE_NOT_PERMITTED
 
 
 def rule(effect, action, topic):
@@ -143,9 +144,9 @@ def test_the_common_name_of_a_subject(subject, name):
 
 
 def test_a_sweep_tells_what_is_wrong_by_cause():
-    judged = judge()
+    inspect_session = checker()
     found = {
-        cause: connection_fault(judged, judged.registry, connection, {"ab": "revoked"})[0]
+        cause: connection_fault(inspect_session, inspect_session.registry, connection, {"ab": "revoked"})[0]
         for cause, connection in {
             "unknown_identity": live("nobody"),
             "wrong_client_id": live("A", "B"),
@@ -157,7 +158,7 @@ def test_a_sweep_tells_what_is_wrong_by_cause():
     }
     assert found == {cause: cause for cause in found}
     fine = live("A", "A", certificate_subject="CN=A", certificate_serial="00AC")
-    assert connection_fault(judged, judged.registry, fine, {"ab": "revoked"}) == (None, None)
+    assert connection_fault(inspect_session, inspect_session.registry, fine, {"ab": "revoked"}) == (None, None)
 
 
 def test_what_a_client_claims_in_user_properties_is_compared():

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from authbackend.enforcement.management import Binding, LiveConnection, Queue
+from authbackend.enforcement.management_api import Binding, LiveConnection, Queue
 from authbackend.policy import client_ids, decide, lookups
 from authbackend.policy.decide import DecisionSettings
 from authbackend.policy.names import client_id_fits
@@ -52,7 +52,7 @@ def session_queue(queue: Queue) -> SessionQueue | None:
     return SessionQueue(queue, found["will"] if will else found["session"], will)
 
 
-class Judge:
+class Checker:
     """
     Judges by one version of the registry.
 

@@ -11,12 +11,12 @@ from typing import Protocol
 
 import structlog
 
-from authbackend.enforcement.brokers import Brokers
-from authbackend.enforcement.enforcer import Enforcer
-from authbackend.enforcement.enforcer import Observer as EnforcerObserver
+from authbackend.enforcement.clusters import Clusters
+from authbackend.enforcement.lanes import Enforcer
+from authbackend.enforcement.lanes import Observer as EnforcerObserver
 from authbackend.enforcement.sweep import Observer as SweepObserver
 from authbackend.enforcement.sweep import Sweep, SweepSettings
-from authbackend.enforcement.work import Backlog, Work
+from authbackend.enforcement.tasks import Backlog, TaskStore
 from authbackend.errors import AuthbackendError
 from authbackend.policy.decide import DecisionSettings
 from authbackend.registry.store import Store
@@ -37,7 +37,7 @@ class Observer(EnforcerObserver, SweepObserver, Protocol):
         """What is open."""
 
 
-class Duty:
+class Leader:
     """
     Enforces whenever no other replica does.
 
@@ -49,16 +49,16 @@ class Duty:
 
     def __init__(
         self,
-        leading: Callable[[], AbstractAsyncContextManager[Work]],
+        leading: Callable[[], AbstractAsyncContextManager[TaskStore]],
         store: Store,
-        brokers: Brokers,
+        clusters: Clusters,
         observer: Observer,
         decisions: DecisionSettings,
         sweep: SweepSettings,
     ) -> None:
         self._leading = leading
         self._store = store
-        self._brokers = brokers
+        self._clusters = clusters
         self._observer = observer
         self._decisions = decisions
         self._sweep = sweep
@@ -75,11 +75,11 @@ class Duty:
                 log.exception("enforcement.crashed")
             await asyncio.sleep(_PAUSE_S * random.uniform(0.5, 1.0))
 
-    async def _lead(self, work: Work) -> None:
+    async def _lead(self, work: TaskStore) -> None:
         log.info("enforcement.leading")
         self._observer.leads(True)
-        enforcer = Enforcer(work, self._brokers, self._store.reader(), self._observer, self._decisions)
-        sweep = Sweep(work, self._brokers, self._store.reader(), self._observer, self._decisions, self._sweep)
+        enforcer = Enforcer(work, self._clusters, self._store.reader(), self._observer, self._decisions)
+        sweep = Sweep(work, self._clusters, self._store.reader(), self._observer, self._decisions, self._sweep)
         tasks = [asyncio.create_task(each) for each in (enforcer.run(), sweep.run(), self._count(work))]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
@@ -92,9 +92,9 @@ class Duty:
             await asyncio.gather(*tasks, return_exceptions=True)
             self._observer.leads(False)
             with contextlib.suppress(Exception):
-                await self._brokers.close()
+                await self._clusters.close()
 
-    async def _count(self, work: Work) -> None:
+    async def _count(self, work: TaskStore) -> None:
         while True:
             self._observer.backlog(await work.backlog())
             await asyncio.sleep(BACKLOG_EVERY_S)

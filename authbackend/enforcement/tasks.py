@@ -49,16 +49,16 @@ class Confirmation:
     missing: list[str]
 
 
-class Work(Protocol):
+class TaskStore(Protocol):
     """The table; ``postgres.enforcement`` has the real one. Every method raises ``AuthbackendError`` on a fault."""
 
-    async def tick(self) -> None:
+    async def record_due(self) -> None:
         """Note what has become due by time: expiries and scheduled changes."""
 
     async def due(self, most: int) -> list[Task]:
         """Return the open tasks that are due, those of small changes first."""
 
-    async def woken(self, longest_s: float) -> None:
+    async def wait_for_tasks(self, longest_s: float) -> None:
         """Wait until something is noted, at most so long."""
 
     async def confirmation(self, versions: set[str]) -> Confirmation:
