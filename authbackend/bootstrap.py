@@ -18,14 +18,14 @@ from prometheus_client import CollectorRegistry
 from authbackend import __version__, metrics
 from authbackend.admin.health import Health
 from authbackend.admin.listener import application
+from authbackend.backoff import Reachability
 from authbackend.board import Board
 from authbackend.broker.endpoints import Endpoints, Limits
 from authbackend.broker.listener import BrokerServer, TLSFiles, listening, watch
 from authbackend.broker.passwords import PasswordChecker
 from authbackend.credentials import read_password
-from authbackend.enforcement.clusters import Clusters
-from authbackend.enforcement.leader import Leader
-from authbackend.enforcement.management_api import Access, Cluster
+from authbackend.enforcement.leader import Leader, LeaderSettings
+from authbackend.enforcement.management_api import Access, ManagementAPI
 from authbackend.enforcement.metrics import EnforcementMetrics
 from authbackend.enforcement.sweep import SweepSettings
 from authbackend.errors import ConfigurationError
@@ -33,7 +33,7 @@ from authbackend.ground import Ground, prepared, target
 from authbackend.logs import Sampler
 from authbackend.metrics import BrokerMetrics, RegistryMetrics
 from authbackend.policy.decide import DecisionSettings
-from authbackend.postgres.enforcement import leading
+from authbackend.postgres.enforcement import leading, open_store
 from authbackend.postgres.feed import ChangeFeed
 from authbackend.postgres.replicas import Announcer, Identity
 from authbackend.registry.presence import Presence
@@ -110,8 +110,8 @@ async def following(
     copy = RegistryCopy(feed, store, _Observers(counted, presence), times, ground.disk)
     keeper = Keeper(database, open_authority(settings.pki), settings.pki.crl_lifetime_s)
     parts = [("registry", copy.run), ("presence", presence.run), ("crl", keeper.run)]
-    if duty := _leader(settings, store, collected):
-        parts.append(("enforcement", duty.run))
+    if leader := _leader(settings, store, collected, Reachability()):
+        parts.append(("enforcement", leader.run))
 
     app = application(
         store.reader(),
@@ -130,29 +130,42 @@ async def following(
         yield
 
 
-def _leader(settings: Settings, store: Store, collected: CollectorRegistry) -> Leader | None:
-    """Return what makes verdicts true for what is connected; None without clusters."""
+def _leader(
+    settings: Settings, store: Store, collected: CollectorRegistry, reachability: Reachability
+) -> Leader | None:
+    """
+    Return what makes verdicts true for what is connected; None without clusters.
+
+    Raises:
+        ConfigurationError: A URL or a file cannot be used.
+    """
     enforcement = settings.enforcement
     if not enforcement.clusters:
         return None
     database = target(settings)
     limit_s = float("inf") if enforcement.hold_until_done else enforcement.hold_limit_s
+    clusters = clusters_of(settings)
     return Leader(
-        lambda: leading(database, limit_s),
+        lambda: leading(database, limit_s, list(clusters)),
+        lambda part: open_store(database, part),
         store,
-        clusters_of(settings),
         EnforcementMetrics(collected),
-        DecisionSettings(mqtt_exchange=settings.broker.mqtt_exchange),
-        SweepSettings(enforcement.sweep_interval_s, frozenset(enforcement.sweep_closes)),
+        LeaderSettings(
+            clusters,
+            enforcement.kicks_per_second,
+            DecisionSettings(mqtt_exchange=settings.broker.mqtt_exchange),
+            SweepSettings(enforcement.sweep_interval_s, frozenset(enforcement.sweep_closes)),
+        ),
+        reachability,
     )
 
 
-def clusters_of(settings: Settings) -> Clusters:
+def clusters_of(settings: Settings) -> dict[str, Callable[[], ManagementAPI]]:
     """
-    Return the clusters to enforce on.
+    Return the clusters to enforce on, by name, each with a function that opens connections of its own to it.
 
     Raises:
-        ConfigurationError: A URL or a file cannot be used.
+        ConfigurationError: A URL or a file cannot be used, or two clusters have the same name.
     """
     enforcement = settings.enforcement
     ca_file = None if enforcement.ca_file is None else str(enforcement.ca_file)
@@ -160,11 +173,20 @@ def clusters_of(settings: Settings) -> Clusters:
     def credentials() -> tuple[str, str]:
         return enforcement.username, read_password(enforcement)
 
-    def cluster(urls: str) -> Cluster:
-        return Cluster(Access(tuple(urls.split()), credentials, ca_file, enforcement.timeout_s))
+    def opened(urls: str) -> Callable[[], ManagementAPI]:
+        return lambda: ManagementAPI(Access(tuple(urls.split()), credentials, ca_file, enforcement.timeout_s))
 
     read_password(enforcement)
-    return Clusters([cluster(urls) for urls in enforcement.clusters], enforcement.kicks_per_second)
+    found: dict[str, Callable[[], ManagementAPI]] = {}
+    for urls in enforcement.clusters:
+        name = opened(urls)().name
+        if name in found:
+            raise ConfigurationError(
+                f"enforcement.clusters: two clusters begin with the host {name}, by which a cluster is named; "
+                "begin one of them with another of its nodes"
+            )
+        found[name] = opened(urls)
+    return found
 
 
 class _Observers:

@@ -396,23 +396,30 @@ begin
   return new;
 end $$;
 
-CREATE FUNCTION public.device_schedule_apply() RETURNS bigint
+CREATE FUNCTION public.device_schedule_apply(OUT made bigint, OUT fault text) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET lock_timeout TO '200ms'
     AS $$
 declare
   due record;
-  n bigint := 0;
 begin
-  for due in select * from public.device_schedule where at <= clock_timestamp() order by at, device_id for update skip locked loop
-    perform set_config('authbackend.actor', due.actor, true);
-    update public.device set status = due.status, status_reason = due.reason
-    where device_id = due.device_id and status <> due.status
-      and (due.status = 'revoked' or (due.status = 'suspended' and status = 'active') or (due.status = 'active' and status = 'suspended'));
-    delete from public.device_schedule where device_id = due.device_id and at = due.at;
-    n := n + 1;
+  made := 0;
+  for due in select * from public.device_schedule where at <= clock_timestamp() order by at, device_id limit 1000 for update skip locked loop
+    perform from public.device where device_id = due.device_id for no key update skip locked;
+    continue when not found; -- enforcement_overdue() names who has it
+    begin
+      perform set_config('authbackend.actor', due.actor, true);
+      update public.device set status = due.status, status_reason = due.reason
+      where device_id = due.device_id and status <> due.status
+        and (due.status = 'revoked' or (due.status = 'suspended' and status = 'active') or (due.status = 'active' and status = 'suspended'));
+      delete from public.device_schedule where device_id = due.device_id and at = due.at;
+      made := made + 1;
+    exception
+      when others then
+        fault := coalesce(fault, format('%s of device %s, scheduled for %s: %s', due.status, due.device_id, due.at, sqlerrm));
+    end;
   end loop;
-  return n;
 end $$;
 
 CREATE FUNCTION public.device_status_changed() RETURNS trigger
@@ -449,11 +456,12 @@ begin
   end if;
   case tg_op
   when 'DELETE' then
-    insert into public.enforcement (kind, name, causes, details)
-    select 'account', name, '{deleted}', jsonb_build_object('client_ids', client_ids) from old_rows;
+    insert into public.enforcement (cluster, kind, name, causes, details)
+    select k.name, 'account', o.name, '{deleted}', jsonb_build_object('client_ids', o.client_ids)
+    from old_rows o cross join public.enforcement_cluster k;
   else
-    insert into public.enforcement (kind, name, causes, details)
-    select 'account', o.name, c.causes, jsonb_build_object('client_ids', o.client_ids)
+    insert into public.enforcement (cluster, kind, name, causes, details)
+    select k.name, 'account', o.name, c.causes, jsonb_build_object('client_ids', o.client_ids)
     from old_rows o left join new_rows n using (name)
     cross join lateral (select array_remove(array[
       case when n.name is null then 'deleted' end,
@@ -464,6 +472,7 @@ begin
       case when exists (select from unnest(o.client_ids) as x where x <> all (n.client_ids)) then 'client_ids' end,
       case when (n.configure, n.write, n.read) is distinct from (o.configure, o.write, o.read)
              or (o.unchecked_dead_lettering and not n.unchecked_dead_lettering) then 'rights' end], null) as causes) as c
+    cross join public.enforcement_cluster k
     where c.causes <> '{}';
   end case;
   perform pg_notify('enforcement', '');
@@ -488,9 +497,11 @@ begin
   if not exists (select from public.enforcement_setup) then
     return null;
   end if;
-  insert into public.enforcement (kind, name, causes, details)
-  select 'certificate', n.serial, '{revoked}', jsonb_build_object('common_name', n.common_name)
-  from old_rows o join new_rows n using (fingerprint) where o.state = 'active' and n.state = 'revoked' and n.not_after > now();
+  insert into public.enforcement (cluster, kind, name, causes, details)
+  select k.name, 'certificate', n.serial, '{revoked}',
+         jsonb_build_object('common_name', n.common_name, 'issuer', n.issuer, 'subject', n.subject, 'not_before', n.not_before, 'not_after', n.not_after)
+  from old_rows o join new_rows n using (fingerprint) cross join public.enforcement_cluster k
+  where o.state = 'active' and n.state = 'revoked' and n.not_after > now();
   perform pg_notify('enforcement', '');
   return null;
 end $$;
@@ -507,13 +518,13 @@ begin
   end if;
   case tg_op
   when 'DELETE' then
-    insert into public.enforcement (kind, name, causes, details)
-    select 'device', o.device_id, '{deleted}', jsonb_build_object('common_name', o.common_name, 'client_ids', t.client_ids)
-    from old_rows o left join public.device_type t on t.name = o.type where o.status = 'active';
+    insert into public.enforcement (cluster, kind, name, causes, details)
+    select k.name, 'device', o.device_id, '{deleted}', jsonb_build_object('common_name', o.common_name, 'client_ids', t.client_ids)
+    from old_rows o left join public.device_type t on t.name = o.type cross join public.enforcement_cluster k where o.status = 'active';
   when 'UPDATE' then
     with noted as (
-      insert into public.enforcement (kind, name, causes, details)
-      select 'device', o.device_id, c.causes, jsonb_build_object('common_name', o.common_name, 'client_ids', t.client_ids)
+      insert into public.enforcement (cluster, kind, name, causes, details)
+      select k.name, 'device', o.device_id, c.causes, jsonb_build_object('common_name', o.common_name, 'client_ids', t.client_ids, 'expires_at', n.expires_at)
       from old_rows o left join new_rows n using (device_id) left join public.device_type t on t.name = o.type
       cross join lateral (select array_remove(array[
         case when n.device_id is null then 'deleted' end,
@@ -523,9 +534,10 @@ begin
         case when n.type <> o.type and t.name is not null then 'retyped' end,
         case when n.attributes <> o.attributes and public.enforcement_attributes_used(n.device_id, n.type, o.attributes, n.attributes) then 'attributes' end,
         case when n.expires_at <= clock_timestamp() and n.expires_at is distinct from o.expires_at then 'expired' end], null) as causes) as c
+      cross join public.enforcement_cluster k
       where o.status = 'active' and c.causes <> '{}'
       returning name, causes)
-    select array_agg(name) into held from noted where not causes && '{deleted,pending,suspended,revoked,expired}';
+    select array_agg(distinct name) into held from noted where not causes && '{deleted,pending,suspended,revoked,expired}';
     perform public.enforcement_hold(held);
   else
     null;
@@ -534,15 +546,17 @@ begin
     -- Who registers APM_1 beside APM takes the client ids that begin with APM_1 from APM.
     execute format($q$
       with noted as (
-        insert into public.enforcement (kind, name, causes, details)
-        select 'device', n.device_id, '{client_id_owner}', jsonb_build_object('common_name', n.common_name, 'users', array_agg(distinct d.common_name))
-        from new_rows n %s
-        cross join lateral public.client_id_owners(n.device_id) as p
-        join public.device d on d.device_id = p and p <> n.device_id join public.device_type t on t.name = d.type
-        where n.device_id ~ '[_-]' and t.client_ids <> '{}' %s
-        group by n.device_id, n.common_name
+        insert into public.enforcement (cluster, kind, name, causes, details)
+        select k.name, 'device', t.device_id, '{client_id_owner}', jsonb_build_object('common_name', t.common_name, 'users', t.users)
+        from (select n.device_id, n.common_name, array_agg(distinct d.common_name) as users
+              from new_rows n %s
+              cross join lateral public.client_id_owners(n.device_id) as p
+              join public.device d on d.device_id = p and p <> n.device_id join public.device_type t on t.name = d.type
+              where n.device_id ~ '[_-]' and t.client_ids <> '{}' %s
+              group by n.device_id, n.common_name) as t
+        cross join public.enforcement_cluster k
         returning name)
-      select array_agg(name) from noted$q$,
+      select array_agg(distinct name) from noted$q$,
       case tg_op when 'UPDATE' then 'left join old_rows o using (device_id)' else '' end,
       case tg_op when 'UPDATE' then 'and o.device_id is null' else '' end) into held;
     perform public.enforcement_hold(held);
@@ -559,14 +573,15 @@ begin
   if not exists (select from public.enforcement_setup) then
     return null;
   end if;
-  insert into public.enforcement (kind, name, causes)
-  select 'device_type', n.name, c.causes
+  insert into public.enforcement (cluster, kind, name, causes)
+  select k.name, 'device_type', n.name, c.causes
   from new_rows n left join old_rows o using (name)
   cross join lateral (select array_remove(array[
     case when o.name is null then 'renamed' end,
     case when exists (select from unnest(o.client_ids) as x where x <> all (n.client_ids)) then 'client_ids' end,
     case when exists (select from unnest(o.vhosts) as x where x <> all (n.vhosts)) then 'vhosts' end,
     case when n.networks is not null and n.networks is distinct from o.networks then 'networks' end], null) as causes) as c
+  cross join public.enforcement_cluster k
   where c.causes <> '{}';
   perform pg_notify('enforcement', '');
   return null;
@@ -584,6 +599,31 @@ CREATE FUNCTION public.enforcement_hold(device_ids text[]) RETURNS void
   on conflict (device_id) do update set since = clock_timestamp(), until = excluded.until
 $$;
 
+CREATE FUNCTION public.enforcement_lane() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  most constant integer := 20;
+  identities integer;
+  tasks integer;
+  read_at_most integer;
+begin
+  -- 3 tasks an identity; more than that is a mass change without counting on.
+  select 3 * most * greatest(count(*), 1) into read_at_most from public.enforcement_cluster;
+  select count(distinct t.identity), count(*) into identities, tasks
+  from (select coalesce(details ->> 'common_name', name) as identity from public.enforcement
+        where version = pg_current_xact_id() and parent is null limit read_at_most + 1) as t;
+  if identities <= most and tasks <= read_at_most then
+    update public.enforcement e
+    set lane = case when e.kind <> 'device_type' and e.causes && '{revoked,suspended,pending,deleted,expired}' then 'urgent' else 'small' end
+    from new_rows n where e.id = n.id and n.parent is null;
+  else
+    update public.enforcement set lane = 'mass' where version = pg_current_xact_id() and lane in ('urgent', 'small') and parent is null;
+  end if;
+  return null;
+end $$;
+
 CREATE FUNCTION public.enforcement_note_expired() RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -594,17 +634,37 @@ declare
   n bigint;
 begin
   insert into public.enforcement_expiry (noted_until) values (now_) on conflict do nothing;
-  select noted_until - interval '5 min' into since from public.enforcement_expiry for update;
-  insert into public.enforcement (kind, name, causes, details)
-  select 'device', d.device_id, '{expired}', jsonb_build_object('common_name', d.common_name, 'client_ids', t.client_ids, 'expires_at', d.expires_at)
-  from public.device d left join public.device_type t on t.name = d.type
+  select noted_until - interval '5 min' into since from public.enforcement_expiry for update skip locked;
+  if since is null then
+    return 0;
+  end if;
+  insert into public.enforcement (cluster, kind, name, causes, details)
+  select k.name, 'device', d.device_id, '{expired}', jsonb_build_object('common_name', d.common_name, 'client_ids', t.client_ids, 'expires_at', d.expires_at)
+  from public.device d left join public.device_type t on t.name = d.type cross join public.enforcement_cluster k
   where d.expires_at > since and d.expires_at <= now_ and d.status = 'active'
-    and not exists (select from public.enforcement e where e.kind = 'device' and e.name = d.device_id and e.causes = '{expired}'
+    and not exists (select from public.enforcement e where e.kind = 'device' and e.name = d.device_id and e.causes @> '{expired}'
                       and (e.details ->> 'expires_at')::timestamptz = d.expires_at);
   get diagnostics n = row_count;
   update public.enforcement_expiry set noted_until = now_;
+  if n > 0 then
+    perform pg_notify('enforcement', '');
+  end if;
   return n;
 end $$;
+
+CREATE FUNCTION public.enforcement_overdue() RETURNS TABLE(device_id text, at timestamp with time zone, status text, pid integer, application text, role name, since timestamp with time zone)
+    LANGUAGE sql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+  select s.device_id, s.at, s.status, h.pid, a.application_name, a.usename, a.xact_start
+  from public.device_schedule s join public.device d using (device_id)
+  left join lateral (
+    select public.row_lock_holders(d.xmax) as pid
+    union select public.row_lock_holders(s.xmax)) as h on true
+  left join pg_stat_activity a on a.pid = h.pid
+  where s.at < clock_timestamp() - interval '1 second'
+  order by s.at, s.device_id
+$$;
 
 CREATE FUNCTION public.enforcement_topic_rule() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER
@@ -623,16 +683,16 @@ begin
     owners as (
       select case when device_type is not null then 'device_type' when device_id is not null then 'device' else 'account' end as kind,
              coalesce(device_type, device_id, account) as name,
-             jsonb_agg(jsonb_build_object('effect', effect, 'action', action, 'topic', topic)) as rules
+             jsonb_agg(jsonb_strip_nulls(jsonb_build_object('effect', effect, 'action', action, 'topic', topic, 'exchange', exchange))) as rules
       from narrowed group by 1, 2),
     noted as (
-      insert into public.enforcement (kind, name, causes, details)
-      select w.kind, w.name, '{rules}', jsonb_build_object('rules', w.rules) from owners w
+      insert into public.enforcement (cluster, kind, name, causes, details)
+      select k.name, w.kind, w.name, '{rules}', jsonb_build_object('rules', w.rules) from owners w cross join public.enforcement_cluster k
       where (w.kind = 'device_type' and exists (select from public.device_type t where t.name = w.name))
          or (w.kind = 'device' and exists (select from public.device d where d.device_id = w.name and d.status = 'active'))
          or (w.kind = 'account' and exists (select from public.account a where a.name = w.name))
       returning kind, name)
-    select array_agg(name) from noted where kind = 'device'$q$,
+    select array_agg(distinct name) from noted where kind = 'device'$q$,
     case tg_op when 'INSERT' then gained when 'DELETE' then lost
       -- Rows that say the same as before, but for the note, narrow nothing.
       else format('(%s except all select device_type, device_id, account, action, topic, exchange, %L from new_rows where effect = %L) union all (%s except all select device_type, device_id, account, action, topic, exchange, %L from old_rows where effect = %L)',
@@ -759,6 +819,22 @@ CREATE FUNCTION public.resource_pattern_matches(pattern text, name text) RETURNS
     AS $$
   select name like replace(replace(replace(replace(pattern, '\', '\\'), '%', '\%'), '_', '\_'), '*', '%')
 $$;
+
+CREATE FUNCTION public.row_lock_holders(xmax_ xid) RETURNS SETOF integer
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  return query select l.pid from pg_locks l where l.locktype = 'transactionid' and l.granted and l.transactionid = xmax_;
+  if found or xmax_ = '0' then
+    return;
+  end if;
+  -- Several hold it: then xmax names a set of transactions.
+  return query select distinct l.pid from pg_get_multixact_members(xmax_) m join pg_locks l on l.transactionid = m.xid
+  where l.locktype = 'transactionid' and l.granted;
+exception when internal_error or invalid_parameter_value then
+  return; -- xmax names a transaction that has ended, and no set
+end $$;
 
 CREATE FUNCTION public.topic_filter_fault(filter text) RETURNS text
     LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
@@ -1052,8 +1128,16 @@ CREATE TABLE public.enforcement (
     fault text,
     receipt jsonb,
     finished_at timestamp with time zone,
+    cluster text NOT NULL,
+    lane text DEFAULT 'mass'::text NOT NULL,
     CONSTRAINT enforcement_kind_check CHECK ((kind = ANY (ARRAY['device'::text, 'device_type'::text, 'account'::text, 'certificate'::text]))),
-    CONSTRAINT enforcement_state_check CHECK ((state = ANY (ARRAY['waiting'::text, 'checking'::text, 'done'::text])))
+    CONSTRAINT enforcement_lane_check CHECK ((lane = ANY (ARRAY['urgent'::text, 'small'::text, 'mass'::text]))),
+    CONSTRAINT enforcement_state_check CHECK ((state = ANY (ARRAY['waiting'::text, 'checking'::text, 'done'::text, 'superseded'::text])))
+);
+
+CREATE TABLE public.enforcement_cluster (
+    name text NOT NULL,
+    added_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL
 );
 
 CREATE TABLE public.enforcement_expiry (
@@ -1069,6 +1153,22 @@ ALTER TABLE public.enforcement ALTER COLUMN id ADD GENERATED ALWAYS AS IDENTITY 
     NO MINVALUE
     NO MAXVALUE
     CACHE 1
+);
+
+CREATE TABLE public.enforcement_pause (
+    one boolean DEFAULT true NOT NULL,
+    scope text NOT NULL,
+    since timestamp with time zone DEFAULT now() NOT NULL,
+    until timestamp with time zone DEFAULT (now() + '01:00:00'::interval) NOT NULL,
+    role name DEFAULT SESSION_USER NOT NULL,
+    actor text DEFAULT NULLIF(current_setting('authbackend.actor'::text, true), ''::text),
+    CONSTRAINT enforcement_pause_one_check CHECK (one),
+    CONSTRAINT enforcement_pause_scope_check CHECK ((scope = ANY (ARRAY['bulk'::text, 'all'::text]))),
+    CONSTRAINT enforcement_pause_until CHECK (
+CASE
+    WHEN (until <= (since + '01:00:00'::interval)) THEN true
+    ELSE public.refuse('a pause of enforcement ends after an hour at the latest; pause again before it ends'::text)
+END)
 );
 
 CREATE TABLE public.enforcement_setup (
@@ -1232,8 +1332,14 @@ ALTER TABLE ONLY public.device_schedule
 ALTER TABLE ONLY public.device_type
     ADD CONSTRAINT device_type_pkey PRIMARY KEY (name);
 
+ALTER TABLE ONLY public.enforcement_cluster
+    ADD CONSTRAINT enforcement_cluster_pkey PRIMARY KEY (name);
+
 ALTER TABLE ONLY public.enforcement_expiry
     ADD CONSTRAINT enforcement_expiry_pkey PRIMARY KEY (one);
+
+ALTER TABLE ONLY public.enforcement_pause
+    ADD CONSTRAINT enforcement_pause_pkey PRIMARY KEY (one);
 
 ALTER TABLE ONLY public.enforcement
     ADD CONSTRAINT enforcement_pkey PRIMARY KEY (id);
@@ -1284,11 +1390,15 @@ CREATE INDEX device_type_of ON public.device USING btree (type);
 
 CREATE UNIQUE INDEX enforcement_child ON public.enforcement USING btree (parent, name) WHERE (parent IS NOT NULL);
 
-CREATE INDEX enforcement_due ON public.enforcement USING btree (due_at) WHERE (state <> 'done'::text);
+CREATE INDEX enforcement_due ON public.enforcement USING btree (cluster, lane, due_at, id) WHERE (finished_at IS NULL);
 
-CREATE INDEX enforcement_finished ON public.enforcement USING btree (finished_at) WHERE (state = 'done'::text);
+CREATE INDEX enforcement_finished ON public.enforcement USING btree (finished_at) WHERE (finished_at IS NOT NULL);
 
 CREATE INDEX enforcement_of ON public.enforcement USING btree (kind, name, id);
+
+CREATE INDEX enforcement_user ON public.enforcement USING btree (cluster, ((details ->> 'common_name'::text))) WHERE ((state = 'waiting'::text) AND (lane <> 'urgent'::text));
+
+CREATE INDEX enforcement_version ON public.enforcement USING btree (version, lane);
 
 CREATE INDEX topic_rule_account ON public.topic_rule USING btree (account) WHERE (account IS NOT NULL);
 
@@ -1330,6 +1440,14 @@ CREATE TRIGGER audit_d AFTER DELETE ON public.device_type REFERENCING OLD TABLE 
 
 ALTER TABLE public.device_type ENABLE ALWAYS TRIGGER audit_d;
 
+CREATE TRIGGER audit_d AFTER DELETE ON public.enforcement_cluster REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('enforcement_cluster', 'name');
+
+ALTER TABLE public.enforcement_cluster ENABLE ALWAYS TRIGGER audit_d;
+
+CREATE TRIGGER audit_d AFTER DELETE ON public.enforcement_pause REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('enforcement_pause', 'scope');
+
+ALTER TABLE public.enforcement_pause ENABLE ALWAYS TRIGGER audit_d;
+
 CREATE TRIGGER audit_d AFTER DELETE ON public.topic_rule REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('topic_rule', 'id');
 
 ALTER TABLE public.topic_rule ENABLE ALWAYS TRIGGER audit_d;
@@ -1361,6 +1479,14 @@ ALTER TABLE public.device_schedule ENABLE ALWAYS TRIGGER audit_i;
 CREATE TRIGGER audit_i AFTER INSERT ON public.device_type REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('device_type', 'name');
 
 ALTER TABLE public.device_type ENABLE ALWAYS TRIGGER audit_i;
+
+CREATE TRIGGER audit_i AFTER INSERT ON public.enforcement_cluster REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('enforcement_cluster', 'name');
+
+ALTER TABLE public.enforcement_cluster ENABLE ALWAYS TRIGGER audit_i;
+
+CREATE TRIGGER audit_i AFTER INSERT ON public.enforcement_pause REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('enforcement_pause', 'scope');
+
+ALTER TABLE public.enforcement_pause ENABLE ALWAYS TRIGGER audit_i;
 
 CREATE TRIGGER audit_i AFTER INSERT ON public.topic_rule REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('topic_rule', 'id');
 
@@ -1394,6 +1520,14 @@ CREATE TRIGGER audit_t AFTER TRUNCATE ON public.device_type FOR EACH STATEMENT E
 
 ALTER TABLE public.device_type ENABLE ALWAYS TRIGGER audit_t;
 
+CREATE TRIGGER audit_t AFTER TRUNCATE ON public.enforcement_cluster FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('enforcement_cluster', 'name');
+
+ALTER TABLE public.enforcement_cluster ENABLE ALWAYS TRIGGER audit_t;
+
+CREATE TRIGGER audit_t AFTER TRUNCATE ON public.enforcement_pause FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('enforcement_pause', 'scope');
+
+ALTER TABLE public.enforcement_pause ENABLE ALWAYS TRIGGER audit_t;
+
 CREATE TRIGGER audit_t AFTER TRUNCATE ON public.topic_rule FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('topic_rule', 'id');
 
 ALTER TABLE public.topic_rule ENABLE ALWAYS TRIGGER audit_t;
@@ -1425,6 +1559,14 @@ ALTER TABLE public.device_schedule ENABLE ALWAYS TRIGGER audit_u;
 CREATE TRIGGER audit_u AFTER UPDATE ON public.device_type REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('device_type', 'name');
 
 ALTER TABLE public.device_type ENABLE ALWAYS TRIGGER audit_u;
+
+CREATE TRIGGER audit_u AFTER UPDATE ON public.enforcement_cluster REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('enforcement_cluster', 'name');
+
+ALTER TABLE public.enforcement_cluster ENABLE ALWAYS TRIGGER audit_u;
+
+CREATE TRIGGER audit_u AFTER UPDATE ON public.enforcement_pause REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('enforcement_pause', 'scope');
+
+ALTER TABLE public.enforcement_pause ENABLE ALWAYS TRIGGER audit_u;
 
 CREATE TRIGGER audit_u AFTER UPDATE ON public.topic_rule REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('topic_rule', 'id');
 
@@ -1530,6 +1672,10 @@ CREATE TRIGGER changed AFTER INSERT OR DELETE OR UPDATE OR TRUNCATE ON public.cr
 
 ALTER TABLE public.crl ENABLE ALWAYS TRIGGER changed;
 
+CREATE TRIGGER changed AFTER INSERT OR DELETE OR UPDATE ON public.enforcement_pause FOR EACH STATEMENT EXECUTE FUNCTION public.channel_notify('enforcement');
+
+ALTER TABLE public.enforcement_pause ENABLE ALWAYS TRIGGER changed;
+
 CREATE TRIGGER client_id_patterns BEFORE INSERT OR UPDATE ON public.device_type FOR EACH ROW EXECUTE FUNCTION public.device_type_client_id_patterns();
 
 ALTER TABLE public.device_type ENABLE ALWAYS TRIGGER client_id_patterns;
@@ -1610,6 +1756,10 @@ CREATE TRIGGER identity AFTER INSERT OR UPDATE ON public.device_type FOR EACH ST
 
 ALTER TABLE public.device_type ENABLE ALWAYS TRIGGER identity;
 
+CREATE TRIGGER lane AFTER INSERT ON public.enforcement REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.enforcement_lane();
+
+ALTER TABLE public.enforcement ENABLE ALWAYS TRIGGER lane;
+
 CREATE TRIGGER status_changed BEFORE UPDATE ON public.device FOR EACH ROW WHEN ((old.status IS DISTINCT FROM new.status)) EXECUTE FUNCTION public.device_status_changed();
 
 ALTER TABLE public.device ENABLE ALWAYS TRIGGER status_changed;
@@ -1619,9 +1769,6 @@ ALTER TABLE ONLY public.certificate
 
 ALTER TABLE ONLY public.crl
     ADD CONSTRAINT crl_authority_fkey FOREIGN KEY (authority) REFERENCES public.authority(name) ON UPDATE CASCADE ON DELETE CASCADE;
-
-ALTER TABLE ONLY public.device_hold
-    ADD CONSTRAINT device_hold_device_id_fkey FOREIGN KEY (device_id) REFERENCES public.device(device_id) ON UPDATE CASCADE ON DELETE CASCADE;
 
 ALTER TABLE ONLY public.device_schedule
     ADD CONSTRAINT device_schedule_device_id_fkey FOREIGN KEY (device_id) REFERENCES public.device(device_id) ON UPDATE CASCADE ON DELETE CASCADE;
@@ -1649,7 +1796,7 @@ REVOKE ALL ON FUNCTION public.change_note() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.change_prune(keep interval) FROM PUBLIC;
 
-REVOKE ALL ON FUNCTION public.device_schedule_apply() FROM PUBLIC;
+REVOKE ALL ON FUNCTION public.device_schedule_apply(OUT made bigint, OUT fault text) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.enforcement_account() FROM PUBLIC;
 
@@ -1661,7 +1808,11 @@ REVOKE ALL ON FUNCTION public.enforcement_device_type() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.enforcement_hold(device_ids text[]) FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION public.enforcement_lane() FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION public.enforcement_note_expired() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.enforcement_overdue() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.enforcement_topic_rule() FROM PUBLIC;
 
@@ -1670,6 +1821,8 @@ REVOKE ALL ON FUNCTION public.identity_check() FROM PUBLIC;
 REVOKE ALL ON FUNCTION public.identity_guard_take() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.incarnation_renew() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.row_lock_holders(xmax_ xid) FROM PUBLIC;
 
 insert into public.identity_guard default values;
 insert into public.change_floor (floor) values (pg_snapshot_xmin(pg_current_snapshot()));
@@ -1680,4 +1833,5 @@ insert into public.schema_migrations (version) values
   ('20261123200000'),
   ('20261124100000'),
   ('20261124200000'),
-  ('20261124210000');
+  ('20261124210000'),
+  ('20261125100000');

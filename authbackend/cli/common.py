@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import click
 
 from authbackend import ground
+from authbackend.enforcement.tasks import Pause
 from authbackend.errors import AuthbackendError, Unconfirmed
 from authbackend.postgres import editor, enforcement, replicas
 from authbackend.postgres.connection import Target
@@ -104,7 +105,10 @@ def show_change(
         if result["version"]:
             left_s = max(0.0, wait_s - (time.monotonic() - began))
             result["enforcement"] = run(enforcement.enforced(target, result["version"], left_s))
-            fault = fault or unfinished(result["enforcement"])
+            left_open = unfinished(result["enforcement"])
+            if left_open and (pause := run(enforcement.paused(target))):
+                click.echo(f"authbackend: {pause_line(pause)}", err=True)
+            fault = fault or left_open
 
     def all_lines() -> Iterable[str]:
         yield from lines()
@@ -124,11 +128,11 @@ def show_change(
 
 def unfinished(tasks: list[dict[str, Any]] | None) -> Unconfirmed | None:
     """Return what to raise if what a change took away is not yet known to be taken away everywhere."""
-    open_ = [task for task in tasks or () if task["state"] != "done"]
+    open_ = [task for task in tasks or () if task["finished_at"] is None]
     if not open_:
         return None
     named = "; ".join(
-        f"task {task['id']} ({task['kind']} {printable(task['name'])}): {printable(why_open(task))}"
+        f"task {task['id']} ({task['kind']} {printable(task['name'])} on {printable(task['cluster'])}): {printable(why_open(task))}"
         for task in open_[:5]
     )
     more = f", and {len(open_) - 5} more" if len(open_) > 5 else ""
@@ -153,9 +157,11 @@ def receipt_lines(task: dict[str, Any]) -> Iterable[str]:
     """Yield a task and its receipt for a person."""
     receipt = task["receipt"] or {}
     causes = ", ".join(task["causes"])
-    yield f"task {task['id']}: {task['kind']} {printable(task['name'])} ({causes}) is {task['state']}"
-    if task["state"] != "done":
+    yield f"task {task['id']}: {task['kind']} {printable(task['name'])} ({causes}) on {printable(task['cluster'])} is {task['state']}"
+    if task["finished_at"] is None:
         yield f"  open: {printable(why_open(task))}"
+    if receipt.get("superseded"):
+        yield f"  superseded: {printable(receipt['superseded'])}"
     closed = receipt.get("closed") or {}
     if "devices" in receipt:
         yield f"  {receipt['devices']} devices were touched, each a task of its own"
@@ -163,13 +169,20 @@ def receipt_lines(task: dict[str, Any]) -> Iterable[str]:
         where = (
             ", ".join(f"{number} on {printable(node)}" for node, number in sorted(closed.items())) or "none was open"
         )
-        yield f"  connections closed: {where}; the last one {receipt['took_s']:g} s after the change"
+        last = f"; the last one {receipt['took_s']:g} s after the change" if closed else ""
+        yield f"  connections closed: {where}{last}"
     for queue in receipt.get("queues_deleted", ()):
         yield f"  session deleted: {printable(queue['queue'])} with {queue['messages']} messages ({printable(queue['why'])})"
     for removed in receipt.get("subscriptions_removed", ()):
         yield f"  subscription removed: {printable(removed['filter'])} of {printable(removed['queue'])} ({printable(removed['why'])})"
     if receipt.get("checked_at"):
         yield f"  nothing left at {receipt['checked_at']}"
+
+
+def pause_line(pause: Pause) -> str:
+    """Return what is paused, until when, and by whom."""
+    what = "all enforcement" if pause.scope == "all" else "enforcement of everything but single revocations"
+    return f"{what} is paused until {pause.until:%Y-%m-%d %H:%M:%S} UTC, by {printable(pause.by)}; end it: authbackend enforcement resume"
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -1,13 +1,26 @@
-"""``enforcement list | show | retry | sweeps | disable``."""
+"""``enforcement list | show | retry | sweeps | pause | resume | forget | disable``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 
 import click
 
-from authbackend.cli.common import json_option, printable, receipt_lines, run, show, table, target_of, why_open
+from authbackend.cli.common import (
+    actor,
+    json_option,
+    pause_line,
+    printable,
+    receipt_lines,
+    run,
+    show,
+    table,
+    target_of,
+    why_open,
+)
 from authbackend.postgres import enforcement as work
+from authbackend.postgres.connection import Target
 
 
 @click.group()
@@ -16,7 +29,11 @@ def enforcement() -> None:
 
 
 @enforcement.command("list")
-@click.option("--state", type=click.Choice(["open", "waiting", "checking", "done"]), help="Only tasks in this state.")
+@click.option(
+    "--state",
+    type=click.Choice(["open", "waiting", "checking", "done", "superseded"]),
+    help="Only tasks in this state.",
+)
 @click.option(
     "--kind", type=click.Choice(["device", "device_type", "account", "certificate"]), help="Only tasks of this kind."
 )
@@ -27,22 +44,36 @@ def enforcement() -> None:
 def list_(
     context: click.Context, state: str | None, kind: str | None, name: str | None, limit: int, as_json: bool
 ) -> None:
-    """List tasks, the newest first."""
-    found = run(work.list_tasks(target_of(context), state=state, kind=kind, name=name, limit=limit))
+    """List tasks, the newest first; a pause, and scheduled changes that are late, are named before them."""
+    target = target_of(context)
+    found = run(work.list_tasks(target, state=state, kind=kind, name=name, limit=limit))
     rows = [
         {
             **task,
             "noted_at": f"{task['noted_at']:%Y-%m-%d %H:%M:%S}",
             "closed": sum(((task["receipt"] or {}).get("closed") or {}).values()),
-            "why": why_open(task) if task["state"] != "done" else "",
+            "why": why_open(task) if task["finished_at"] is None else "",
         }
         for task in found
     ]
-    show(
-        found,
-        as_json,
-        lambda: table(rows, ("id", "noted_at", "by", "kind", "name", "causes", "state", "closed", "why")),
-    )
+    columns = ("id", "noted_at", "by", "cluster", "kind", "name", "causes", "state", "closed", "why")
+
+    def lines() -> Iterator[str]:
+        yield from _held_up(target)
+        yield from table(rows, columns)
+
+    show(found, as_json, lines)
+
+
+def _held_up(target: Target) -> Iterator[str]:
+    if pause := run(work.paused(target)):
+        yield pause_line(pause)
+    for each in run(work.list_overdue(target)):
+        holder = printable(each.holder) if each.holder else "nobody is seen holding its row"
+        yield (
+            f"late: device {printable(each.device_id)} should have become {each.status} at {each.at:%Y-%m-%d %H:%M:%S} UTC; "
+            f"its row is locked by {holder}"
+        )
 
 
 @enforcement.command("show")
@@ -51,9 +82,12 @@ def list_(
 @click.pass_context
 def show_(context: click.Context, task: int, as_json: bool) -> None:
     """Show a task with its receipt: who, when, which replicas confirmed, what was closed where."""
-    found = run(work.get_task(target_of(context), task))
+    target = target_of(context)
+    found = run(work.get_task(target, task))
 
     def lines() -> Iterator[str]:
+        if found["finished_at"] is None and (pause := run(work.paused(target))):
+            yield pause_line(pause)
         yield from receipt_lines(found)
         yield f"  noted at {found['noted_at']:%Y-%m-%d %H:%M:%S.%f} UTC, by {printable(found['actor'] or found['role'])}, version {found['version']}"
         receipt = found["receipt"] or {}
@@ -101,6 +135,53 @@ def sweeps(context: click.Context, as_json: bool) -> None:
             yield "no sweep has been made yet"
 
     show(found, as_json, lines)
+
+
+@enforcement.command()
+@click.option("--all", "everything", is_flag=True, help="Single revocations, suspensions and deletions, too.")
+@json_option
+@click.pass_context
+def pause(context: click.Context, everything: bool, as_json: bool) -> None:
+    """
+    Stop closing connections and deleting sessions, for an hour at most.
+
+    For a change that turned out to be wrong: what it closes stops within a second, and the change can be undone; what has
+    been undone is not closed any more. Single revocations, suspensions, deletions and expiries go on, unless --all is
+    given. Decisions are not paused. The sweep reports and closes nothing meanwhile.
+    """
+    found = run(work.pause(target_of(context), actor(), "all" if everything else "bulk"))
+    show(asdict(found), as_json, lambda: [pause_line(found)])
+
+
+@enforcement.command()
+@json_option
+@click.pass_context
+def resume(context: click.Context, as_json: bool) -> None:
+    """End a pause; what is open is done at once."""
+    was_paused = run(work.resume(target_of(context), actor()))
+    show(
+        {"resumed": was_paused},
+        as_json,
+        lambda: ["enforcement goes on" if was_paused else "enforcement was not paused"],
+    )
+
+
+@enforcement.command()
+@click.argument("cluster")
+@json_option
+@click.pass_context
+def forget(context: click.Context, cluster: str, as_json: bool) -> None:
+    """
+    Forget a cluster that is gone for good: note no more tasks for it, and close those that are open.
+
+    A cluster that a replica still has in enforcement.clusters comes back when that replica leads again.
+    """
+    tasks = run(work.forget_cluster(target_of(context), actor(), cluster))
+    show(
+        {"cluster": cluster, "tasks": tasks},
+        as_json,
+        lambda: [f"cluster {printable(cluster)} is forgotten; {tasks} tasks were closed without having been done"],
+    )
 
 
 @enforcement.command()

@@ -73,6 +73,18 @@ class Checker:
             return Reason.UNKNOWN_IDENTITY
         return self._reason(decide.device_fault(self.registry, device, self._now))
 
+    @property
+    def mqtt_exchange(self) -> str:
+        """The exchange that MQTT publishes to."""
+        return self._settings.mqtt_exchange
+
+    def permitted(self, user: str) -> bool:
+        """Return whether a user may be connected at all."""
+        device = self.registry.device_by_name(user)
+        if device is None:
+            return self.registry.account(user) is not None
+        return self.ended(device) is None
+
     def owner(self, client_id: str) -> Device | Account | None:
         """Return whose a client id is."""
         device = client_ids.owner_of(self.registry, client_id)
@@ -117,22 +129,26 @@ class Checker:
         return None if decision is None or decision.reason in _NOT_FAULTS else decision.reason
 
 
-def narrowed_actions(rules: list[dict[str, Any]], present: list[tuple[str, str]]) -> set[str]:
+def narrowed_actions(
+    rules: list[dict[str, Any]], present: list[tuple[str, str, str | None]], mqtt_exchange: str
+) -> set[str]:
     """
     Return which of ``publish`` and ``subscribe`` a change of rules narrowed.
 
-    A new deny rule narrows; an allow rule that is gone does unless one that is there allows as much.
+    A new deny rule narrows; an allow rule that is gone does unless one on the same exchange allows as much.
 
     Args:
-        rules: The deny rules that came and the allow rules that went: ``effect``, ``action``, ``topic``.
-        present: Action and filter of the allow rules that the same owner has now.
+        rules: The deny rules that came and the allow rules that went: ``effect``, ``action``, ``topic``, and
+            ``exchange`` where it is not the one of MQTT.
+        present: Action, filter and exchange of the allow rules that the same owner has now.
     """
-    kept = [(action, _words(topic)) for action, topic in present]
+    kept = [(action, exchange or mqtt_exchange, _words(topic)) for action, topic, exchange in present]
     found = set()
     for rule in rules:
         words = _words(rule["topic"])
+        where = (rule["action"], rule.get("exchange") or mqtt_exchange)
         if rule["effect"] == "deny" or not any(
-            action == rule["action"] and contains(outer, words) for action, outer in kept
+            (action, exchange) == where and contains(outer, words) for action, exchange, outer in kept
         ):
             found.add(rule["action"])
     return found

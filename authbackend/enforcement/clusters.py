@@ -1,20 +1,69 @@
-"""All clusters together: ends what a case names, and says what it did."""
+"""One cluster as a lane sees it: finds what is connected and stored, and ends it at the set pace."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from authbackend.enforcement.checks import SESSION_QUEUES, Checker, SessionQueue, session_queue
-from authbackend.enforcement.management_api import Binding, Cluster, Connection, LiveConnection, Queue
+from authbackend.enforcement.management_api import Binding, Connection, LiveConnection, Queue
 
-_AT_ONCE = 2
-_FEW = 50
-"""So many client ids are looked for by name; for more, all session queues are listed."""
+FEW = 50
+"""Up to so many users or client ids are looked for by name; for more, everything is listed."""
+
+
+class Cluster(Protocol):
+    """
+    One RabbitMQ cluster; ``management_api`` has the real one.
+
+    Every method raises ``ClusterUnreachable`` when no node of it answers, and ``CallRefused`` when one answers with an
+    error.
+    """
+
+    name: str
+
+    async def aclose(self) -> None:
+        """End the connections to it."""
+
+    async def nodes(self) -> dict[str, bool]:
+        """Return the cluster's nodes and whether the one that answered sees each of them running."""
+
+    async def connections_of(self, user: str) -> list[Connection]:
+        """Return a user's live connections, true at once."""
+
+    async def close_user(self, user: str) -> None:
+        """Close every connection of a user, on every node."""
+
+    async def details(self, name: str) -> LiveConnection | None:
+        """Return what the statistics know of a connection; None if they do not have it, or not yet."""
+
+    async def close_connection(self, name: str) -> None:
+        """Close one connection; one that is gone, or not in the statistics yet, is no error."""
+
+    def connections(self) -> AsyncIterator[list[LiveConnection]]:
+        """Yield all connections in parts; those of the last seconds may be missing."""
+
+    def queues(self, pattern: str | None = None) -> AsyncIterator[list[Queue]]:
+        """Yield the queues whose name matches a regular expression, or all, in parts."""
+
+    async def bindings(self, queue: Queue) -> list[Binding]:
+        """Return what is bound to a queue, but for the default exchange; none if the queue is gone."""
+
+    def all_bindings(self, vhost: str) -> AsyncIterator[list[tuple[str, Binding]]]:
+        """Yield the bindings of all queues of a virtual host, each with the queue's name, in parts."""
+
+    async def unbind(self, queue: Queue, binding: Binding) -> None:
+        """Remove a binding; one that is gone is no error."""
+
+    async def is_empty(self, queue: Queue) -> bool:
+        """Return whether a queue holds no message, asked of the queue itself."""
+
+    async def delete_queue(self, queue: Queue) -> None:
+        """Delete a queue with its messages; one that is gone is no error."""
 
 
 class Pace:
@@ -22,15 +71,17 @@ class Pace:
     Lets so many through a second, evenly.
 
     Args:
-        per_second: Above 0.
+        per_second: Above 0; None: no limit.
     """
 
-    def __init__(self, per_second: float) -> None:
-        self._interval_s = 1 / per_second
+    def __init__(self, per_second: float | None) -> None:
+        self._interval_s = 1 / per_second if per_second else 0.0
         self._next = 0.0
 
     async def turn(self) -> None:
         """Wait for the next turn."""
+        if not self._interval_s:
+            return
         now = time.monotonic()
         due = max(now, self._next)
         self._next = due + self._interval_s
@@ -44,7 +95,6 @@ class Actions:
     What was done for one task; as JSON it is the receipt.
 
     Args:
-        nodes: Of each cluster, and whether it was seen running.
         closed: Connections closed, by node.
         deleted: Queues deleted, with why, and how many messages went with them.
         unbound: Subscriptions removed from sessions that stay.
@@ -52,7 +102,6 @@ class Actions:
         unknown: Connections of which it is not known yet whether they are older than the change.
     """
 
-    nodes: dict[str, dict[str, bool]] = field(default_factory=dict)
     closed: Counter[str] = field(default_factory=Counter)
     deleted: list[dict[str, Any]] = field(default_factory=list)
     unbound: list[dict[str, Any]] = field(default_factory=list)
@@ -63,11 +112,6 @@ class Actions:
     def anything(self) -> bool:
         """True if something was there to be ended."""
         return bool(self.closed or self.deleted or self.unbound)
-
-    @property
-    def unseen(self) -> list[str]:
-        """Nodes that were not seen running: what is connected there is not known."""
-        return [f"{node} of {cluster}" for cluster, nodes in self.nodes.items() for node, up in nodes.items() if not up]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,138 +124,126 @@ class Violation:
         bindings: The subscriptions that are not allowed, with why.
     """
 
-    cluster: Cluster
     session: SessionQueue
     why: str | None
     bindings: tuple[tuple[Binding, str], ...] = ()
 
 
-class Clusters:
+class ClusterActions:
     """
-    The clusters that a registry decides for. Every method raises ``Unavailable`` when one of them does not answer.
+    Acts on one cluster for one lane.
 
     Args:
-        per_second: How many users' connections are closed a second.
+        cluster: Not shared with another lane, so that nothing waits for another lane's calls.
+        per_second: How many users' connections are closed a second; None: as fast as it goes.
+        concurrency: How many calls to the management API are under way at a time.
     """
 
-    def __init__(self, clusters: Iterable[Cluster], per_second: float) -> None:
-        self.clusters = tuple(clusters)
+    def __init__(self, cluster: Cluster, per_second: float | None, concurrency: int) -> None:
+        self.cluster = cluster
         self._pace = Pace(per_second)
-        self._some = asyncio.Semaphore(_AT_ONCE)
+        self.slots = asyncio.Semaphore(concurrency)
 
-    async def close(self) -> None:
-        """End the connections to all of them."""
-        for cluster in self.clusters:
-            await cluster.close()
+    @property
+    def name(self) -> str:
+        """Name of the cluster."""
+        return self.cluster.name
 
-    async def nodes(self) -> dict[str, dict[str, bool]]:
-        """Return the nodes of each cluster, and which are seen running."""
-        return {cluster.name: await cluster.nodes() for cluster in self.clusters}
-
-    async def connections_of(self, users: Iterable[str]) -> list[tuple[Cluster, Connection]]:
-        """Return the live connections of users."""
-
-        async def one(cluster: Cluster, user: str) -> list[tuple[Cluster, Connection]]:
-            async with self._some:
-                return [(cluster, each) for each in await cluster.connections_of(user)]
-
-        pairs = [(cluster, user) for user in users for cluster in self.clusters]
-        found = await asyncio.gather(*(one(*pair) for pair in pairs))
-        return [each for part in found for each in part]
-
-    async def connections(self) -> list[tuple[Cluster, LiveConnection]]:
-        """Return all live connections; those of the last seconds may be missing."""
-        return [(c, each) for c in self.clusters async for page in c.connections() for each in page]
-
-    async def close_users(self, found: list[tuple[Cluster, Connection]]) -> list[Connection]:
-        """Close all connections of the users of these, and return them."""
-
-        async def one(cluster: Cluster, user: str) -> None:
-            async with self._some:
-                await self._pace.turn()
-                await cluster.close_user(user)
-
-        await asyncio.gather(*(one(cluster, user) for cluster, user in dict.fromkeys((c, x.user) for c, x in found)))
-        return [connection for _, connection in found]
-
-    async def close_where(
-        self, found: list[tuple[Cluster, Connection]], condition: Callable[[LiveConnection], bool]
-    ) -> tuple[list[Connection], list[Connection]]:
+    async def close_user(self, user: str, permitted: Callable[[], bool]) -> list[Connection]:
         """
-        Close those of these connections that meet a condition.
-
-        Returns:
-            Those that were closed, and those that the statistics do not have yet, so that it cannot be told.
-        """
-        closed, unknown = [], []
-
-        async def one(cluster: Cluster, connection: Connection) -> None:
-            async with self._some:
-                details = await cluster.details(connection.name)
-                if details is None:
-                    unknown.append(connection)
-                elif condition(details):
-                    await self.close_one(cluster, connection)
-                    closed.append(connection)
-
-        await asyncio.gather(*(one(*pair) for pair in found))
-        return closed, unknown
-
-    async def sessions(self, owners: list[str]) -> list[tuple[Cluster, SessionQueue]]:
-        """
-        Return the session queues whose client id begins with one of these device ids or client ids.
+        Close all connections of a user and return those that were there.
 
         Args:
-            owners: Empty for all sessions.
+            permitted: Asked right before they are closed; if it returns true by then, nothing is.
         """
-        pattern = None
-        if 0 < len(owners) <= _FEW:
-            pattern = f"{SESSION_QUEUES}({'|'.join(map(_escaped, owners))})"
-        return [(c, session) for c in self.clusters for session in await self.sessions_of(c, pattern)]
+        async with self.slots:
+            found = await self.cluster.connections_of(user)
+            if not found:
+                return []
+            await self._pace.turn()
+            if permitted():
+                return []
+            await self.cluster.close_user(user)
+            return found
 
-    async def sessions_of(self, cluster: Cluster, pattern: str | None = None) -> list[SessionQueue]:
-        """Return the session queues of one cluster."""
-        pages = [page async for page in cluster.queues(pattern)]
+    async def close_where(
+        self, user: str, condition: Callable[[LiveConnection], bool | None]
+    ) -> tuple[list[Connection], int]:
+        """
+        Close those of a user's connections that meet a condition.
+
+        Args:
+            condition: Returns None where it cannot be told.
+        Returns:
+            Those that were closed, and how many it could not be told of, be it that the statistics lack them yet.
+        """
+        closed, unknown = [], 0
+        async with self.slots:
+            for connection in await self.cluster.connections_of(user):
+                details = await self.cluster.details(connection.name)
+                meets = None if details is None else condition(details)
+                if meets is None:
+                    unknown += 1
+                elif meets:
+                    await self._close(connection.name)
+                    closed.append(connection)
+        return closed, unknown
+
+    async def close_connection(self, name: str) -> None:
+        """Close one connection, at the set pace."""
+        async with self.slots:
+            await self._close(name)
+
+    async def _close(self, name: str) -> None:
+        await self._pace.turn()
+        await self.cluster.close_connection(name)
+
+    async def sessions(self, owners: list[str] | None = None) -> list[SessionQueue]:
+        """Return the session queues whose client id begins with one of these names; None: all of them."""
+        pattern = None
+        if owners is not None and len(owners) <= FEW:
+            pattern = f"{SESSION_QUEUES}({'|'.join(map(_escaped, owners))})"
+        pages = [page async for page in self.cluster.queues(pattern)]
         return [session for page in pages for queue in page if (session := session_queue(queue)) is not None]
 
-    async def close_one(self, cluster: Cluster, connection: Connection) -> None:
-        """Close one connection, at the common pace."""
-        await self._pace.turn()
-        await cluster.close_connection(connection.name)
+    async def bindings(self, session: SessionQueue) -> list[Binding]:
+        """Return the bindings of a session's queue."""
+        async with self.slots:
+            return await self.cluster.bindings(session.queue)
 
-    async def bindings(self, sessions: list[tuple[Cluster, SessionQueue]]) -> list[list[Binding]]:
-        """Return the bindings of each session's queue."""
+    async def listed_bindings(self, sessions: list[SessionQueue]) -> dict[tuple[str, str], list[Binding]]:
+        """Return the bindings of many sessions, by virtual host and queue, with one list for each virtual host."""
+        found: dict[tuple[str, str], list[Binding]] = {(s.queue.vhost, s.queue.name): [] for s in sessions}
+        for vhost in sorted({vhost for vhost, _ in found}):
+            async for part in self.cluster.all_bindings(vhost):
+                for queue, binding in part:
+                    if (vhost, queue) in found:
+                        found[vhost, queue].append(binding)
+        return found
 
-        async def one(cluster: Cluster, queue: Queue) -> list[Binding]:
-            async with self._some:
-                return await cluster.bindings(queue)
-
-        return await asyncio.gather(*(one(cluster, session.queue) for cluster, session in sessions))
-
-    async def repair_session(self, finding: Violation, done: Actions) -> None:
-        """Delete a session's queue, or remove the bindings that are not allowed; whichever it is goes into ``done``."""
-        queue, cluster = finding.session.queue, finding.cluster
+    async def repair_session(self, violation: Violation, actions: Actions) -> None:
+        """Delete a session's queue, or remove the bindings that are not allowed; ``actions`` says which."""
+        queue, cluster = violation.session.queue, self.cluster
         where = {"cluster": cluster.name, "vhost": queue.vhost, "queue": queue.name}
-        why = finding.why
-        if why is None:
-            for binding, reason in finding.bindings:
-                await cluster.unbind(queue, binding)
-                done.unbound.append({**where, "filter": binding.routing_key, "why": reason})
-            if await cluster.is_empty(queue):
-                return
-            why = f"{finding.bindings[0][1]}: its messages cannot be told from those of other subscriptions"
-        await cluster.delete_queue(queue)
-        done.deleted.append({**where, "messages": queue.messages, "why": why})
+        why = violation.why
+        async with self.slots:
+            if why is None:
+                for binding, reason in violation.bindings:
+                    await cluster.unbind(queue, binding)
+                    actions.unbound.append({**where, "filter": binding.routing_key, "why": reason})
+                if await cluster.is_empty(queue):
+                    return
+                why = f"{violation.bindings[0][1]}: its messages cannot be told from those of other subscriptions"
+            await cluster.delete_queue(queue)
+            actions.deleted.append({**where, "messages": queue.messages, "why": why})
 
 
-def inspect_session(
-    checker: Checker, cluster: Cluster, session: SessionQueue, bindings: list[Binding]
-) -> Violation | None:
+def inspect_session(checker: Checker, session: SessionQueue, bindings: list[Binding]) -> Violation | None:
     """Return what is wrong with a session, None if nothing is."""
     if why := checker.session(session):
-        return Violation(cluster, session, str(why))
+        return Violation(session, str(why))
     faults = tuple((each, str(reason)) for each in bindings if (reason := checker.binding(session, each)))
-    return Violation(cluster, session, None, faults) if faults else None
+    return Violation(session, None, faults) if faults else None
 
 
 def _escaped(text: str) -> str:

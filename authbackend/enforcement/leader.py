@@ -1,30 +1,46 @@
-"""Being the one replica that enforces: takes the lock, works, and lets another one try when it cannot."""
+"""
+Leader election for enforcement, and the parts that the leader runs.
+
+Each part has a connection to the database of its own and is started again by itself when it fails, so that a fault of one
+never stops another.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
 
-from authbackend.enforcement.clusters import Clusters
-from authbackend.enforcement.lanes import Enforcer
-from authbackend.enforcement.lanes import Observer as EnforcerObserver
+from authbackend.backoff import Backoff, Reachability
+from authbackend.enforcement.batch import Enforcer
+from authbackend.enforcement.batch import Observer as EnforcerObserver
+from authbackend.enforcement.clusters import Cluster, ClusterActions
+from authbackend.enforcement.lanes import BulkLane, UrgentLane
 from authbackend.enforcement.sweep import Observer as SweepObserver
 from authbackend.enforcement.sweep import Sweep, SweepSettings
-from authbackend.enforcement.tasks import Backlog, TaskStore
-from authbackend.errors import AuthbackendError
+from authbackend.enforcement.tasks import Backlog, Overdue, TaskStore
+from authbackend.errors import AuthbackendError, Unavailable
 from authbackend.policy.decide import DecisionSettings
 from authbackend.registry.store import Store
 
 log = structlog.get_logger(__name__)
 
 BACKLOG_EVERY_S = 2.0
-_PAUSE_S = 2.0
+RECORD_DUE_EVERY_S = 0.5
+HAND_OVER_S = 20.0
+"""After this time without reaching any cluster, another replica gets a chance."""
+
+_URGENT_CONFIRM_S, _BULK_CONFIRM_S = 0.5, 2.0
+_URGENT_CALLS, _BULK_CALLS, _SWEEP_CALLS = 4, 2, 1
+
+OpenStore = Callable[[str], AbstractAsyncContextManager[TaskStore]]
+Part = Callable[[TaskStore], Awaitable[None]]
 
 
 class Observer(EnforcerObserver, SweepObserver, Protocol):
@@ -37,64 +53,198 @@ class Observer(EnforcerObserver, SweepObserver, Protocol):
         """What is open."""
 
 
+class Lock(Protocol):
+    """The lock of the one replica that enforces, while it is held."""
+
+    async def lost(self) -> None:
+        """Wait until it is held no more."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeaderSettings:
+    """
+    How to enforce.
+
+    Args:
+        clusters: By name, a function that opens connections of its own to the cluster.
+        per_second: Users whose connections are closed a second for everything that is not urgent.
+    """
+
+    clusters: Mapping[str, Callable[[], Cluster]]
+    per_second: float
+    decisions: DecisionSettings
+    sweep: SweepSettings
+
+
 class Leader:
     """
     Enforces whenever no other replica does.
 
     Args:
-        leading: Waits for the lock, and holds it for the time of the block.
-        store: The registry in memory of this replica.
-        per_second: Users whose connections are closed a second.
+        lock: Waits for the lock, and holds it for the time of the block.
+        open_store: Opens a store of its own for the part of that name.
+        registry: The registry in memory of this replica.
+        reachability: Of the database.
     """
 
     def __init__(
         self,
-        leading: Callable[[], AbstractAsyncContextManager[TaskStore]],
-        store: Store,
-        clusters: Clusters,
+        lock: Callable[[], AbstractAsyncContextManager[Lock]],
+        open_store: OpenStore,
+        registry: Store,
         observer: Observer,
-        decisions: DecisionSettings,
-        sweep: SweepSettings,
+        settings: LeaderSettings,
+        reachability: Reachability,
     ) -> None:
-        self._leading = leading
-        self._store = store
-        self._clusters = clusters
+        self._lock = lock
+        self._open_store = open_store
+        self._registry = registry
         self._observer = observer
-        self._decisions = decisions
-        self._sweep = sweep
+        self._settings = settings
+        self._reachability = reachability
+        self._lanes: dict[str, UrgentLane | BulkLane] = {}
+        self._blocked: set[tuple[str, str | None]] = set()
 
     async def run(self) -> None:
         """Take turns with the other replicas, until cancelled."""
+        backoff = Backoff()
+        fault = None
         while True:
             try:
-                async with self._leading() as work:
-                    await self._lead(work)
+                async with self._lock() as lock:
+                    backoff.reset()
+                    fault = None
+                    await self._lead(lock)
             except AuthbackendError as error:
-                log.warning("enforcement.left", fault=error.detail)
-            except Exception:  # a fault of ours must not end enforcement for good
+                if error.detail != fault:
+                    log.warning("enforcement.left", fault=error.detail)
+                fault = error.detail
+            except Exception:  # a bug must not end enforcement for good
                 log.exception("enforcement.crashed")
-            await asyncio.sleep(_PAUSE_S * random.uniform(0.5, 1.0))
+            await self._reachability.pause(backoff)
 
-    async def _lead(self, work: TaskStore) -> None:
+    async def _lead(self, lock: Lock) -> None:
         log.info("enforcement.leading")
         self._observer.leads(True)
-        enforcer = Enforcer(work, self._clusters, self._store.reader(), self._observer, self._decisions)
-        sweep = Sweep(work, self._clusters, self._store.reader(), self._observer, self._decisions, self._sweep)
-        tasks = [asyncio.create_task(each) for each in (enforcer.run(), sweep.run(), self._count(work))]
+        self._lanes.clear()
+        parts: dict[str, Part] = {"due": self._record_due, "monitor": self._monitor}
+        for name, open_cluster in self._settings.clusters.items():
+            parts |= {
+                f"urgent {name}": self._urgent(open_cluster),
+                f"bulk {name}": self._bulk(open_cluster),
+                f"sweep {name}": self._sweep(open_cluster),
+            }
+        running = [asyncio.create_task(self._keep(name, part)) for name, part in parts.items()]
+        running += [asyncio.create_task(lock.lost()), asyncio.create_task(self._hand_over())]
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-            for task in tasks:
-                if task.done():
-                    task.result()
+            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
         finally:
-            for task in tasks:
+            for task in running:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*running, return_exceptions=True)
             self._observer.leads(False)
-            with contextlib.suppress(Exception):
-                await self._clusters.close()
 
-    async def _count(self, work: TaskStore) -> None:
+    async def _keep(self, name: str, part: Part) -> None:
+        """Run a part, again and again if it fails."""
+        backoff = Backoff()
+        fault = None
         while True:
-            self._observer.backlog(await work.backlog())
+            try:
+                async with self._open_store(name) as store:
+                    self._reachability.succeeded()
+                    backoff.reset()
+                    fault = None
+                    await part(store)
+            except AuthbackendError as error:
+                if error.detail != fault:
+                    log.warning("enforcement.part_failed", part=name, fault=error.detail)
+                fault = error.detail
+            except Exception:  # a bug in one part must not end the others
+                log.exception("enforcement.crashed", part=name)
+            await self._reachability.pause(backoff)
+
+    def _enforcer(
+        self, store: TaskStore, cluster: Cluster, per_second: float | None, calls: int, confirm_s: float
+    ) -> Enforcer:
+        actions = ClusterActions(cluster, per_second, calls)
+        return Enforcer(store, actions, self._registry.reader(), self._observer, self._settings.decisions, confirm_s)
+
+    def _urgent(self, open_cluster: Callable[[], Cluster]) -> Part:
+        async def part(store: TaskStore) -> None:
+            async with contextlib.aclosing(open_cluster()) as cluster:
+                lane = UrgentLane(self._enforcer(store, cluster, None, _URGENT_CALLS, _URGENT_CONFIRM_S))
+                self._lanes[cluster.name] = lane
+                await lane.run()
+
+        return part
+
+    def _bulk(self, open_cluster: Callable[[], Cluster]) -> Part:
+        async def part(store: TaskStore) -> None:
+            async with contextlib.aclosing(open_cluster()) as cluster:
+                per_second = self._settings.per_second
+                await BulkLane(self._enforcer(store, cluster, per_second, _BULK_CALLS, _BULK_CONFIRM_S)).run()
+
+        return part
+
+    def _sweep(self, open_cluster: Callable[[], Cluster]) -> Part:
+        async def part(store: TaskStore) -> None:
+            async with contextlib.aclosing(open_cluster()) as cluster:
+                actions = ClusterActions(cluster, self._settings.per_second, _SWEEP_CALLS)
+                reader = self._registry.reader()
+                settings = self._settings
+                await Sweep(store, actions, reader, self._observer, settings.decisions, settings.sweep).run()
+
+        return part
+
+    async def _record_due(self, store: TaskStore) -> None:
+        """Make what has become due by time."""
+        fault = None
+        while True:
+            found = await store.record_due()
+            if found and found != fault:
+                log.error("schedule.failed", fault=found)
+            fault = found
+            await asyncio.sleep(RECORD_DUE_EVERY_S)
+
+    async def _monitor(self, store: TaskStore) -> None:
+        """Count what is open, and name what is held up."""
+        paused = None
+        while True:
+            backlog = await store.backlog()
+            self._observer.backlog(backlog)
+            self._name_blocked(backlog.overdue)
+            if backlog.paused != paused:
+                paused = backlog.paused
+                if paused is None:
+                    log.info("enforcement.resumed")
+                else:
+                    log.warning("enforcement.paused", scope=paused.scope, until=str(paused.until), by=paused.by)
             await asyncio.sleep(BACKLOG_EVERY_S)
+
+    def _name_blocked(self, overdue: tuple[Overdue, ...]) -> None:
+        blocked = {(each.device_id, each.holder) for each in overdue}
+        for each in overdue:
+            if (each.device_id, each.holder) not in self._blocked:
+                log.warning(
+                    "schedule.blocked",
+                    device=each.device_id,
+                    status=each.status,
+                    due=str(each.at),
+                    held_by=each.holder or "nobody is seen holding its row",
+                )
+        self._blocked = blocked
+
+    async def _hand_over(self) -> None:
+        """
+        Notice that no cluster can be reached from here.
+
+        Raises:
+            Unavailable: For so long that another replica should try.
+        """
+        while True:
+            await asyncio.sleep(1.0)
+            since = [lane.unreachable_since for lane in self._lanes.values()]
+            if since and all(each is not None and time.monotonic() - each > HAND_OVER_S for each in since):
+                raise Unavailable(f"no cluster could be reached for {HAND_OVER_S:g} s; another replica may try")

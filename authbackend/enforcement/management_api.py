@@ -103,9 +103,17 @@ class Access:
     timeout_s: float = 5.0
 
 
-class Cluster:
+class ClusterUnreachable(Unavailable):
+    """No node of a cluster answers, or none lets the account in: nothing can be done there now."""
+
+
+class CallRefused(Unavailable):
+    """The nodes answer, and refuse this one call."""
+
+
+class ManagementAPI:
     """
-    One cluster. Every method raises ``Unavailable`` when no node of it answers as it should.
+    One cluster, by the management API of its nodes. Implements ``clusters.Cluster``.
 
     Args:
         access: Where and as whom.
@@ -117,8 +125,8 @@ class Cluster:
         self._urls = list(access.urls)
         self._session: aiohttp.ClientSession | None = None
 
-    async def close(self) -> None:
-        """End the connections to it."""
+    async def aclose(self) -> None:
+        """End the connections to it; the next call opens one."""
         session, self._session = self._session, None
         if session is not None:
             await session.close()
@@ -165,6 +173,16 @@ class Cluster:
         """Return what is bound to a queue, but for the default exchange; none if the queue is gone."""
         found = await self._get(f"{_queue(queue)}/bindings", missing=[])
         return [Binding(b["source"], b["routing_key"], b["properties_key"]) for b in found if b["source"]]
+
+    async def all_bindings(self, vhost: str) -> AsyncIterator[list[tuple[str, Binding]]]:
+        """Yield the bindings of all queues of a virtual host, each with the queue's name, so many at a time."""
+        columns = "source,destination,destination_type,routing_key,properties_key"
+        async for part in self._whole(f"/api/bindings/{_quoted(vhost)}?columns={columns}"):
+            yield [
+                (b["destination"], Binding(b["source"], b["routing_key"], b["properties_key"]))
+                for b in part
+                if b["source"] and b["destination_type"] == "queue"
+            ]
 
     async def unbind(self, queue: Queue, binding: Binding) -> None:
         """Remove a binding; one that is gone is no fault."""
@@ -231,6 +249,7 @@ class Cluster:
         timeout_s: float | None = None,
     ) -> tuple[int, bytes]:
         faults = []
+        refused = False
         for url in tuple(self._urls):
             try:
                 status, text = await self._ask(url, method, path, headers, body, timeout_s)
@@ -241,14 +260,16 @@ class Cluster:
             if status < 300 or status in allowed:
                 return status, text
             if status in (401, 403):
-                await self.close()  # the credentials are read again
+                await self.aclose()  # the credentials are read again
                 faults.append(
                     f"{url}: HTTP {status}: the account needs the tag administrator and rights on MQTT's queues"
                 )
             else:
+                refused = True
                 faults.append(f"{url}: HTTP {status} to {method} {path.partition('?')[0]}")
                 self._urls.append(self._urls.pop(0))
-        raise Unavailable(f"the management API of cluster {self.name} does not do as asked: {'; '.join(faults)}")
+        fault = CallRefused if refused else ClusterUnreachable
+        raise fault(f"the management API of cluster {self.name} does not do as asked: {'; '.join(faults)}")
 
     async def _ask(
         self, url: str, method: str, path: str, headers: dict[str, str] | None, body: object, timeout_s: float | None

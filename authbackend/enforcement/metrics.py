@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from authbackend.enforcement.clusters import Actions
 from authbackend.enforcement.sweep import CAUSES, Report
-from authbackend.enforcement.tasks import Backlog
+from authbackend.enforcement.tasks import URGENT, Backlog
 
 TOOK_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0)
 
@@ -53,7 +53,23 @@ class EnforcementMetrics:
             buckets=TOOK_BUCKETS_S,
             registry=registry,
         )
+        self._what_is_held_up(registry)
         self._what_ended(registry)
+
+    def _what_is_held_up(self, registry: CollectorRegistry) -> None:
+        self._paused = Gauge(
+            "authbackend_enforcement_paused",
+            "1 while enforcement is paused, by lane: urgent, bulk.",
+            ["lane"],
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self._blocked = Gauge(
+            "authbackend_schedule_overdue",
+            "Scheduled changes of devices that are late; most often somebody keeps the device's row locked.",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
 
     def _what_ended(self, registry: CollectorRegistry) -> None:
         self._clusters: set[str] = set()
@@ -96,6 +112,9 @@ class EnforcementMetrics:
         self._oldest.set(backlog.oldest_s)
         self._holds.labels("held").set(backlog.holds)
         self._holds.labels("lifted").set(backlog.overdue_holds)
+        self._paused.labels("bulk").set(backlog.paused is not None)
+        self._paused.labels("urgent").set(backlog.paused is not None and backlog.paused.stops(URGENT))
+        self._blocked.set(len(backlog.overdue))
 
     def ended(self, done: Actions) -> None:
         """Connections were closed, queues deleted, subscriptions removed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import groupby
@@ -12,6 +12,7 @@ from authbackend.enforcement.checks import Checker, fits, narrowed_actions, seri
 from authbackend.enforcement.clusters import Actions
 from authbackend.enforcement.management_api import LiveConnection
 from authbackend.enforcement.tasks import Task
+from authbackend.policy.names import possible_owners
 from authbackend.policy.rules import Device, Effect, Permission, RuleSet
 
 _ACTIONS = {Permission.WRITE: "publish", Permission.READ: "subscribe"}
@@ -19,70 +20,89 @@ CLOCKS_S = 2.0
 """How far the clocks of brokers and of this service may be apart."""
 
 _BOTH = frozenset({"publish", "subscribe"})
+_UNDONE_BY_ACTIVE = frozenset({"pending", "suspended", "revoked", "expired"})
+"""Causes that are no longer true of a device that is active again."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Plan:
     """
-    What the open tasks about one device or account come to.
+    What the open tasks about one device, account or certificate come to.
 
     Args:
         task: What changed; several tasks about the same are one here.
         ids: Of the tasks.
-        device: The device as it is now; None if it is gone, or for accounts.
+        superseded: Why nothing is to be done any more; None if something is.
         users: User names whose connections must end.
-        gone: True if nobody may be connected by these names, also not anew.
         held: True if the device's logins are held until this is done.
         actions: Which rules narrowed.
         sessions: Device ids and client ids whose sessions are looked at.
         serial: Of a revoked certificate: only connections with it end.
         confirmed: True if every replica decides by the change by now.
+        fault: Why it could not be done this time.
+        again_at_once: True if it must be planned anew: meanwhile the registry allows again what it is about.
     """
 
     task: Task
     ids: list[int]
-    device: Device | None = None
+    superseded: str | None = None
     users: set[str] = field(default_factory=set)
-    gone: bool = False
     held: bool = False
     actions: frozenset[str] = frozenset()
     sessions: list[str] = field(default_factory=list)
     serial: str | None = None
     confirmed: bool = False
+    fault: str | None = None
+    again_at_once: bool = False
     done: Actions = field(default_factory=Actions)
 
-    def selects(self) -> Callable[[LiveConnection], bool] | None:
-        """
-        Return which of the users' connections end; None for all of them.
+    @property
+    def about(self) -> tuple[str, str]:
+        """Kind and name."""
+        return self.task.kind, self.task.name
 
-        At a later look, who may be connected may have logged in anew: then only what is older than the moment at which
-        every replica had confirmed ends. Until then nothing more: a replica that is silent for long must not have
-        everybody thrown out again and again.
+    @property
+    def first_look(self) -> bool:
+        """True if nothing has been ended for it yet."""
+        return self.task.state == "waiting"
+
+    @property
+    def ends_with_activation(self) -> bool:
+        """True if it is about a device that may not be connected, and about nothing else."""
+        return self.task.kind == "device" and self.task.causes <= _UNDONE_BY_ACTIVE
+
+    def ends(self, connection: LiveConnection) -> bool | None:
+        """
+        Return whether a connection of its users ends, where not all of them do; None if that cannot be told.
+
+        Who may be connected may have logged in anew: then only what is older than the moment at which every replica had
+        confirmed ends. Until then nothing more: a replica that is silent for long must not have everybody thrown out
+        again and again.
         """
         if self.serial is not None:
-            return lambda live: live.certificate_serial is not None and serial(live.certificate_serial) == self.serial
-        if self.task.state == "checking" and not self.gone:
-            since_ = self.task.receipt.get("confirmed_at")
-            latest = (since_ or datetime.now(UTC).timestamp()) + CLOCKS_S if since_ or self.confirmed else 0.0
-            return lambda live: live.connected_at <= latest
-        return None
+            return connection.certificate_serial is not None and serial(connection.certificate_serial) == self.serial
+        since_ = self.task.receipt.get("confirmed_at")
+        if not since_ and not self.confirmed:
+            return False
+        return connection.connected_at <= (since_ or datetime.now(UTC).timestamp()) + CLOCKS_S
 
 
-def plans_of(checker: Checker, tasks: Iterable[Task]) -> list[Plan]:
-    """Return the plans of tasks about devices and accounts."""
-    found = []
+def grouped(tasks: Iterable[Task]) -> list[list[Task]]:
+    """Return tasks about devices, accounts and certificates, those about the same together."""
     ordered = sorted(tasks, key=lambda task: (task.kind, task.name, task.id))
-    for (kind, _), group in groupby(ordered, key=lambda task: (task.kind, task.name)):
-        same = list(group)
-        task = _merged(same)
-        case = _CASES[kind](checker, task)
-        case.ids = [each.id for each in same]
-        found.append(case)
-    return found
+    return [list(group) for _, group in groupby(ordered, key=lambda task: (task.kind, task.name))]
+
+
+def plan(checker: Checker, same: list[Task]) -> Plan:
+    """Return what the tasks about one device, account or certificate come to."""
+    task = _merged(same)
+    made = _PLANS[task.kind](checker, task)
+    made.ids = [each.id for each in same]
+    return made
 
 
 def _merged(same: list[Task]) -> Task:
-    """Return one task for several about the same; it waits for its first attempt if one of them does."""
+    """Return one task for several about the same; it waits for its first look if one of them does."""
     details = [task.details for task in same]
     waiting = any(task.state == "waiting" for task in same)
     return replace(
@@ -100,32 +120,34 @@ def _merged(same: list[Task]) -> Task:
     )
 
 
-def _device_case(checker: Checker, task: Task) -> Plan:
+def _device_plan(checker: Checker, task: Task) -> Plan:
     device = checker.registry.device_by_id(task.name)
     users = {*task.details["users"], *([device.common_name] if device else [])}
-    if checker.ended(device) is not None:
-        return Plan(task, [], device, users, gone=True, sessions=[task.name])
+    if not task.active:
+        return Plan(task, [], users=users, sessions=[task.name])
+    if task.causes <= _UNDONE_BY_ACTIVE:
+        return Plan(task, [], superseded="the device is active again")
     actions = narrowed(checker, task)
     if not actions:
-        return Plan(task, [], device)  # what is still allowed covers what went
-    return Plan(task, [], device, users, held=True, actions=actions, sessions=[task.name])
+        return Plan(task, [])  # what is still allowed covers what went
+    return Plan(task, [], users=users, held=True, actions=actions, sessions=[task.name])
 
 
-def _account_case(checker: Checker, task: Task) -> Plan:
+def _account_plan(checker: Checker, task: Task) -> Plan:
     account = checker.registry.account(task.name)
     actions = narrowed(checker, task)
     if account is not None and not actions:
         return Plan(task, [])
     sessions = sorted({*task.details["client_ids"], *(account.client_ids if account else ())})
-    return Plan(task, [], None, {task.name}, gone=account is None, actions=actions, sessions=sessions)
+    return Plan(task, [], users={task.name}, actions=actions, sessions=sessions)
 
 
-def _certificate_case(checker: Checker, task: Task) -> Plan:
+def _certificate_plan(checker: Checker, task: Task) -> Plan:
     del checker  # whoever it is now: the certificate must not be in use
-    return Plan(task, [], None, set(task.details["users"]), serial=task.name)
+    return Plan(task, [], users=set(task.details["users"]), serial=task.name)
 
 
-_CASES = {"device": _device_case, "account": _account_case, "certificate": _certificate_case}
+_PLANS = {"device": _device_plan, "account": _account_plan, "certificate": _certificate_plan}
 
 
 def narrowed(checker: Checker, task: Task) -> frozenset[str]:
@@ -141,44 +163,74 @@ def narrowed(checker: Checker, task: Task) -> frozenset[str]:
         device = registry.device_by_id(task.name) if task.kind == "device" else None
         device_type = registry.device_type(device.type if device else task.name)
         rules += [holder.rules for holder in (device, device_type) if holder is not None]
-    present = [(_ACTIONS[r.permission], r.topic) for each in rules for r in each if r.effect is Effect.ALLOW]
-    return frozenset(narrowed_actions(task.details.get("rules", []), present))
+    present = [
+        (_ACTIONS[r.permission], r.topic, r.exchange) for each in rules for r in each if r.effect is Effect.ALLOW
+    ]
+    return frozenset(narrowed_actions(task.details.get("rules", []), present, checker.mqtt_exchange))
 
 
-def plan_of(checker: Checker, plans: Iterable[Plan], client_id: str) -> Plan | None:
-    """Return the case that a session belongs to: its owner's, or without one, that of who may have owned it before."""
-    owner = checker.owner(client_id)
-    if owner is None:
-        for case in plans:
-            if client_id in case.sessions or fits(client_id, case.task.name, case.task.details["client_ids"]):
-                return case
-        return None
-    mine = ("device", owner.device_id) if isinstance(owner, Device) else ("account", owner.name)
-    return next((case for case in plans if (case.task.kind, case.task.name) == mine), None)
+class PlansByOwner:
+    """Finds the plan that a session belongs to: its owner's, or without one, that of who may have owned it before."""
+
+    def __init__(self, plans: Iterable[Plan]) -> None:
+        self._plans = {one.about: one for one in plans}
+        self._by_client_id = {
+            client_id: one for one in self._plans.values() if one.task.kind == "account" for client_id in one.sessions
+        }
+
+    def of(self, checker: Checker, client_id: str) -> Plan | None:
+        """Return the plan of a session with this client id, None if it is nobody's here."""
+        owner = checker.owner(client_id)
+        if owner is not None:
+            about = ("device", owner.device_id) if isinstance(owner, Device) else ("account", owner.name)
+            return self._plans.get(about)
+        for device_id in possible_owners(client_id):
+            one = self._plans.get(("device", device_id))
+            if one is not None and fits(client_id, device_id, one.task.details["client_ids"]):
+                return one
+        return self._by_client_id.get(client_id)
 
 
-def receipt(case: Plan, confirmed: list[str], missing: list[str]) -> dict[str, Any]:
-    """Return the receipt of a case: what was done before, and now."""
-    before, now = case.task.receipt, case.done
+def receipt(one: Plan, confirmed: list[str], missing: list[str], nodes: dict[str, dict[str, bool]]) -> dict[str, Any]:
+    """
+    Return the receipt of a plan: what was done before, and now.
+
+    Args:
+        nodes: Of each cluster that was looked at, its nodes and whether each was seen running.
+    """
+    before, now = one.task.receipt, one.done
     took_s = before.get("took_s")
     if took_s is None or now.closed:
-        took_s = since(case.task)
+        took_s = since(one.task)
     closed = dict(before.get("closed", {}))
     for node, number in now.closed.items():
         closed[node] = closed.get(node, 0) + number
     return {
         "took_s": took_s,
+        **common_receipt(confirmed, missing, nodes),
         "confirmed_at": before.get("confirmed_at") or (None if missing else datetime.now(UTC).timestamp()),
-        "confirmed_by": confirmed,
-        "unconfirmed": missing,
-        "nodes": now.nodes,
-        "unseen_nodes": now.unseen,
         "closed": closed,
         "queues_deleted": before.get("queues_deleted", []) + now.deleted,
         "subscriptions_removed": before.get("subscriptions_removed", []) + now.unbound,
         "sessions_kept": now.kept,
         "looks": before.get("looks", 0) + 1,
     }
+
+
+def common_receipt(confirmed: list[str], missing: list[str], nodes: dict[str, dict[str, bool]]) -> dict[str, Any]:
+    """Return what the receipts of all plans of one look have in common."""
+    return {
+        "confirmed_at": None if missing else datetime.now(UTC).timestamp(),
+        "confirmed_by": confirmed,
+        "unconfirmed": missing,
+        "nodes": nodes,
+        "unseen_nodes": unseen(nodes),
+    }
+
+
+def unseen(nodes: dict[str, dict[str, bool]]) -> list[str]:
+    """Return the nodes that were not seen running: what is connected there is not known."""
+    return [f"{node} of {cluster}" for cluster, each in nodes.items() for node, up in each.items() if not up]
 
 
 def since(task: Task) -> float:

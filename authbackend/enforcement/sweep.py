@@ -17,9 +17,9 @@ from typing import Any, Protocol
 import structlog
 
 from authbackend.enforcement.checks import Checker, Registry, SessionQueue, common_name, contradiction, serial
-from authbackend.enforcement.clusters import Actions, Clusters, Violation
-from authbackend.enforcement.management_api import Cluster, Connection, LiveConnection
-from authbackend.enforcement.tasks import TaskStore
+from authbackend.enforcement.clusters import Actions, ClusterActions, Violation
+from authbackend.enforcement.management_api import LiveConnection
+from authbackend.enforcement.tasks import TaskStore, TaskStoreError
 from authbackend.errors import AuthbackendError, Unavailable
 from authbackend.policy.decide import DecisionSettings
 from authbackend.policy.reasons import Reason
@@ -108,40 +108,47 @@ class SweepSettings:
 
 
 class Sweep:
-    """Sweeps all clusters regularly."""
+    """Sweeps one cluster regularly; while enforcement is paused, it reports and ends nothing."""
 
     def __init__(
         self,
-        work: TaskStore,
-        clusters: Clusters,
+        store: TaskStore,
+        actions: ClusterActions,
         registry: Reader,
         observer: Observer,
         decisions: DecisionSettings,
         settings: SweepSettings,
     ) -> None:
-        self._work = work
-        self._clusters = clusters
+        self._store = store
+        self._actions = actions
         self._registry = registry
         self._observer = observer
         self._decisions = decisions
         self._settings = settings
 
     async def run(self) -> None:
-        """Sweep until cancelled."""
+        """
+        Sweep until cancelled.
+
+        Raises:
+            TaskStoreError: The store cannot be used.
+        """
+        name = self._actions.name
         while True:
             begin = time.monotonic()
-            for cluster in self._clusters.clusters:
-                try:
-                    report = await self.once(cluster)
-                    await self._work.keep_sweep(cluster.name, report.as_dict())
-                except AuthbackendError as error:
-                    self._observer.sweep_failed()
-                    log.warning("sweep.failed", cluster=cluster.name, fault=error.detail)
+            try:
+                report = await self.once()
+                await self._store.keep_sweep(name, report.as_dict())
+            except TaskStoreError:
+                raise
+            except AuthbackendError as error:
+                self._observer.sweep_failed()
+                log.warning("sweep.failed", cluster=name, fault=error.detail)
             await asyncio.sleep(max(1.0, self._settings.interval_s - (time.monotonic() - begin)))
 
-    async def once(self, cluster: Cluster) -> Report:
+    async def once(self) -> Report:
         """
-        Compare one cluster with the registry.
+        Compare the cluster with the registry.
 
         Raises:
             Unavailable: It does not answer, or the copy of the registry is too old to checker by.
@@ -149,20 +156,22 @@ class Sweep:
         begin = time.monotonic()
         report = Report()
         closing: list[tuple[str, LiveConnection]] = []
-        async for page in cluster.connections():
+        paused = await self._store.paused() is not None
+        async for page in self._actions.cluster.connections():
             report.connections += len(page)
             serials = {serial(each.certificate_serial) for each in page if each.certificate_serial}
-            states = await self._work.serial_states(sorted(serials))
+            states = await self._store.certificate_states(sorted(serials))
             closing += self._compare(page, states, report)
-        await self._close(cluster, closing, report)
-        await self._sessions(cluster, report)
+        if not paused:
+            await self._close(closing, report)
+        await self._sessions(report, report_only=paused)
         report.duration_s = time.monotonic() - begin
-        self._observer.swept(cluster.name, report)
+        self._observer.swept(self._actions.name, report)
         if closing or report.entries:
             found = {cause: number for cause, number in report.found.items() if number}
             log.warning(
                 "sweep.found",
-                cluster=cluster.name,
+                cluster=self._actions.name,
                 connections=report.connections,
                 found=found,
                 ended=dict(report.ended),
@@ -187,13 +196,13 @@ class Sweep:
                     report.note(PROPERTY_CONTRADICTS, user=connection.user, node=connection.node, why=claim)
         return closing
 
-    async def _close(self, cluster: Cluster, closing: list[tuple[str, LiveConnection]], report: Report) -> None:
+    async def _close(self, closing: list[tuple[str, LiveConnection]], report: Report) -> None:
         for cause, connection in closing:
-            await self._clusters.close_one(cluster, Connection(connection.name, connection.node, connection.user))
+            await self._actions.close_connection(connection.name)
             report.ended[cause] += 1
 
-    async def _sessions(self, cluster: Cluster, report: Report) -> None:
-        sessions = await self._clusters.sessions_of(cluster)
+    async def _sessions(self, report: Report, *, report_only: bool) -> None:
+        sessions = await self._actions.sessions()
         report.sessions = len(sessions)
         ending: list[SessionQueue] = []
         with self._registry as registry:
@@ -205,9 +214,9 @@ class Sweep:
                         SESSION_WITHOUT_OWNER, queue=session.queue.name, vhost=session.queue.vhost, why=str(why)
                     )
                     ending.append(session)
-        if SESSION_WITHOUT_OWNER in self._settings.closes:
+        if SESSION_WITHOUT_OWNER in self._settings.closes and not report_only:
             for session in ending:
-                await self._clusters.repair_session(Violation(cluster, session, SESSION_WITHOUT_OWNER), Actions())
+                await self._actions.repair_session(Violation(session, SESSION_WITHOUT_OWNER), Actions())
                 report.ended[SESSION_WITHOUT_OWNER] += 1
 
 

@@ -1,4 +1,4 @@
-"""The work of enforcement in the database, and the lock that one replica at a time holds to do it."""
+"""The tasks of enforcement in the database, and the lock that one replica at a time holds to do them."""
 
 from __future__ import annotations
 
@@ -9,100 +9,126 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
-from authbackend.enforcement.tasks import Backlog, Confirmation, Task
-from authbackend.errors import NotFound, Unavailable
+import structlog
+
+from authbackend.enforcement.tasks import Backlog, Confirmation, Overdue, Pause, Task, TaskStoreError
+from authbackend.errors import AuthbackendError, Conflict, NotFound, Unavailable
 from authbackend.postgres.connection import Connection, Target, connect, connected, translated_errors
 from authbackend.postgres.statements import load_statements
+
+log = structlog.get_logger(__name__)
 
 LEADER_LOCK = 724003
 CHANNEL = "enforcement"
 KEEP_DONE_S = 30 * 86400.0
 LOCK_EVERY_S = 0.5
 _LOOK_EVERY_S = 0.02
+_LOCK_TIMEOUT_S = 0.5
+"""Statements here skip rows that somebody has locked; what still meets a lock gives up after this time."""
 
 
 class PostgresTaskStore:
-    """Implements ``enforcement.tasks.TaskStore`` on one connection, which holds the lock."""
+    """Implements ``enforcement.tasks.TaskStore`` on a connection that no other part uses."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._statements = load_statements("enforcement")
-        self._woken = asyncio.Event()
-        self._turn = asyncio.Lock()  # enforcer and sweep share the connection
+        self._noted = asyncio.Event()
+        self._turn = asyncio.Lock()  # a part may do several batches at a time
 
     async def listen(self) -> None:
-        """Be wait_for_tasks by what is noted from now on."""
+        """Be woken by what is noted from now on."""
         with translated_errors():
-            await self._connection.add_listener(CHANNEL, lambda *_: self._woken.set())
-        self._connection.add_termination_listener(lambda *_: self._woken.set())
+            await self._connection.execute(f"set lock_timeout = '{_LOCK_TIMEOUT_S}s'")
+            await self._connection.add_listener(CHANNEL, lambda *_: self._noted.set())
+        self._connection.add_termination_listener(lambda *_: self._noted.set())
 
-    async def record_due(self) -> None:
-        """Note what has become due by time."""
-        await self._fetch("note_expired")
-        await self._fetch("apply_schedule")
+    async def due(self, cluster: str, lane: str, being_done: set[int], limit: int) -> list[Task]:
+        """Return open tasks that are due, the longest due first; none while the lane is paused."""
+        return [_task(row) for row in await self._fetch("due", cluster, lane, list(being_done), limit)]
 
-    async def due(self, most: int) -> list[Task]:
-        """Return the open tasks that are due, those of small changes first."""
-        self._woken.clear()
-        return [_task(row) for row in await self._fetch("due", most)]
+    async def due_of_users(self, cluster: str, users: list[str], limit: int) -> list[Task]:
+        """Return tasks of the bulk lane that are due for the first time and are about these users."""
+        return [_task(row) for row in await self._fetch("due_of_users", cluster, users, limit)]
 
     async def wait_for_tasks(self, longest_s: float) -> None:
-        """Wait until something is noted, at most so long."""
+        """Wait until something is noted, for up to ``longest_s``."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(longest_s):
-                await self._woken.wait()
+                await self._noted.wait()
+        self._noted.clear()
         if self._connection.is_closed():
-            raise Unavailable("the connection that holds the lock was lost")
+            raise TaskStoreError("the connection to PostgreSQL was lost")
+
+    async def paused(self) -> Pause | None:
+        """Return the pause that is in force."""
+        return next(map(_pause, await self._fetch("paused")), None)
 
     async def confirmation(self, versions: set[str]) -> Confirmation:
         """Return who decides by all of these versions."""
         rows = await self._fetch("confirmation", sorted(versions))
-        by, missing = ([row["name"] for row in rows if row["serves"] is serves] for serves in (True, False))
-        return Confirmation(by, missing)
+        return Confirmation(
+            [row["name"] for row in rows if row["serves"]],
+            [row["name"] for row in rows if not row["serves"]],
+            [row["name"] for row in rows if not row["serves"] and row["live"]],
+        )
 
     async def hold(self, device_ids: list[str]) -> str:
-        """Hold the logins of devices that are active, and return the version that does it."""
-        with translated_errors():
-            async with self._turn, self._connection.transaction():
-                await self._connection.execute(self._statements.hold.sql, device_ids)
-                return str(await self._connection.fetchval("select pg_current_xact_id()::text"))
+        """
+        Hold the logins of devices that are active, and return the version that does it.
+
+        Raises:
+            Conflict: Somebody else is changing one of the holds.
+        """
+        try:
+            with translated_errors():
+                async with self._turn, self._connection.transaction():
+                    await self._connection.execute(self._statements.hold.sql, device_ids)
+                    return str(await self._connection.fetchval("select pg_current_xact_id()::text"))
+        except AuthbackendError as error:
+            if self._connection.is_closed():
+                raise TaskStoreError(error.detail) from error
+            raise Conflict(f"the login of {', '.join(device_ids[:3])} cannot be held: {error.detail}") from error
 
     async def release(self, device_ids: list[str], tasks: list[int]) -> None:
         """End holds, but for devices that have other open tasks than these."""
         if device_ids:
             await self._fetch("release", device_ids, tasks)
 
-    async def add(self, parent: Task, devices: dict[str, dict[str, Any]]) -> int:
-        """Note tasks for devices on behalf of another, once each, and return how many there are by now."""
+    async def add(self, parent: Task, devices: dict[str, dict[str, Any]]) -> None:
+        """Note tasks for devices on behalf of another, once each."""
         details = [json.dumps(value) for value in devices.values()]
         await self._fetch("add_children", parent.id, list(devices), details)
-        return sum((await self.children(parent)).values())
 
-    async def children(self, parent: Task) -> dict[str, int]:
-        """Return how many tasks were noted on behalf of this one, by state."""
-        return {row["state"]: row["number"] for row in await self._fetch("children", parent.id)}
+    async def children(self, parent: Task) -> tuple[int, int]:
+        """Return how many tasks were noted on behalf of this one, and how many of them are open."""
+        (row,) = await self._fetch("children", parent.id)
+        return row["number"], row["open"]
 
     async def check_later(self, receipts: dict[int, dict[str, Any]], after_s: float) -> None:
         """Keep what was done, and make the tasks due for another look."""
         if receipts:
             await self._fetch("check_later", list(receipts), [json.dumps(r) for r in receipts.values()], after_s)
 
-    async def finish(self, receipts: dict[int, dict[str, Any]]) -> None:
+    async def finish(self, receipts: dict[int, dict[str, Any]], state: str = "done") -> None:
         """Close tasks with their receipts."""
         if receipts:
-            await self._fetch("finish", list(receipts), [json.dumps(r) for r in receipts.values()])
+            await self._fetch("finish", list(receipts), [json.dumps(r) for r in receipts.values()], state)
 
-    async def failed(self, tasks: list[int], fault: str, after_s: float) -> None:
-        """Keep tasks open, with why they could not be done, and make them due again."""
-        await self._fetch("failed", tasks, fault, after_s)
+    async def nothing_found(self, tasks: list[int], common: dict[str, Any], after_s: float | None) -> None:
+        """Note for many tasks at once that nothing was connected or stored; ``after_s`` as the Protocol says."""
+        if tasks:
+            await self._fetch("nothing_found", tasks, json.dumps(common), after_s)
 
-    async def backlog(self) -> Backlog:
-        """Return what is open."""
-        (row,) = await self._fetch("backlog")
-        tasks = {"waiting": row["waiting"], "checking": row["checking"]}
-        return Backlog(tasks, row["oldest_s"], row["holds"], row["overdue_holds"])
+    async def failed(self, faults: dict[int, tuple[str, float]]) -> None:
+        """Keep tasks open, each with why it could not be done and the seconds until it is tried again."""
+        await self._fetch("failed", list(faults), *map(list, zip(*faults.values(), strict=True)))
 
-    async def serial_states(self, serials: list[str]) -> dict[str, str]:
+    async def retry_failed(self, cluster: str) -> None:
+        """Make due at once what failed on a cluster that answers again."""
+        await self._fetch("retry_failed", cluster)
+
+    async def certificate_states(self, serials: list[str]) -> dict[str, str]:
         """Return the state of the certificates with these serials that are on record."""
         return {row["serial"]: row["state"] for row in await self._fetch("serial_states", serials)}
 
@@ -111,10 +137,27 @@ class PostgresTaskStore:
         await self._fetch("prune", KEEP_DONE_S)
         await self._fetch("keep_sweep", cluster, json.dumps(report))
 
+    async def record_due(self) -> str | None:
+        """Make what has become due by time: expiries and scheduled changes. Returns why one could not be made."""
+        await self._fetch("note_expired")
+        (row,) = await self._fetch("apply_schedule")
+        await self._fetch("release_forgotten")
+        return None if row["fault"] is None else str(row["fault"])
+
+    async def backlog(self) -> Backlog:
+        """Return what is open."""
+        (row,) = await self._fetch("backlog")
+        tasks = {"waiting": row["waiting"], "checking": row["checking"]}
+        overdue = tuple(map(_overdue, await self._fetch("overdue")))
+        return Backlog(tasks, row["oldest_s"], row["holds"], row["overdue_holds"], await self.paused(), overdue)
+
     async def _fetch(self, statement: str, *values: Any) -> list[Any]:
-        with translated_errors():
-            async with self._turn:
-                return await self._connection.fetch(getattr(self._statements, statement).sql, *values)
+        try:
+            with translated_errors():
+                async with self._turn:
+                    return await self._connection.fetch(getattr(self._statements, statement).sql, *values)
+        except AuthbackendError as error:
+            raise TaskStoreError(error.detail) from error
 
 
 def _task(row: Any) -> Task:
@@ -128,17 +171,69 @@ def _task(row: Any) -> Task:
         noted_at=row["noted_at"],
         state=row["state"],
         attempts=row["attempts"],
+        cluster=row["cluster"],
+        lane=row["lane"],
+        active=row["active"],
+        due_for_s=row["due_for_s"],
         parent=row["parent"],
         receipt=json.loads(row["receipt"]) if row["receipt"] else {},
     )
 
 
-@contextlib.asynccontextmanager
-async def leading(target: Target, hold_limit_s: float) -> AsyncIterator[PostgresTaskStore]:
-    """
-    Wait for the lock of enforcement and hold it for the time of the block.
+def _pause(row: Any) -> Pause:
+    return Pause(row["scope"], row["until"], row["actor"] or row["role"])
 
-    The lock goes with the connection: PostgreSQL frees it as soon as this process, or the way to it, is gone.
+
+def _overdue(row: Any) -> Overdue:
+    holder = None
+    if row["pid"] is not None:
+        began = f" since {row['since']:%Y-%m-%d %H:%M:%S} UTC" if row["since"] else ""
+        holder = f"process {row['pid']} ({row['application'] or 'no application name'}, role {row['role']}){began}"
+    return Overdue(row["device_id"], row["at"], row["status"], holder)
+
+
+@contextlib.asynccontextmanager
+async def open_store(target: Target, part: str) -> AsyncIterator[PostgresTaskStore]:
+    """
+    Open a store for one part of enforcement, for the time of the block.
+
+    Raises:
+        AuthbackendError: The database cannot be reached or refuses.
+    """
+    connection = await connect(replace(target, application_name=f"{target.application_name} enforcement {part}"))
+    try:
+        store = PostgresTaskStore(connection)
+        await store.listen()
+        yield store
+    finally:
+        with contextlib.suppress(Exception):
+            await connection.close(timeout=1)
+
+
+class LeaderLock:
+    """The lock of the one replica that enforces. It goes with its connection."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lost = asyncio.Event()
+        connection.add_termination_listener(lambda *_: self._lost.set())
+
+    async def lost(self) -> None:
+        """Wait until it is held no more: PostgreSQL frees it as soon as the connection is gone."""
+        while not self._lost.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await self._lost.wait()
+                    break
+            with translated_errors():  # a connection whose other end is gone says nothing by itself
+                await self._connection.fetchval("select 1")
+        raise Unavailable("the connection that holds the lock was lost")
+
+
+@contextlib.asynccontextmanager
+async def leading(target: Target, hold_limit_s: float, clusters: list[str]) -> AsyncIterator[LeaderLock]:
+    """
+    Wait for the lock of enforcement and hold it for the time of the block; changes note tasks for these clusters.
 
     Raises:
         AuthbackendError: The database cannot be reached or refuses.
@@ -152,10 +247,16 @@ async def leading(target: Target, hold_limit_s: float) -> AsyncIterator[Postgres
             )
             while not await connection.fetchval("select pg_try_advisory_lock($1)", LEADER_LOCK):  # noqa: ASYNC110
                 await asyncio.sleep(LOCK_EVERY_S)
-            await connection.execute(load_statements("enforcement").enable.sql, hold_limit_s)
-        table = PostgresTaskStore(connection)
-        await table.listen()
-        yield table
+            statements = load_statements("enforcement")
+            await connection.execute(statements.enable.sql, hold_limit_s, clusters)
+            await connection.execute(statements.adopt.sql, clusters)
+            for row in await connection.fetch(statements.unknown_clusters.sql, clusters):
+                log.warning(
+                    "enforcement.cluster_unknown",
+                    cluster=row["name"],
+                    next=f"tasks for it stay open; if it is gone for good: authbackend enforcement forget {row['name']}",
+                )
+        yield LeaderLock(connection)
     finally:
         with contextlib.suppress(Exception):
             await connection.close(timeout=1)
@@ -204,6 +305,51 @@ async def disable(target: Target) -> None:
         await connection.execute(load_statements("enforcement").disable.sql)
 
 
+async def pause(target: Target, actor: str, scope: str) -> Pause:
+    """Pause the bulk lane, or all lanes, for an hour, and return the pause."""
+    statements = load_statements("enforcement")
+    async with connected(target) as connection, connection.transaction():
+        await connection.execute("select set_config('authbackend.actor', $1, true)", actor)
+        await connection.execute(statements.pause.sql, scope)
+        return _pause(await connection.fetchrow(statements.paused.sql))
+
+
+async def resume(target: Target, actor: str) -> bool:
+    """End the pause, and return whether there was one."""
+    async with connected(target) as connection, connection.transaction():
+        await connection.execute("select set_config('authbackend.actor', $1, true)", actor)
+        return bool(await connection.fetchval(load_statements("enforcement").resume.sql))
+
+
+async def paused(target: Target) -> Pause | None:
+    """Return the pause that is in force."""
+    async with connected(target) as connection:
+        row = await connection.fetchrow(load_statements("enforcement").paused.sql)
+        return None if row is None else _pause(row)
+
+
+async def list_overdue(target: Target) -> list[Overdue]:
+    """Return scheduled changes that are late, with who keeps their device's row locked."""
+    async with connected(target) as connection:
+        return [_overdue(row) for row in await connection.fetch(load_statements("enforcement").overdue.sql)]
+
+
+async def forget_cluster(target: Target, actor: str, name: str) -> int:
+    """
+    Note no more tasks for a cluster, close those that are open as superseded, and return how many these were.
+
+    Raises:
+        NotFound: Nothing was ever enforced on a cluster of this name.
+    """
+    async with connected(target) as connection, connection.transaction():
+        await connection.execute("select set_config('authbackend.actor', $1, true)", actor)
+        row = await connection.fetchrow(load_statements("enforcement").forget_cluster.sql, name)
+    assert row is not None
+    if not row["clusters"] and not row["tasks"]:
+        raise NotFound(f"there is no cluster {name!r} to enforce on")
+    return int(row["tasks"])
+
+
 async def list_sweeps(target: Target) -> list[dict[str, Any]]:
     """Return the last sweep of each cluster."""
     async with connected(target) as connection:
@@ -225,7 +371,7 @@ async def enforced(target: Target, version: str, timeout_s: float) -> list[dict[
         while True:
             rows = await connection.fetch(statements.of_version.sql, version.partition("@")[0])
             left = deadline - asyncio.get_running_loop().time()
-            if all(row["state"] == "done" for row in rows) or left <= 0:
+            if all(row["finished_at"] is not None for row in rows) or left <= 0:
                 return [_plain(row) for row in rows]
             await asyncio.sleep(min(left, _LOOK_EVERY_S))
 

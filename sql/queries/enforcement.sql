@@ -1,11 +1,34 @@
 -- The work of enforcement.
 
 -- name: enable!
--- Triggers note work only where somebody does it. params: 1 seconds, Infinity for no limit
-insert into enforcement_setup (hold_limit_s) values ($1) on conflict (one) do update set hold_limit_s = excluded.hold_limit_s;
+-- Triggers note work only where somebody does it. params: 1 seconds, Infinity for no limit, 2 clusters text[]
+with setup as (
+  insert into enforcement_setup (hold_limit_s) values ($1) on conflict (one) do update set hold_limit_s = excluded.hold_limit_s)
+insert into enforcement_cluster (name) select unnest($2::text[]) on conflict do nothing;
+
+-- name: adopt!
+-- Notes what is open from before there were clusters again, for each of them. params: 1 clusters text[]
+with old as (
+  update enforcement set state = 'superseded', finished_at = clock_timestamp(), receipt = '{"superseded": "noted again for each cluster"}'
+  where cluster = '' and finished_at is null returning *)
+insert into enforcement (version, cluster, kind, name, causes, details, role, actor, noted_at)
+select o.version, k.name, o.kind, o.name, o.causes, o.details, o.role, o.actor, o.noted_at from old o, unnest($1::text[]) as k (name) where o.parent is null;
+
+-- name: unknown_clusters
+-- params: 1 the clusters of this service
+select name from enforcement_cluster where name <> all ($1::text[]) order by 1;
+
+-- name: forget_cluster^
+-- What is open there will not be done. params: 1 name
+with gone as (delete from enforcement_cluster where name = $1 returning 1),
+left_open as (
+  update enforcement set state = 'superseded', finished_at = clock_timestamp(),
+    receipt = coalesce(receipt, '{}') || '{"superseded": "the cluster was forgotten; what is connected there was not looked at again"}'
+  where cluster = $1 and finished_at is null returning 1)
+select (select count(*) from gone) as clusters, (select count(*) from left_open) as tasks;
 
 -- name: disable!
-with gone as (delete from device_hold) delete from enforcement_setup;
+with gone as (delete from device_hold), clusters as (delete from enforcement_cluster) delete from enforcement_setup;
 
 -- name: enabled$
 select exists (select from enforcement_setup);
@@ -13,19 +36,56 @@ select exists (select from enforcement_setup);
 -- name: note_expired$
 select enforcement_note_expired();
 
--- name: apply_schedule$
-select device_schedule_apply();
+-- name: apply_schedule^
+select made, fault from device_schedule_apply();
+
+-- name: overdue
+select device_id, at, status, pid, application, role, since from enforcement_overdue();
+
+-- name: release_forgotten!
+-- Holds whose end has passed and that no open task needs any more.
+delete from device_hold where device_id in (
+  select h.device_id from device_hold h where h.until <= clock_timestamp()
+    and not exists (select from enforcement e where e.kind = 'device' and e.name = h.device_id and e.finished_at is null)
+  for update skip locked);
 
 -- name: due
--- Small changes first: a mass change must not keep a single revocation waiting. params: 1 how many
-select id, version::text as version, kind, name, causes, details, noted_at, state, attempts, parent, receipt
-from (select e.*, case when parent is not null then 1000 else count(*) over (partition by version) end as together
-      from enforcement e where state <> 'done' and due_at <= clock_timestamp()) as open
-order by together > 20, due_at, id limit $1;
+-- Reads no more rows than it returns, however many are open. `active`: the device may be connected now, as committed.
+-- params: 1 cluster, 2 lane, 3 ids that are being done, 4 how many
+select id, version::text as version, cluster, lane, kind, name, causes, details, noted_at, state, attempts, parent, receipt,
+       extract(epoch from clock_timestamp() - due_at)::float8 as due_for_s,
+       kind = 'device' and exists (select from device d where d.device_id = e.name and d.status = 'active' and (d.expires_at is null or d.expires_at > clock_timestamp())) as active
+from enforcement e
+where cluster = $1 and lane = $2 and finished_at is null and due_at <= clock_timestamp() and id <> all ($3::bigint[])
+  and not exists (select from enforcement_pause where until > clock_timestamp() and (scope = 'all' or $2 <> 'urgent'))
+order by due_at, id limit $4;
+
+-- name: due_of_users
+-- Of a mass change, those about users that are connected. params: 1 cluster, 2 user names, 3 how many
+select id, version::text as version, cluster, lane, kind, name, causes, details, noted_at, state, attempts, parent, receipt,
+       extract(epoch from clock_timestamp() - due_at)::float8 as due_for_s,
+       kind = 'device' and exists (select from device d where d.device_id = e.name and d.status = 'active' and (d.expires_at is null or d.expires_at > clock_timestamp())) as active
+from enforcement e
+where cluster = $1 and state = 'waiting' and lane <> 'urgent' and details ->> 'common_name' = any ($2::text[]) and due_at <= clock_timestamp()
+  and not exists (select from enforcement_pause where until > clock_timestamp())
+limit $3;
+
+-- name: paused^
+select scope, since, until, role, actor from enforcement_pause where until > clock_timestamp();
+
+-- name: pause!
+-- params: 1 scope
+insert into enforcement_pause (scope) values ($1)
+on conflict (one) do update set scope = excluded.scope, since = now(), until = now() + interval '1 hour', role = session_user,
+  actor = nullif(current_setting('authbackend.actor', true), '');
+
+-- name: resume$
+with gone as (delete from enforcement_pause returning 1) select count(*) from gone;
 
 -- name: confirmation
+-- `live`: it was heard a moment ago, so it will confirm soon.
 -- params: 1 transaction ids text[]. Ids that this server has not given out came with a dump: everybody has loaded them.
-select name, coalesce(epoch = registry_epoch() and incarnation = (select i.id::text from incarnation i)
+select name, state = 'live' as live, coalesce(epoch = registry_epoch() and incarnation = (select i.id::text from incarnation i)
          and (select coalesce(bool_and(pg_visible_in_snapshot(v::xid8, snapshot)), true) from unnest($1::text[]) as v
               where v::xid8 < pg_snapshot_xmax(pg_current_snapshot())), false) as serves
 from replica_state where may_answer order by name;
@@ -36,47 +96,74 @@ select enforcement_hold($1::text[]);
 
 -- name: release!
 -- A hold that a later change has taken again stays. params: 1 device ids text[], 2 task ids bigint[]
-delete from device_hold h using (select device_id, since from device_hold where device_id = any ($1::text[])) as seen
+delete from device_hold h using (
+  select device_id, since from device_hold where device_id = any ($1::text[]) for update skip locked) as seen
 where h.device_id = seen.device_id and h.since = seen.since
-  and not exists (select from enforcement e where e.kind = 'device' and e.name = h.device_id and e.state <> 'done' and e.id <> all ($2::bigint[]));
+  and not exists (select from enforcement e where e.kind = 'device' and e.name = h.device_id and e.finished_at is null and e.id <> all ($2::bigint[]));
 
 -- name: add_children!
 -- params: 1 parent id, 2 device ids text[], 3 details jsonb[]
-insert into enforcement (version, kind, name, causes, details, role, actor, parent)
-select p.version, 'device', u.name, p.causes, u.details, p.role, p.actor, p.id
+insert into enforcement (version, cluster, kind, name, causes, details, role, actor, parent)
+select p.version, p.cluster, 'device', u.name, p.causes, u.details, p.role, p.actor, p.id
 from enforcement p, unnest($2::text[], $3::text[]::jsonb[]) as u (name, details) where p.id = $1
 on conflict (parent, name) where parent is not null do nothing;
 
--- name: children
+-- name: children^
 -- params: 1 parent id
-select state, count(*) as number from enforcement where parent = $1 group by state;
+select count(*) as number, count(*) filter (where finished_at is null) as open from enforcement where parent = $1;
 
 -- name: check_later!
--- params: 1 ids bigint[], 2 receipts text[], 3 seconds
+-- A row that somebody has locked stays due. params: 1 ids bigint[], 2 receipts text[], 3 seconds
 update enforcement e set state = 'checking', receipt = u.receipt::jsonb, fault = null, due_at = clock_timestamp() + make_interval(secs => $3)
-from unnest($1::bigint[], $2::text[]) as u (id, receipt) where e.id = u.id;
+from unnest($1::bigint[], $2::text[]) as u (id, receipt)
+where e.id = u.id and e.id in (select id from enforcement where id = any ($1::bigint[]) for update skip locked);
 
 -- name: finish!
--- params: 1 ids bigint[], 2 receipts text[]
-update enforcement e set state = 'done', receipt = u.receipt::jsonb, fault = null, finished_at = clock_timestamp()
-from unnest($1::bigint[], $2::text[]) as u (id, receipt) where e.id = u.id;
+-- params: 1 ids bigint[], 2 receipts text[], 3 state
+update enforcement e set state = $3, receipt = u.receipt::jsonb, fault = null, finished_at = clock_timestamp()
+from unnest($1::bigint[], $2::text[]) as u (id, receipt)
+where e.id = u.id and e.id in (select id from enforcement where id = any ($1::bigint[]) for update skip locked);
+
+-- name: nothing_found!
+-- Many tasks for which nothing was connected and nothing stored, at once.
+-- params: 1 ids bigint[], 2 what all receipts have in common, 3 seconds until the next look, null: there is none
+update enforcement e
+set state = case when $3::float8 is null then 'done' else 'checking' end,
+    receipt = jsonb_build_object('closed', '{}'::jsonb, 'queues_deleted', '[]'::jsonb, 'subscriptions_removed', '[]'::jsonb,
+                                 'took_s', round(extract(epoch from clock_timestamp() - e.noted_at), 3))
+              || coalesce(e.receipt, '{}') || $2::text::jsonb
+              || jsonb_build_object('confirmed_at', coalesce(nullif(e.receipt -> 'confirmed_at', 'null'), $2::text::jsonb -> 'confirmed_at'),
+                                    'looks', coalesce((e.receipt ->> 'looks')::integer, 0) + 1),
+    fault = null,
+    due_at = clock_timestamp() + make_interval(secs => coalesce($3::float8, 0)),
+    finished_at = case when $3::float8 is null then clock_timestamp() end
+where id in (select id from enforcement where id = any ($1::bigint[]) and finished_at is null for update skip locked);
 
 -- name: failed!
--- params: 1 ids bigint[], 2 fault, 3 seconds
-update enforcement set fault = $2, attempts = attempts + 1, due_at = clock_timestamp() + make_interval(secs => $3) where id = any ($1::bigint[]);
+-- params: 1 ids bigint[], 2 faults text[], 3 seconds float8[]
+update enforcement e set fault = u.fault, attempts = attempts + 1, due_at = clock_timestamp() + make_interval(secs => u.after_s)
+from unnest($1::bigint[], $2::text[], $3::float8[]) as u (id, fault, after_s)
+where e.id = u.id and e.id in (select id from enforcement where id = any ($1::bigint[]) and finished_at is null for update skip locked);
+
+-- name: retry_failed!
+-- What waited for a cluster that answers again is due at once. params: 1 cluster
+update enforcement set due_at = clock_timestamp() where id in (
+  select id from enforcement where cluster = $1 and finished_at is null and fault is not null and due_at > clock_timestamp() for update skip locked);
 
 -- name: backlog^
 select count(*) filter (where state = 'waiting') as waiting, count(*) filter (where state = 'checking') as checking,
        coalesce(extract(epoch from clock_timestamp() - min(noted_at)), 0)::float8 as oldest_s,
        (select count(*) from device_hold where until > clock_timestamp()) as holds,
        (select count(*) from device_hold where until <= clock_timestamp()) as overdue_holds
-from enforcement where state <> 'done';
+from enforcement where finished_at is null;
 
 -- name: prune!
 -- Receipts are kept as long as the trail is useful to somebody on call; the audit trail keeps the changes themselves.
 -- params: 1 seconds
-delete from enforcement e where state = 'done' and finished_at < clock_timestamp() - make_interval(secs => $1)
-  and not exists (select from enforcement c where c.parent = e.id and c.state <> 'done');
+delete from enforcement where id in (
+  select id from enforcement e where finished_at < clock_timestamp() - make_interval(secs => $1)
+    and not exists (select from enforcement c where c.parent = e.id and c.finished_at is null)
+  limit 10000 for update skip locked);
 
 -- name: keep_sweep!
 -- params: 1 cluster, 2 report
@@ -88,26 +175,26 @@ select cluster, at, report from enforcement_sweep order by cluster;
 
 -- name: listed
 -- params: 1 state or null, 2 kind or null, 3 name or null, 4 how many
-select id, version::text as version, kind, name, causes, coalesce(actor, role) as by, noted_at, due_at, state, attempts, fault, finished_at, parent, receipt
-from enforcement where ($1::text is null or (case when $1 = 'open' then state <> 'done' else state = $1 end))
+select id, version::text as version, cluster, lane, kind, name, causes, coalesce(actor, role) as by, noted_at, due_at, state, attempts, fault, finished_at, parent, receipt
+from enforcement where ($1::text is null or (case when $1 = 'open' then finished_at is null else state = $1 end))
   and ($2::text is null or kind = $2) and ($3::text is null or name = $3)
 order by id desc limit $4;
 
 -- name: one^
 -- params: 1 id
-select id, version::text as version, kind, name, causes, details, role, actor, noted_at, due_at, state, attempts, fault, finished_at, parent, receipt
+select id, version::text as version, cluster, lane, kind, name, causes, details, role, actor, noted_at, due_at, state, attempts, fault, finished_at, parent, receipt
 from enforcement where id = $1;
 
 -- name: of_version
 -- params: 1 transaction id text
-select id, kind, name, causes, state, fault, receipt, noted_at, finished_at from enforcement
+select id, cluster, kind, name, causes, state, fault, receipt, noted_at, finished_at from enforcement
 where version = $1::text::xid8 and parent is null order by id;
 
 -- name: retry$
--- Make open tasks due at once; a done one is done again. params: 1 id or null for all open ones
+-- Make open tasks due at once; a finished one is done again. params: 1 id or null for all open ones
 with again as (
-  update enforcement set due_at = clock_timestamp(), state = case when state = 'done' then 'waiting' else state end, finished_at = null
-  where case when $1::bigint is null then state <> 'done' else id = $1 end returning 1),
+  update enforcement set due_at = clock_timestamp(), state = case when finished_at is null then state else 'waiting' end, finished_at = null
+  where case when $1::bigint is null then finished_at is null else id = $1 end returning 1),
 told as (select pg_notify('enforcement', ''))
 select (select count(*) from again) from told;
 

@@ -42,6 +42,7 @@ def test_what_cannot_be_scheduled_changes_nothing(cli, policy, dsn, arguments, s
 def test_waiting_says_what_is_not_done_on_the_brokers(cli, policy, dsn):  # noqa: F811
     assert "no replica has enforcement.clusters" in cli("device", "suspend", "D1", "--wait").stderr
     rows(dsn, "insert into enforcement_setup (hold_limit_s) values (30) returning 1")
+    rows(dsn, "insert into enforcement_cluster (name) values ('rabbit') returning 1")
     result = cli("device", "revoke", "D1", "--wait", "--timeout", "0.2", exit_code=0)
     assert "enforcement" not in result.stderr  # it was suspended: nothing of it is connected
     result = cli("device", "revoke", "D2", "--wait", "--timeout", "0.2", exit_code=8)

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import asyncpg
 import pytest
 
+from authbackend.enforcement.tasks import MASS, SMALL, URGENT, Task, TaskStoreError
+from authbackend.errors import Unavailable
 from authbackend.postgres.connection import Target
-from authbackend.postgres.enforcement import enforced, leading
+from authbackend.postgres.enforcement import PostgresTaskStore, enforced, leading, open_store
+from authbackend.postgres.statements import load_statements
 from tests.postgres.test_roles import ADMIN, give_roles
 from tests.support.postgres import Server, connected
 from tests.support.registry import Following, fleet
 
+ENABLED = (
+    "insert into enforcement_setup (hold_limit_s) values (30); insert into enforcement_cluster (name) values ('c')"
+)
 SETUP = """
 insert into enforcement_setup (hold_limit_s) values (30);
+insert into enforcement_cluster (name) values ('c');
 insert into device_type (name, client_ids, vhosts) values ('T', '{"{device_id}_*"}', '{/}'), ('U', array['{device_id}'], '{/}');
 insert into device (device_id, type, attributes) values ('A', 'T', '{"site": "a", "line": "1"}'), ('B', 'T', '{}');
 insert into device (device_id, type, status) values ('R', 'T', 'revoked');
@@ -157,12 +167,19 @@ async def test_an_expiry_is_noted_once_when_its_time_has_come(work: asyncpg.Conn
     assert await noted(work) == [("device", "A", ["expired"])]
 
 
+async def test_an_expiry_that_a_change_noted_is_not_noted_again_by_the_time(work: asyncpg.Connection) -> None:
+    await work.execute("select enforcement_note_expired()")
+    await work.execute("update device set expires_at = clock_timestamp() where device_id = 'A'")
+    await work.execute("select enforcement_note_expired()")
+    assert await noted(work) == [("device", "A", ["expired"])]
+
+
 async def test_what_is_scheduled_happens_in_the_name_of_who_scheduled_it(work: asyncpg.Connection) -> None:
     await work.execute("set local authbackend.actor = 'ann'")
     await work.execute(
         "insert into device_schedule (device_id, at, status, reason) values ('A', now() - interval '1 s', 'revoked', 'lost'), ('B', now() + interval '1 h', 'revoked', '')"
     )
-    await work.execute("set local authbackend.actor = ''; select device_schedule_apply()")
+    await work.execute("set local authbackend.actor = ''; select made from device_schedule_apply()")
     rows = await work.fetch(
         "select device_id, status, status_reason from device where device_id in ('A', 'B') order by 1"
     )
@@ -178,14 +195,14 @@ async def test_the_end_of_a_suspension_does_not_reinstate_who_was_revoked_meanwh
     await work.execute(
         "insert into device_schedule (device_id, at, status) values ('R', now() - interval '1 s', 'active')"
     )
-    await work.execute("select device_schedule_apply()")
+    await work.execute("select made from device_schedule_apply()")
     assert await work.fetchval("select status from device where device_id = 'R'") == "revoked"
 
 
 async def test_a_hold_is_part_of_the_copy_and_ends_by_itself(connection: asyncpg.Connection, dsn: str) -> None:
     """The record carries when it ends, so that it ends also while the database is away."""
     await fleet(connection, 3)
-    await connection.execute("insert into enforcement_setup (hold_limit_s) values (30)")
+    await connection.execute(ENABLED)
     follower = Following(dsn)
     await follower.copy.refresh()
     device_id = await connection.fetchval("select device_id from device limit 1")
@@ -200,15 +217,27 @@ async def test_a_hold_is_part_of_the_copy_and_ends_by_itself(connection: asyncpg
     await follower.feed.close()
 
 
+@contextlib.asynccontextmanager
+async def tasks_of(dsn: str) -> AsyncIterator[PostgresTaskStore]:
+    """Enforcement is on for the cluster ``c``; yields the tasks."""
+    async with leading(Target(dsn), 30, ["c"]), open_store(Target(dsn), "test") as store:
+        yield store
+
+
+async def every(store: PostgresTaskStore, limit: int = 10) -> list[Task]:
+    """Return what is due in any lane."""
+    return [task for lane in (URGENT, SMALL, MASS) for task in await store.due("c", lane, set(), limit)]
+
+
 async def test_one_leads_and_another_takes_over_when_its_connection_is_gone(
     connection: asyncpg.Connection, dsn: str
 ) -> None:
     target = Target(dsn)
     order: list[str] = []
-    async with leading(target, 30) as first:
+    async with leading(target, 30, ["c"]) as first:
 
         async def second() -> None:
-            async with leading(target, 30):
+            async with leading(target, 30, ["c"]):
                 order.append("second")
 
         waiting = asyncio.create_task(second())
@@ -221,31 +250,151 @@ async def test_one_leads_and_another_takes_over_when_its_connection_is_gone(
         async with asyncio.timeout(10):
             await waiting
         assert order == ["second"]
-        with pytest.raises(Exception, match="lock|reached|connection"):
-            await first.record_due()
+        with pytest.raises(Unavailable, match="connection that holds the lock"):
+            await first.lost()
 
 
-async def test_small_changes_come_before_mass_changes(connection: asyncpg.Connection, dsn: str) -> None:
+async def test_a_store_says_that_it_is_lost(connection: asyncpg.Connection, dsn: str) -> None:
+    async with tasks_of(dsn) as store:
+        await connection.execute(
+            "select pg_terminate_backend(pid) from pg_stat_activity where application_name like '%enforcement test'"
+        )
+        with pytest.raises(TaskStoreError):
+            await store.record_due()
+        with pytest.raises(TaskStoreError, match="connection to PostgreSQL was lost"):
+            await store.wait_for_tasks(1)
+
+
+REVOKE = "update device set status = 'revoked' where device_id = any ($1)"
+
+
+@pytest.mark.parametrize(
+    ("statements", "lanes"),
+    [
+        (["update device set status = 'revoked' where device_id = 'd1'"], {"d1": "urgent"}),
+        (["update device set status = 'suspended' where device_id = 'd1'"], {"d1": "urgent"}),
+        (["delete from device where device_id = 'd1'"], {"d1": "urgent"}),
+        (["update device set expires_at = now() where device_id = 'd1'"], {"d1": "urgent"}),
+        (["delete from account"], {"robot": "urgent"}),
+        (["update device set common_name = 'x' where device_id = 'd1'"], {"d1": "small"}),
+        (["update account set tags = '{monitoring}'"], {"robot": "small"}),
+        (["delete from topic_rule where device_type is not null"], {"agv": "small"}),
+        (
+            [
+                "update device set status = 'revoked' where device_id = 'd1'",
+                "delete from topic_rule where device_type is not null",
+            ],
+            {"d1": "urgent", "agv": "small"},
+        ),
+    ],
+)
+async def test_the_lane_of_a_small_change(
+    connection: asyncpg.Connection, dsn: str, statements: list[str], lanes: dict[str, str]
+) -> None:
+    await fleet(connection, 3)
+    async with tasks_of(dsn) as store, connection.transaction():
+        for statement in statements:
+            await connection.execute(statement)
+        await connection.execute("select 1")
+    rows = await connection.fetch("select name, lane from enforcement")
+    assert {row["name"]: row["lane"] for row in rows} == lanes
+    assert store is not None
+
+
+@pytest.mark.parametrize("each", [1, 7, 30])
+async def test_twenty_one_identities_in_a_transaction_are_a_mass_change_however_it_is_written(
+    connection: asyncpg.Connection, dsn: str, each: int
+) -> None:
+    await fleet(connection, 41)
+    ids = [f"d{n}" for n in range(1, 22)]
+    async with tasks_of(dsn):
+        async with connection.transaction():
+            for start in range(0, 20, each):
+                await connection.execute(REVOKE, ids[:-1][start : start + each])
+            assert await lanes(connection) == {"urgent": 20}
+            await connection.execute(REVOKE, ids[-1:])
+            assert await lanes(connection) == {"mass": 21}
+        await connection.execute(REVOKE, [f"d{n}" for n in range(22, 42)])
+        assert await lanes(connection) == {"mass": 21, "urgent": 20}
+
+
+async def lanes(connection: asyncpg.Connection) -> dict[str, int]:
+    rows = await connection.fetch("select lane, count(*) from enforcement group by lane")
+    return {row["lane"]: row["count"] for row in rows}
+
+
+async def test_each_cluster_has_tasks_of_its_own(connection: asyncpg.Connection, dsn: str) -> None:
+    await fleet(connection, 21)
+    async with leading(Target(dsn), 30, ["a", "b"]):
+        await connection.execute(REVOKE, [f"d{n}" for n in range(1, 21)])
+        await connection.execute("update device set common_name = 'x' where device_id = 'd21'")
+        rows = await connection.fetch("select cluster, lane, count(*) from enforcement group by 1, 2 order by 1, 2")
+        assert [tuple(row) for row in rows] == [
+            ("a", "small", 1),
+            ("a", "urgent", 20),
+            ("b", "small", 1),
+            ("b", "urgent", 20),
+        ]
+        assert await held(connection) == ["d21"]
+
+
+async def test_fetching_reads_no_more_than_it_returns_however_much_is_open(
+    connection: asyncpg.Connection, dsn: str
+) -> None:
+    """Two hundred thousand open tasks: the plan of the fetch is an index scan that filters nothing away."""
+    await fleet(connection, 100)
+    async with tasks_of(dsn) as store:
+        await connection.execute(
+            "alter table enforcement disable trigger lane;"
+            "insert into enforcement (cluster, kind, name, causes, lane, due_at)"
+            " select 'c', 'device', 'd' || n, '{revoked}', case n % 1000 when 0 then 'small' else 'mass' end, clock_timestamp() + (n % 3 - 2) * interval '1 hour'"
+            " from generate_series(1, 200000) n; analyze enforcement"
+        )
+        await connection.execute(REVOKE, ["d1"])
+        sql = load_statements("enforcement").due.sql
+        for lane, limit in (("urgent", 50), ("small", 50), ("mass", 5000)):
+            for _ in range(2):  # also the plan that PostgreSQL keeps
+                (text,) = await connection.fetchrow("explain (analyze, format json) " + sql, "c", lane, [], limit)
+            found = list(scans(json.loads(text)[0]["Plan"], "enforcement"))
+            assert found, text
+            for scan in found:
+                assert scan["Node Type"].startswith("Index"), scan
+                assert scan.get("Rows Removed by Filter", 0) == 0
+                assert scan["Actual Rows"] <= limit
+        assert len(await store.due("c", MASS, set(), 5000)) == 5000
+
+
+def scans(plan: dict[str, Any], table: str) -> Iterator[dict[str, Any]]:
+    if plan.get("Relation Name") == table:
+        yield plan
+    for child in plan.get("Plans", ()):
+        yield from scans(child, table)
+
+
+async def test_a_single_revocation_does_not_queue_behind_a_mass_change(
+    connection: asyncpg.Connection, dsn: str
+) -> None:
     await fleet(connection, 60)
-    async with leading(Target(dsn), 30) as work:
+    async with tasks_of(dsn) as store:
         ids = [row["device_id"] for row in await connection.fetch("select device_id from device order by 1")]
-        await connection.execute("update device set status = 'revoked' where device_id = any ($1)", ids[:-1])
-        await connection.execute("update device set status = 'revoked' where device_id = $1", ids[-1])
-        assert (await work.due(1))[0].name == ids[-1]
+        await connection.execute(REVOKE, ids[:-1])
+        await connection.execute(REVOKE, ids[-1:])
+        assert [task.name for task in await store.due("c", URGENT, set(), 10)] == ids[-1:]
+        assert len(await store.due("c", MASS, set(), 100)) == 59
 
 
 async def test_a_hold_that_a_later_change_took_again_is_not_released(connection: asyncpg.Connection, dsn: str) -> None:
     await fleet(connection, 2)
-    async with leading(Target(dsn), 30) as work:
+    async with tasks_of(dsn) as work:
         name = await connection.fetchval("select device_id from device limit 1")
         insert = "insert into topic_rule (device_id, effect, action, topic) values ($1, 'deny', 'publish', $2)"
         await connection.execute(insert, name, "a")
-        (task,) = await work.due(10)
+        (task,) = await every(work)
         await connection.execute(insert, name, "b")
         await work.finish({task.id: {}})
         await work.release([name], [task.id])
         assert await held(connection) == [name]
-        (other,) = await work.due(10)
+        (other,) = await every(work)
         await work.finish({other.id: {}})
         await work.release([name], [other.id])
         assert await held(connection) == []
@@ -259,7 +408,7 @@ async def test_waiting_for_a_version_tells_nobody_enforces_apart_from_nothing_to
     async with connected(dsn) as connection:
         revoke = "update device set status = 'revoked' returning pg_current_xact_id()::text"
         assert await enforced(target, await connection.fetchval("select pg_current_xact_id()::text"), 1) is None
-        await connection.execute("insert into enforcement_setup (hold_limit_s) values (30)")
+        await connection.execute(ENABLED)
         assert await enforced(target, await connection.fetchval("select pg_current_xact_id()::text"), 1) == []
         version = await connection.fetchval(revoke)
         (task,) = await enforced(target, version, 0.1) or ()
@@ -271,7 +420,7 @@ async def test_the_security_team_can_look_and_retry_and_nothing_else(
 ) -> None:
     give_roles(postgres, database)
     await fleet(connection, 1)
-    await connection.execute("insert into enforcement_setup (hold_limit_s) values (30)")
+    await connection.execute(ENABLED)
     await connection.execute("update device set status = 'revoked'")
     async with connected(postgres.dsn(database, ADMIN)) as admin:
         assert await admin.fetchval("select count(*) from enforcement") == 1
@@ -290,11 +439,11 @@ async def test_receipts_go_after_a_month_whatever_order_they_were_finished_in(
 ) -> None:
     """A task that was done again lately outlives the one on whose behalf it was noted."""
     await fleet(connection, 1)
-    async with leading(Target(dsn), 30) as work:
+    async with tasks_of(dsn) as work:
         await connection.execute("update device_type set vhosts = '{}'")
-        (parent,) = await work.due(10)
+        (parent,) = await every(work)
         await work.add(parent, {"d1": {}})
-        (child,) = [task for task in await work.due(10) if task.parent]
+        (child,) = [task for task in await every(work) if task.parent]
         await work.finish({parent.id: {}, child.id: {}})
         await connection.execute(
             "update enforcement set finished_at = now() - interval '31 days' where id = $1", parent.id

@@ -108,24 +108,29 @@ def test_a_subscription_is_judged_by_the_rules_of_the_owner():
     assert checker().binding(session, Binding("amq.fanout", "fleet.A.x", "k")) == Reason.EXCHANGE_NOT_PERMITTED
 
 
-def rule(effect, action, topic):
-    return {"effect": effect, "action": action, "topic": topic}
+def rule(effect, action, topic, exchange=None):
+    found = {"effect": effect, "action": action, "topic": topic}
+    return found if exchange is None else {**found, "exchange": exchange}
 
 
 @pytest.mark.parametrize(
     ("rules", "present", "narrowed"),
     [
-        ([rule("allow", "publish", "a/b")], [("publish", "a/#")], set()),
-        ([rule("allow", "publish", "a/b")], [("subscribe", "a/#")], {"publish"}),
-        ([rule("allow", "publish", "a/#")], [("publish", "a/b")], {"publish"}),
-        ([rule("allow", "publish", "{attr.x}/b")], [("publish", "+/b")], set()),
-        ([rule("allow", "publish", "{attr.x}/b")], [("publish", "+/+/b")], {"publish"}),
-        ([rule("allow", "publish", "{device_id}/b")], [("publish", "{client_id}/b")], {"publish"}),
-        ([rule("deny", "subscribe", "a")], [("subscribe", "#")], {"subscribe"}),
+        ([rule("allow", "publish", "a/b")], [("publish", "a/#", None)], set()),
+        ([rule("allow", "publish", "a/b")], [("subscribe", "a/#", None)], {"publish"}),
+        ([rule("allow", "publish", "a/#")], [("publish", "a/b", None)], {"publish"}),
+        ([rule("allow", "publish", "{attr.x}/b")], [("publish", "+/b", None)], set()),
+        ([rule("allow", "publish", "{attr.x}/b")], [("publish", "+/+/b", None)], {"publish"}),
+        ([rule("allow", "publish", "{device_id}/b")], [("publish", "{client_id}/b", None)], {"publish"}),
+        ([rule("deny", "subscribe", "a")], [("subscribe", "#", None)], {"subscribe"}),
+        ([rule("allow", "publish", "a", "x")], [("publish", "a", "y")], {"publish"}),
+        ([rule("allow", "publish", "a", "x")], [("publish", "a", "x")], set()),
+        ([rule("allow", "publish", "a", "x")], [("publish", "a", None)], {"publish"}),
+        ([rule("allow", "publish", "a")], [("publish", "a", "amq.topic")], set()),
     ],
 )
 def test_a_change_of_rules_narrows_unless_what_is_there_allows_as_much(rules, present, narrowed):
-    assert narrowed_actions(rules, present) == narrowed
+    assert narrowed_actions(rules, present, "amq.topic") == narrowed
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent.parent / "authbackend"
 LONGEST_FUNCTION = 50
-LONGEST_MODULE = 400
+LONGEST_MODULE = 600
 
 
 def test_no_function_and_no_module_is_too_long():

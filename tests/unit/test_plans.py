@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from authbackend.enforcement.plans import CLOCKS_S, Plan, plan_of, plans_of, receipt
+from authbackend.enforcement.plans import CLOCKS_S, Plan, PlansByOwner, grouped, plan, receipt
 from authbackend.enforcement.tasks import Task
 from authbackend.policy.rules import Effect, Permission, RuleSet, TopicRule
 from tests.unit.test_checks import checker, live
@@ -18,26 +18,21 @@ def task(name, causes, number=1, kind="device", state="waiting", **more):
     return Task(number, "5", kind, name, frozenset(causes), details, datetime.now(UTC), state, 0, **more)
 
 
-def case(one, confirmed=True):
-    (found,) = plans_of(checker(), [one])
+def planned(one, confirmed=True):
+    found = plan(checker(), one if isinstance(one, list) else [one])
     found.confirmed = confirmed
     return found
 
 
-def ends(found, connected_at):
-    condition = found.selects()
-    return condition is None or condition(live("A", "A", connected_at=connected_at))
-
-
-def test_several_changes_about_one_device_are_one_case():
+def test_several_changes_about_one_device_are_one_plan():
     changes = [
-        task("A", ["rules"], 1, details={"rules": RULES}),
-        task("A", ["renamed"], 2, details={"common_name": "old"}),
+        task("A", ["rules"], 1, details={"rules": RULES}, active=True),
+        task("A", ["renamed"], 2, details={"common_name": "old"}, active=True),
         task("R", ["revoked"], 3),
     ]
-    first, second = plans_of(checker(), changes)
-    assert (first.ids, first.users, first.held, first.gone) == ([1, 2], {"A", "old"}, True, False)
-    assert (second.ids, second.users, second.held, second.gone) == ([3], {"R"}, False, True)
+    first, second = map(planned, grouped(changes))
+    assert (first.ids, first.users, first.held, first.sessions) == ([1, 2], {"A", "old"}, True, ["A"])
+    assert (second.ids, second.users, second.held, second.sessions) == ([3], {"R"}, False, ["R"])
 
 
 def test_what_still_allows_as_much_makes_nothing_to_do():
@@ -46,12 +41,21 @@ def test_what_still_allows_as_much_makes_nothing_to_do():
     device = found.registry.device_by_id("A")
     found.registry._by_id["A"] = replace(device, rules=rules)
     went = [{"effect": "allow", "action": "subscribe", "topic": "fleet/{device_id}/x"}]
-    (nothing,) = plans_of(found, [task("A", ["rules"], details={"rules": went})])
+    nothing = plan(found, [task("A", ["rules"], details={"rules": went}, active=True)])
     assert (nothing.users, nothing.sessions, nothing.held) == (set(), [], False)
 
 
-def test_the_first_look_ends_everything():
-    assert ends(case(task("A", ["retyped"])), 1e12)
+@pytest.mark.parametrize("cause", ["revoked", "suspended", "pending", "expired"])
+def test_what_a_device_is_active_again_after_is_superseded(cause):
+    assert planned(task("A", [cause], active=True)).superseded
+    assert not planned(task("A", [cause])).superseded
+
+
+@pytest.mark.parametrize("causes", [["deleted"], ["revoked", "rules"], ["renamed"]])
+def test_what_activation_does_not_undo_is_not_superseded(causes):
+    found = planned(task("A", causes, active=True))
+    assert not found.superseded
+    assert found.users == {"A"}
 
 
 @pytest.mark.parametrize(
@@ -63,29 +67,26 @@ def test_the_first_look_ends_everything():
     ],
 )
 def test_a_later_look_ends_what_is_older_than_the_confirmation_by_all(confirmed_at, confirmed, ended):
-    found = case(task("A", ["retyped"], state="checking", receipt={"confirmed_at": confirmed_at}), confirmed)
-    assert [ends(found, t) for t in (1.0, 1000.0 + CLOCKS_S, 1001.0 + CLOCKS_S)] == ended
-
-
-def test_who_may_not_be_connected_at_all_is_ended_at_every_look():
-    assert ends(case(task("R", ["revoked"], state="checking", receipt={"confirmed_at": 1.0})), 1e12)
+    found = planned(
+        task("A", ["retyped"], state="checking", receipt={"confirmed_at": confirmed_at}, active=True), confirmed
+    )
+    assert [found.ends(live("A", "A", connected_at=t)) for t in (1.0, 1000.0 + CLOCKS_S, 1001.0 + CLOCKS_S)] == ended
 
 
 def test_only_connections_with_the_revoked_certificate_end():
-    found = case(task("ab0c", ["revoked"], kind="certificate", details={"common_name": "A"}))
-    condition = found.selects()
+    found = planned(task("ab0c", ["revoked"], kind="certificate", details={"common_name": "A"}))
     assert found.users == {"A"}
-    assert condition(live("A", certificate_serial="00AB0C"))
-    assert not condition(live("A", certificate_serial="AB0D"))
-    assert not condition(live("A"))
+    assert found.ends(live("A", certificate_serial="00AB0C"))
+    assert not found.ends(live("A", certificate_serial="AB0D"))
+    assert not found.ends(live("A"))
 
 
 def test_a_session_without_an_owner_belongs_to_who_may_have_had_it():
-    deleted = case(task("gone", ["deleted"], details={"client_ids": ["{device_id}_*"]}))
-    assert plan_of(checker(), [deleted], "gone_1") is deleted
-    assert plan_of(checker(), [deleted], "gone") is deleted
-    assert plan_of(checker(), [deleted], "goner") is None
-    assert plan_of(checker(), [deleted], "A") is None
+    deleted = planned(task("gone", ["deleted"], details={"client_ids": ["{device_id}_*"]}))
+    account = planned(task("left", ["deleted"], kind="account", details={"client_ids": ["one"]}))
+    owners = PlansByOwner([deleted, account])
+    found = {name: owners.of(checker(), name) for name in ("gone_1", "gone", "one", "goner", "A")}
+    assert found == {"gone_1": deleted, "gone": deleted, "one": account, "goner": None, "A": None}
 
 
 def test_a_receipt_adds_up_over_looks():
@@ -94,6 +95,7 @@ def test_a_receipt_adds_up_over_looks():
     )
     found.done.closed["n"] += 1
     found.done.closed["m"] += 1
-    after = receipt(found, ["x"], [])
+    after = receipt(found, ["x"], [], {"c": {"n": True, "m": False}})
     assert (after["closed"], after["looks"], after["confirmed_at"]) == ({"n": 2, "m": 1}, 2, 7.0)
-    assert receipt(Plan(task("A", ["x"]), [1]), [], ["silent"])["confirmed_at"] is None
+    assert after["unseen_nodes"] == ["m of c"]
+    assert receipt(Plan(task("A", ["x"]), [1]), [], ["silent"], {})["confirmed_at"] is None

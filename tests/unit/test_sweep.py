@@ -2,7 +2,7 @@
 
 import pytest
 
-from authbackend.enforcement.clusters import Clusters
+from authbackend.enforcement.clusters import ClusterActions
 from authbackend.enforcement.sweep import Sweep, SweepSettings
 from authbackend.errors import Unavailable
 from authbackend.policy.decide import DecisionSettings
@@ -38,8 +38,11 @@ class Cluster:
 
 
 class Told:
-    async def serial_states(self, serials):
+    async def certificate_states(self, serials):
         return {}
+
+    async def paused(self):
+        return None
 
     def swept(self, cluster, report):
         pass
@@ -47,12 +50,12 @@ class Told:
 
 def sweep(age_s, cluster):
     settings = SweepSettings(60.0, frozenset({"device_not_permitted"}))
-    return Sweep(Told(), Clusters([cluster], 1000), Reader(age_s), Told(), DecisionSettings(), settings)
+    return Sweep(Told(), ClusterActions(cluster, 1000, 1), Reader(age_s), Told(), DecisionSettings(), settings)
 
 
 async def test_a_revoked_device_that_is_connected_is_found_and_closed():
     cluster = Cluster()
-    report = await sweep(1.0, cluster).once(cluster)
+    report = await sweep(1.0, cluster).once()
     assert report.found["device_not_permitted"] == 1
     assert cluster.closed == ["x"]
 
@@ -60,5 +63,5 @@ async def test_a_revoked_device_that_is_connected_is_found_and_closed():
 async def test_a_copy_that_is_old_neither_closes_nor_says_that_all_is_well():
     cluster = Cluster()
     with pytest.raises(Unavailable, match="31 s old: nothing was compared"):
-        await sweep(31.0, cluster).once(cluster)
+        await sweep(31.0, cluster).once()
     assert cluster.closed == []

@@ -1,0 +1,384 @@
+"""
+Does a batch of tasks on one cluster: wait until replicas deny, close, repair sessions, record what was done.
+
+Every step may be repeated: what has been ended already is not found again. A fault stays with the plan that met it, unless
+the cluster itself cannot be reached.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any, Protocol, TypeVar
+
+import structlog
+
+from authbackend.enforcement.checks import Checker, SessionQueue
+from authbackend.enforcement.clusters import FEW, Actions, ClusterActions, Violation, inspect_session
+from authbackend.enforcement.inventory import Inventory
+from authbackend.enforcement.management_api import Binding, ClusterUnreachable
+from authbackend.enforcement.plans import Plan, PlansByOwner, common_receipt, grouped, plan, receipt, unseen
+from authbackend.enforcement.tasks import Confirmation, Task, TaskStore, TaskStoreError
+from authbackend.errors import AuthbackendError
+from authbackend.policy.decide import DecisionSettings
+from authbackend.registry.store import Reader
+
+log = structlog.get_logger(__name__)
+
+CHUNK = 200
+"""Plans that are ended, repaired and recorded together; also how many are worked out before other tasks get a turn."""
+
+UNVERIFIED_S = 5.0
+"""How soon what could not be verified, for a node or a replica that is silent, is looked at again."""
+
+LONGEST_BACK_OFF_S = 30.0
+_CONFIRM_EVERY_S = 0.01
+
+T = TypeVar("T")
+
+
+class Observer(Protocol):
+    """Is told what happens, for metrics."""
+
+    def ended(self, done: Actions) -> None:
+        """Connections were closed, queues deleted, subscriptions removed."""
+
+    def enforced(self, causes: frozenset[str], seconds: float) -> None:
+        """A task is done; ``seconds`` from the change to the end of the last connection."""
+
+    def enforcement_failed(self, tasks: int) -> None:
+        """Tasks could not be done now."""
+
+
+class Enforcer:
+    """
+    Enforces on one cluster for one lane.
+
+    Args:
+        registry: A reader of its own.
+        confirm_s: How long to wait for the replicas before connections are closed all the same; those that did not
+            confirm are named, and the task stays open until they have.
+    """
+
+    def __init__(
+        self,
+        store: TaskStore,
+        actions: ClusterActions,
+        registry: Reader,
+        observer: Observer,
+        settings: DecisionSettings,
+        confirm_s: float,
+    ) -> None:
+        self.store = store
+        self.actions = actions
+        self.observer = observer
+        self._registry = registry
+        self._settings = settings
+        self._confirm_s = confirm_s
+
+    def check(self, judge: Callable[[Checker], T]) -> T:
+        """Return what a function finds in the registry as it is now; it must not give way to other tasks."""
+        with self._registry as registry:
+            return judge(Checker(registry, time.time(), self._settings))
+
+    async def in_parts(self, items: Sequence[T], judge: Callable[[Checker, T], Any]) -> list[Any]:
+        """Return what a function finds of each item, giving way to other tasks in between."""
+        found: list[Any] = []
+        for part in chunks(items):
+            found += self.check(lambda checker, part=part: [judge(checker, item) for item in part])  # type: ignore[misc]
+            await asyncio.sleep(0)
+        return found
+
+    async def confirmed(self, versions: set[str]) -> Confirmation:
+        """Wait for the replicas that will confirm soon, for up to ``confirm_s``; return who confirmed and who did not."""
+        deadline = time.monotonic() + self._confirm_s
+        while True:
+            found = await self.store.confirmation(versions)
+            if not found.awaited or time.monotonic() >= deadline:
+                return found
+            await asyncio.sleep(_CONFIRM_EVERY_S)
+
+    async def failed(self, tasks: Iterable[Task], fault: str) -> None:
+        """Put tasks off, each by its own number of attempts."""
+        put_off = {
+            task.id: (
+                fault,
+                min(LONGEST_BACK_OFF_S, 0.5 * 2 ** min(task.attempts, 10)) * random.uniform(0.5, 1.0),
+            )
+            for task in tasks
+        }
+        if put_off:
+            self.observer.enforcement_failed(len(put_off))
+            log.warning("enforcement.failed", cluster=self.actions.name, fault=fault, tasks=len(put_off))
+            await self.store.failed(put_off)
+
+
+class Batch:
+    """
+    One batch of tasks about devices, accounts and certificates.
+
+    Args:
+        between: Called between two parts of the work; when it returns False, the rest is left for later.
+    """
+
+    def __init__(
+        self, enforcer: Enforcer, inventory: Inventory, between: Callable[[], Awaitable[bool]] | None = None
+    ) -> None:
+        self._enforcer = enforcer
+        self._store = enforcer.store
+        self._actions = enforcer.actions
+        self._inventory = inventory
+        self._between = between
+        self._confirmed = Confirmation([], [])
+        self._nodes: dict[str, dict[str, bool]] = {}
+        self._unreachable: ClusterUnreachable | None = None
+        self._recorded: set[int] = set()
+
+    def left(self, tasks: Iterable[Task]) -> list[Task]:
+        """Return those of these tasks of which nothing has been recorded."""
+        return [task for task in tasks if task.id not in self._recorded]
+
+    async def enforce(self, tasks: list[Task], confirmed: Confirmation, nodes: dict[str, bool]) -> None:
+        """
+        Do all of them, those that are connected first.
+
+        Args:
+            confirmed: Who decides by all of their versions.
+            nodes: Of the cluster, and whether each is seen running.
+        Raises:
+            TaskStoreError: The store cannot be used.
+            AuthbackendError: The cluster cannot be reached or does not list what is asked for; see :meth:`left`.
+        """
+        self._confirmed = confirmed
+        self._nodes = {self._actions.name: nodes}
+        plans: list[Plan] = await self._enforcer.in_parts(grouped(tasks), plan)
+        for one in plans:
+            one.confirmed = not self._confirmed.missing
+        overtaken = [one for one in plans if one.superseded]
+        await self._record(overtaken)
+        present = [one for one in plans if not one.superseded and (one.users or one.sessions)]
+        await self._record([one for one in plans if not one.superseded and not (one.users or one.sessions)])
+        listed = await self._inventory.connected(user for one in present for user in one.users)
+        connected = [one for one in present if not one.users.isdisjoint(listed)]
+        for part in chunks(connected):
+            if self._between is not None and not await self._between():
+                return
+            await self._end(part)
+        await self._rest([one for one in present if one.users.isdisjoint(listed)])
+
+    async def _rest(self, plans: list[Plan]) -> None:
+        """Repair the sessions of those that are not connected, and record all that have none together."""
+        if not plans:
+            return
+        sessions = await self._sessions_of(plans)
+        for part in chunks([one for one in plans if sessions.get(one)]):
+            if self._between is not None and not await self._between():
+                return
+            await self._end(part)
+        nothing = [one for one in plans if not sessions.get(one)]
+        for part in chunks(nothing, 20 * CHUNK):
+            await self._nothing_found(part)
+
+    async def _end(self, plans: Sequence[Plan]) -> None:
+        """Hold, close, repair and record some plans."""
+        await self._hold([one for one in plans if one.held and one.first_look])
+        await self._each(plans, self._close)
+        try:
+            await self._repair(await self._sessions_of([one for one in plans if one.sessions and not one.fault]))
+        except TaskStoreError:
+            raise
+        except AuthbackendError as error:  # the lists; what has been closed must be recorded all the same
+            for one in plans:
+                one.fault = one.fault or error.detail
+        await self._record(plans)
+        if self._unreachable is not None:
+            raise self._unreachable
+
+    async def _each(self, plans: Iterable[Plan], step: Callable[[Plan], Awaitable[None]]) -> None:
+        """Do something for each plan that has not failed; a fault stays with its plan."""
+
+        async def one(each: Plan) -> None:
+            if each.fault is None and self._unreachable is not None:
+                each.fault = self._unreachable.detail
+            if each.fault is not None:
+                return
+            try:
+                await step(each)
+            except ClusterUnreachable as error:
+                self._unreachable = error
+                each.fault = error.detail
+            except AuthbackendError as error:
+                each.fault = error.detail
+            except Exception as error:  # a bug must neither lose the work nor keep the other plans from being done
+                log.exception("enforcement.crashed", kind=each.task.kind, name=each.task.name)
+                each.fault = f"{type(error).__name__} in the service, see its log"
+
+        async with asyncio.TaskGroup() as group:
+            for each in plans:
+                group.create_task(one(each))
+
+    async def _hold(self, plans: list[Plan]) -> None:
+        if not plans:
+            return
+        try:
+            version = await self._store.hold([one.task.name for one in plans])
+        except TaskStoreError:
+            raise
+        except AuthbackendError as error:
+            if len(plans) > 1:  # one of them is in the way
+                for one in plans:
+                    await self._hold([one])
+            else:
+                plans[0].fault = error.detail
+            return
+        holding = await self._enforcer.confirmed({version})
+        self._confirmed = Confirmation(
+            self._confirmed.by, sorted({*self._confirmed.missing, *holding.missing}), self._confirmed.awaited
+        )
+
+    async def _close(self, one: Plan) -> None:
+        """Close the connections of a plan's users, and note where they were."""
+        for user in sorted(one.users):
+            if one.serial is None and (one.first_look or not self._permitted(user)):
+                closed = await self._actions.close_user(user, lambda user=user: self._reactivated(one, user))  # type: ignore[misc]
+            else:
+                closed, unknown = await self._actions.close_where(user, one.ends)
+                one.done.unknown += unknown
+            one.done.closed.update(connection.node for connection in closed)
+
+    def _permitted(self, user: str) -> bool:
+        return self._enforcer.check(lambda checker: checker.permitted(user))
+
+    def _reactivated(self, one: Plan, user: str) -> bool:
+        """Return whether the registry has come to allow again what a plan is about; then it is planned anew."""
+        if one.ends_with_activation and one.confirmed and self._permitted(user):
+            one.again_at_once = True
+        return one.again_at_once
+
+    async def _sessions_of(self, plans: Sequence[Plan]) -> dict[Plan, list[SessionQueue]]:
+        """Return the sessions that belong to each plan."""
+        owners = [owner for one in plans for owner in one.sessions]
+        sessions = await self._inventory.sessions(owners) if owners else []
+        by_owner = PlansByOwner(plans)
+        found: dict[Plan, list[SessionQueue]] = {}
+        owned = await self._enforcer.in_parts(sessions, lambda checker, each: by_owner.of(checker, each.client_id))
+        for session, one in zip(sessions, owned, strict=True):
+            if one is not None:
+                found.setdefault(one, []).append(session)
+        return found
+
+    async def _repair(self, sessions: dict[Plan, list[SessionQueue]]) -> None:
+        """Repair the sessions of each plan."""
+        every = [session for each in sessions.values() for session in each]
+        listed = await self._actions.listed_bindings(every) if len(every) > FEW else None
+
+        async def repair(one: Plan) -> None:
+            for session in sessions[one]:
+                if listed is not None:
+                    bound = listed[session.queue.vhost, session.queue.name]
+                else:
+                    bound = await self._actions.bindings(session)
+                violation = self._enforcer.check(lambda checker: _violation(checker, one, session, bound))  # noqa: B023
+                if violation is None:
+                    one.done.kept += 1
+                else:
+                    await self._actions.repair_session(violation, one.done)
+
+        await self._each(sessions, repair)
+
+    async def _record(self, plans: Sequence[Plan]) -> None:
+        """Finish what a later look found nothing left of, and keep the rest for another look."""
+        by, missing = self._confirmed.by, self._confirmed.missing
+        self._recorded.update(_ids(plans))
+        later: dict[float, dict[int, dict[str, Any]]] = {}
+        finished: dict[str, dict[int, dict[str, Any]]] = {"done": {}, "superseded": {}}
+        released: list[str] = []
+        for one in plans:
+            if one.fault is not None and not one.done.anything:
+                await self._enforcer.failed([replace(one.task, id=id_) for id_ in one.ids], one.fault)
+                continue
+            made = receipt(one, by, missing, self._nodes)
+            after_s = self._look_again_s(one, made)
+            if after_s is not None:
+                later.setdefault(after_s, {}).update(dict.fromkeys(one.ids, made))
+            else:
+                made |= {"superseded": one.superseded} if one.superseded else {"checked_at": _now()}
+                finished["superseded" if one.superseded else "done"].update(dict.fromkeys(one.ids, made))
+                released += [one.task.name] if one.task.kind == "device" else []
+            self._tell(one, made, finished=after_s is None)
+        for after_s, receipts in later.items():
+            await self._store.check_later(receipts, after_s)
+        for state, receipts in finished.items():
+            await self._store.finish(receipts, state)
+        await self._store.release(released, [id_ for receipts in finished.values() for id_ in receipts])
+
+    def _look_again_s(self, one: Plan, made: dict[str, Any]) -> float | None:
+        """Return when to look at a plan again, None if it is finished."""
+        if one.superseded:
+            return None
+        if one.again_at_once:
+            return 0.0
+        if one.fault is not None or one.done.anything or one.done.unknown:
+            return self._inventory.look_again_s
+        if one.first_look and (one.users or one.sessions):
+            return self._inventory.look_again_s
+        if self._confirmed.missing or made["unseen_nodes"]:
+            return min(LONGEST_BACK_OFF_S, UNVERIFIED_S * float(made["looks"]))
+        return None
+
+    def _tell(self, one: Plan, made: dict[str, Any], *, finished: bool) -> None:
+        if finished and not one.superseded:
+            self._enforcer.observer.enforced(one.task.causes, made["took_s"])
+        if one.done.anything:
+            self._enforcer.observer.ended(one.done)
+            closed, deleted = sum(one.done.closed.values()), len(one.done.deleted)
+            log.info(
+                "enforcement.ended",
+                cluster=self._actions.name,
+                kind=one.task.kind,
+                name=one.task.name,
+                connections=closed,
+                queues=deleted,
+            )
+
+    async def _nothing_found(self, plans: Sequence[Plan]) -> None:
+        """Record plans for which nothing was connected and nothing stored, together."""
+        self._recorded.update(_ids(plans))
+        common = common_receipt(self._confirmed.by, self._confirmed.missing, self._nodes)
+        first = [one for one in plans if one.first_look]
+        again = [one for one in plans if not one.first_look]
+        unverified = bool(self._confirmed.missing or unseen(self._nodes))
+        await self._store.nothing_found(_ids(first), common, self._inventory.look_again_s)
+        if unverified:
+            await self._store.nothing_found(_ids(again), common, UNVERIFIED_S)
+            return
+        await self._store.nothing_found(_ids(again), {**common, "checked_at": _now()}, None)
+        for one in again:
+            self._enforcer.observer.enforced(one.task.causes, one.task.receipt.get("took_s") or 0.0)
+        await self._store.release([one.task.name for one in again if one.task.kind == "device"], _ids(again))
+
+
+def _violation(checker: Checker, one: Plan, session: SessionQueue, bound: list[Binding]) -> Violation | None:
+    if "client_id_owner" in one.task.causes and one.first_look:
+        return Violation(session, "client_id_owner")  # who had the id before had the session
+    violation = inspect_session(checker, session, bound)
+    if violation is None and session.will and "publish" in one.actions:
+        return Violation(session, "rules")
+    return violation
+
+
+def _ids(plans: Iterable[Plan]) -> list[int]:
+    return [id_ for one in plans for id_ in one.ids]
+
+
+def chunks(items: Sequence[T], size: int = CHUNK) -> Iterable[Sequence[T]]:
+    """Yield a list in parts."""
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

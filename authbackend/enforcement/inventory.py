@@ -1,0 +1,90 @@
+"""What is connected to one cluster and stored on it, as far as a batch of tasks needs it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+from typing import Protocol
+
+from authbackend.enforcement.checks import SessionQueue
+from authbackend.enforcement.clusters import ClusterActions
+
+STATISTICS_LATE_S = 6.0
+"""How stale RabbitMQ's list of all connections may be."""
+
+LOOK_AGAIN_S = 2.0
+"""An allow that was given before the change may become a connection a moment after the others were closed."""
+
+
+class Inventory(Protocol):
+    """
+    Where a batch looks.
+
+    Args:
+        look_again_s: After this time another look sees all that was allowed before the first one.
+    """
+
+    look_again_s: float
+
+    async def connected(self, users: Iterable[str]) -> set[str]:
+        """Return those users that may be connected."""
+
+    async def sessions(self, owners: list[str]) -> list[SessionQueue]:
+        """Return the session queues that may belong to these device ids and client ids; more may be among them."""
+
+
+class ByName:
+    """Asks for each user and each session by name; exact at once."""
+
+    look_again_s = LOOK_AGAIN_S
+
+    def __init__(self, actions: ClusterActions) -> None:
+        self._actions = actions
+
+    async def connected(self, users: Iterable[str]) -> set[str]:
+        """Return all of them: each is asked for when its connections are closed."""
+        return set(users)
+
+    async def sessions(self, owners: list[str]) -> list[SessionQueue]:
+        """Return the session queues whose client id begins with one of these names."""
+        return await self._actions.sessions(owners) if owners else []
+
+
+class Listed:
+    """
+    Asks once for everything, for any number of tasks.
+
+    Args:
+        taken_at: When it was begun, by the monotonic clock.
+    """
+
+    look_again_s = STATISTICS_LATE_S
+
+    def __init__(self, actions: ClusterActions) -> None:
+        self._actions = actions
+        self._users: set[str] | None = None
+        self._sessions: list[SessionQueue] | None = None
+        self.taken_at = time.monotonic()
+
+    async def users(self) -> set[str]:
+        """Return the users that are connected."""
+        if self._users is None:
+            found: set[str] = set()
+            async for part in self._actions.cluster.connections():
+                found.update(connection.user for connection in part)
+            self._users = found
+        return self._users
+
+    async def connected(self, users: Iterable[str]) -> set[str]:
+        """Return those users that are connected."""
+        listed = await self.users()
+        return {user for user in users if user in listed}
+
+    async def sessions(self, owners: list[str]) -> list[SessionQueue]:
+        """Return all session queues."""
+        del owners  # whoever they are: the list is asked for once
+        if self._sessions is None:
+            self._sessions = await self._actions.sessions()
+            await asyncio.sleep(0)
+        return self._sessions

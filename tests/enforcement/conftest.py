@@ -1,0 +1,204 @@
+"""A real PostgreSQL, a real copy that follows it, the real leader, and clusters in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import asyncpg
+import pytest
+
+from authbackend.backoff import Reachability
+from authbackend.enforcement import fan_out
+from authbackend.enforcement.clusters import Actions
+from authbackend.enforcement.inventory import ByName, Listed
+from authbackend.enforcement.leader import Leader, LeaderSettings
+from authbackend.enforcement.sweep import Report, SweepSettings
+from authbackend.enforcement.tasks import Backlog
+from authbackend.policy.decide import DecisionSettings
+from authbackend.postgres.connection import Target
+from authbackend.postgres.enforcement import leading, open_store
+from authbackend.postgres.replicas import Announcer, Identity
+from authbackend.registry.presence import Presence
+from tests.support.memory_cluster import Broker, MemoryCluster
+from tests.support.registry import Following, following
+
+FLEET = """
+insert into device_type (name, client_ids, vhosts) values ('T', '{"{device_id}","{device_id}_*"}', '{/}');
+insert into topic_rule (device_type, effect, action, topic)
+values ('T', 'allow', 'publish', 'fleet/{device_id}/#'), ('T', 'allow', 'subscribe', 'fleet/{device_id}/#'), ('T', 'allow', 'subscribe', 'news/#');
+"""
+
+
+class Watched:
+    """What the leader told its observer."""
+
+    def __init__(self) -> None:
+        self.leading = False
+        self.failed = 0
+        self.last_backlog: Backlog | None = None
+        self.reports: list[Report] = []
+
+    def leads(self, leading: bool) -> None:
+        self.leading = leading
+
+    def backlog(self, backlog: Backlog) -> None:
+        self.last_backlog = backlog
+
+    def ended(self, done: Actions) -> None:
+        pass
+
+    def enforced(self, causes: frozenset[str], seconds: float) -> None:
+        pass
+
+    def enforcement_failed(self, tasks: int) -> None:
+        self.failed += tasks
+
+    def swept(self, cluster: str, report: Report) -> None:
+        self.reports.append(report)
+
+    def sweep_failed(self) -> None:
+        pass
+
+
+class Rig:
+    """Everything that a test of enforcement needs."""
+
+    def __init__(self, dsn: str, connection: asyncpg.Connection) -> None:
+        self.dsn = dsn
+        self.sql = connection
+        self.brokers: dict[str, Broker] = {}
+        self.watched = Watched()
+        self.copy: Following | None = None
+
+    @property
+    def broker(self) -> Broker:
+        """The only broker."""
+        (only,) = self.brokers.values()
+        return only
+
+    async def devices(self, *names: str) -> None:
+        """Register devices, and wait until the copy has them."""
+        await self.sql.execute("insert into device (device_id, type) select unnest($1::text[]), 'T'", list(names))
+        await self.served()
+
+    async def served(self) -> None:
+        """Wait until the copy has what is committed."""
+        assert self.copy is not None
+        async with self.copy.copy._looking:  # the copy follows in the background, too
+            await self.copy.copy.refresh()
+
+    async def set_status(self, status: str, *names: str) -> None:
+        """Commit a status."""
+        await self.sql.execute("update device set status = $1 where device_id = any ($2)", status, list(names))
+
+    async def tasks(self, condition: str = "true") -> list[dict[str, Any]]:
+        """Return the tasks, the oldest first."""
+        rows = await self.sql.fetch(f"select * from enforcement where {condition} order by id")
+        return [{**row, "receipt": json.loads(row["receipt"] or "null")} for row in rows]
+
+    async def finished(self, condition: str = "true", limit_s: float = 30.0) -> list[dict[str, Any]]:
+        """Wait until all of these tasks are finished, and return them."""
+        async with asyncio.timeout(limit_s):
+            while await self.sql.fetchval(
+                f"select count(*) from enforcement where finished_at is null and ({condition})"
+            ):
+                await asyncio.sleep(0.02)
+        return await self.tasks(condition)
+
+    @contextlib.asynccontextmanager
+    async def enforcing(self, sweep_s: float | None = None, per_second: float = 1000.0) -> AsyncIterator[None]:
+        """
+        Lead for the time of the block.
+
+        Args:
+            sweep_s: How often to sweep; None: what a sweep finds is not ended, so that only lanes end anything.
+        """
+        assert self.copy is not None
+        target = Target(self.dsn)
+
+        def opened(broker: Broker) -> Callable[[], MemoryCluster]:
+            return lambda: MemoryCluster(broker)
+
+        clusters = {name: opened(broker) for name, broker in self.brokers.items()}
+        settings = LeaderSettings(
+            clusters,
+            per_second,
+            DecisionSettings(),
+            SweepSettings(sweep_s or 3600.0, frozenset({"device_not_permitted", "wrong_client_id"} if sweep_s else ())),
+        )
+        leader = Leader(
+            lambda: leading(target, 30.0, list(clusters)),
+            lambda part: open_store(target, part),
+            self.copy.store,
+            self.watched,
+            settings,
+            Reachability(),
+        )
+        task = asyncio.create_task(leader.run())
+        try:
+            async with asyncio.timeout(10):
+                while self.watched.last_backlog is None:
+                    await asyncio.sleep(0.01)
+            yield
+            assert not task.done(), task.exception()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.fixture
+async def rig(
+    dsn: str, connection: asyncpg.Connection, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Rig]:
+    """
+    A registry with a type and no device, followed by a copy; the clusters are named by ``@pytest.mark.clusters``.
+
+    Here nothing is late but what a test makes late, so that further looks need not wait for the real brokers' times.
+    """
+    monkeypatch.setattr(ByName, "look_again_s", 0.1)
+    monkeypatch.setattr(Listed, "look_again_s", 0.1)
+    monkeypatch.setattr(fan_out, "LOOK_AGAIN_S", 0.1)
+    monkeypatch.setattr(fan_out, "STATISTICS_LATE_S", 0.1)
+    made = Rig(dsn, connection)
+    mark = request.node.get_closest_marker("clusters")
+    made.brokers = {name: Broker(name) for name in (mark.args if mark else ("rabbit",))}
+    await connection.execute(FLEET)
+    await connection.execute("insert into enforcement_setup (hold_limit_s) values (30)")
+    await connection.executemany(
+        "insert into enforcement_cluster (name) values ($1)", [(name,) for name in made.brokers]
+    )
+    made.copy = Following(dsn)
+    try:
+        async with announced(made.copy, dsn), following(made.copy.copy):
+            await made.served()
+            yield made
+    finally:
+        await made.copy.feed.close()
+
+
+@contextlib.asynccontextmanager
+async def announced(copy: Following, dsn: str) -> AsyncIterator[None]:
+    """Let the other parts know which version the copy serves, as a replica does."""
+    identity = Identity(uuid.uuid4(), "me", "0", 1, 600.0)
+    copy.feed._identity = identity
+    presence = Presence(Announcer(Target(dsn), identity), Nobody(), comes_back=False)
+    copy.observed.refreshed = lambda look, _refreshed, *, lasting: presence.serves(look)  # type: ignore[method-assign]
+    task = asyncio.create_task(presence.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await presence.leave()
+
+
+class Nobody:
+    """Is not interested in the other replicas."""
+
+    def peers(self, states: dict[str, int], ages_s: dict[str, float]) -> None:
+        pass

@@ -1,0 +1,464 @@
+"""Lanes: a mass change, a fault, a lock or a silent cluster keeps no revocation waiting, and nothing claims too much."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from authbackend.postgres import enforcement
+from authbackend.postgres.connection import Target
+from tests.enforcement.conftest import Rig
+from tests.support.postgres import connected
+
+two_clusters = pytest.mark.clusters("east", "west")
+
+
+async def test_a_revoked_device_is_closed_and_its_session_deleted(rig: Rig) -> None:
+    await rig.devices("A", "B")
+    rig.broker.connect("A", "A", "fleet/A/#")
+    rig.broker.connect("B", "B", "fleet/B/#")
+    async with rig.enforcing():
+        await rig.set_status("revoked", "A")
+        (task,) = await rig.finished()
+    assert rig.broker.users() == ["B"]
+    assert [name for _, name in rig.broker.queues] == ["mqtt-subscription-Bqos1"]
+    assert (task["lane"], task["state"], task["cluster"]) == ("urgent", "done", "rabbit")
+    assert task["receipt"]["closed"] == {"rabbit@one": 1}
+    assert task["receipt"]["checked_at"]
+
+
+async def test_who_may_not_be_connected_is_closed_at_every_look(rig: Rig) -> None:
+    """An allow that was on its way while the first connection was closed."""
+    await rig.devices("A")
+    rig.broker.connect("A")
+    async with rig.enforcing():
+        await rig.set_status("revoked", "A")
+        await rig.broker.until(lambda: rig.broker.closed == ["A"])
+        rig.broker.connect("A", connected_at=4e9)
+        (task,) = await rig.finished()
+    assert task["receipt"]["closed"] == {"rabbit@one": 2}
+
+
+@two_clusters
+async def test_a_silent_cluster_leaves_its_own_part_open_and_is_named(rig: Rig) -> None:
+    await rig.devices("A")
+    east, west = rig.brokers.values()
+    east.connect("A", "A", "fleet/A/#")
+    west.connect("A", "A", "fleet/A/#")
+    west.down = True
+    async with rig.enforcing():
+        await rig.set_status("revoked", "A")
+        (done,) = await rig.finished("cluster = 'east'")
+        assert done["state"] == "done"
+        assert east.users() == []
+        assert east.queues == {}
+        (open_,) = await rig.tasks("cluster = 'west'")
+        assert open_["state"] == "waiting"
+        assert "cluster west" in open_["fault"]
+        west.down = False  # what waited for it is due at once
+        (done,) = await rig.finished("cluster = 'west'")
+    assert done["receipt"]["closed"] == {"rabbit@one": 1}
+    assert west.queues == {}
+
+
+async def test_one_queue_that_cannot_be_deleted_keeps_no_other_task_from_finishing(rig: Rig) -> None:
+    names = [f"D{n}" for n in range(20)]
+    await rig.devices(*names)
+    for name in names:
+        rig.broker.connect(name, name, f"fleet/{name}/#")
+    rig.broker.refuses = lambda method, argument: method == "delete_queue" and argument == "mqtt-subscription-D7qos1"
+    async with rig.enforcing():
+        await rig.set_status("revoked", *names)
+        done = await rig.finished("name <> 'D7'")
+        assert len(done) == 19
+        await rig.broker.until(lambda: rig.broker.calls.count(("delete_queue", "mqtt-subscription-D7qos1")) >= 2)
+        (bad,) = await rig.tasks("name = 'D7'")
+        assert bad["finished_at"] is None
+        rig.broker.refuses = lambda _method, _argument: False
+        (done_,) = await rig.finished("name = 'D7'")
+    assert done_["receipt"]["closed"] == {"rabbit@one": 1}
+    assert [queue["queue"] for queue in done_["receipt"]["queues_deleted"]] == ["mqtt-subscription-D7qos1"]
+
+
+async def test_a_bug_in_one_task_does_not_touch_the_others(rig: Rig) -> None:
+    await rig.devices("A", "B")
+    rig.broker.connect("A")
+    rig.broker.connect("B")
+
+    def crash(method: str, argument: str) -> bool:
+        if method == "close_user" and argument == "A":
+            raise ZeroDivisionError
+        return False
+
+    rig.broker.refuses = crash
+    async with rig.enforcing():
+        await rig.set_status("revoked", "A", "B")
+        await rig.finished("name = 'B'")
+        await rig.broker.until(lambda: rig.broker.calls.count(("close_user", "A")) >= 2)
+        (bad,) = await rig.tasks("name = 'A'")
+    assert "ZeroDivisionError in the service" in bad["fault"]
+
+
+async def test_a_revocation_in_the_middle_of_a_mass_change_is_not_kept_waiting(rig: Rig) -> None:
+    """The mass change stands still at its first connection; the revocation that follows is done all the same."""
+    names = [f"D{n}" for n in range(300)]
+    await rig.devices(*names, "stolen")
+    for name in [*names, "stolen"]:
+        rig.broker.connect(name, name, f"fleet/{name}/#")
+    rig.broker.gates["connections"] = asyncio.Event()  # the list of all, which only a mass change asks for
+    async with rig.enforcing():
+        await rig.set_status("revoked", *names)
+        await rig.broker.until(lambda: ("connections", "") in rig.broker.calls)
+        await rig.set_status("revoked", "stolen")
+        (task,) = await rig.finished("name = 'stolen'")
+        assert task["receipt"]["closed"] == {"rabbit@one": 1}
+        assert len(rig.broker.users()) == 300
+        rig.broker.gates.pop("connections").set()
+        await rig.finished()
+    assert rig.broker.users() == []
+    assert rig.broker.queues == {}
+
+
+async def test_a_small_change_goes_before_the_rest_of_a_mass_change(rig: Rig) -> None:
+    names = [f"D{n:03}" for n in range(450)]
+    await rig.devices(*names, "me")
+    for name in [*names, "me"]:
+        rig.broker.connect(name, name, f"fleet/{name}/#")
+    async with rig.enforcing():
+        rig.broker.gates["close_user"] = asyncio.Event()
+        await rig.set_status("revoked", *names)
+        await rig.broker.until(lambda: any(method == "close_user" for method, _ in rig.broker.calls))
+        await rig.sql.execute("update device set common_name = 'me2' where device_id = 'me'")
+        rig.broker.gates.pop("close_user").set()
+        await rig.finished("name = 'me'")
+    assert rig.broker.closed.index("me") < 449
+
+
+async def test_a_mass_change_lists_connections_and_sessions_once(rig: Rig) -> None:
+    """Most are not connected and have no session: they are closed together, without one call for each."""
+    names = [f"D{n}" for n in range(2000)]
+    await rig.devices(*names)
+    for name in names[:30]:
+        rig.broker.connect(name, name, f"fleet/{name}/#")
+    rig.broker.subscribe("D1000", "fleet/D1000/#")
+    async with rig.enforcing():
+        await rig.set_status("revoked", *names)
+        done = await rig.finished()
+    assert rig.broker.users() == []
+    assert rig.broker.queues == {}
+    assert len(done) == 2000
+    assert {task["lane"] for task in done} == {"mass"}
+    assert all(task["receipt"]["checked_at"] and task["receipt"]["looks"] >= 2 for task in done)
+    looks = [method for method, _ in rig.broker.calls]
+    assert looks.count("connections") <= 6
+    assert looks.count("queues") <= 6
+    assert looks.count("connections_of") <= 100
+    assert sum(sum(task["receipt"]["closed"].values()) for task in done) == 30
+
+
+async def test_a_connection_too_young_for_the_list_is_found_by_the_next_look(rig: Rig) -> None:
+    names = [f"D{n}" for n in range(100)]
+    await rig.devices(*names)
+    rig.broker.statistics = False
+    rig.broker.connect("D5", "D5")
+    async with rig.enforcing():
+        await rig.set_status("revoked", *names)
+        await rig.broker.until(lambda: ("connections", "") in rig.broker.calls)
+        rig.broker.tracked_only.clear()
+        await rig.finished()
+    assert rig.broker.users() == []
+
+
+async def test_an_idle_transaction_on_a_device_with_a_due_schedule_stops_nothing_else(rig: Rig) -> None:
+    await rig.devices("held", "A", "B")
+    rig.broker.connect("A")
+    rig.broker.connect("B")
+    async with connected(rig.dsn, server_settings={"application_name": "psql"}) as idle, rig.enforcing():
+        transaction = idle.transaction()
+        await transaction.start()
+        await idle.execute("update device set status_reason = 'x' where device_id = 'held'")
+        schedule = "insert into device_schedule (device_id, at, status) values ($1, now(), 'revoked')"
+        await rig.sql.execute(schedule, "held")
+        await rig.sql.execute(schedule, "B")
+        await rig.set_status("revoked", "A")
+        await rig.finished("name = 'A'")
+        async with asyncio.timeout(10):
+            while "B" in rig.broker.users():
+                await asyncio.sleep(0.02)
+            while not (overdue := await enforcement.list_overdue(Target(rig.dsn))):
+                await asyncio.sleep(0.05)
+            while not (rig.watched.last_backlog and rig.watched.last_backlog.overdue):
+                await asyncio.sleep(0.05)
+        assert [each.device_id for each in overdue] == ["held"]
+        assert f"process {idle.get_server_pid()} (psql, role postgres)" in overdue[0].holder
+        await transaction.rollback()
+        await rig.finished()
+        async with asyncio.timeout(10):
+            while await rig.sql.fetchval("select status from device where device_id = 'held'") != "revoked":
+                await asyncio.sleep(0.02)
+
+
+async def test_several_who_hold_a_row_are_all_named(rig: Rig) -> None:
+    await rig.devices("held")
+    await rig.sql.execute(
+        "insert into device_schedule (device_id, at, status) values ('held', now() - interval '2 s', 'revoked')"
+    )
+    async with connected(rig.dsn) as one, connected(rig.dsn) as two:
+        async with one.transaction(), two.transaction():
+            for each in (one, two):
+                await each.execute("select from device where device_id = 'held' for share")
+            overdue = await enforcement.list_overdue(Target(rig.dsn))
+            pids = {one.get_server_pid(), two.get_server_pid()}
+    assert {int(each.holder.split()[1]) for each in overdue if each.holder} == pids
+
+
+async def test_somebody_who_holds_a_task_keeps_no_other_one_waiting(rig: Rig) -> None:
+    await rig.devices("A", "B")
+    rig.broker.connect("A")
+    rig.broker.connect("B")
+    async with connected(rig.dsn) as idle, rig.enforcing():
+        await rig.set_status("revoked", "A")
+        transaction = idle.transaction()
+        await transaction.start()
+        await idle.execute("select from enforcement where name = 'A' for update")
+        await rig.set_status("revoked", "B")
+        await rig.finished("name = 'B'")
+        await transaction.rollback()
+        await rig.finished()
+
+
+async def test_a_hold_that_somebody_is_taking_keeps_no_other_device_waiting(rig: Rig) -> None:
+    await rig.devices("A", "B")
+    rig.broker.connect("A")
+    rig.broker.connect("B")
+    deny = "insert into topic_rule (device_id, effect, action, topic) values ($1, 'deny', 'publish', 'x')"
+    async with connected(rig.dsn) as idle:
+        await rig.sql.execute("delete from enforcement_setup")
+        await rig.sql.execute("insert into enforcement_setup (hold_limit_s) values (30)")
+        transaction = idle.transaction()
+        await transaction.start()
+        await idle.execute("insert into device_hold (device_id, until) values ('A', now() + interval '1 h')")
+        await rig.sql.execute(
+            "insert into enforcement (cluster, kind, name, causes, details) values ('rabbit', 'device', 'A', '{renamed}', '{\"common_name\": \"A\"}')"
+        )
+        async with rig.enforcing():
+            await rig.sql.execute(deny, "B")
+            await rig.finished("name = 'B'")
+            (task,) = await rig.tasks("name = 'A'")
+            assert task["finished_at"] is None
+            await transaction.rollback()
+            await rig.finished()
+
+
+async def test_a_reinstated_device_is_left_alone(rig: Rig) -> None:
+    """Revoked while nobody enforced, and active again by the time that somebody does."""
+    await rig.devices("A")
+    await rig.set_status("revoked", "A")
+    await rig.set_status("active", "A")
+    await rig.served()
+    rig.broker.connect("A", "A", "fleet/A/#")
+    async with rig.enforcing():
+        (task,) = await rig.finished()
+    assert rig.broker.users() == ["A"]
+    assert (task["state"], task["receipt"]["superseded"]) == ("superseded", "the device is active again")
+    assert task["receipt"]["closed"] == {}
+
+
+async def test_a_device_reinstated_in_the_middle_of_a_mass_change_is_left_alone(rig: Rig) -> None:
+    names = [f"D{n:03}" for n in range(100)]
+    await rig.devices(*names)
+    for name in names:
+        rig.broker.connect(name)
+    rig.broker.gates["close_user"] = asyncio.Event()
+    async with rig.enforcing():
+        await rig.set_status("revoked", *names)
+        await rig.broker.until(lambda: any(method == "close_user" for method, _ in rig.broker.calls))
+        await rig.set_status("active", "D099")
+        await rig.served()
+        rig.broker.gates.pop("close_user").set()
+        await rig.finished()
+    assert rig.broker.users() == ["D099"]
+    (task,) = await rig.tasks("name = 'D099'")
+    assert task["state"] == "superseded"
+    assert task["receipt"]["closed"] == {}
+
+
+async def test_a_device_that_is_deleted_and_registered_anew_is_not_spared(rig: Rig) -> None:
+    await rig.devices("A")
+    rig.broker.connect("A", "A", "fleet/A/#")
+    await rig.sql.execute("delete from device where device_id = 'A'")
+    await rig.devices("A")
+    async with rig.enforcing():
+        (task,) = await rig.finished()
+    assert task["receipt"]["closed"] == {"rabbit@one": 1}
+
+
+async def test_a_renamed_id_does_not_throw_the_device_out_again_and_again(rig: Rig) -> None:
+    await rig.sql.execute("insert into device (device_id, common_name, type) values ('A', 'cn', 'T')")
+    await rig.served()
+    rig.broker.connect("cn", "A")
+    async with rig.enforcing():
+        await rig.sql.execute("update device set device_id = 'Z' where device_id = 'A'")
+        await rig.broker.until(lambda: rig.broker.closed == ["cn"])
+        rig.broker.connect("cn", "Z", connected_at=4e9)
+        await rig.finished()
+    assert rig.broker.closed == ["cn"]
+
+
+async def test_an_account_that_loses_a_rule_on_one_exchange_and_keeps_it_on_another(rig: Rig) -> None:
+    await rig.sql.execute(
+        "insert into account (name, login, vhosts, write) values ('svc', 'certificate', '{/}', '{own,other}');"
+        "insert into topic_rule (account, effect, action, topic, exchange) values ('svc', 'allow', 'publish', 'a/#', 'own'), ('svc', 'allow', 'publish', 'a/#', 'other')"
+    )
+    await rig.served()
+    rig.broker.connect("svc", None, protocol="AMQP 0-9-1")
+    async with rig.enforcing():
+        await rig.sql.execute("delete from topic_rule where exchange = 'own'")
+        (task,) = await rig.finished()
+        assert task["receipt"]["closed"] == {"rabbit@one": 1}
+
+
+async def test_a_pause_stops_the_bulk_lane_and_ends(rig: Rig) -> None:
+    names = [f"D{n}" for n in range(60)]
+    await rig.devices(*names, "stolen")
+    for name in [*names, "stolen"]:
+        rig.broker.connect(name)
+    async with rig.enforcing():
+        found = await enforcement.pause(Target(rig.dsn), "ann", "bulk")
+        assert (found.scope, found.by) == ("bulk", "ann")
+        await rig.set_status("revoked", *names)
+        await rig.set_status("revoked", "stolen")
+        await rig.finished("name = 'stolen'")
+        assert rig.broker.closed == ["stolen"]
+        async with asyncio.timeout(10):
+            while rig.watched.last_backlog.paused is None:
+                await asyncio.sleep(0.05)
+        assert await enforcement.resume(Target(rig.dsn), "ben")
+        await rig.finished()
+    assert rig.broker.users() == []
+    trail = await rig.sql.fetch("select operation, actor from audit where entity = 'enforcement_pause' order by id")
+    assert [tuple(row) for row in trail] == [("INSERT", "ann"), ("DELETE", "ben")]
+
+
+async def test_a_pause_of_all_stops_the_urgent_lane_and_the_sweep_only_reports(rig: Rig) -> None:
+    await rig.devices("A", "B")
+    rig.broker.connect("A")
+    rig.broker.connect("B", "A")  # not its client id
+    await enforcement.pause(Target(rig.dsn), "ann", "all")
+    async with rig.enforcing(sweep_s=1.0):
+        await rig.set_status("revoked", "A")
+        async with asyncio.timeout(10):
+            while len(rig.watched.reports) < 2:
+                await asyncio.sleep(0.02)
+        assert rig.watched.reports[-1].found["wrong_client_id"] == 1
+        assert rig.broker.closed == []
+        await enforcement.resume(Target(rig.dsn), "ann")
+        await rig.finished()
+        await rig.broker.until(lambda: rig.broker.users() == [])
+
+
+async def test_a_pause_in_the_middle_leaves_the_rest_for_later(rig: Rig) -> None:
+    names = [f"D{n:03}" for n in range(650)]
+    await rig.devices(*names)
+    for name in names:
+        rig.broker.connect(name)
+    rig.broker.gates["close_user"] = asyncio.Event()
+    async with rig.enforcing(per_second=200.0):
+        await rig.set_status("revoked", *names)
+        await rig.broker.until(lambda: any(method == "close_user" for method, _ in rig.broker.calls))
+        await enforcement.pause(Target(rig.dsn), "ann", "bulk")
+        rig.broker.gates.pop("close_user").set()
+        await rig.broker.until(lambda: len(rig.broker.closed) >= 200)
+        async with asyncio.timeout(20):
+            while await rig.sql.fetchval("select count(*) from enforcement where state = 'checking'") < 200:
+                await asyncio.sleep(0.05)
+        assert len(rig.broker.users()) >= 50
+        await enforcement.resume(Target(rig.dsn), "ann")
+        await rig.finished()
+    assert rig.broker.users() == []
+
+
+async def test_a_type_that_narrows_touches_those_whom_it_takes_something_from(rig: Rig) -> None:
+    await rig.devices("A", "B", "C")
+    rig.broker.connect("A", "A", "news/#", "fleet/A/#")
+    rig.broker.connect("B", "B", "fleet/B/#")
+    rig.broker.subscribe("C", "news/#")
+    async with rig.enforcing():
+        await rig.sql.execute("delete from topic_rule where topic = 'news/#'")
+        tasks = await rig.finished(limit_s=40)
+    assert sorted(task["name"] for task in tasks if task["parent"]) == ["A", "C"]
+    (parent,) = [task for task in tasks if not task["parent"]]
+    assert parent["receipt"]["devices"] == 2
+    assert rig.broker.closed == ["A"]
+    assert {key: sorted(each) for key, each in rig.broker.bound.items()} == {
+        ("/", "mqtt-subscription-Aqos1"): ["fleet.A.#"],
+        ("/", "mqtt-subscription-Bqos1"): ["fleet.B.#"],
+        ("/", "mqtt-subscription-Cqos1"): [],
+    }
+    assert await rig.sql.fetchval("select count(*) from device_hold") == 0
+
+
+async def test_a_replica_that_is_silent_delays_nothing_but_the_receipt(rig: Rig) -> None:
+    await rig.devices("A")
+    rig.broker.connect("A")
+    await rig.sql.execute(
+        "insert into replica (id, name, program_version, workers, longest_staleness_s, introduced_at, confirmed_at, snapshot)"
+        " values (gen_random_uuid(), 'silent', 'x', 1, 600, now() - interval '60 s', now() - interval '60 s', pg_current_snapshot())"
+    )
+    async with rig.enforcing():
+        await rig.set_status("revoked", "A")
+        await rig.broker.until(lambda: rig.broker.closed == ["A"])
+        async with asyncio.timeout(10):
+            while not (task := (await rig.tasks())[0])["receipt"]:
+                await asyncio.sleep(0.02)
+        assert task["receipt"]["unconfirmed"] == ["silent"]
+        assert task["finished_at"] is None
+        await rig.sql.execute("delete from replica")
+        await rig.sql.execute("update enforcement set due_at = now()")
+        await rig.finished()
+
+
+async def test_a_cluster_that_is_forgotten(rig: Rig) -> None:
+    await rig.sql.execute("insert into enforcement_cluster (name) values ('old')")
+    await rig.devices("A")
+    await rig.set_status("revoked", "A")
+    async with rig.enforcing():
+        await rig.finished("cluster = 'rabbit'")
+        assert [task["cluster"] for task in await rig.tasks("finished_at is null")] == ["old"]
+        assert await enforcement.forget_cluster(Target(rig.dsn), "ann", "old") == 1
+    (task,) = await rig.tasks("cluster = 'old'")
+    assert "not looked at again" in task["receipt"]["superseded"]
+    await rig.devices("B")
+    await rig.set_status("revoked", "B")
+    assert [task["cluster"] for task in await rig.tasks("name = 'B'")] == ["rabbit"]
+
+
+async def test_what_was_noted_before_there_were_clusters_is_not_lost(rig: Rig) -> None:
+    await rig.devices("A")
+    rig.broker.connect("A")
+    await rig.sql.execute(
+        "insert into enforcement (cluster, kind, name, causes, details) values ('', 'device', 'A', '{renamed}', '{\"common_name\": \"A\"}')"
+    )
+    async with rig.enforcing():
+        await rig.finished()
+    assert rig.broker.closed == ["A"]
+
+
+@two_clusters
+async def test_the_leader_leaves_only_when_no_cluster_can_be_reached(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another replica may reach them; while one cluster answers, leaving would only cost its revocations time."""
+    monkeypatch.setattr("authbackend.enforcement.leader.HAND_OVER_S", 0.0)
+    await rig.devices("A")
+    east, west = rig.brokers.values()
+    west.down = True
+    async with rig.enforcing():
+        await rig.set_status("revoked", "A")
+        await rig.finished("cluster = 'east'")
+        assert rig.watched.leading
+        east.down = True
+        await rig.set_status("active", "A")
+        await rig.set_status("revoked", "A")
+        async with asyncio.timeout(10):
+            while rig.watched.leading:
+                await asyncio.sleep(0.005)

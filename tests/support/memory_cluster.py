@@ -1,0 +1,183 @@
+"""
+A RabbitMQ cluster of a few dictionaries, for faults and races that a real one cannot be made to have.
+
+It passes the behaviour suite that the real one passes: tests/support/cluster_behaviour.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import re
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+from authbackend.enforcement.management_api import (
+    Binding,
+    CallRefused,
+    ClusterUnreachable,
+    Connection,
+    LiveConnection,
+    Queue,
+)
+
+
+@dataclass
+class Broker:
+    """
+    What all clients of one cluster see.
+
+    Attributes:
+        down: nothing answers.
+        refuses: calls that are answered with an error: of the method's name and its argument.
+        gates: calls that wait: by the method's name, an event.
+        calls: every call, in order.
+        statistics: whether new connections are in the list of all at once.
+    """
+
+    name: str = "rabbit"
+    down: bool = False
+    refuses: Callable[[str, str], bool] = lambda _method, _argument: False
+    gates: dict[str, asyncio.Event] = field(default_factory=dict)
+    calls: list[tuple[str, str]] = field(default_factory=list)
+    statistics: bool = True
+    live: dict[str, LiveConnection] = field(default_factory=dict)
+    tracked_only: set[str] = field(default_factory=set)
+    queues: dict[tuple[str, str], Queue] = field(default_factory=dict)
+    bound: dict[tuple[str, str], dict[str, Binding]] = field(default_factory=dict)
+    running: dict[str, bool] = field(default_factory=lambda: {"rabbit@one": True})
+    closed: list[str] = field(default_factory=list)
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
+
+    def connect(
+        self, user: str, client_id: str | None = "", *filters: str, stored: bool = False, **facts: object
+    ) -> str:
+        """Connect a device, with subscriptions, and return the connection's name; the client id is the user's name unless given."""
+        name = f"127.0.0.1:{next(self._numbers)} -> 127.0.0.1:8883"
+        client_id = user if client_id == "" else client_id
+        values: dict[str, object] = {
+            "name": name,
+            "node": "rabbit@one",
+            "user": user,
+            "vhost": "/",
+            "protocol": "MQTT 5-0",
+            "address": "127.0.0.1",
+            "client_id": client_id,
+            "certificate_subject": None,
+            "certificate_serial": None,
+            "user_properties": {},
+            "connected_at": time.time(),
+        }
+        self.live[name] = LiveConnection(**{**values, **facts})  # type: ignore[arg-type]
+        if not self.statistics:
+            self.tracked_only.add(name)
+        if client_id and (filters or stored):
+            self.subscribe(client_id, *filters)
+        return name
+
+    def subscribe(self, client_id: str, *filters: str, messages: int = 0) -> None:
+        """Make a session's queue with bindings."""
+        queue = Queue("/", f"mqtt-subscription-{client_id}qos1", messages)
+        self.queues[queue.vhost, queue.name] = queue
+        for each in filters:
+            key = each.replace("/", ".").replace("+", "*")
+            self.bound.setdefault((queue.vhost, queue.name), {})[key] = Binding("amq.topic", key, key)
+
+    def users(self) -> list[str]:
+        """Return who is connected."""
+        return sorted(each.user for each in self.live.values())
+
+    async def until(self, condition: Callable[[], bool], limit_s: float = 20.0) -> None:
+        """Wait until a condition holds; looked at whenever something is called."""
+        async with asyncio.timeout(limit_s), self.changed:
+            await self.changed.wait_for(condition)
+
+
+class MemoryCluster:
+    """One client of a cluster; implements ``enforcement.clusters.Cluster``."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.broker = broker
+        self.name = broker.name
+
+    async def aclose(self) -> None:
+        """Nothing is open."""
+
+    async def _called(self, method: str, argument: str = "") -> None:
+        broker = self.broker
+        broker.calls.append((method, argument))
+        async with broker.changed:
+            broker.changed.notify_all()
+        if gate := broker.gates.get(method):
+            await gate.wait()
+        await asyncio.sleep(0)
+        if broker.down:
+            raise ClusterUnreachable(f"the management API of cluster {broker.name} does not do as asked: down")
+        if broker.refuses(method, argument):
+            raise CallRefused(
+                f"the management API of cluster {broker.name} does not do as asked: HTTP 500 to {argument}"
+            )
+
+    async def nodes(self) -> dict[str, bool]:
+        await self._called("nodes")
+        return dict(self.broker.running)
+
+    async def connections_of(self, user: str) -> list[Connection]:
+        await self._called("connections_of", user)
+        return [Connection(c.name, c.node, c.user) for c in self.broker.live.values() if c.user == user]
+
+    async def close_user(self, user: str) -> None:
+        await self._called("close_user", user)
+        for name in [name for name, each in self.broker.live.items() if each.user == user]:
+            self._close(name)
+
+    def _close(self, name: str) -> None:
+        self.broker.closed.append(self.broker.live.pop(name).user)
+        self.broker.tracked_only.discard(name)
+
+    async def details(self, name: str) -> LiveConnection | None:
+        await self._called("details", name)
+        return None if name in self.broker.tracked_only else self.broker.live.get(name)
+
+    async def close_connection(self, name: str) -> None:
+        await self._called("close_connection", name)
+        if name in self.broker.live and name not in self.broker.tracked_only:
+            self._close(name)
+
+    async def connections(self) -> AsyncIterator[list[LiveConnection]]:
+        await self._called("connections")
+        yield [each for name, each in self.broker.live.items() if name not in self.broker.tracked_only]
+
+    async def queues(self, pattern: str | None = None) -> AsyncIterator[list[Queue]]:
+        await self._called("queues", pattern or "")
+        fits = re.compile(re.sub(r"\\x\{([0-9a-f]+)\}", lambda m: re.escape(chr(int(m[1], 16))), pattern or ""))
+        yield [queue for queue in self.broker.queues.values() if fits.search(queue.name)]
+
+    async def bindings(self, queue: Queue) -> list[Binding]:
+        await self._called("bindings", queue.name)
+        return list(self.broker.bound.get((queue.vhost, queue.name), {}).values())
+
+    async def all_bindings(self, vhost: str) -> AsyncIterator[list[tuple[str, Binding]]]:
+        await self._called("all_bindings", vhost)
+        yield [
+            (name, binding)
+            for (where, name), each in self.broker.bound.items()
+            if where == vhost
+            for binding in each.values()
+        ]
+
+    async def unbind(self, queue: Queue, binding: Binding) -> None:
+        await self._called("unbind", queue.name)
+        self.broker.bound.get((queue.vhost, queue.name), {}).pop(binding.key, None)
+
+    async def is_empty(self, queue: Queue) -> bool:
+        await self._called("is_empty", queue.name)
+        found = self.broker.queues.get((queue.vhost, queue.name))
+        return found is None or found.messages == 0
+
+    async def delete_queue(self, queue: Queue) -> None:
+        await self._called("delete_queue", queue.name)
+        self.broker.queues.pop((queue.vhost, queue.name), None)
+        self.broker.bound.pop((queue.vhost, queue.name), None)
