@@ -105,10 +105,10 @@ async def following(
     database = target(settings)
     identity = _identity(settings, ground)
     feed = ChangeFeed(database, registry.change_retention_s, identity)
-    presence = Presence(Announcer(database, identity), counted, comes_back=ground.disk is not None)
-    times = SyncTimes(registry.poll_interval_s, registry.compare_interval_s, registry.prune_interval_s)
-    copy = RegistryCopy(feed, store, _Observers(counted, presence), times, ground.disk)
-    keeper = Keeper(database, open_authority(settings.pki), settings.pki.crl_lifetime_s)
+    reachability = Reachability()
+    presence = Presence(Announcer(database, identity), counted, reachability, comes_back=ground.disk is not None)
+    copy = RegistryCopy(feed, store, _Observers(counted, presence), _times(settings), ground.disk, reachability)
+    keeper = Keeper(database, open_authority(settings.pki), settings.pki.crl_lifetime_s, reachability)
     parts = [("registry", copy.run), ("presence", presence.run), ("crl", keeper.run)]
     if leader := _leader(settings, store, collected, Reachability()):
         parts.append(("enforcement", leader.run))
@@ -202,6 +202,11 @@ class _Observers:
         self._counted.refreshed(look, refreshed, lasting=lasting)
         if lasting:
             self._presence.serves(look)
+
+
+def _times(settings: Settings) -> SyncTimes:
+    registry = settings.registry
+    return SyncTimes(registry.poll_interval_s, registry.compare_interval_s, registry.prune_interval_s)
 
 
 def _identity(settings: Settings, ground: Ground) -> Identity:

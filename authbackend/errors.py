@@ -10,6 +10,7 @@ Errors of this project; a refusal by policy is never one of them but a value (``
     ├── Conflict             what was given collides with what is there
     ├── Forbidden            the database role lacks the right
     ├── Unavailable          the database or a peer cannot be reached now
+    │   └── NoRoom           there is no memory for the registry
     └── Unconfirmed          a change is committed, and not everybody is known to decide by it
 
 Each has a ``detail`` that is safe to show to the person who asked; the cause is chained for the log.
@@ -58,6 +59,10 @@ class Unavailable(AuthbackendError):
     """The database or a peer cannot be reached now."""
 
     exit_code = 5
+
+
+class NoRoom(Unavailable):
+    """There is no memory for the registry; trying again soon does not help."""
 
 
 class Forbidden(AuthbackendError):

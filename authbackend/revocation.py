@@ -18,6 +18,7 @@ from pathlib import Path
 import structlog
 
 from authbackend.admin.crl import Published, PublishedLists
+from authbackend.backoff import Backoff, Reachability
 from authbackend.errors import AuthbackendError, ConfigurationError
 from authbackend.metrics import CertificateMetrics
 from authbackend.pki.authority_folder import AuthorityFolder
@@ -32,7 +33,6 @@ log = structlog.get_logger(__name__)
 
 CHECK_S = 30.0
 """How often the keeper looks without being told of a change."""
-RETRY_S = 1.0
 EXPIRY_S = 300.0
 
 
@@ -153,9 +153,16 @@ class Keeper:
     Args:
         authority: Whose list this replica signs; None: it signs none.
         lifetime_s: From thisUpdate to nextUpdate of what it signs.
+        reachability: Shared with whatever else in this process needs the database.
     """
 
-    def __init__(self, target: Target, authority: AuthorityFolder | None, lifetime_s: float) -> None:
+    def __init__(
+        self,
+        target: Target,
+        authority: AuthorityFolder | None,
+        lifetime_s: float,
+        reachability: Reachability | None = None,
+    ) -> None:
         self.lists = PublishedLists()
         """What is served; it stays while the database is away."""
         self.metrics = CertificateMetrics()
@@ -164,6 +171,8 @@ class Keeper:
         self._lifetime = timedelta(seconds=lifetime_s)
         self._known: dict[str, StoredList] = {}
         self._counted_at: float | None = None
+        self._reachability = reachability or Reachability()
+        self._backoff = Backoff()
         self._fault: str | None = None
 
     async def run(self) -> None:
@@ -171,15 +180,18 @@ class Keeper:
         while True:
             try:
                 listener = await Listener.open(self._target)
+                self._reachability.succeeded()
                 try:
                     await self._follow(listener)
                 finally:
                     await listener.close()
             except AuthbackendError as error:
                 self._tell(error.detail)
-            except Exception:  # lists are late then, which brokers and an alert notice; decisions go on
-                log.error("crl.refresh_failed", exc_info=True)
-            await asyncio.sleep(RETRY_S)
+            except Exception as error:  # lists are late then, which brokers and an alert notice; decisions go on
+                if self._fault != str(error):
+                    log.error("crl.refresh_failed", exc_info=True)
+                self._fault = str(error)
+            await self._reachability.pause(self._backoff)
 
     def _tell(self, fault: str | None) -> None:
         if fault is not None and fault != self._fault:
@@ -198,6 +210,7 @@ class Keeper:
                 await self._publish(connection)
                 await self._count(connection)
                 self._tell(fault)
+                self._backoff.reset()
                 await listener.changed(CHECK_S)
 
     async def _stranger(self, connection: Connection, authority: AuthorityFolder) -> str | None:

@@ -13,7 +13,6 @@ import contextlib
 import fcntl
 import gc
 import os
-import random
 import resource
 import shutil
 import signal
@@ -23,13 +22,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
 import uvloop
 
 from authbackend import bootstrap, logs, metrics
+from authbackend.backoff import Backoff
 from authbackend.errors import AuthbackendError, ConfigurationError, Unavailable
 from authbackend.ground import Ground, memory_fault, prepared
 from authbackend.registry.store import Store
@@ -61,8 +61,8 @@ class _Process:
     process_id: int | None = None
     started: float = 0.0
     due: float = 0.0
-    failures: int = 0
     ready: bool = False
+    backoff: Backoff = field(default_factory=lambda: Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S))
 
 
 def serve(settings: Settings, started: Callable[[dict[str, str]], object]) -> None:
@@ -160,10 +160,11 @@ class Supervisor:
         if code == ConfigurationError.exit_code and not process.ready:
             raise ConfigurationError(f"{process.name} cannot start; its message is above")
         lived = time.monotonic() - process.started
-        process.failures = 0 if lived >= LIVED_LONG_S else process.failures + 1
-        pause = 0.0
-        if process.failures > 1:
-            pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(process.failures - 2, 10)) * random.uniform(0.5, 1.0)
+        if lived >= LIVED_LONG_S:
+            process.backoff.reset()
+            pause = 0.0
+        else:
+            pause = process.backoff.next_s()
         process.due = time.monotonic() + pause
         how = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
         log.error("process.died", name=process.name, how=how, lived_s=round(lived, 1), again_in_s=round(pause, 2))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
 import structlog
 
+from authbackend.backoff import Backoff, Reachability
 from authbackend.errors import AuthbackendError
 from authbackend.registry.mark import Mark
 from authbackend.registry.sync import Look
@@ -67,13 +69,19 @@ class Presence:
 
     Args:
         comes_back: Whether this replica can start again by itself, from a copy on disk.
+        reachability: Shared with whatever else in this process needs the database.
     """
 
-    def __init__(self, announcer: Announcer, observer: Observer, *, comes_back: bool) -> None:
+    def __init__(
+        self, announcer: Announcer, observer: Observer, reachability: Reachability, *, comes_back: bool
+    ) -> None:
         self._announcer = announcer
         self._observer = observer
+        self._reachability = reachability
         self._comes_back = comes_back
         self._newest: Look | None = None
+        self._fault: str | None = None
+        self._next_peers = 0.0  # monotonic
         self._news = asyncio.Event()
 
     def serves(self, look: Look) -> None:
@@ -85,29 +93,44 @@ class Presence:
 
     async def run(self) -> None:
         """Announce until cancelled."""
-        next_peers = 0.0
-        loop = asyncio.get_running_loop()
+        backoff = Backoff()
         while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LONGEST_PAUSE_S):
-                    await self._news.wait()
+            if self._fault is None:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LONGEST_PAUSE_S):
+                        await self._news.wait()
             self._news.clear()
             if self._newest is None:
                 continue
-            try:
-                await self._announcer.announce(self._newest.mark, self._newest.confirmed_at)
-                if loop.time() >= next_peers:
-                    next_peers = loop.time() + LONGEST_PAUSE_S
-                    found = await self._announcer.peers()
-                    self._observer.peers(found.states, found.ages_s)
-            except AuthbackendError as error:
+            if await self._announced(self._newest):
+                backoff.reset()
+                await asyncio.sleep(SHORTEST_PAUSE_S)
+            else:
+                await self._reachability.pause(backoff)
+
+    async def _announced(self, newest: Look) -> bool:
+        """Announce once; False if it failed."""
+        try:
+            await self._announcer.announce(newest.mark, newest.confirmed_at)
+            if time.monotonic() >= self._next_peers:
+                self._next_peers = time.monotonic() + LONGEST_PAUSE_S
+                found = await self._announcer.peers()
+                self._observer.peers(found.states, found.ages_s)
+        except AuthbackendError as error:
+            if self._fault != error.detail:
                 log.debug("replica.not_announced", fault=error.detail)
-                await self._announcer.close()
-                await asyncio.sleep(LONGEST_PAUSE_S)
-            except Exception:  # a fault of ours must not end the announcements for good
+            self._fault = error.detail
+        except Exception as error:  # a fault of ours must not end the announcements for good
+            if self._fault != str(error):
                 log.exception("replica.announcement_crashed")
-                await asyncio.sleep(LONGEST_PAUSE_S)
-            await asyncio.sleep(SHORTEST_PAUSE_S)
+            self._fault = str(error)
+        else:
+            if self._fault is not None:
+                self._reachability.succeeded()
+            self._fault = None
+            return True
+        await self._announcer.close()
+        return False
 
     async def leave(self) -> None:
         """Sign off, if the database answers soon; call it when no worker answers any more."""

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import lmdb
 
-from authbackend.errors import Unavailable
+from authbackend.errors import NoRoom, Unavailable
 from authbackend.policy.rules import Account, Device, DeviceType
 from authbackend.registry import records
 from authbackend.registry.mark import Mark
@@ -142,7 +142,7 @@ class Store:
         Apply what changed; readers see all of it or nothing.
 
         Raises:
-            Unavailable: There is no room; the version stays what it was.
+            NoRoom: The version stays what it was.
         """
         with self._writing() as transaction:
             for table, rows in ((self._types, patch.device_types), (self._accounts, patch.accounts)):
@@ -166,7 +166,7 @@ class Store:
         Replace everything by what the loader is given in the block; readers see it when the block has ended.
 
         Raises:
-            Unavailable: There is no room; the version stays what it was.
+            NoRoom: The version stays what it was.
         """
         with self._writing() as transaction:
             for table in (self._devices, self._ids, self._types, self._accounts):
@@ -180,7 +180,7 @@ class Store:
             with self._env.begin(write=True) as transaction:
                 yield transaction
         except (lmdb.MapFullError, lmdb.DiskError) as error:
-            raise Unavailable(
+            raise NoRoom(
                 f"the registry does not fit into the memory at {self.folder}: give that file system more room "
                 f"(registry.memory_dir; in a container, shm_size). {error}"
             ) from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from typing import Protocol
 
 import structlog
 
-from authbackend.errors import AuthbackendError
+from authbackend.backoff import Backoff, Reachability
+from authbackend.errors import AuthbackendError, NoRoom
 from authbackend.registry.disk import DiskCopy, Entry
 from authbackend.registry.mark import Mark
 from authbackend.registry.records import Patch
@@ -26,7 +26,8 @@ from authbackend.registry.store import Store
 
 log = structlog.get_logger(__name__)
 
-LONGEST_BACK_OFF_S = 5.0
+NO_ROOM_S = 10.0
+"""How long to wait when the registry does not fit: each attempt reads all of it from the database, in vain."""
 CONFIRM_ON_DISK_S = 10.0
 
 
@@ -129,7 +130,12 @@ class SyncTimes:
 
 
 class RegistryCopy:
-    """Follows the database and writes the store that decisions are made from."""
+    """
+    Follows the database and writes the store that decisions are made from.
+
+    Args:
+        reachability: Shared with whatever else in this process needs the database.
+    """
 
     def __init__(
         self,
@@ -138,6 +144,7 @@ class RegistryCopy:
         observer: Observer,
         times: SyncTimes | None = None,
         disk: DiskCopy | None = None,
+        reachability: Reachability | None = None,
     ) -> None:
         self.store = store
         self.fault: str | None = "the registry has not been loaded yet"
@@ -147,7 +154,9 @@ class RegistryCopy:
         self._disk = disk
         self._on_disk_until = 0.0  # monotonic: when the disk must be told again that the copy is true
         self._wake = asyncio.Event()
-        self._failures = 0
+        self._reachability = reachability or Reachability()
+        self._backoff = Backoff()
+        self._no_room = Backoff(NO_ROOM_S, NO_ROOM_S)
         self._looking = asyncio.Lock()  # one look at a time: an older result must never follow a newer one
         self._next_prune = 0.0
 
@@ -158,19 +167,31 @@ class RegistryCopy:
             tasks.create_task(self._compare_regularly())
             while True:
                 await self._look()
-                await self._pause()
 
     async def _look(self) -> None:
+        """Look once, then wait for a notification or the next poll, or after a failure until it may be over."""
         self._wake.clear()
         try:
             async with self._looking:
                 await self.refresh()
                 await self._maintain()
+        except NoRoom as error:
+            await self._failed(error.detail)
+            await asyncio.sleep(self._no_room.next_s())
         except AuthbackendError as error:
             await self._failed(error.detail)
+            await self._reachability.pause(self._backoff)
         except Exception as error:  # a fault of ours must not stop the copy from following
-            log.exception("registry.refresh_crashed")
-            await self._failed(f"{type(error).__name__} while reading the registry")
+            fault = f"{type(error).__name__} while reading the registry"
+            if self.fault != fault:
+                log.exception("registry.refresh_crashed")
+            await self._failed(fault)
+            await self._reachability.pause(self._backoff)
+        else:
+            self._backoff.reset()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._times.poll_s):
+                    await self._wake.wait()
 
     async def refresh(self, *, full: bool = False) -> Refreshed:
         """
@@ -205,9 +226,9 @@ class RegistryCopy:
         return refreshed
 
     async def _succeeded(self, look: Look, refreshed: Refreshed, entry: Entry) -> None:
-        self._failures = 0
         if self.fault is not None:
             log.info("registry.following")
+            self._reachability.succeeded()
         self.fault = None
         lasting = await self._written(entry, new_image=refreshed.full)
         self._observer.refreshed(look, refreshed, lasting=lasting)
@@ -276,7 +297,6 @@ class RegistryCopy:
                 log.exception("registry.compare_crashed")
 
     async def _failed(self, detail: str) -> None:
-        self._failures += 1
         if self.fault != detail:
             log.warning("registry.refresh_failed", fault=detail, copy_age_s=self._age_s())
         self.fault = detail
@@ -289,27 +309,22 @@ class RegistryCopy:
         state = self.store.state()
         return None if state is None else round(time.monotonic() - state.synced_at, 3)
 
-    async def _pause(self) -> None:
-        """Wait for a notification or the next poll; after failures for a growing, jittered time."""
-        wait = self._times.poll_s
-        if self._failures:
-            wait = min(LONGEST_BACK_OFF_S, wait * 2 ** min(self._failures - 1, 8)) * random.uniform(0.5, 1.0)
-            await asyncio.sleep(wait)
-            return
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(wait):
-                await self._wake.wait()
-
     async def _listen(self) -> None:
+        backoff = Backoff()
+        crash: str | None = None
         while True:
             try:
                 async with self._feed.wake_ups() as next_change:
+                    self._reachability.succeeded()
                     self._wake.set()
                     while True:
                         await next_change()
                         self._wake.set()
+                        backoff.reset()
             except AuthbackendError:
                 pass  # the poll follows meanwhile, and says what is wrong with the database
-            except Exception:  # a fault of ours must not end the listening for good
-                log.exception("registry.listen_crashed")
-            await asyncio.sleep(random.uniform(0.5, 1.0) * self._times.poll_s)
+            except Exception as error:  # a fault of ours must not end the listening for good
+                if crash != str(error):
+                    log.exception("registry.listen_crashed")
+                crash = str(error)
+            await self._reachability.pause(backoff)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import socket
 import statistics
 import subprocess
 import time
@@ -148,6 +149,26 @@ async def test_replicas_agree_on_the_incarnation_that_a_crash_made_necessary(
     postgres.crash()
     found = await asyncio.gather(*(loaded(ChangeFeed(Target(dsn))) for _ in range(4)))
     assert len({(look.mark.epoch, look.mark.incarnation) for _, look in found}) == 1
+
+
+@pytest.mark.parametrize("hosts", [1, 2], ids=["a host", "two hosts"])
+async def test_a_host_that_swallows_packets_costs_no_more_than_the_connect_timeout(hosts: int) -> None:
+    """The kernel drops what comes in while its queue of connections is full, and the client would try for minutes."""
+    async with asyncio.timeout(30):
+        with contextlib.ExitStack() as stack:
+            places = []
+            for _ in range(hosts):
+                silent = stack.enter_context(socket.socket())
+                silent.bind(("127.0.0.1", 0))
+                silent.listen(0)
+                for _ in range(4):
+                    waiting = stack.enter_context(socket.socket())
+                    waiting.setblocking(False)
+                    waiting.connect_ex(silent.getsockname())
+                places.append(f"127.0.0.1:{silent.getsockname()[1]}")
+            feed = ChangeFeed(Target(f"postgresql://nobody@{','.join(places)}/registry", connect_timeout_s=0.2))
+            with pytest.raises(Unavailable, match="cannot be reached: TimeoutError"):
+                await loaded(feed)
 
 
 # --- schema changes ------------------------------------------------------------------------------------------------

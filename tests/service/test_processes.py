@@ -7,12 +7,15 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import aiohttp
 import asyncpg
 import pytest
 
+from authbackend.postgres import editor, replicas
+from authbackend.postgres.connection import Target
 from tests.service.conftest import HASH, POLICY, Running, apply, until
 
 MEMORY = Path("/dev/shm")
@@ -265,6 +268,39 @@ async def test_an_outage_changes_no_verdict_and_its_age_is_told_from_the_first_m
             return (await running.status())[1]["fault"] is None
 
         await until(well, "it follows again", 30)
+
+
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+async def test_a_database_that_was_stopped_is_followed_again_by_every_part(postgres, dsn, policy, mode):
+    async with replica(dsn) as running:
+
+        async def failures():
+            return await running.metric("authbackend_registry_sync_failures_total")
+
+        async def failed_often():
+            return await failures() >= 5
+
+        before, began = await failures(), time.monotonic()
+        await asyncio.to_thread(postgres.stop, mode)
+        try:
+            await until(failed_often, "several attempts have failed", 60)
+            assert await running.login("APM0001") == "allow"
+        finally:
+            await asyncio.to_thread(postgres.start)
+
+        async def well():
+            return (await running.status())[1]["fault"] is None
+
+        await until(well, "the copy follows again", 60)
+        attempts, lasted_s = await failures() - before, time.monotonic() - began
+        assert attempts <= lasted_s / 0.25 + 10  # the longest pause, shortened by half, and the first ones
+        version = await editor.set_device_status(Target(dsn), "ann", "APM0001", "revoked", "")
+        assert [one["serves"] for one in await replicas.wait(Target(dsn), version, 60)] == [True]  # it announces again
+        assert await running.login("APM0001") == "deny"
+        faults = [line["fault"] for line in running.logged("registry.refresh_failed")]
+        assert len(faults) == len({*faults}), "a fault is logged once, however often it is met"
+        lists = [line["error"] for line in running.logged("crl.refresh_failed")]
+        assert len(lists) == len({*lists})
 
 
 async def test_a_type_with_a_limit_of_its_own_is_denied_earlier_than_others(dsn, policy, sql):
