@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 
-from .processes import HarnessError, until
+from authbackend.postgres import replicas
+from authbackend.postgres.connection import Target
+
+from .processes import HarnessError
 from .service import Database, Service
 
 FIRST, LAST = 1001, 1400
 EDITOR = "authbackend_admin"
 """The role of the security team (sql/roles.sql)."""
+CONFIRMED_TIMEOUT_S = 30.0
 
 
 class Fleet:
@@ -39,18 +42,20 @@ class Fleet:
             raise HarnessError("more devices are needed: raise LAST")
         return f"APM{number}"
 
-    async def change(self, statement: str) -> float:
-        """Change the registry with psql and wait until the service decides by it: how long that took, in s."""
-        version = int(self.database.sql(f"{statement}; select pg_current_xact_id()", EDITOR).splitlines()[-1])
-        return await self.served(version)
+    async def change(self, statement: str) -> None:
+        """Change the registry with psql and wait until every replica decides by it."""
+        await self.served(self.database.sql(f"{statement}; select registry_version()", EDITOR).splitlines()[-1])
 
-    async def command(self, *arguments: str, stdin: str | None = None) -> float:
+    async def command(self, *arguments: str, stdin: str | None = None) -> None:
         """Change the registry with ``authbackend ARGUMENTS --json`` and wait as :meth:`change` does."""
         version = json.loads(self.service.command(*arguments, "--json", stdin=stdin))["version"]
-        return 0.0 if version is None else await self.served(int(version.partition("@")[0]))
+        if version is not None:
+            await self.served(version)
 
-    async def served(self, version: int) -> float:
-        """Wait until the service decides by a registry version."""
-        begin = time.monotonic()
-        await until(lambda: self.service.version() > version)
-        return time.monotonic() - begin
+    async def served(self, version: str) -> None:
+        """
+        Wait until every replica decides by a registry version, as ``authbackend wait`` does.
+
+        The number alone would not do: a PostgreSQL that crashed gives out again what a replica has seen before.
+        """
+        await replicas.wait(Target(self.database.dsn_of(EDITOR)), version, CONFIRMED_TIMEOUT_S)

@@ -72,6 +72,7 @@ class Service:
         admin_port: int = 8081,
     ) -> None:
         self.log = directory / f"authbackend-{broker_port}.log"
+        self.name = f"authbackend-{broker_port}"
         self.broker_port = broker_port
         self.admin_port = admin_port
         self._command = os.environ.get("AUTHBACKEND_TEST_COMMAND", f"{sys.executable} -m authbackend").split()
@@ -86,6 +87,7 @@ class Service:
             "AUTHBACKEND_BROKER__TLS__KEY_FILE": str(files / "authbackend.key"),
             "AUTHBACKEND_BROKER__TLS__CLIENT_CA_FILE": str(files / "internal-ca.pem"),
             "AUTHBACKEND_ADMIN__LISTEN": f"127.0.0.1:{admin_port}",
+            "AUTHBACKEND_REPLICA__NAME": self.name,
         }
 
     @property
@@ -163,10 +165,11 @@ class Service:
             self._process = None
 
     def kill(self) -> None:
-        """Stop the service as a crash would."""
+        """Stop the service as a crash would, and tell those who wait for replicas that it never answers again."""
         if self._process is not None:
             self._process.kill()
             self._process = None
+            self.command("replicas", "forget", self.name)
 
     def restart(self) -> None:
         """Stop the service and start it again."""
@@ -193,13 +196,6 @@ class Service:
     def denials(self, **labels: str) -> int:
         """How often the service said no, for these labels (``endpoint``, ``reason``, ``device_type``)."""
         return self.count("authbackend_decisions", verdict="deny", **labels)
-
-    def version(self) -> int:
-        """The transaction before which the copy in memory contains everything; 0 before it was loaded."""
-        for family in text_string_to_metric_families(self.metrics()):
-            if family.name == "authbackend_registry_version":
-                return int(family.samples[0].value)
-        return 0
 
 
 def _get(url: str) -> str:

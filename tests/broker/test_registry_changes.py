@@ -22,10 +22,7 @@ async def test_a_revoked_device(mqtt: Clients, fleet: Fleet) -> None:
     assert await client.connect() == 0
     assert await other.connect() == 0
     assert await client.publish(f"fleet/{me}/telemetry/1", b"x") == NOBODY_SUBSCRIBED
-    took_s = await fleet.change(
-        f"update device set status = 'revoked', status_reason = 'stolen' where device_id = '{me}'"
-    )
-    assert took_s < 1
+    await fleet.change(f"update device set status = 'revoked', status_reason = 'stolen' where device_id = '{me}'")
     with pytest.raises(Disconnected):
         await client.publish(f"fleet/{me}/telemetry/2", b"x")
     refused = fleet.service.denials(endpoint="user", reason="device_revoked")
