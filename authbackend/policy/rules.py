@@ -149,8 +149,9 @@ class TopicRule:
 
         Nearly every rule is compared word by word, without building a pattern; the rest by its pattern.
         """
-        if self.expected is None or (self.effect is Effect.DENY and any(values.get(n) is None for n in self._names)):
-            if self.effect is Effect.DENY and len(words) > MOST_WORDS_WITH_MANY:
+        widened = self.effect is Effect.DENY and any(values.get(name) is None for name in self._names)
+        if widened or self.expected is None:
+            if widened and len(words) > MOST_WORDS_WITH_MANY:
                 return True  # no topic is that deep: a client that chose such an id and such a key wants to cost time
             pattern = self.pattern(values)
             return pattern is not None and match(pattern, words)

@@ -256,3 +256,27 @@ def test_no_text_of_a_filter_passes_for_a_lesser_fault(topic_filter):
     rules = RuleSet([TopicRule(Effect.ALLOW, Permission.WRITE, topic_filter)])
     key = to_routing_key(topic_filter)
     assert not decide.by_rules((rules,), Values({}), Permission.WRITE, key).allowed
+
+
+DEEP = ["x"] * 4097  # one level more than a deny rule is compared with, once a value is missing
+
+
+@pytest.mark.parametrize(
+    ("topic_filter", "client_id", "key", "covers"),
+    [
+        ("a/{client_id}", None, DEEP, True),  # whatever the value could have been
+        ("a/{client_id}", "a#", DEEP, True),
+        ("a/{client_id}", None, DEEP[1:], False),
+        ("a/{client_id}", "c", DEEP, False),
+        ("p-{client_id}", "c", DEEP, False),
+        ("#/a", "c", DEEP, False),
+        ("a", "c", DEEP, False),
+    ],
+)
+def test_a_deny_rule_covers_every_topic_that_is_too_deep_only_while_a_value_is_missing(
+    topic_filter, client_id, key, covers
+):
+    rule = TopicRule(Effect.DENY, Permission.WRITE, topic_filter)
+    assert rule.matches(Values({"client_id": client_id}), key) is covers
+    allow = TopicRule(Effect.ALLOW, Permission.WRITE, topic_filter)
+    assert not allow.matches(Values({"client_id": client_id}), key)
