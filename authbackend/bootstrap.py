@@ -110,7 +110,7 @@ async def following(
     copy = RegistryCopy(feed, store, _Observers(counted, presence), _times(settings), ground.disk, reachability)
     keeper = Keeper(database, open_authority(settings.pki), settings.pki.crl_lifetime_s, reachability)
     parts = [("registry", copy.run), ("presence", presence.run), ("crl", keeper.run)]
-    if leader := _leader(settings, store, collected, Reachability()):
+    if leader := _leader(settings, store, collected, reachability):
         parts.append(("enforcement", leader.run))
 
     app = application(

@@ -186,7 +186,7 @@ async def announced(copy: Following, dsn: str) -> AsyncIterator[None]:
     """Let the other parts know which version the copy serves, as a replica does."""
     identity = Identity(uuid.uuid4(), "me", "0", 1, 600.0)
     copy.feed._identity = identity
-    presence = Presence(Announcer(Target(dsn), identity), Nobody(), comes_back=False)
+    presence = Presence(Announcer(Target(dsn), identity), Nobody(), Reachability(), comes_back=False)
     copy.observed.refreshed = lambda look, _refreshed, *, lasting: presence.serves(look)  # type: ignore[method-assign]
     task = asyncio.create_task(presence.run())
     try:
