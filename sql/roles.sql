@@ -24,7 +24,7 @@ end $$;
 revoke create on schema public from public;
 
 revoke all on device_type, device, account, topic_rule, audit, change, change_floor, change_horizon, incarnation, identity_guard, replica, replica_state, certificate, authority, crl, schema_migrations,
-  enforcement, enforcement_setup, enforcement_cluster, enforcement_pause, enforcement_expiry, enforcement_sweep, device_hold, device_schedule
+  enforcement, enforcement_setup, enforcement_cluster, enforcement_pause, enforcement_expiry, enforcement_sweep, device_hold, client_id_move, device_schedule
   from public, authbackend_service, authbackend_admin, authbackend_reader;
 
 grant select on device_type, device, account, topic_rule, change, change_floor, incarnation, schema_migrations to authbackend_service;
@@ -35,7 +35,7 @@ grant select, insert, update, delete on enforcement, enforcement_sweep to authba
 grant select, insert, update on enforcement_setup to authbackend_service;
 grant select, insert on enforcement_cluster to authbackend_service;
 grant select on enforcement_pause to authbackend_service;
-grant select, update, delete on device_hold to authbackend_service;
+grant select, update, delete on device_hold, client_id_move to authbackend_service;
 grant execute on function enforcement_hold(text[]), enforcement_note_expired(), device_schedule_apply(), enforcement_overdue() to authbackend_service;
 grant execute on function enforcement_overdue() to authbackend_admin, authbackend_reader;
 
@@ -48,10 +48,10 @@ grant select on audit, change, change_floor, incarnation, schema_migrations to a
 grant select, delete on replica to authbackend_admin;
 grant execute on function incarnation_renew() to authbackend_admin;
 grant select, update on enforcement to authbackend_admin;
-grant select, delete on enforcement_setup, enforcement_cluster, device_hold to authbackend_admin;
+grant select, delete on enforcement_setup, enforcement_cluster, device_hold, client_id_move to authbackend_admin;
 grant select, insert, update, delete on enforcement_pause to authbackend_admin;
 grant select on enforcement_sweep to authbackend_admin;
 grant select, insert, update, delete on device_schedule to authbackend_admin;
 
-grant select on device_type, device, topic_rule, audit, incarnation, certificate, authority, crl, schema_migrations, enforcement, enforcement_setup, enforcement_cluster, enforcement_pause, enforcement_sweep, device_hold, device_schedule to authbackend_reader;
+grant select on device_type, device, topic_rule, audit, incarnation, certificate, authority, crl, schema_migrations, enforcement, enforcement_setup, enforcement_cluster, enforcement_pause, enforcement_sweep, device_hold, client_id_move, device_schedule to authbackend_reader;
 grant select (name, login, tags, vhosts, networks, client_ids, configure, write, read, unchecked_dead_lettering) on account to authbackend_reader;

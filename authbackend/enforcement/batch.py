@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import structlog
 
-from authbackend.enforcement.checks import Checker, SessionQueue
+from authbackend.enforcement.checks import Checker, SessionQueue, fits
 from authbackend.enforcement.clusters import FEW, Actions, ClusterActions, Violation, inspect_session
 from authbackend.enforcement.inventory import Inventory
 from authbackend.enforcement.management_api import Binding, ClusterUnreachable
@@ -243,7 +243,7 @@ class Batch:
     async def _close(self, one: Plan) -> None:
         """Close the connections of a plan's users, and note where they were."""
         for user in sorted(one.users):
-            if one.serial is None and (one.first_look or not self._permitted(user)):
+            if not one.selective and (one.first_look or not self._permitted(user)):
                 closed = await self._actions.close_user(user, lambda user=user: self._reactivated(one, user))  # type: ignore[misc]
             else:
                 closed, unknown = await self._actions.close_where(user, one.ends)
@@ -363,7 +363,12 @@ class Batch:
 
 
 def _violation(checker: Checker, one: Plan, session: SessionQueue, bound: list[Binding]) -> Violation | None:
-    if "client_id_owner" in one.task.causes and one.first_look:
+    if one.moved:
+        gone = one.first_look or checker.is_moving(session.client_id)
+        return Violation(session, "client_id_owner") if gone else None
+    former = one.task.details["former_client_ids"]
+    taken = former is None or not fits(session.client_id, one.task.name, former)
+    if "client_id_owner" in one.task.causes and one.first_look and taken:
         return Violation(session, "client_id_owner")  # who had the id before had the session
     violation = inspect_session(checker, session, bound)
     if violation is None and session.will and "publish" in one.actions:

@@ -94,6 +94,24 @@ class Checker:
             self._accounts = {c: account for account in self.registry.accounts() for c in account.client_ids}
         return self._accounts.get(client_id)
 
+    def taken_from(self, device_type: str, former: tuple[str, ...], client_id: str) -> tuple[Device, Device] | None:
+        """
+        Return a device of a type that has gained a client id by wider patterns, and the one that had it; None if nobody had.
+
+        Args:
+            former: The patterns of the type before.
+        """
+        owner = client_ids.owner_of(self.registry, client_id)
+        if owner is None or owner.type != device_type:
+            return None
+        before = client_ids.former_owner(self.registry, owner, former, client_id)
+        return None if before is None else (owner, before)
+
+    def is_moving(self, client_id: str) -> bool:
+        """Return whether a client id is held, because the device that had it may still use it."""
+        owner = client_ids.owner_of(self.registry, client_id)
+        return owner is not None and client_ids.is_moving(self.registry, owner, client_id, self._now)
+
     def connection(self, connection: LiveConnection) -> Reason | None:
         """Return why a live connection should not be there."""
         request = VhostRequest(connection.user, connection.vhost, connection.address, connection.client_id)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from datetime import UTC, datetime
 from typing import Any
@@ -11,11 +10,12 @@ from authbackend.enforcement.batch import Enforcer, chunks
 from authbackend.enforcement.checks import Checker, SessionQueue
 from authbackend.enforcement.clusters import inspect_session
 from authbackend.enforcement.inventory import LOOK_AGAIN_S, STATISTICS_LATE_S
-from authbackend.enforcement.management_api import Binding, LiveConnection
+from authbackend.enforcement.management_api import LiveConnection
 from authbackend.enforcement.plans import CLOCKS_S, narrowed, since
 from authbackend.enforcement.tasks import Confirmation, Task
 from authbackend.policy.rules import Device
 
+_OWNER = "client_id_owner"
 _PART = 2000
 _LOOKS = 2
 """The second look sees connections that were too young for the first one."""
@@ -32,12 +32,14 @@ async def fan_out(enforcer: Enforcer, task: Task, confirmed: Confirmation, nodes
     looks = task.receipt.get("looks", 0)
     if confirmed.missing and looks == 1:
         looks = 0  # the look that counts is the one when everybody decides by it
+    moved = set(task.receipt.get("moved") or ())
     if looks < _LOOKS:
-        touched = list((await _touched(enforcer, task, confirmed_at)).items())
-        for part in chunks(touched, _PART):
+        touched = await _Touched.find(enforcer, task, confirmed_at)
+        moved |= touched.moved
+        for part in chunks(list(touched.details.items()), _PART):
             await enforcer.store.add(task, dict(part))
     devices, open_ = await enforcer.store.children(task)
-    found = {
+    found: dict[str, Any] = {
         "took_s": since(task),
         "confirmed_at": None if confirmed.missing else confirmed_at,
         "confirmed_by": confirmed.by,
@@ -46,58 +48,106 @@ async def fan_out(enforcer: Enforcer, task: Task, confirmed: Confirmation, nodes
         "devices": devices,
         "looks": looks + 1,
     }
+    if looks:  # the first look may have missed young connections, so until now all that moved were held
+        found["moved"] = sorted(moved)
     if not looks:
         await enforcer.store.check_later({task.id: found}, STATISTICS_LATE_S)
-    elif confirmed.missing or open_:
+        return
+    if confirmed.missing or open_:
         await enforcer.store.check_later({task.id: found}, LOOK_AGAIN_S)
-    else:
-        enforcer.observer.enforced(task.causes, found["took_s"])
-        checked_at = datetime.now(UTC).isoformat(timespec="milliseconds")
-        await enforcer.store.finish({task.id: {**found, "checked_at": checked_at}})
+        if _OWNER in task.causes:
+            await enforcer.store.hold_client_ids(task.name)
+        return
+    enforcer.observer.enforced(task.causes, found["took_s"])
+    checked_at = datetime.now(UTC).isoformat(timespec="milliseconds")
+    await enforcer.store.finish({task.id: {**found, "checked_at": checked_at}})
+    if _OWNER in task.causes:
+        await enforcer.store.release_client_ids(task.name, task.id)
 
 
-async def _touched(enforcer: Enforcer, task: Task, confirmed_at: float) -> dict[str, dict[str, Any]]:
-    """Return the devices that are connected, or have a session, and lose something by the change."""
-    actions = enforcer.check(lambda checker: narrowed(checker, task))
-    touched: dict[str, dict[str, Any]] = {}
+class _Touched:
+    """
+    The devices of a type to which its change does something.
 
-    def loses(checker: Checker, connection: LiveConnection) -> Device | None:
-        device = checker.registry.device_by_name(connection.user)
-        if device is None or device.type != task.name:
-            return None
-        older = connection.connected_at <= confirmed_at + CLOCKS_S
-        return device if checker.connection(connection) or ("publish" in actions and older) else None
+    Attributes:
+        details: by device id, the details of a task for it.
+        moved: client ids in use that passed from one device to another.
+    """
 
-    async for page in enforcer.actions.cluster.connections():
-        for device in await enforcer.in_parts(page, loses):
-            if device is not None:
-                touched[device.device_id] = _details(task, device)
-    await _touched_sessions(enforcer, task, touched)
-    return touched
+    def __init__(self, enforcer: Enforcer, task: Task) -> None:
+        self.details: dict[str, dict[str, Any]] = {}
+        self.moved: set[str] = set()
+        self._enforcer = enforcer
+        self._task = task
+        self._former = tuple(task.details.get("client_ids") or ()) if _OWNER in task.causes else None
 
+    @classmethod
+    async def find(cls, enforcer: Enforcer, task: Task, confirmed_at: float) -> _Touched:
+        """Return those that are connected, or have a session."""
+        found = cls(enforcer, task)
+        await found._connections(confirmed_at)
+        await found._sessions()
+        return found
 
-async def _touched_sessions(enforcer: Enforcer, task: Task, touched: dict[str, dict[str, Any]]) -> None:
-    """Add the devices of the type whose sessions are not as they should be."""
+    def _move(self, checker: Checker, client_id: str | None) -> bool:
+        """Note a client id that is in use if it has passed to a device of the type; return whether it has."""
+        pair = None
+        if self._former is not None and client_id:
+            pair = checker.taken_from(self._task.name, self._former, client_id)
+        if pair is None or client_id is None:
+            return False
+        owner, before = pair
+        details = self.details.setdefault(owner.device_id, self._details_of(owner))
+        details["users"] = sorted({*details.get("users", ()), before.common_name})
+        details["moved"] = sorted({*details.get("moved", ()), client_id})
+        self.moved.add(client_id)
+        return True
 
-    def owner(checker: Checker, session: SessionQueue) -> Device | None:
-        found = checker.owner(session.client_id)
-        return found if isinstance(found, Device) and found.type == task.name else None
+    async def _connections(self, confirmed_at: float) -> None:
+        task = self._task
+        # By other causes only those are touched that would be refused now.
+        by_rules = not task.causes.isdisjoint({"rules", "renamed"})
+        narrows = self._enforcer.check(lambda checker: narrowed(checker, task)) if by_rules else frozenset[str]()
 
-    sessions = await enforcer.actions.sessions()
-    owners = await enforcer.in_parts(sessions, owner)
-    mine = [(s, o) for s, o in zip(sessions, owners, strict=True) if o is not None and o.device_id not in touched]
-    bindings = await enforcer.actions.listed_bindings([session for session, _ in mine]) if mine else {}
+        def loses(checker: Checker, connection: LiveConnection) -> Device | None:
+            if self._move(checker, connection.client_id):
+                return None
+            device = checker.registry.device_by_name(connection.user)
+            if device is None or device.type != task.name:
+                return None
+            older = connection.connected_at <= confirmed_at + CLOCKS_S
+            return device if checker.connection(connection) or ("publish" in narrows and older) else None
 
-    def wrong(checker: Checker, item: tuple[SessionQueue, Device]) -> bool:
-        session, _ = item
-        bound: list[Binding] = bindings[session.queue.vhost, session.queue.name]
-        return inspect_session(checker, session, bound) is not None
+        async for page in self._enforcer.actions.cluster.connections():
+            for device in await self._enforcer.in_parts(page, loses):
+                if device is not None:
+                    self.details.setdefault(device.device_id, self._details_of(device))
 
-    for (_, device), violated in zip(mine, await enforcer.in_parts(mine, wrong), strict=True):
-        if violated:
-            touched[device.device_id] = _details(task, device)
-    await asyncio.sleep(0)
+    async def _sessions(self) -> None:
+        """Add the devices of the type whose sessions are not as they should be."""
 
+        def owner(checker: Checker, session: SessionQueue) -> Device | None:
+            if self._move(checker, session.client_id):
+                return None
+            found = checker.owner(session.client_id)
+            return found if isinstance(found, Device) and found.type == self._task.name else None
 
-def _details(task: Task, device: Device) -> dict[str, Any]:
-    return {"common_name": device.common_name, "rules": task.details.get("rules", [])}
+        sessions = await self._enforcer.actions.sessions()
+        owners = await self._enforcer.in_parts(sessions, owner)
+        mine = [
+            (session, device)
+            for session, device in zip(sessions, owners, strict=True)
+            if device is not None and device.device_id not in self.details
+        ]
+        bindings = await self._enforcer.actions.listed_bindings([session for session, _ in mine]) if mine else {}
+
+        def wrong(checker: Checker, item: tuple[SessionQueue, Device]) -> bool:
+            session, _ = item
+            return inspect_session(checker, session, bindings[session.queue.vhost, session.queue.name]) is not None
+
+        for (_, device), violated in zip(mine, await self._enforcer.in_parts(mine, wrong), strict=True):
+            if violated:
+                self.details.setdefault(device.device_id, self._details_of(device))
+
+    def _details_of(self, device: Device) -> dict[str, Any]:
+        return {"common_name": device.common_name, "rules": self._task.details.get("rules", [])}

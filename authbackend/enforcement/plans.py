@@ -38,6 +38,7 @@ class Plan:
         actions: Which rules narrowed.
         sessions: Device ids and client ids whose sessions are looked at.
         serial: Of a revoked certificate: only connections with it end.
+        moved: Client ids that have passed to the device: only connections of its users with them end.
         confirmed: True if every replica decides by the change by now.
         fault: Why it could not be done this time.
         again_at_once: True if it must be planned anew: meanwhile the registry allows again what it is about.
@@ -51,6 +52,7 @@ class Plan:
     actions: frozenset[str] = frozenset()
     sessions: list[str] = field(default_factory=list)
     serial: str | None = None
+    moved: frozenset[str] = frozenset()
     confirmed: bool = False
     fault: str | None = None
     again_at_once: bool = False
@@ -67,6 +69,11 @@ class Plan:
         return self.task.state == "waiting"
 
     @property
+    def selective(self) -> bool:
+        """True if not all connections of its users end, also at the first look."""
+        return self.serial is not None or bool(self.moved)
+
+    @property
     def ends_with_activation(self) -> bool:
         """True if it is about a device that may not be connected, and about nothing else."""
         return self.task.kind == "device" and self.task.causes <= _UNDONE_BY_ACTIVE
@@ -81,6 +88,8 @@ class Plan:
         """
         if self.serial is not None:
             return connection.certificate_serial is not None and serial(connection.certificate_serial) == self.serial
+        if self.moved:
+            return None if connection.client_id is None else connection.client_id in self.moved
         since_ = self.task.receipt.get("confirmed_at")
         if not since_ and not self.confirmed:
             return False
@@ -89,8 +98,11 @@ class Plan:
 
 def grouped(tasks: Iterable[Task]) -> list[list[Task]]:
     """Return tasks about devices, accounts and certificates, those about the same together."""
-    ordered = sorted(tasks, key=lambda task: (task.kind, task.name, task.id))
-    return [list(group) for _, group in groupby(ordered, key=lambda task: (task.kind, task.name))]
+
+    def about(task: Task) -> tuple[str, str, bool]:
+        return task.kind, task.name, "moved" in task.details
+
+    return [list(group) for _, group in groupby(sorted(tasks, key=about), key=about)]
 
 
 def plan(checker: Checker, same: list[Task]) -> Plan:
@@ -114,6 +126,9 @@ def _merged(same: list[Task]) -> Task:
             ),
             "client_ids": sorted({pattern for each in details for pattern in each.get("client_ids") or ()}),
             "rules": [rule for each in details for rule in each.get("rules", ())],
+            "moved": sorted({client_id for each in details for client_id in each.get("moved", ())}),
+            "former_users": sorted({name for each in details for name in each.get("users", ())}),
+            "former_client_ids": next((x["former_client_ids"] for x in details if "former_client_ids" in x), None),
         },
         state="waiting" if waiting else "checking",
         receipt=next((task.receipt for task in same if task.receipt), {}),
@@ -121,6 +136,8 @@ def _merged(same: list[Task]) -> Task:
 
 
 def _device_plan(checker: Checker, task: Task) -> Plan:
+    if moved := task.details["moved"]:
+        return Plan(task, [], users=set(task.details["former_users"]), moved=frozenset(moved), sessions=moved)
     device = checker.registry.device_by_id(task.name)
     users = {*task.details["users"], *([device.common_name] if device else [])}
     if not task.active:
@@ -173,13 +190,17 @@ class PlansByOwner:
     """Finds the plan that a session belongs to: its owner's, or without one, that of who may have owned it before."""
 
     def __init__(self, plans: Iterable[Plan]) -> None:
-        self._plans = {one.about: one for one in plans}
+        listed = list(plans)
+        self._plans = {one.about: one for one in listed if not one.moved}
+        self._moved = {client_id: one for one in listed for client_id in one.moved}
         self._by_client_id = {
-            client_id: one for one in self._plans.values() if one.task.kind == "account" for client_id in one.sessions
+            client_id: one for one in listed if one.task.kind == "account" for client_id in one.sessions
         }
 
     def of(self, checker: Checker, client_id: str) -> Plan | None:
         """Return the plan of a session with this client id, None if it is nobody's here."""
+        if client_id in self._moved:
+            return self._moved[client_id]
         owner = checker.owner(client_id)
         if owner is not None:
             about = ("device", owner.device_id) if isinstance(owner, Device) else ("account", owner.name)

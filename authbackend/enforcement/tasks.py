@@ -28,7 +28,8 @@ class Task:
         kind: ``device``, ``device_type``, ``account`` or ``certificate``.
         name: Device id, name of the type or account, or serial number.
         causes: What narrowed, for example ``revoked`` or ``rules``.
-        details: What only the old rows knew: ``common_name``, ``client_ids``, ``users``, ``rules``.
+        details: What only the old rows knew: ``common_name``, ``client_ids``, ``users``, ``rules``,
+            ``moved`` (client ids that passed from ``users`` to the device).
         state: ``waiting`` for the first attempt, or ``checking`` that nothing is left.
         active: Whether the device may be connected now, by the database.
         due_for_s: How long it has been due, in seconds.
@@ -160,6 +161,12 @@ class TaskStore(Protocol):
 
     async def add(self, parent: Task, devices: dict[str, dict[str, Any]]) -> None:
         """Note tasks for devices on behalf of another, once each."""
+
+    async def hold_client_ids(self, device_type: str) -> None:
+        """Of the client ids that passed to the devices of a type, hold only those in the receipts from now on."""
+
+    async def release_client_ids(self, device_type: str, task: int) -> None:
+        """Let the devices of a type use what they gained, unless another open task than this is about that."""
 
     async def children(self, parent: Task) -> tuple[int, int]:
         """Return how many tasks were noted on behalf of this one, and how many of them are open."""

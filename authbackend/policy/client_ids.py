@@ -35,6 +35,30 @@ def owner_of(registry: Registry, client_id: str) -> Device | None:
     return None
 
 
+def former_owner(registry: Registry, device: Device, former: tuple[str, ...], client_id: str) -> Device | None:
+    """
+    Return the device that a client id belonged to before it became this device's, None if it was nobody else's.
+
+    Args:
+        former: The patterns that this device's type had before.
+    """
+    if client_id == device.device_id or client_id_fits(client_id, device.device_id, former):
+        return None
+    for owner_id in possible_owners(client_id):
+        if owner_id != device.device_id and _owns(registry, owner_id, client_id):
+            return registry.device_by_id(owner_id)
+    return None
+
+
+def is_moving(registry: Registry, device: Device, client_id: str, now: float) -> bool:
+    """Return whether a client id that has passed to a device is still being taken from the one that had it."""
+    device_type = registry.device_type(device.type)
+    move = None if device_type is None else device_type.move
+    if move is None or now >= move.until or (move.held is not None and client_id not in move.held):
+        return False
+    return former_owner(registry, device, move.former, client_id) is not None
+
+
 def _owns(registry: Registry, device_id: str, client_id: str) -> bool:
     """Return whether the device of this id, if there is one, has a claim on a client id."""
     device = registry.device_by_id(device_id)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from authbackend.policy.client_ids import account_client_id_fault, client_id_fault
+from authbackend.policy.client_ids import account_client_id_fault, client_id_fault, is_moving
 from authbackend.policy.lookups import Registry
 from authbackend.policy.reasons import Reason
 from authbackend.policy.requests import LoginRequest, ResourceRequest, TopicRequest, VhostRequest
@@ -84,7 +84,11 @@ def login(registry: Registry, request: LoginRequest, now: float) -> Decision | P
     if device is not None:
         if request.password is not None:
             return _deny(Reason.PASSWORD_ON_CERTIFICATE_IDENTITY, device.type)
-        return _device_fault(registry, device, now, request.client_id) or _hold(device, now) or _allow(device.type)
+        return (
+            _device_fault(registry, device, now, request.client_id)
+            or _hold(registry, device, now, request.client_id)
+            or _allow(device.type)
+        )
     account = registry.account(request.username)
     if account is None:
         unknown = _deny(Reason.UNKNOWN_IDENTITY, UNKNOWN)
@@ -108,7 +112,9 @@ def vhost(registry: Registry, request: VhostRequest, now: float) -> Decision:
     """Decide access to a virtual host from an address."""
     device = registry.device_by_name(request.username)
     if device is not None:
-        if fault := _mqtt_fault(registry, device, now, request.client_id) or _hold(device, now):
+        if fault := _mqtt_fault(registry, device, now, request.client_id) or _hold(
+            registry, device, now, request.client_id
+        ):
             return fault
         holder: DeviceType | Account | None = registry.device_type(device.type)
         kind = device.type
@@ -293,13 +299,15 @@ def _mqtt_fault(
     return None
 
 
-def _hold(device: Device, now: float) -> Decision | None:
+def _hold(registry: Registry, device: Device, now: float, client_id: str | None) -> Decision | None:
     """
     Return why a device may not log in for the moment, though it may otherwise.
 
     Not asked for what is already connected: that is closed, and its last will is decided by the rules.
     """
     if device.held_until is not None and now < device.held_until:
+        return _deny(Reason.ENFORCEMENT_IN_PROGRESS, device.type)
+    if client_id is not None and is_moving(registry, device, client_id, now):
         return _deny(Reason.ENFORCEMENT_IN_PROGRESS, device.type)
     return None
 

@@ -286,11 +286,28 @@ def applies(rule: TopicRule, values: Values, words: Sequence[str]) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class ClientIdMove:
+    """
+    Client ids that pass to the devices of a type from devices that had them before its patterns were widened.
+
+    Args:
+        former: The patterns before.
+        held: Those that the former owners still use; None: not known yet.
+        until: Seconds since the epoch.
+    """
+
+    former: tuple[str, ...]
+    held: frozenset[str] | None
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceType:
     """
     What the devices of a type have in common.
 
     Args:
+        move: While client ids that they have gained are being taken from their former owners.
         max_staleness_s: Its devices are denied while the copy of the registry is older; None sets no limit here.
     """
 
@@ -301,6 +318,7 @@ class DeviceType:
     rules: RuleSet = NO_RULES
     max_staleness_s: float | None = None
     require_known_certificate: bool = False
+    move: ClientIdMove | None = None
 
 
 @dataclass(slots=True)

@@ -100,6 +100,14 @@ class PostgresTaskStore:
         details = [json.dumps(value) for value in devices.values()]
         await self._fetch("add_children", parent.id, list(devices), details)
 
+    async def hold_client_ids(self, device_type: str) -> None:
+        """Of the client ids that passed to the devices of a type, hold only those in the receipts from now on."""
+        await self._fetch("hold_client_ids", device_type)
+
+    async def release_client_ids(self, device_type: str, task: int) -> None:
+        """Let the devices of a type use what they gained, unless another open task than this is about that."""
+        await self._fetch("release_client_ids", device_type, task)
+
     async def children(self, parent: Task) -> tuple[int, int]:
         """Return how many tasks were noted on behalf of this one, and how many of them are open."""
         (row,) = await self._fetch("children", parent.id)

@@ -26,7 +26,7 @@ from authbackend.registry.sync import Confirmation, Look
 
 log = structlog.get_logger(__name__)
 
-WATCHED_TABLES = 5
+WATCHED_TABLES = 6
 TRIGGERS_A_TABLE = 4
 CHUNK_ROWS = 2000
 CHANNEL = "registry"

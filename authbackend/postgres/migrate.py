@@ -106,7 +106,7 @@ async def repair_triggers(target: Target) -> int:
             "select tgrelid::regclass::text as watched, quote_ident(tgname) as name from pg_trigger "
             "where not tgisinternal and tgenabled <> 'A' and tgrelid = any ($1::regclass[])",
             [
-                *("device_type", "device", "device_hold", "device_schedule", "account", "topic_rule"),
+                *("device_type", "device", "device_hold", "client_id_move", "device_schedule", "account", "topic_rule"),
                 *("audit", "certificate", "authority", "crl"),
             ],
         )

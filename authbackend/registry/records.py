@@ -25,6 +25,7 @@ from authbackend.policy.networks import Networks
 from authbackend.policy.rules import (
     NO_RULES,
     Account,
+    ClientIdMove,
     Device,
     DeviceType,
     Effect,
@@ -124,6 +125,7 @@ def device_type(record: bytes, previous: DeviceType | None = None) -> DeviceType
         max_staleness_s=row["max_staleness_s"],
         require_known_certificate=row.get("require_known_certificate", False),
         rules=_rules(row["rules"], f"device_type {row['name']}", previous.rules if previous else NO_RULES),
+        move=_move(*row["move"]) if row.get("move") else None,
     )
 
 
@@ -158,6 +160,10 @@ def _rules(rows: list[list[Any]] | None, owner: str, previous: RuleSet = NO_RULE
             rule = TopicRule(key[1], key[2], topic, rule_id=rule_id, owner=owner, exchange=exchange)
         found.append(rule)
     return RuleSet(found)
+
+
+def _move(former: list[str], held: list[str] | None, until: str) -> ClientIdMove:
+    return ClientIdMove(tuple(former), None if held is None else frozenset(held), float(until))
 
 
 def _networks(texts: list[str] | None) -> Networks | None:

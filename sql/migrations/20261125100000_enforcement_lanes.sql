@@ -71,6 +71,17 @@ create trigger lane after insert on enforcement referencing new table as new_row
 alter table enforcement enable always trigger lane;
 revoke execute on function enforcement_lane() from public;
 
+-- When a type's client id patterns are widened, a client id may pass from one device to another. Until the connection and the
+-- session that the former owner has with it are gone, the new owner may not log in with it. Part of the copy that decides.
+create table client_id_move (
+  device_type text primary key, -- whose patterns were widened
+  former text[] not null, -- its patterns before
+  held text[], -- the client ids that were found live or stored; null: nobody has looked yet, so all that moved are held
+  since timestamptz not null default clock_timestamp(),
+  until timestamptz not null
+);
+call change_watch('client_id_move', 'device_type', 'device_type');
+
 create or replace function enforcement_device() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
@@ -106,22 +117,25 @@ begin
     null;
   end case;
   if tg_op in ('INSERT', 'UPDATE') then
-    -- Who registers APM_1 beside APM takes the client ids that begin with APM_1 from APM.
+    -- Who registers APM_1 beside APM takes the client ids that begin with APM_1 from APM; so does APM_1 when it moves to a type
+    -- with wider patterns.
     execute format($q$
       with noted as (
         insert into public.enforcement (cluster, kind, name, causes, details)
-        select k.name, 'device', t.device_id, '{client_id_owner}', jsonb_build_object('common_name', t.common_name, 'users', t.users)
-        from (select n.device_id, n.common_name, array_agg(distinct d.common_name) as users
+        select k.name, 'device', t.device_id, '{client_id_owner}', jsonb_strip_nulls(jsonb_build_object('common_name', t.common_name, 'users', t.users, 'former_client_ids', t.former))
+        from (select n.device_id, n.common_name, array_agg(distinct d.common_name) as users, %s as former
               from new_rows n %s
               cross join lateral public.client_id_owners(n.device_id) as p
               join public.device d on d.device_id = p and p <> n.device_id join public.device_type t on t.name = d.type
               where n.device_id ~ '[_-]' and t.client_ids <> '{}' %s
-              group by n.device_id, n.common_name) as t
+              group by n.device_id, n.common_name%s) as t
         cross join public.enforcement_cluster k
         returning name)
       select array_agg(distinct name) from noted$q$,
-      case tg_op when 'UPDATE' then 'left join old_rows o using (device_id)' else '' end,
-      case tg_op when 'UPDATE' then 'and o.device_id is null' else '' end) into held;
+      case tg_op when 'UPDATE' then 'ot.client_ids' else 'null::text[]' end,
+      case tg_op when 'UPDATE' then 'left join old_rows o using (device_id) left join public.device_type ot on ot.name = o.type join public.device_type nt on nt.name = n.type' else '' end,
+      case tg_op when 'UPDATE' then 'and (o.device_id is null or (n.type <> o.type and not nt.client_ids <@ ot.client_ids))' else '' end,
+      case tg_op when 'UPDATE' then ', ot.client_ids' else '' end) into held;
     perform public.enforcement_hold(held);
   end if;
   perform pg_notify('enforcement', '');
@@ -134,12 +148,21 @@ begin
   if not exists (select from public.enforcement_setup) then
     return null;
   end if;
-  insert into public.enforcement (cluster, kind, name, causes)
-  select k.name, 'device_type', n.name, c.causes
+  -- The patterns before the first of several changes: what a device had then, it keeps.
+  insert into public.client_id_move (device_type, former, until)
+  select n.name, o.client_ids, case when s.hold_limit_s = 'Infinity' then 'infinity' else clock_timestamp() + make_interval(secs => s.hold_limit_s) end
+  from new_rows n join old_rows o using (name), public.enforcement_setup s
+  where exists (select from unnest(n.client_ids) as x where x <> all (o.client_ids))
+    and exists (select from public.enforcement_cluster)
+  order by 1
+  on conflict (device_type) do update set held = null, since = clock_timestamp(), until = excluded.until;
+  insert into public.enforcement (cluster, kind, name, causes, details)
+  select k.name, 'device_type', n.name, c.causes, jsonb_build_object('client_ids', o.client_ids)
   from new_rows n left join old_rows o using (name)
   cross join lateral (select array_remove(array[
     case when o.name is null then 'renamed' end,
     case when exists (select from unnest(o.client_ids) as x where x <> all (n.client_ids)) then 'client_ids' end,
+    case when exists (select from unnest(n.client_ids) as x where x <> all (o.client_ids)) then 'client_id_owner' end,
     case when exists (select from unnest(o.vhosts) as x where x <> all (n.vhosts)) then 'vhosts' end,
     case when n.networks is not null and n.networks is distinct from o.networks then 'networks' end], null) as causes) as c
   cross join public.enforcement_cluster k

@@ -28,7 +28,7 @@ left_open as (
 select (select count(*) from gone) as clusters, (select count(*) from left_open) as tasks;
 
 -- name: disable!
-with gone as (delete from device_hold), clusters as (delete from enforcement_cluster) delete from enforcement_setup;
+with gone as (delete from device_hold), moves as (delete from client_id_move), clusters as (delete from enforcement_cluster) delete from enforcement_setup;
 
 -- name: enabled$
 select exists (select from enforcement_setup);
@@ -44,6 +44,8 @@ select device_id, at, status, pid, application, role, since from enforcement_ove
 
 -- name: release_forgotten!
 -- Holds whose end has passed and that no open task needs any more.
+with moves as (
+  delete from client_id_move where device_type in (select device_type from client_id_move where until <= clock_timestamp() for update skip locked))
 delete from device_hold where device_id in (
   select h.device_id from device_hold h where h.until <= clock_timestamp()
     and not exists (select from enforcement e where e.kind = 'device' and e.name = h.device_id and e.finished_at is null)
@@ -106,7 +108,25 @@ where h.device_id = seen.device_id and h.since = seen.since
 insert into enforcement (version, cluster, kind, name, causes, details, role, actor, parent)
 select p.version, p.cluster, 'device', u.name, p.causes, u.details, p.role, p.actor, p.id
 from enforcement p, unnest($2::text[], $3::text[]::jsonb[]) as u (name, details) where p.id = $1
-on conflict (parent, name) where parent is not null do nothing;
+on conflict (parent, name) where parent is not null do update -- a later look has found more client ids
+set state = 'waiting', finished_at = null, due_at = clock_timestamp(), details = enforcement.details || jsonb_build_object(
+  'moved', (select jsonb_agg(distinct x) from jsonb_array_elements(coalesce(enforcement.details -> 'moved', '[]') || (excluded.details -> 'moved')) as x),
+  'users', (select jsonb_agg(distinct x) from jsonb_array_elements(coalesce(enforcement.details -> 'users', '[]') || (excluded.details -> 'users')) as x))
+where not coalesce(enforcement.details -> 'moved', '[]') @> coalesce(excluded.details -> 'moved', '[]');
+
+-- name: hold_client_ids!
+-- Only when every cluster, and every change of the patterns, has been looked at. params: 1 device type
+update client_id_move set held = (
+  select coalesce(array_agg(distinct x order by x), '{}') from enforcement e cross join jsonb_array_elements_text(e.receipt -> 'moved') as x
+  where e.kind = 'device_type' and e.name = $1 and e.causes @> '{client_id_owner}' and e.finished_at is null)
+where device_type in (select device_type from client_id_move where device_type = $1 for update skip locked)
+  and not exists (select from enforcement e where e.kind = 'device_type' and e.name = $1 and e.causes @> '{client_id_owner}'
+                    and e.finished_at is null and e.receipt -> 'moved' is null);
+
+-- name: release_client_ids!
+-- params: 1 device type, 2 task id
+delete from client_id_move where device_type in (select device_type from client_id_move where device_type = $1 for update skip locked)
+  and not exists (select from enforcement where kind = 'device_type' and name = $1 and causes @> '{client_id_owner}' and finished_at is null and id <> $2);
 
 -- name: children^
 -- params: 1 parent id

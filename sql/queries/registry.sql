@@ -3,7 +3,7 @@
 -- name: lock_registry!
 -- Before the first SELECT of a reader: a table rewrite or TRUNCATE that committed after the snapshot was taken
 -- would look like an empty table.
-lock table device_type, device, device_hold, account, topic_rule, change, change_floor, incarnation in access share mode;
+lock table device_type, client_id_move, device, device_hold, account, topic_rule, change, change_floor, incarnation in access share mode;
 
 -- name: position^
 -- Where the reader stands. row: snapshot text, the server's clock, floor text, incarnation text or null, epoch text, triggers bigint
@@ -29,12 +29,14 @@ select change_prune(make_interval(secs => $1));
 -- name: all_device_types
 select name, convert_to(json_build_object('name', name, 'client_ids', client_ids, 'vhosts', vhosts, 'networks', networks::text[],
          'max_staleness_s', max_staleness_s, 'require_known_certificate', require_known_certificate,
+         'move', (select json_build_array(m.former, m.held, extract(epoch from m.until)::float8::text) from client_id_move m where m.device_type = t.name),
          'rules', (select json_agg(json_build_array(r.id, r.effect, r.action, r.topic, r.exchange) order by r.id) from topic_rule r where r.device_type = t.name))::text, 'UTF8') as record
 from device_type t;
 
 -- name: device_types
 select name, convert_to(json_build_object('name', name, 'client_ids', client_ids, 'vhosts', vhosts, 'networks', networks::text[],
          'max_staleness_s', max_staleness_s, 'require_known_certificate', require_known_certificate,
+         'move', (select json_build_array(m.former, m.held, extract(epoch from m.until)::float8::text) from client_id_move m where m.device_type = t.name),
          'rules', (select json_agg(json_build_array(r.id, r.effect, r.action, r.topic, r.exchange) order by r.id) from topic_rule r where r.device_type = t.name))::text, 'UTF8') as record
 from device_type t where name = any ($1::text[]);
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
+from authbackend.policy import decide
+from authbackend.policy.requests import VhostRequest
 from authbackend.postgres import enforcement
 from authbackend.postgres.connection import Target
 from tests.enforcement.conftest import Rig
@@ -462,3 +465,86 @@ async def test_the_leader_leaves_only_when_no_cluster_can_be_reached(rig: Rig, m
         async with asyncio.timeout(10):
             while rig.watched.leading:
                 await asyncio.sleep(0.005)
+
+
+MOVE = """
+insert into device_type (name, client_ids, vhosts) values ('N', array['{device_id}'], '{/}');
+insert into device (device_id, type) values ('APM', 'T'), ('APM_1', 'N'), ('APM_2', 'N');
+delete from enforcement; delete from device_hold; -- that APM_1 and APM_2 came beside APM has been enforced
+"""
+WIDEN = "update device_type set client_ids = client_ids || '{device_id}_*'::text where name = 'N'"
+
+
+def may_log_in(rig: Rig, user: str, client_id: str) -> bool:
+    with rig.copy.store.reader() as registry:
+        request = VhostRequest(user, "/", "127.0.0.1", client_id)
+        return decide.vhost(registry, request, time.time()).allowed
+
+
+async def test_a_client_id_that_passes_to_another_device_is_taken_from_the_former_owner_first(rig: Rig) -> None:
+    """APM_1_x moves from APM to APM_1: closed and purged before APM_1 may use it; other ids and devices go on."""
+    await rig.sql.execute(MOVE)
+    await rig.served()
+    rig.broker.connect("APM", "APM_1_x", "fleet/APM/#")
+    rig.broker.connect("APM", "APM", "fleet/APM/#")
+    rig.broker.connect("APM_1", "APM_1", "fleet/APM_1/#")
+    rig.broker.subscribe("APM_1_stored", "fleet/APM/#")
+    rig.broker.refuses = lambda method, _argument: method == "close_connection"
+    async with rig.enforcing():
+        await rig.sql.execute(WIDEN)
+        await rig.served()
+        assert not may_log_in(rig, "APM", "APM_1_x")
+        assert not may_log_in(rig, "APM_1", "APM_1_x")
+        async with asyncio.timeout(10):
+            while await rig.sql.fetchval("select held from client_id_move") != ["APM_1_stored", "APM_1_x"]:
+                await asyncio.sleep(0.02)
+        await rig.served()
+        found = {name: may_log_in(rig, "APM_1", name) for name in ("APM_1_x", "APM_1_stored", "APM_1_y", "APM_1")}
+        assert found == {"APM_1_x": False, "APM_1_stored": False, "APM_1_y": True, "APM_1": True}
+        assert may_log_in(rig, "APM_2", "APM_2_x")
+        rig.broker.refuses = lambda _method, _argument: False
+        await rig.finished()
+        assert await rig.sql.fetchval("select count(*) from client_id_move") == 0
+        await rig.served()
+        assert may_log_in(rig, "APM_1", "APM_1_x")
+    assert rig.broker.closed == ["APM"]
+    assert sorted(each.client_id for each in rig.broker.live.values()) == ["APM", "APM_1"]
+    assert sorted(name for _, name in rig.broker.queues) == ["mqtt-subscription-APM_1qos1", "mqtt-subscription-APMqos1"]
+
+
+async def test_a_client_id_in_use_that_only_the_second_look_sees_is_taken_too(rig: Rig) -> None:
+    await rig.sql.execute(MOVE)
+    await rig.served()
+    rig.broker.connect("APM", "APM_1_x", "fleet/APM/#")
+    rig.broker.statistics = False
+    young = rig.broker.connect("APM", "APM_1_y")
+    async with rig.enforcing():
+        await rig.sql.execute(WIDEN)
+        await rig.broker.until(lambda: rig.broker.closed == ["APM"])
+        rig.broker.tracked_only.discard(young)
+        await rig.finished()
+    assert rig.broker.live == {}
+
+
+async def test_wider_patterns_that_take_nothing_from_anybody_disturb_nobody(rig: Rig) -> None:
+    await rig.devices("A", "B")
+    rig.broker.connect("A", "A", "fleet/A/#")
+    rig.broker.connect("B", "B_1", "fleet/B/#")
+    async with rig.enforcing():
+        await rig.sql.execute(
+            "update device_type set client_ids = client_ids || '{device_id}-*'::text where name = 'T'"
+        )
+        await rig.finished()
+    assert rig.broker.closed == []
+    assert len(rig.broker.queues) == 2
+
+
+async def test_a_type_that_loses_a_virtual_host_touches_only_who_is_in_it(rig: Rig) -> None:
+    await rig.sql.execute("update device_type set vhosts = '{/,v}'")
+    await rig.devices("A", "B")
+    rig.broker.connect("A", vhost="v")
+    rig.broker.connect("B")
+    async with rig.enforcing():
+        await rig.sql.execute("update device_type set vhosts = '{/}'")
+        await rig.finished()
+    assert rig.broker.closed == ["A"]

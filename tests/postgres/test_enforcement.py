@@ -85,6 +85,11 @@ async def held(connection: asyncpg.Connection) -> list[str]:
             [("device", "A-2", ["client_id_owner"]), ("device", "B", ["deleted"])],
             ["A-2"],
         ),
+        (
+            "update device_type set client_ids = client_ids || '{device_id}-*'::text where name = 'T'",
+            [("device_type", "T", ["client_id_owner"])],
+            [],
+        ),
         ("update device_type set vhosts = '{/,v}' where name = 'T'", [], []),
         ("update device_type set vhosts = '{v}' where name = 'T'", [("device_type", "T", ["vhosts"])], []),
         ("update device_type set client_ids = '{}' where name = 'T'", [("device_type", "T", ["client_ids"])], []),
@@ -123,6 +128,26 @@ async def test_what_a_change_notes(
     await work.execute(change)
     assert await noted(work) == expected
     assert await held(work) == holds
+
+
+async def test_a_device_whose_new_type_has_wider_patterns_may_take_client_ids(work: asyncpg.Connection) -> None:
+    await work.execute(
+        "insert into device (device_id, type) values ('A_1', 'U'); delete from enforcement; delete from device_hold"
+    )
+    await work.execute("update device set type = 'T' where device_id = 'A_1'")
+    assert await noted(work) == [("device", "A_1", ["client_id_owner"]), ("device", "A_1", ["retyped"])]
+    row = await work.fetchrow("select details from enforcement where causes = '{client_id_owner}'")
+    assert json.loads(row["details"]) == {"common_name": "A_1", "users": ["A"], "former_client_ids": ["{device_id}"]}
+
+
+async def test_patterns_before_the_first_of_several_changes_are_kept(work: asyncpg.Connection) -> None:
+    """What a device could use before any of them is its own; all that came since is held until it has been looked at."""
+    widen = "update device_type set client_ids = client_ids || $1::text where name = 'T'"
+    await work.execute(widen, "{device_id}-*")
+    await work.execute("update client_id_move set held = '{x}'")
+    await work.execute(widen, "{device_id}_x-*")
+    row = await work.fetchrow("select device_type, former, held from client_id_move")
+    assert tuple(row) == ("T", ["{device_id}_*"], None)
 
 
 async def test_what_the_old_row_knew_is_kept(work: asyncpg.Connection) -> None:
