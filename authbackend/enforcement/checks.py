@@ -7,10 +7,13 @@ The answers are the reasons of ``policy.decide``, which would be given if Rabbit
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from ipaddress import ip_address
 from typing import Any, Protocol
 
+from authbackend.enforcement.distinguished_names import common_name, same_name
 from authbackend.enforcement.management_api import Binding, LiveConnection, Queue
 from authbackend.policy import client_ids, decide, lookups
 from authbackend.policy.decide import DecisionSettings
@@ -24,7 +27,7 @@ SESSION_QUEUES = "^mqtt-(subscription|will)-"
 _QUEUE = re.compile(r"mqtt-(?:subscription-(?P<session>.*)qos[01]|will-(?P<will>.*))", re.DOTALL)
 _NOT_FAULTS = (Reason.ALLOWED, Reason.ENFORCEMENT_IN_PROGRESS, Reason.REGISTRY_STALE)
 _ATTRIBUTE = re.compile(r"\{attr\.")
-_SUBJECT_PART = re.compile(r"((?:[^,\\]|\\.)*)(?:,|$)")
+_SERIAL = re.compile(r"[0-9a-f]+")
 
 
 class Registry(lookups.Registry, Protocol):
@@ -113,9 +116,36 @@ class Checker:
         return owner is not None and client_ids.is_moving(self.registry, owner, client_id, self._now)
 
     def connection(self, connection: LiveConnection) -> Reason | None:
-        """Return why a live connection should not be there."""
+        """Return why a live connection certainly should not be there; a fact that is not told is no reason."""
+        if not connection.user:
+            return None
+        reason = self._reason(self._connection_fault(connection))
+        if reason is Reason.VHOST_NOT_LISTED and not connection.vhost:
+            return None
+        return None if reason is Reason.ADDRESS_NOT_IN_NETWORKS and _address_untold(connection) else reason
+
+    def _connection_fault(self, connection: LiveConnection) -> decide.Decision | None:
         request = VhostRequest(connection.user, connection.vhost, connection.address, connection.client_id)
-        return self._reason(decide.vhost(self.registry, request, self._now))
+        device = self.registry.device_by_name(connection.user)
+        if device is None or connection.client_id is not None or connection.mqtt is False:
+            return decide.vhost(self.registry, request, self._now)
+        if fault := decide.device_fault(self.registry, device, self._now):
+            return fault
+        device_type = self.registry.device_type(device.type)
+        return decide.place_fault(device_type, request, device.type) if device_type else None
+
+    def untold(self, connection: LiveConnection) -> list[str]:
+        """Return which of the facts by which ``connection`` decides are not told."""
+        device = self.registry.device_by_name(connection.user)
+        holder = self.registry.device_type(device.type) if device else self.registry.account(connection.user)
+        facts = {
+            "user": not connection.user,
+            "protocol": connection.mqtt is None,
+            "client id": connection.mqtt is True and connection.client_id is None,
+            "virtual host": not connection.vhost,
+            "address": holder is not None and holder.networks is not None and _address_untold(connection),
+        }
+        return [fact for fact, is_untold in facts.items() if is_untold]
 
     def session(self, session: SessionQueue) -> Reason | None:
         """Return why a session's queue should not be there at all."""
@@ -145,6 +175,14 @@ class Checker:
     @staticmethod
     def _reason(decision: decide.Decision | None) -> Reason | None:
         return None if decision is None or decision.reason in _NOT_FAULTS else decision.reason
+
+
+def _address_untold(connection: LiveConnection) -> bool:
+    try:
+        ip_address(connection.address)
+    except ValueError:
+        return True
+    return False
 
 
 def narrowed_actions(
@@ -181,18 +219,6 @@ def fits(client_id: str, device_id: str, patterns: list[str] | None) -> bool:
     return client_id == device_id or client_id_fits(client_id, device_id, tuple(patterns or ()))
 
 
-def common_name(subject: str) -> str | None:
-    """
-    Return the common name of a subject as RabbitMQ makes a user name of it: several are joined with commas.
-
-    Args:
-        subject: RFC 4514, as ``peer_cert_subject`` of the management API.
-    """
-    parts = [part for part in _SUBJECT_PART.findall(subject) if part]
-    names = [re.sub(r"\\(.)", r"\1", part[3:]) for part in parts if part.startswith("CN=")]
-    return ",".join(reversed(names)) or None
-
-
 def contradiction(registry: Registry, connection: LiveConnection) -> str | None:
     """Return what a client says of itself in MQTT 5 user properties that the registry does not."""
     device = registry.device_by_name(connection.user)
@@ -208,3 +234,91 @@ def contradiction(registry: Registry, connection: LiveConnection) -> str | None:
 def serial(text: str) -> str:
     """Return a certificate's serial number as the registry writes it: lower-case hexadecimal without leading zeros."""
     return text.replace(":", "").lower().lstrip("0") or "0"
+
+
+class CertificatesOnRecord:
+    """
+    The certificates that live connections may show.
+
+    Args:
+        records: ``serial``, ``issuer``, ``subject``, ``common_name``, ``not_before``, ``not_after`` and ``state`` of
+            each.
+    """
+
+    def __init__(self, records: Iterable[Mapping[str, Any]]) -> None:
+        self._by_serial: dict[str, list[Mapping[str, Any]]] = {}
+        self._revoked_by_name: dict[str, list[Mapping[str, Any]]] = {}
+        for record in records:
+            self._by_serial.setdefault(record["serial"], []).append(record)
+            if record["state"] == "revoked":
+                self._revoked_by_name.setdefault(record["common_name"], []).append(record)
+
+    def possible(self, connection: LiveConnection) -> list[Mapping[str, Any]]:
+        """Return those that a connection may show: by serial number, or the revoked ones of its names if none is told."""
+        if number := live_serial(connection):
+            return self._by_serial.get(number, [])
+        return [each for name in shown_names(connection) for each in self._revoked_by_name.get(name, [])]
+
+
+def shown_names(connection: LiveConnection) -> set[str]:
+    """Return the common names that a connection's certificate may have; none if it certainly shows none."""
+    if connection.certificate_subject is None:
+        return set()
+    return {connection.user, common_name(connection.certificate_subject) or connection.user}
+
+
+def live_serial(connection: LiveConnection) -> str | None:
+    """Return the serial number that a connection shows, as the registry writes it; None if it is not told."""
+    number = serial(connection.certificate_serial or "-")
+    return number if _SERIAL.fullmatch(number) else None
+
+
+def shows_certificate(connection: LiveConnection, record: Mapping[str, Any]) -> bool | None:
+    """
+    Return whether a connection shows the certificate of a record; None if that is not known.
+
+    A certificate is its issuer and its serial number, as on a revocation list. Where one of them is not told (RabbitMQ
+    before 4.2.7 tells no serial number), another subject or validity still says that it is not this one.
+
+    Args:
+        record: ``serial``, ``issuer``, ``subject``, and ``not_before`` and ``not_after`` as times or ISO 8601.
+    """
+    identity = _every(_same_serial(connection, record), same_name(connection.certificate_issuer, record["issuer"]))
+    if identity is None and _same_subject_and_validity(connection, record) is False:
+        return False
+    return identity
+
+
+def shows_as_recorded(connection: LiveConnection, record: Mapping[str, Any]) -> bool | None:
+    """Return whether all that a connection shows of its certificate is as recorded; None if that is not known."""
+    return _every(shows_certificate(connection, record), _same_subject_and_validity(connection, record))
+
+
+def _same_serial(connection: LiveConnection, record: Mapping[str, Any]) -> bool | None:
+    number = live_serial(connection)
+    return None if number is None else number == serial(record["serial"])
+
+
+def _same_subject_and_validity(connection: LiveConnection, record: Mapping[str, Any]) -> bool | None:
+    shown = (connection.certificate_validity or "").split(" - ")
+    times = [_same_time(text, record[name]) for text, name in zip(shown, ("not_before", "not_after"), strict=False)]
+    return _every(same_name(connection.certificate_subject, record["subject"]), *(times if len(shown) == 2 else [None]))
+
+
+def _same_time(shown: str, recorded: datetime | str) -> bool | None:
+    """Compare to the second; RabbitMQ writes 2075 for the UTCTime of 1975."""
+    try:
+        there = datetime.fromisoformat(shown)
+        here = datetime.fromisoformat(recorded) if isinstance(recorded, str) else recorded
+    except ValueError:
+        return None
+    if there.tzinfo is None or here.tzinfo is None:
+        return None
+    there, here = (each.astimezone(UTC).replace(microsecond=0) for each in (there, here))
+    return here == there or (there.year >= 2050 and here == there.replace(year=there.year - 100))
+
+
+def _every(*answers: bool | None) -> bool | None:
+    if False in answers:
+        return False
+    return None if None in answers else True

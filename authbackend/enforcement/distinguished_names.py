@@ -97,11 +97,12 @@ def common_name(subject: str) -> str | None:
     """
     Return the common name of a subject as RabbitMQ makes a user name of it: several are joined with commas.
 
-    None if there is none, or if it cannot be read.
+    Empty if there is none, None if that cannot be read.
     """
-    attributes = [each for part in reversed(parsed(subject) or []) for each in part]
-    names = [each.value for each in attributes if each.type == _COMMON_NAME]
-    return None if None in names else ",".join(filter(None, names)) or None
+    if (name := parsed(subject)) is None:
+        return None
+    names = [each.value for part in reversed(name) for each in part if each.type == _COMMON_NAME]
+    return None if None in names else ",".join(filter(None, names))
 
 
 def same_name(one: str | None, other: str | None) -> bool | None:

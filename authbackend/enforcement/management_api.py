@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import ssl
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -28,8 +29,11 @@ LIST_TIMEOUT_S = 60.0
 """For a list of everything, which takes RabbitMQ seconds when there is much."""
 
 _CONNECTION_COLUMNS = (
-    "name,node,user,vhost,protocol,peer_host,peer_cert_subject,peer_cert_serial_number,client_properties,connected_at"
+    "name,node,user,vhost,protocol,peer_host,client_properties,connected_at,"
+    "peer_cert_serial_number,peer_cert_issuer,peer_cert_subject,peer_cert_validity"
 )
+_MQTT = re.compile(r"(Web )?MQTT\b")
+_WITHOUT_CLIENT_ID = re.compile(r"(Web )?(AMQP|STOMP)\b|Direct\b|stream\b")
 _REASON = {"X-Reason": "authbackend: not permitted any more"}
 
 
@@ -45,12 +49,14 @@ class Connection:
 @dataclass(frozen=True, slots=True)
 class LiveConnection:
     """
-    A live connection, as the statistics know it.
+    A live connection, as the statistics know it. What they do not tell is empty or None.
 
     Args:
+        protocol: ``MQTT 5-0``, ``Web MQTT 5-0``, ``AMQP 0-9-1``, ``AMQP 1-0``, ``stream``, ``STOMP 1.2`` and so on.
         client_id: MQTT only.
-        certificate_subject: RFC 4514, None without TLS or certificate.
+        certificate_subject: RFC 4514, None without TLS or certificate; likewise the issuer.
         certificate_serial: Hexadecimal as RabbitMQ writes it, from 4.2.7 on.
+        certificate_validity: Its beginning and end as RabbitMQ writes them.
         user_properties: Of an MQTT 5 CONNECT.
         connected_at: Seconds since the epoch.
     """
@@ -66,6 +72,15 @@ class LiveConnection:
     certificate_serial: str | None
     user_properties: dict[str, str]
     connected_at: float
+    certificate_issuer: str | None = None
+    certificate_validity: str | None = None
+
+    @property
+    def mqtt(self) -> bool | None:
+        """True for MQTT, also over WebSocket; False for a protocol without client ids; None if it is not known."""
+        if _MQTT.match(self.protocol):
+            return True
+        return False if _WITHOUT_CLIENT_ID.match(self.protocol) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +172,7 @@ class ManagementAPI:
     async def connections(self) -> AsyncIterator[list[LiveConnection]]:
         """Yield all connections, so many at a time; one that is younger than the statistics may be missing."""
         async for part in self._whole(f"/api/connections?columns={_CONNECTION_COLUMNS}"):
-            yield [_live(each) for each in part if each.get("user")]
+            yield [_live(each) for each in part]
 
     async def queues(self, pattern: str | None = None) -> AsyncIterator[list[Queue]]:
         """Yield the queues whose name matches a regular expression, or all, so many at a time."""
@@ -305,24 +320,33 @@ def _queue(queue: Queue) -> str:
 
 
 def _live(found: dict[str, Any]) -> LiveConnection:
-    properties = found.get("client_properties") or {}
-    claimed = properties.get("user_property") if isinstance(properties, dict) else None
-    client_id = properties.get("client_id") if isinstance(properties, dict) else None
+    properties = found.get("client_properties")
+    if not isinstance(properties, dict):
+        properties = {}
+    claimed = properties.get("user_property")
+    client_id = properties.get("client_id")
+    protocol = _text(found, "protocol")
     connected_at = 0.0
     with contextlib.suppress(TypeError, ValueError):
         connected_at = float(found.get("connected_at") or 0) / 1000
     return LiveConnection(
-        name=found["name"],
-        node=found.get("node", ""),
-        user=found["user"],
-        vhost=found.get("vhost", ""),
-        protocol=found.get("protocol", ""),
-        address=found.get("peer_host") or "",
-        client_id=client_id
-        if isinstance(client_id, str) and str(found.get("protocol", "")).startswith("MQTT")
-        else None,
-        certificate_subject=found.get("peer_cert_subject") or None,
-        certificate_serial=found.get("peer_cert_serial_number") or None,
+        name=_text(found, "name"),
+        node=_text(found, "node"),
+        user=_text(found, "user"),
+        vhost=_text(found, "vhost"),
+        protocol=protocol,
+        address=_text(found, "peer_host"),
+        client_id=client_id if isinstance(client_id, str) and client_id and _MQTT.match(protocol) else None,
+        certificate_subject=_text(found, "peer_cert_subject") or None,
+        certificate_serial=_text(found, "peer_cert_serial_number") or None,
         user_properties={k: v for k, v in claimed.items() if isinstance(v, str)} if isinstance(claimed, dict) else {},
         connected_at=connected_at,
+        certificate_issuer=_text(found, "peer_cert_issuer") or None,
+        certificate_validity=_text(found, "peer_cert_validity") or None,
     )
+
+
+def _text(found: dict[str, Any], name: str) -> str:
+    """Return a fact of a connection, empty if it is not told."""
+    value = found.get(name)
+    return value if isinstance(value, str) else ""

@@ -10,14 +10,25 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import structlog
 
-from authbackend.enforcement.checks import Checker, Registry, SessionQueue, common_name, contradiction, serial
+from authbackend.enforcement.checks import (
+    CertificatesOnRecord,
+    Checker,
+    Registry,
+    SessionQueue,
+    contradiction,
+    live_serial,
+    shown_names,
+    shows_as_recorded,
+    shows_certificate,
+)
 from authbackend.enforcement.clusters import Actions, ClusterActions, Violation
+from authbackend.enforcement.distinguished_names import common_name
 from authbackend.enforcement.management_api import LiveConnection
 from authbackend.enforcement.tasks import TaskStore, TaskStoreError
 from authbackend.errors import AuthbackendError, Unavailable
@@ -37,14 +48,20 @@ CERTIFICATE_REVOKED = "certificate_revoked"
 CERTIFICATE_UNKNOWN = "certificate_unknown"
 SESSION_WITHOUT_OWNER = "session_without_owner"
 PROPERTY_CONTRADICTS = "property_contradicts"
+INCOMPLETE_FACTS = "incomplete_facts"
 CAUSES = (
     *(UNKNOWN_IDENTITY, DEVICE_NOT_PERMITTED, ACCOUNT_NOT_PERMITTED, WRONG_CLIENT_ID, NAME_NOT_OF_CERTIFICATE),
     *(CERTIFICATE_REVOKED, CERTIFICATE_UNKNOWN, SESSION_WITHOUT_OWNER, PROPERTY_CONTRADICTS),
+    INCOMPLETE_FACTS,
 )
-"""What a sweep can find; the last one is reported only."""
+"""What a sweep can find; the last two are reported only."""
 
 _CLIENT_ID_REASONS = (Reason.CLIENT_ID_NOT_BOUND, Reason.CLIENT_ID_OF_ANOTHER_DEVICE)
+_STATES = ("active", "revoked")
 _REPORTED = 200
+_REPORTED_INCOMPLETE = 50
+"""Where a broker tells too little of everybody, what is certain still has room in the report."""
+
 _OLDEST_COPY_S = 30.0
 
 
@@ -79,6 +96,8 @@ class Report:
     def note(self, cause: str, **facts: Any) -> None:
         """Add a finding."""
         self.found[cause] += 1
+        if cause == INCOMPLETE_FACTS and self.found[cause] > _REPORTED_INCOMPLETE:
+            return
         if len(self.entries) < _REPORTED:
             self.entries.append({"cause": cause, **{k: v for k, v in facts.items() if v is not None}})
 
@@ -159,9 +178,7 @@ class Sweep:
         paused = await self._store.paused() is not None
         async for page in self._actions.cluster.connections():
             report.connections += len(page)
-            serials = {serial(each.certificate_serial) for each in page if each.certificate_serial}
-            states = await self._store.certificate_states(sorted(serials))
-            closing += self._compare(page, states, report)
+            closing += self._compare(page, await self._certificates(page), report)
         if not paused:
             await self._close(closing, report)
         await self._sessions(report, report_only=paused)
@@ -178,21 +195,31 @@ class Sweep:
             )
         return report
 
+    async def _certificates(self, page: Iterable[LiveConnection]) -> CertificatesOnRecord:
+        serials: set[str] = set()
+        names: set[str] = set()
+        for connection in page:
+            if number := live_serial(connection):
+                serials.add(number)
+            else:
+                names |= shown_names(connection)
+        return CertificatesOnRecord(await self._store.certificates_on_record(sorted(serials), sorted(names)))
+
     def _compare(
-        self, page: Iterable[LiveConnection], states: dict[str, str], report: Report
+        self, page: Iterable[LiveConnection], certificates: CertificatesOnRecord, report: Report
     ) -> list[tuple[str, LiveConnection]]:
         closing = []
         with self._registry as registry:
             _demand_fresh(registry)
             checker = Checker(registry, time.time(), self._decisions)
             for connection in page:
-                cause, why = connection_fault(checker, registry, connection, states)
+                cause, why = connection_fault(checker, registry, connection, certificates)
                 if cause is not None:
                     facts = {"user": connection.user, "client_id": connection.client_id, "node": connection.node}
                     report.note(cause, **facts, connection=connection.name, why=why)
                     if cause in self._settings.closes or cause == CERTIFICATE_UNKNOWN:  # which its type demands
                         closing.append((cause, connection))
-                elif claim := contradiction(registry, connection):
+                if cause in (None, INCOMPLETE_FACTS) and (claim := contradiction(registry, connection)):
                     report.note(PROPERTY_CONTRADICTS, user=connection.user, node=connection.node, why=claim)
         return closing
 
@@ -232,9 +259,13 @@ def _demand_fresh(registry: Registry) -> None:
 
 
 def connection_fault(
-    checker: Checker, registry: Registry, connection: LiveConnection, states: dict[str, str]
+    checker: Checker, registry: Registry, connection: LiveConnection, certificates: CertificatesOnRecord
 ) -> tuple[str | None, str | None]:
-    """Return the cause for which a live connection should not be there, and why; None twice if it may."""
+    """
+    Return the cause for which a live connection should not be there, and why; None twice if it may.
+
+    What is certain goes before what is not known.
+    """
     device = registry.device_by_name(connection.user)
     reason = checker.connection(connection)
     if reason is Reason.UNKNOWN_IDENTITY:
@@ -243,14 +274,19 @@ def connection_fault(
         return WRONG_CLIENT_ID, str(reason)
     if reason is not None:
         return (DEVICE_NOT_PERMITTED if device else ACCOUNT_NOT_PERMITTED), str(reason)
-    if connection.certificate_serial:
-        shown = serial(connection.certificate_serial)
-        state = states.get(shown)
-        if state == "revoked":
-            return CERTIFICATE_REVOKED, f"serial {shown}"
-        if state is None and device is not None and _must_be_known(registry, device):
-            return CERTIFICATE_UNKNOWN, f"serial {shown}"
-    return _certificate_fault(device, connection)
+    must_be_known = device is not None and _must_be_known(registry, device)
+    cause, why = _certificate_fault(connection, certificates.possible(connection), must_be_known)
+    if cause not in (None, INCOMPLETE_FACTS):
+        return cause, why
+    if device is not None and connection.certificate_subject is not None:
+        named = common_name(connection.certificate_subject)
+        if named and named != connection.user:
+            return NAME_NOT_OF_CERTIFICATE, f"the certificate is that of {named[:128]!r}"
+        if named is None:
+            cause, why = INCOMPLETE_FACTS, "not known: the common name of its certificate"
+    if untold := checker.untold(connection):
+        return INCOMPLETE_FACTS, f"not told: {', '.join(untold)}"
+    return cause, why
 
 
 def _must_be_known(registry: Registry, device: Device) -> bool:
@@ -258,10 +294,31 @@ def _must_be_known(registry: Registry, device: Device) -> bool:
     return device_type is not None and device_type.require_known_certificate
 
 
-def _certificate_fault(device: Device | None, connection: LiveConnection) -> tuple[str | None, str | None]:
-    if device is None or connection.certificate_subject is None:
-        return None, None
-    named = common_name(connection.certificate_subject)
-    if named is not None and named != connection.user:
-        return NAME_NOT_OF_CERTIFICATE, f"the certificate is that of {named[:128]!r}"
-    return None, None
+def _certificate_fault(
+    connection: LiveConnection, possible: list[Mapping[str, Any]], must_be_known: bool
+) -> tuple[str | None, str | None]:
+    """Return what is wrong with the certificate that a connection shows, among those that it may be."""
+    shown = {
+        state: [shows_certificate(connection, each) for each in possible if each["state"] == state] for state in _STATES
+    }
+    number = live_serial(connection)
+    if True in shown["revoked"]:
+        return CERTIFICATE_REVOKED, f"serial {number}"
+    doubt = None
+    if None in shown["revoked"] and True not in shown["active"]:
+        doubt = "not known: whether its certificate is one that is revoked"
+    if must_be_known:
+        if number is None:
+            return INCOMPLETE_FACTS, "not told: serial number of its certificate"
+        recorded = [shows_as_recorded(connection, each) for each in possible]
+        if not any(recorded):
+            if None not in recorded:
+                return CERTIFICATE_UNKNOWN, _unlike_record(connection, number, True in shown["active"])
+            doubt = "not known: whether its certificate is the one on record"
+    return (INCOMPLETE_FACTS, doubt) if doubt else (None, None)
+
+
+def _unlike_record(connection: LiveConnection, number: str, on_record: bool) -> str:
+    if on_record:
+        return f"serial {number} is on record with another subject or validity"
+    return f"serial {number} of {(connection.certificate_issuer or '')[:256]!r} is not on record"

@@ -192,8 +192,8 @@ class TaskStore(Protocol):
     async def retry_failed(self, cluster: str) -> None:
         """Make due at once what failed on a cluster that answers again."""
 
-    async def certificate_states(self, serials: list[str]) -> dict[str, str]:
-        """Return the state of the certificates with these serials that are on record."""
+    async def certificates_on_record(self, serials: list[str], names: list[str]) -> list[dict[str, Any]]:
+        """Return the certificates with these serial numbers, and the revoked ones of these common names."""
 
     async def keep_sweep(self, cluster: str, report: dict[str, Any]) -> None:
         """Keep the report of a sweep in the place of the one before, and forget tasks that were done long ago."""

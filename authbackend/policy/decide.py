@@ -125,11 +125,16 @@ def vhost(registry: Registry, request: VhostRequest, now: float) -> Decision:
             return _deny(reason, ACCOUNT)
     if holder is None:
         return _deny(Reason.UNKNOWN_IDENTITY, UNKNOWN)
+    return place_fault(holder, request, kind) or _allow(kind)
+
+
+def place_fault(holder: DeviceType | Account, request: VhostRequest, kind: str) -> Decision | None:
+    """Return why somebody may not be in a virtual host, or come from an address; None if he may."""
     if request.vhost not in holder.vhosts:
         return _deny(Reason.VHOST_NOT_LISTED, kind)
     if holder.networks is not None and request.ip not in holder.networks:
         return _deny(Reason.ADDRESS_NOT_IN_NETWORKS, kind)
-    return _allow(kind)
+    return None
 
 
 def resource(registry: Registry, request: ResourceRequest, now: float, settings: DecisionSettings) -> Decision:

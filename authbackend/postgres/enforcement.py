@@ -136,9 +136,9 @@ class PostgresTaskStore:
         """Make due at once what failed on a cluster that answers again."""
         await self._fetch("retry_failed", cluster)
 
-    async def certificate_states(self, serials: list[str]) -> dict[str, str]:
-        """Return the state of the certificates with these serials that are on record."""
-        return {row["serial"]: row["state"] for row in await self._fetch("serial_states", serials)}
+    async def certificates_on_record(self, serials: list[str], names: list[str]) -> list[dict[str, Any]]:
+        """Return the certificates with these serial numbers, and the revoked ones of these common names."""
+        return [dict(row) for row in await self._fetch("certificates_on_record", serials, names)]
 
     async def keep_sweep(self, cluster: str, report: dict[str, Any]) -> None:
         """Keep the report of a sweep in the place of the one before, and forget tasks that were done long ago."""

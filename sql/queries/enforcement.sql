@@ -218,6 +218,10 @@ with again as (
 told as (select pg_notify('enforcement', ''))
 select (select count(*) from again) from told;
 
--- name: serial_states
--- Revoked where several authorities have given the same number and one of the certificates is. params: 1 serials text[]
-select serial, max(state) as state from certificate where serial = any ($1::text[]) group by serial;
+-- name: certificates_on_record
+-- What live connections may show: certificates with these serial numbers, of whatever issuer, and for brokers that tell no
+-- serial number, the revoked ones of these common names. params: 1 serials text[], 2 common names text[]
+select serial, issuer, subject, common_name, not_before, not_after, state from certificate where serial = any ($1::text[])
+union
+select serial, issuer, subject, common_name, not_before, not_after, state from certificate
+where state = 'revoked' and not_after > now() and common_name = any ($2::text[]);

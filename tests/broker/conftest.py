@@ -28,6 +28,7 @@ HERE = Path(__file__).parent
 ROOT = os.environ.get("AUTHBACKEND_TEST_RABBITMQ_ROOT", "")
 PLAIN_CONF = HERE / "overlay/plain.conf"
 WEB_MQTT = RABBITMQ_FILES / "conf.d-optional/web-mqtt.conf"
+STREAM_CONF = HERE / "overlay/stream.conf"
 PLAIN_MQTT = RABBITMQ_FILES / "conf.d-optional/plain-mqtt.advanced.config"
 
 _LOGS: dict[str, Path] = {}
@@ -109,9 +110,12 @@ def _broker(workplace: Path, certificates: Certificates, name: str) -> Broker:
     state.mkdir()
     node = Broker(Path(ROOT), state, certificates, name)
     if name == "lax":
-        node.doors, node.overlays, node.advanced = LAX, [PLAIN_CONF, WEB_MQTT], PLAIN_MQTT
-        node.plugins = ["rabbitmq_web_mqtt"]
+        node.doors, node.overlays, node.advanced = LAX, [PLAIN_CONF, WEB_MQTT, STREAM_CONF], PLAIN_MQTT
+        node.plugins = ["rabbitmq_web_mqtt", "rabbitmq_stream"]
     node.prepare()
+    if name == "lax":
+        with (state / "etc/certs/ca.pem").open("ab") as trusted:
+            trusted.write(certificates.rival.certificate_pem)
     _LOGS[f"RabbitMQ {name} log"], _LOGS[f"RabbitMQ {name} console"] = node.logs
     return node
 
@@ -125,8 +129,8 @@ def broker(booting: Callable[[str], Broker]) -> Broker:
 @pytest.fixture(scope="session")
 def lax_broker(booting: Callable[[str], Broker]) -> Broker:
     """
-    The second node: plain MQTT, TLS that takes clients without a certificate, MQTT over WebSocket. Starts
-    when asked for.
+    The second node: plain MQTT, TLS that takes clients without a certificate, MQTT over WebSocket, streams, and
+    certificates of another authority as well. Starts when asked for.
     """
     return booting("lax")
 

@@ -5,8 +5,13 @@ from __future__ import annotations
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from authbackend.pki.authority import Authority, Issued
 from authbackend.pki.directory import make_certificates
@@ -42,6 +47,7 @@ class Certificates:
             pass
         self.ca_file = directory / "ca.pem"
         self._authority = Authority.load(self.ca_file.read_bytes(), (directory / "ca.key").read_bytes())
+        self.rival = Authority.create("another authority that the lax node trusts")
         self._count = 0
 
     def device(
@@ -61,6 +67,30 @@ class Certificates:
     def stranger(self, common_name: str) -> Identity:
         """A client certificate with that name, signed by an authority that the broker does not know."""
         return self._write(common_name, Authority.create("somebody else's CA").issue_client(common_name))
+
+    def named(self, name: str, subject: x509.Name, *, serial: int | None = None, by_rival: bool = False) -> Identity:
+        """A client certificate with any subject and serial number, of the devices' authority or of the other one."""
+        authority = self.rival if by_rival else self._authority
+        issuer = x509.load_pem_x509_certificate(authority.certificate_pem)
+        signing_key = serialization.load_pem_private_key(authority.key_pem, None)
+        assert isinstance(signing_key, ec.EllipticCurvePrivateKey)
+        key = ec.generate_private_key(ec.SECP256R1())
+        now = datetime.now(UTC)
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(issuer.subject)
+            .public_key(key.public_key())
+            .serial_number(serial or x509.random_serial_number())
+            .not_valid_before(now - timedelta(minutes=5))
+            .not_valid_after(now + timedelta(days=30))
+            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+            .sign(signing_key, hashes.SHA256())
+        )
+        key_pem = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        return self._write(name, Issued(certificate.public_bytes(serialization.Encoding.PEM), key_pem))
 
     def _write(self, name: str, issued: Issued) -> Identity:
         self._count += 1

@@ -31,6 +31,7 @@ class Doors:
     management_tls: int = 15671
     mqtt_plain: int = 0
     web_mqtt_tls: int = 0
+    stream_tls: int = 0
     distribution: int = 25672
 
 
@@ -43,9 +44,10 @@ LAX = Doors(
     management_tls=15771,
     mqtt_plain=1883,
     web_mqtt_tls=15676,
+    stream_tls=5551,
     distribution=25673,
 )
-"""The second node: with ``overlay/plain.conf``, and the optional plain MQTT and WebSocket doors."""
+"""The second node: with ``overlay/plain.conf``, the optional plain MQTT and WebSocket doors, and streams."""
 
 
 @dataclass(slots=True)

@@ -1,11 +1,22 @@
 """What is wrong with a connection, a session or a subscription; and whether a change of rules took anything away."""
 
+from datetime import UTC, datetime
+
 import pytest
 
-from authbackend.enforcement.checks import Checker, common_name, contradiction, narrowed_actions, session_queue
+from authbackend.enforcement.checks import (
+    CertificatesOnRecord,
+    Checker,
+    contradiction,
+    narrowed_actions,
+    serial,
+    session_queue,
+    shows_certificate,
+)
 from authbackend.enforcement.management_api import Binding, LiveConnection, Queue
-from authbackend.enforcement.sweep import connection_fault, serial
+from authbackend.enforcement.sweep import connection_fault
 from authbackend.policy.decide import DecisionSettings
+from authbackend.policy.networks import Networks
 from authbackend.policy.reasons import Reason
 from authbackend.policy.rules import Account, Device, DeviceType, Effect, Login, Permission, RuleSet, Status, TopicRule
 from tests.support.memory_registry import MemoryRegistry
@@ -25,8 +36,14 @@ def registry():
         Device("B", "cn-b", "APM", held_until=NOW + 10),
         Device("R", "R", "APM", Status.REVOKED),
         Device("E", "E", "APM", expires_at=NOW - 1),
+        Device("N", "N", "NEAR"),
+        Device("K", "K", "KNOWN"),
     )
-    types = (DeviceType("APM", ("{device_id}", "{device_id}_*"), ("/",), rules=rules),)
+    types = (
+        DeviceType("APM", ("{device_id}", "{device_id}_*"), ("/",), rules=rules),
+        DeviceType("NEAR", ("{device_id}_*",), ("/",), networks=Networks.parse(["10.0.0.0/24"])),
+        DeviceType("KNOWN", ("{device_id}",), ("/",), require_known_certificate=True),
+    )
     return MemoryRegistry(devices, types, (Account("svc", Login.PASSWORD, client_ids=("svc-1",), vhosts=("/",)),))
 
 
@@ -58,7 +75,8 @@ def live(user, client_id=None, **changes):
         (live("A", "A_pub"), None),
         (live("cn-b", "B"), None),  # held: it may not log in now, and what is connected is not ended for that
         (live("A", "B"), Reason.CLIENT_ID_NOT_BOUND),
-        (live("A"), Reason.CLIENT_ID_MISSING),
+        (live("A"), None),  # it has one, and it is not told
+        (live("A", protocol="AMQP 0-9-1"), Reason.CLIENT_ID_MISSING),
         (live("A", "A", vhost="other"), Reason.VHOST_NOT_LISTED),
         (live("R", "R"), Reason.DEVICE_REVOKED),
         (live("E", "E"), Reason.DEVICE_EXPIRED),
@@ -133,37 +151,181 @@ def test_a_change_of_rules_narrows_unless_what_is_there_allows_as_much(rules, pr
     assert narrowed_actions(rules, present, "amq.topic") == narrowed
 
 
-@pytest.mark.parametrize(
-    ("subject", "name"),
-    [
-        ("CN=APM0001", "APM0001"),
-        ("O=Org,CN=APM0001", "APM0001"),
-        ('SERIALNUMBER=SN-77,CN=APM0003,OU=Field \\"x\\",O=Acme\\, Inc,C=SE', "APM0003"),
-        ("CN=APM0002,CN=APM0001", "APM0001,APM0002"),
-        ("CN=a\\,b", "a,b"),
-        ("O=CN\\, Inc", None),
-    ],
-)
-def test_the_common_name_of_a_subject(subject, name):
-    assert common_name(subject) == name
+ISSUER = "CN=Fleet CA,O=Org"
+VALIDITY = "2026-11-24T11:39:36Z - 2027-12-25T11:39:36Z"
+RECORD = {
+    "serial": "ab",
+    "issuer": ISSUER,
+    "subject": "CN=K,2.5.4.5=SN 7",
+    "common_name": "K",
+    "not_before": datetime(2026, 11, 24, 11, 39, 36, tzinfo=UTC),
+    "not_after": datetime(2027, 12, 25, 11, 39, 36, tzinfo=UTC),
+    "state": "active",
+}
+
+
+def shown(user="K", **changes):
+    told = {
+        "certificate_serial": "AB",
+        "certificate_issuer": ISSUER,
+        "certificate_subject": f"CN={user},SERIALNUMBER=SN 7",
+        "certificate_validity": VALIDITY,
+    }
+    return live(user, user, **{**told, **changes})
+
+
+def fault(connection, *records):
+    checks = checker()
+    return connection_fault(checks, checks.registry, connection, CertificatesOnRecord(records))
 
 
 def test_a_sweep_tells_what_is_wrong_by_cause():
-    inspect_session = checker()
+    revoked = RECORD | {"state": "revoked", "subject": "CN=A", "common_name": "A"}
     found = {
-        cause: connection_fault(inspect_session, inspect_session.registry, connection, {"ab": "revoked"})[0]
+        cause: fault(connection, revoked)[0]
         for cause, connection in {
             "unknown_identity": live("nobody"),
             "wrong_client_id": live("A", "B"),
             "device_not_permitted": live("R", "R"),
             "account_not_permitted": live("svc", vhost="other"),
             "name_not_of_certificate": live("A", "A", certificate_subject="O=x,CN=B"),
-            "certificate_revoked": live("A", "A", certificate_subject="CN=A", certificate_serial="00AB"),
+            "certificate_revoked": shown("A", certificate_serial="00AB"),
+            "certificate_unknown": shown("K", certificate_serial="AC"),
+            "incomplete_facts": live("A"),
         }.items()
     }
     assert found == {cause: cause for cause in found}
-    fine = live("A", "A", certificate_subject="CN=A", certificate_serial="00AC")
-    assert connection_fault(inspect_session, inspect_session.registry, fine, {"ab": "revoked"}) == (None, None)
+    assert fault(shown("A", certificate_serial="00AC"), revoked) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "cause", "why"),
+    [
+        ("AMQP 0-9-1", "device_not_permitted", "client_id_missing"),
+        ("AMQP 1-0", "device_not_permitted", "client_id_missing"),
+        ("STOMP 1.2", "device_not_permitted", "client_id_missing"),
+        ("Web STOMP 1.2", "device_not_permitted", "client_id_missing"),
+        ("stream", "device_not_permitted", "client_id_missing"),
+        ("Direct 0-9-1", "device_not_permitted", "client_id_missing"),
+        ("MQTT 5-0", "incomplete_facts", "not told: client id"),
+        ("Web MQTT 3-1-1", "incomplete_facts", "not told: client id"),
+        ("SOMETHING 1-0", "incomplete_facts", "not told: protocol"),
+        ("", "incomplete_facts", "not told: protocol"),
+    ],
+)
+def test_a_device_without_a_client_id_is_not_permitted_only_where_the_protocol_has_none(protocol, cause, why):
+    assert fault(live("A", protocol=protocol)) == (cause, why)
+
+
+@pytest.mark.parametrize("protocol", ["", "MQTT 5-0", "SOMETHING 1-0"])
+@pytest.mark.parametrize(
+    ("connection", "cause"),
+    [
+        (live("R"), "device_not_permitted"),
+        (live("E"), "device_not_permitted"),
+        (live("A", vhost="other"), "device_not_permitted"),
+        (live("N", address="10.0.1.1"), "device_not_permitted"),
+        (live("nobody"), "unknown_identity"),
+        (live("svc", vhost="other"), "account_not_permitted"),
+        (live("A", certificate_subject="CN=B"), "name_not_of_certificate"),
+    ],
+)
+def test_what_is_certain_counts_although_something_is_not_told(protocol, connection, cause):
+    told = {name: getattr(connection, name) for name in connection.__slots__} | {"protocol": protocol}
+    assert fault(LiveConnection(**told))[0] == cause
+
+
+@pytest.mark.parametrize(
+    ("connection", "why"),
+    [
+        (live("N", "N_1", address=""), "not told: address"),
+        (live("N", "N_1", address="unknown"), "not told: address"),
+        (live("A", "A", vhost=""), "not told: virtual host"),
+        (live("", "A", vhost="", protocol=""), "not told: user, protocol, virtual host"),
+        (live("svc", protocol=""), "not told: protocol"),
+        (live("A", "A", certificate_subject="nonsense"), "not known: the common name of its certificate"),
+    ],
+)
+def test_what_is_not_told_is_reported_as_that(connection, why):
+    assert fault(connection) == ("incomplete_facts", why)
+
+
+@pytest.mark.parametrize(
+    ("connection", "shows"),
+    [
+        (shown(), True),
+        (shown(certificate_issuer="O=org,CN=Fleet CA"), True),
+        (shown(certificate_subject="CN=other"), True),  # revocation lists name issuer and serial number, no more
+        (shown(certificate_serial="AC"), False),
+        (shown(certificate_issuer="CN=Other CA,O=Org"), False),
+        (shown(certificate_issuer=None), None),
+        (shown(certificate_issuer=None, certificate_subject="CN=other"), False),
+        (shown(certificate_serial=None), None),
+        (shown(certificate_serial="?"), None),
+        (shown(certificate_serial=None, certificate_issuer="CN=Other CA,O=Org"), False),
+        (shown(certificate_serial=None, certificate_subject="CN=other"), False),
+        (shown(certificate_serial=None, certificate_validity="2026-11-24T11:39:37Z - 2027-12-25T11:39:36Z"), False),
+        (shown(certificate_serial=None, certificate_validity="soon"), None),
+        (live("K", "K"), None),
+    ],
+)
+def test_whether_a_connection_shows_a_certificate(connection, shows):
+    assert shows_certificate(connection, RECORD) is shows
+    as_json = RECORD | {"not_before": "2026-11-24T11:39:36+00:00", "not_after": "2027-12-25T12:39:36+01:00"}
+    assert shows_certificate(connection, as_json) is shows
+
+
+REVOKED = RECORD | {"state": "revoked"}
+UNREADABLE = "CN=Fleet CA,O={asn1_OPENTYPE\\,\\<\\<48\\,0\\>\\>}"
+
+
+@pytest.mark.parametrize(
+    ("connection", "records", "cause"),
+    [
+        (shown(), [RECORD], None),
+        (shown(), [], "certificate_unknown"),
+        (shown(), [RECORD | {"issuer": "CN=Other CA"}], "certificate_unknown"),
+        (shown(), [RECORD | {"issuer": "CN=Other CA"}, RECORD], None),
+        (shown(), [RECORD | {"issuer": "CN=Other CA", "state": "revoked"}, RECORD], None),
+        (shown(), [RECORD | {"issuer": "CN=Other CA", "state": "revoked"}], "certificate_unknown"),
+        (shown(), [REVOKED], "certificate_revoked"),
+        (shown(certificate_subject="CN=K"), [RECORD], "certificate_unknown"),
+        (shown(certificate_subject="CN=K"), [REVOKED], "certificate_revoked"),
+        (shown(certificate_validity=VALIDITY.replace("2027", "2037")), [RECORD], "certificate_unknown"),
+        (shown(certificate_validity=None), [RECORD], "incomplete_facts"),
+        (shown(certificate_issuer=UNREADABLE), [RECORD], "incomplete_facts"),
+        (shown(certificate_issuer=UNREADABLE), [REVOKED], "incomplete_facts"),
+        (shown(certificate_serial=None), [RECORD], "incomplete_facts"),
+        (live("K", "K"), [RECORD], "incomplete_facts"),
+    ],
+)
+def test_a_certificate_is_compared_with_its_record(connection, records, cause):
+    assert fault(connection, *records)[0] == cause
+
+
+@pytest.mark.parametrize(
+    ("connection", "records", "cause"),
+    [
+        (shown("A"), [], None),
+        (shown("A", certificate_serial=None), [], None),
+        (shown("A", certificate_serial=None), [REVOKED], None),  # of another name
+        (shown("A", certificate_serial=None), [REVOKED | {"common_name": "A"}], None),  # its subject is another
+        (
+            shown("A", certificate_serial=None),
+            [REVOKED | {"common_name": "A", "subject": "CN=A,2.5.4.5=SN 7"}],
+            "incomplete_facts",
+        ),
+    ],
+)
+def test_without_a_serial_number_only_a_certificate_that_may_be_revoked_is_in_doubt(connection, records, cause):
+    assert fault(connection, *records)[0] == cause
+
+
+def test_the_time_of_an_old_certificate_is_no_difference():
+    """RabbitMQ writes the UTCTime of 1975 as 2075, and that of 2051, a GeneralizedTime, as it is."""
+    record = RECORD | {"not_before": datetime(1975, 2, 3, 4, 5, 6, tzinfo=UTC)}
+    record["not_after"] = datetime(2051, 2, 3, 4, 5, 6, tzinfo=UTC)
+    assert fault(shown(certificate_validity="2075-02-03T04:05:06Z - 2051-02-03T04:05:06Z"), record)[0] is None
 
 
 def test_what_a_client_claims_in_user_properties_is_compared():

@@ -1,5 +1,6 @@
 """While client ids pass from one device to another, neither may log in with them; whatever else they do goes on."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -68,8 +69,5 @@ def test_a_login_that_names_no_client_id_is_left_to_the_virtual_host():
     ],
 )
 def test_a_move_is_read_from_the_record(text, move):
-    record = (
-        '{"name": "T", "client_ids": [], "vhosts": [], "networks": null, "max_staleness_s": null, "rules": null, "move": %s}'
-        % text
-    )
-    assert records.device_type(record.encode()).move == move
+    row = {"name": "T", "client_ids": [], "vhosts": [], "networks": None, "max_staleness_s": None, "rules": None}
+    assert records.device_type(json.dumps({**row, "move": json.loads(text)}).encode()).move == move

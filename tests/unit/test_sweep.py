@@ -24,11 +24,13 @@ class Reader:
 class Cluster:
     name = "c"
 
-    def __init__(self):
+    def __init__(self, *pages):
         self.closed = []
+        self.pages = pages or ([live("R", "R")],)
 
     async def connections(self):
-        yield [live("R", "R")]
+        for page in self.pages:
+            yield page
 
     async def queues(self, pattern=None):
         yield []
@@ -38,8 +40,8 @@ class Cluster:
 
 
 class Told:
-    async def certificate_states(self, serials):
-        return {}
+    async def certificates_on_record(self, serials, names):
+        return []
 
     async def paused(self):
         return None
@@ -48,9 +50,9 @@ class Told:
         pass
 
 
-def sweep(age_s, cluster):
+def sweep(age_s, cluster, store=None):
     settings = SweepSettings(60.0, frozenset({"device_not_permitted"}))
-    return Sweep(Told(), ClusterActions(cluster, 1000, 1), Reader(age_s), Told(), DecisionSettings(), settings)
+    return Sweep(store or Told(), ClusterActions(cluster, 1000, 1), Reader(age_s), Told(), DecisionSettings(), settings)
 
 
 async def test_a_revoked_device_that_is_connected_is_found_and_closed():
@@ -65,3 +67,26 @@ async def test_a_copy_that_is_old_neither_closes_nor_says_that_all_is_well():
     with pytest.raises(Unavailable, match="31 s old: nothing was compared"):
         await sweep(31.0, cluster).once()
     assert cluster.closed == []
+
+
+async def test_what_is_not_told_closes_nobody_and_leaves_room_for_what_is_certain():
+    cluster = Cluster([live("A", name=f"untold {n}") for n in range(300)], [live("R", name="revoked", protocol="")])
+    report = await sweep(1.0, cluster).once()
+    assert (report.found["incomplete_facts"], report.found["device_not_permitted"]) == (300, 1)
+    assert cluster.closed == ["revoked"]
+    assert report.ended == {"device_not_permitted": 1}
+    assert report.entries[-1]["connection"] == "revoked"
+
+
+async def test_a_broker_that_tells_no_serial_number_is_asked_about_by_name():
+    asked = []
+
+    class Store(Told):
+        async def certificates_on_record(self, serials, names):
+            asked.append((serials, names))
+            return []
+
+    told, untold = (live("A", "A", certificate_subject="CN=A", certificate_serial=text) for text in ("00:AB", None))
+    cluster = Cluster([told], [untold], [live("A", "A")])
+    await sweep(1.0, cluster, Store()).once()
+    assert asked == [(["ab"], []), ([], ["A"]), ([], [])]
