@@ -74,7 +74,6 @@ async def enroll(
     await keep_authority(connection, authority)
     if any(request.device_type is not None for request in requests):
         await _register(connection, requests)
-        await store.link_devices(connection)  # what was imported for them before
     found = await connection.fetch(
         "select device_id, common_name, type, status from device where device_id = any ($1::text[]) for key share",
         [request.device_id for request in requests],

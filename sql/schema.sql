@@ -387,6 +387,24 @@ begin
   return new;
 end $$;
 
+CREATE FUNCTION public.device_certificates_revoke() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if tg_when = 'BEFORE' then
+    set constraints public.certificate_device_id_fkey deferred;
+    return null;
+  end if;
+  update public.certificate c set device_id = null, state = 'revoked', reason = case c.state when 'active' then 'cessationOfOperation' else c.reason end
+  from old_rows o where c.device_id = o.device_id;
+  -- Put on record before the device was registered, and never given to it: it could log in with them all the same.
+  update public.certificate c set state = 'revoked', reason = 'cessationOfOperation'
+  from old_rows o where c.device_id is null and c.state = 'active' and c.common_name = o.common_name;
+  set constraints public.certificate_device_id_fkey immediate;
+  return null;
+end $$;
+
 CREATE FUNCTION public.device_defaults() RETURNS trigger
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -429,6 +447,17 @@ CREATE FUNCTION public.device_status_changed() RETURNS trigger
 begin
   new.status_changed_at := now();
   return new;
+end $$;
+
+CREATE FUNCTION public.device_truncate() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if exists (select from public.certificate where device_id is not null and state = 'active' and not_after > now()) then
+    perform public.refuse('TRUNCATE would empty the table of certificates too, and some of devices are valid: DELETE the devices instead, which revokes their certificates');
+  end if;
+  return null;
 end $$;
 
 CREATE FUNCTION public.device_type_client_id_patterns() RETURNS trigger
@@ -492,6 +521,7 @@ $$;
 CREATE FUNCTION public.enforcement_certificate() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_nestloop TO 'off'
     AS $$
 begin
   if not exists (select from public.enforcement_setup) then
@@ -1401,6 +1431,8 @@ CREATE INDEX certificate_not_after ON public.certificate USING btree (not_after)
 
 CREATE INDEX certificate_revoked ON public.certificate USING btree (issuer) WHERE (state = 'revoked'::text);
 
+CREATE INDEX certificate_revoked_name ON public.certificate USING btree (common_name) WHERE (state = 'revoked'::text);
+
 CREATE INDEX certificate_serial ON public.certificate USING btree (serial);
 
 CREATE INDEX change_txid ON public.change USING btree (txid);
@@ -1603,6 +1635,14 @@ CREATE TRIGGER certificate_truncate BEFORE TRUNCATE ON public.certificate FOR EA
 
 ALTER TABLE public.certificate ENABLE ALWAYS TRIGGER certificate_truncate;
 
+CREATE TRIGGER certificates_defer BEFORE DELETE ON public.device FOR EACH STATEMENT EXECUTE FUNCTION public.device_certificates_revoke();
+
+ALTER TABLE public.device ENABLE ALWAYS TRIGGER certificates_defer;
+
+CREATE TRIGGER certificates_revoke AFTER DELETE ON public.device REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.device_certificates_revoke();
+
+ALTER TABLE public.device ENABLE ALWAYS TRIGGER certificates_revoke;
+
 CREATE TRIGGER change_d AFTER DELETE ON public.account REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.change_note('account', 'name');
 
 ALTER TABLE public.account ENABLE ALWAYS TRIGGER change_d;
@@ -1743,6 +1783,10 @@ CREATE TRIGGER defaults BEFORE INSERT ON public.device FOR EACH ROW WHEN ((new.c
 
 ALTER TABLE public.device ENABLE ALWAYS TRIGGER defaults;
 
+CREATE TRIGGER device_truncate BEFORE TRUNCATE ON public.device FOR EACH STATEMENT EXECUTE FUNCTION public.device_truncate();
+
+ALTER TABLE public.device ENABLE ALWAYS TRIGGER device_truncate;
+
 CREATE TRIGGER enforcement_d AFTER DELETE ON public.account REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.enforcement_account();
 
 ALTER TABLE public.account ENABLE ALWAYS TRIGGER enforcement_d;
@@ -1804,7 +1848,7 @@ CREATE TRIGGER status_changed BEFORE UPDATE ON public.device FOR EACH ROW WHEN (
 ALTER TABLE public.device ENABLE ALWAYS TRIGGER status_changed;
 
 ALTER TABLE ONLY public.certificate
-    ADD CONSTRAINT certificate_device_id_fkey FOREIGN KEY (device_id) REFERENCES public.device(device_id) ON UPDATE CASCADE ON DELETE SET NULL;
+    ADD CONSTRAINT certificate_device_id_fkey FOREIGN KEY (device_id) REFERENCES public.device(device_id) ON UPDATE CASCADE DEFERRABLE;
 
 ALTER TABLE ONLY public.crl
     ADD CONSTRAINT crl_authority_fkey FOREIGN KEY (authority) REFERENCES public.authority(name) ON UPDATE CASCADE ON DELETE CASCADE;
@@ -1835,7 +1879,11 @@ REVOKE ALL ON FUNCTION public.change_note() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.change_prune(keep interval) FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION public.device_certificates_revoke() FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION public.device_schedule_apply(OUT made bigint, OUT fault text) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.device_truncate() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.enforcement_account() FROM PUBLIC;
 
@@ -1873,4 +1921,5 @@ insert into public.schema_migrations (version) values
   ('20261124100000'),
   ('20261124200000'),
   ('20261124210000'),
-  ('20261125100000');
+  ('20261125100000'),
+  ('20261125110000');

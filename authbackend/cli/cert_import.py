@@ -86,15 +86,13 @@ async def import_paths(target: Target, actor: str, paths: Iterable[Path], report
                     click.echo(f"authbackend: {report.new + report.present} certificates so far", err=True)
         if batch:
             await _insert(connection, actor, batch, report)
-        async with connection.transaction():
-            await connection.execute("select set_config('authbackend.actor', $1, true)", actor)
-            report.linked = await store.link_devices(connection)
 
 
 async def _insert(connection: Connection, actor: str, rows: list[CertificateRow], report: Report) -> None:
     async with connection.transaction():
         await connection.execute("select set_config('authbackend.actor', $1, true)", actor)
         inserted = await store.insert_certificates(connection, rows)
+        report.linked += await store.link_devices(connection, [row.fingerprint for row in rows])
     report.new += len(inserted.new)
     report.present += inserted.present
     report.unknown += len(inserted.unknown)

@@ -76,9 +76,9 @@ async def insert_certificates(connection: Connection, rows: Sequence[Certificate
     )
 
 
-async def link_devices(connection: Connection) -> int:
-    """Give certificates of no device to the devices that have their common names now; return how many."""
-    return int(await connection.fetchval(load_statements("certificates").link_devices.sql))
+async def link_devices(connection: Connection, fingerprints: Sequence[str]) -> int:
+    """Give those of these certificates that are of no device and valid to the devices of their names; return how many."""
+    return int(await connection.fetchval(load_statements("certificates").link_devices.sql, list(fingerprints)))
 
 
 async def list_certificates(

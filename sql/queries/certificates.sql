@@ -16,10 +16,11 @@ returning fingerprint, device_id;
 select fingerprint from certificate where fingerprint = any ($1::text[]);
 
 -- name: link_devices$
--- Gives certificates of no device to those that were registered since; uses certificate_common_name.
+-- Certificates that are put on record once more may have a device by now. Never a revoked one: it was another device's.
+-- params: 1 fingerprints
 with linked as (
   update certificate c set device_id = d.device_id from device d
-  where c.device_id is null and d.common_name = c.common_name
+  where c.fingerprint = any ($1::text[]) and c.device_id is null and c.state = 'active' and d.common_name = c.common_name
   returning 1)
 select count(*) from linked;
 

@@ -225,10 +225,30 @@ def test_a_bench_device_is_registered_and_gets_a_key(cli, ca, fleet, execute, tm
     assert execute("select type, status from device where device_id = 'D3'") == [{"type": "APM", "status": "active"}]
 
 
-def test_a_device_that_is_registered_gets_what_was_imported_for_it(cli, ca, fleet, execute):
-    cli("cert", "import", "-", stdin=pem(*outside("D3")))
+def test_a_device_that_is_registered_gets_what_is_put_on_record_from_then_on(cli, ca, fleet, execute):
+    before = pem(*outside("D3"))
+    cli("cert", "import", "-", stdin=before)
     cli("device", "enroll", "D3", "--ca", ca, "--generate", "--type", "APM")
+    assert sorted(row["device_id"] or "" for row in execute("select device_id from certificate")) == ["", "D3"]
+    assert as_json(cli("cert", "import", "-", "--json", stdin=before))["linked"] == 1
     assert [row["device_id"] for row in execute("select device_id from certificate")] == ["D3", "D3"]
+
+
+def test_a_device_that_is_deleted_and_registered_anew_does_not_get_its_certificates_back(
+    cli, ca, fleet, execute, tmp_path
+):
+    old = pem(*outside("D1"))
+    cli("cert", "import", "-", stdin=old)
+    cli("device", "enroll", "D1", "--ca", ca, "--generate")
+    kept = "schema: authbackend/1\ndevices: [{device_id: D2, common_name: two, type: APM}]\n"
+    (tmp_path / "kept.yaml").write_text(kept)
+    cli("policy", "apply", "kept.yaml", "--prune")
+    cli("device", "enroll", "D1", "--ca", ca, "--generate", "--type", "APM", "--out", "anew.pem")
+    assert as_json(cli("cert", "import", "-", "--json", stdin=old))["linked"] == 0
+    rows = execute("select device_id, state, reason from certificate order by added_at")
+    assert [tuple(row.values()) for row in rows] == [(None, "revoked", "cessationOfOperation")] * 2 + [
+        ("D1", "active", "")
+    ]
 
 
 def table(tmp_path, rows, columns=("device_id", "type", "csr")):

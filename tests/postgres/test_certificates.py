@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
 import pytest
 
-from authbackend.postgres import lists
+from authbackend.postgres import certificates, lists
+from authbackend.postgres.statements import load_statements
 from tests.postgres.test_constraints import add_device, add_type, refused
+from tests.support.postgres import connected
 
 FINGERPRINT = "ab" * 32
 GOOD = {
@@ -83,9 +86,163 @@ async def test_a_certificate_finds_its_device_and_follows_it(scratch: asyncpg.Co
     assert await scratch.fetchval("select device_id from certificate") == "d1"
     await scratch.execute("update device set device_id = 'd2'")
     assert await scratch.fetchval("select device_id from certificate") == "d2"
+    assert await scratch.fetchval("select state from certificate") == "active"
     await scratch.execute("delete from device")
-    assert [tuple(row) for row in await scratch.fetch("select device_id, state from certificate")] == [(None, "active")]
     assert "foreign key" in await refused(scratch, insert(fingerprint="cd" * 32, serial="2", device_id="nosuch"))
+
+
+OF = "fingerprint, device_id, state, reason, revoked_at is not null as dated"
+REVOKED = (None, "revoked", "cessationOfOperation", True)
+
+
+async def states(connection: asyncpg.Connection) -> dict[str, tuple[Any, ...]]:
+    """What is on record, by the first two digits of the fingerprint."""
+    rows = await connection.fetch(f"select {OF} from certificate")
+    return {row["fingerprint"][:2]: tuple(row)[1:] for row in rows}
+
+
+def numbered(digits: str, **changes: Any) -> str:
+    return insert(fingerprint=digits * 32, serial=digits, **changes)
+
+
+@pytest.mark.parametrize("replication_role", ["origin", "replica"])
+async def test_a_deleted_device_takes_its_certificates_with_it(
+    scratch: asyncpg.Connection, replication_role: str
+) -> None:
+    """All that could be used in its name, but nobody else's, and none that was revoked before changes."""
+    await add_type(scratch)
+    await scratch.execute(numbered("a1"))  # never given to the device, and good to log in as it
+    for device_id in ("d1", "other"):
+        await add_device(scratch, device_id, device_id.upper())
+    await scratch.execute(numbered("b1"))
+    await scratch.execute(numbered("b2", state="revoked", reason="keyCompromise"))
+    await scratch.execute(numbered("b3", common_name="renamed since", device_id="d1"))
+    await scratch.execute(numbered("c1", common_name="OTHER"))
+    await scratch.execute(numbered("c2", common_name="nobody"))
+    await scratch.execute(f"set local session_replication_role = {replication_role}")
+    await scratch.execute("select set_config('authbackend.actor', 'kim', true)")
+    await scratch.execute("delete from device where device_id = 'd1'")
+    assert await states(scratch) == {
+        "a1": REVOKED,
+        "b1": REVOKED,
+        "b2": (None, "revoked", "keyCompromise", True),
+        "b3": REVOKED,
+        "c1": ("other", "active", "", False),
+        "c2": (None, "active", "", False),
+    }
+    told = await scratch.fetch(
+        """select left(key, 2) as key, actor, role = session_user as mine, before ->> 'device_id' as device_id,
+        before ->> 'state' as before, after ->> 'state' as after from audit
+        where entity = 'certificate' and operation = 'UPDATE' order by key"""
+    )
+    assert [tuple(row) for row in told] == [
+        ("a1", "kim", True, None, "active", "revoked"),
+        ("b1", "kim", True, "d1", "active", "revoked"),
+        ("b2", "kim", True, "d1", "revoked", "revoked"),
+        ("b3", "kim", True, "d1", "active", "revoked"),
+    ]
+
+
+async def test_a_later_device_of_that_name_gets_none_of_them(scratch: asyncpg.Connection) -> None:
+    """What is put on record from now on is its own."""
+    await add_type(scratch)
+    await add_device(scratch, "d1", "D1")
+    await scratch.execute(numbered("b1"))
+    await scratch.execute("delete from device")
+    await scratch.execute(numbered("b2"))  # while there is none
+    await add_device(scratch, "d1", "D1")
+    await scratch.execute(numbered("b3"))
+    mine = ("d1", "active", "", False)
+    assert await states(scratch) == {"b1": REVOKED, "b2": (None, "active", "", False), "b3": mine}
+    assert await certificates.link_devices(scratch, ["b1" * 32]) == 0
+    assert await certificates.link_devices(scratch, ["b2" * 32]) == 1  # put on record once more, of it
+    assert await states(scratch) == {"b1": REVOKED, "b2": mine, "b3": mine}
+
+
+async def test_a_certificate_that_is_put_on_record_meanwhile_is_revoked_as_well(dsn: str) -> None:
+    """The deletion waits for whoever is giving the device a certificate."""
+    async with connected(dsn) as one, connected(dsn) as other:
+        await add_type(one)
+        await add_device(one, "d1", "D1")
+        giving = one.transaction()
+        await giving.start()
+        await one.execute(insert())
+        deleting = asyncio.create_task(other.execute("delete from device"))
+        async with asyncio.timeout(10):
+            while not await one.fetchval("select exists (select from pg_locks where not granted)"):
+                await asyncio.sleep(0.01)
+        await giving.commit()
+        await deleting
+        assert await states(one) == {"ab": REVOKED}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "update device set device_id = 'd2'",
+        "update device set common_name = 'D2'",
+        "update device set status = 'revoked'",
+        "update certificate set device_id = null",
+    ],
+)
+async def test_other_changes_of_a_device_revoke_nothing(scratch: asyncpg.Connection, change: str) -> None:
+    await add_type(scratch)
+    await add_device(scratch, "d1", "D1")
+    await scratch.execute(insert())
+    await scratch.execute(change)
+    assert await scratch.fetchval("select state from certificate") == "active"
+
+
+async def test_whoever_may_delete_devices_revokes_without_a_right_on_certificates(
+    scratch: asyncpg.Connection,
+) -> None:
+    await add_type(scratch)
+    await scratch.execute(numbered("a1"))
+    await add_device(scratch, "d1", "D1")
+    await scratch.execute(numbered("b1"))
+    await scratch.execute("create role clerk; grant select, delete on device to clerk; set local role clerk")
+    await scratch.execute("delete from device")
+    await scratch.execute("reset role")
+    assert await states(scratch) == {"a1": REVOKED, "b1": REVOKED}
+
+
+@pytest.mark.parametrize("statement", ["truncate device cascade", "truncate device_type cascade"])
+async def test_emptying_the_table_of_devices_forgets_no_valid_certificate(
+    scratch: asyncpg.Connection, statement: str
+) -> None:
+    await add_type(scratch)
+    await add_device(scratch, "d1", "D1")
+    await scratch.execute(insert(not_after="2026-02-01Z"))
+    await scratch.execute("savepoint before")
+    await scratch.execute(statement)
+    await scratch.execute("rollback to before")
+    await scratch.execute(numbered("b1"))
+    assert "DELETE the devices instead" in await refused(scratch, statement)
+
+
+async def test_deleting_devices_wakes_whoever_signs_the_list_and_enforces(connection: asyncpg.Connection) -> None:
+    heard: asyncio.Queue[str] = asyncio.Queue()
+    for channel in ("certificate", "enforcement"):
+        await connection.add_listener(channel, lambda _c, _p, channel, _x: heard.put_nowait(channel))
+    await connection.execute("insert into enforcement_setup (hold_limit_s) values (10)")
+    await connection.execute(
+        "insert into device_type (name) values ('T'); insert into device (device_id, type) values ('D1', 'T')"
+    )
+    await connection.execute(insert())
+    async with asyncio.timeout(10):
+        while {await heard.get(), await heard.get()} != {"certificate", "enforcement"}:
+            pass
+    await connection.execute("delete from device")
+    async with asyncio.timeout(10):
+        assert {await heard.get(), await heard.get()} == {"certificate", "enforcement"}
+    (revoked,) = await lists_revoked(connection)
+    assert revoked == ("1f", "cessationOfOperation")
+
+
+async def lists_revoked(connection: asyncpg.Connection) -> list[tuple[str, str]]:
+    """What belongs on the list of the authority."""
+    rows = await connection.fetch(load_statements("certificates").revoked.sql, "CN=CA", datetime.now(UTC))
+    return [(row["serial"], row["reason"]) for row in rows]
 
 
 @pytest.mark.parametrize(
