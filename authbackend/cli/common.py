@@ -176,7 +176,13 @@ def receipt_lines(task: dict[str, Any]) -> Iterable[str]:
     for removed in receipt.get("subscriptions_removed", ()):
         yield f"  subscription removed: {printable(removed['filter'])} of {printable(removed['queue'])} ({printable(removed['why'])})"
     if receipt.get("checked_at"):
-        yield f"  nothing left at {receipt['checked_at']}"
+        untold = receipt.get("untold")
+        but = (
+            f" but {untold} connections of which the brokers do not tell enough; they stay, see the sweep"
+            if untold
+            else ""
+        )
+        yield f"  nothing left{but} at {receipt['checked_at']}"
 
 
 def pause_line(pause: Pause) -> str:

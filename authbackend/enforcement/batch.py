@@ -245,10 +245,9 @@ class Batch:
         for user in sorted(one.users):
             if not one.selective and (one.first_look or not self._permitted(user)):
                 closed = await self._actions.close_user(user, lambda user=user: self._reactivated(one, user))  # type: ignore[misc]
+                one.done.closed.update(connection.node for connection in closed)
             else:
-                closed, unknown = await self._actions.close_where(user, one.ends)
-                one.done.unknown += unknown
-            one.done.closed.update(connection.node for connection in closed)
+                await self._actions.close_where(user, one.ends, one.done)
 
     def _permitted(self, user: str) -> bool:
         return self._enforcer.check(lambda checker: checker.permitted(user))
@@ -322,7 +321,7 @@ class Batch:
             return None
         if one.again_at_once:
             return 0.0
-        if one.fault is not None or one.done.anything or one.done.unknown:
+        if one.fault is not None or one.done.anything or one.done.late:
             return self._inventory.look_again_s
         if one.first_look and (one.users or one.sessions):
             return self._inventory.look_again_s

@@ -99,14 +99,16 @@ class Actions:
         deleted: Queues deleted, with why, and how many messages went with them.
         unbound: Subscriptions removed from sessions that stay.
         kept: Sessions looked at and left as they are.
-        unknown: Connections of which it is not known yet whether they are older than the change.
+        late: Connections that the statistics do not have yet, so that nothing is known of them.
+        untold: Connections that stay because the broker does not tell what would decide about them.
     """
 
     closed: Counter[str] = field(default_factory=Counter)
     deleted: list[dict[str, Any]] = field(default_factory=list)
     unbound: list[dict[str, Any]] = field(default_factory=list)
     kept: int = 0
-    unknown: int = 0
+    late: int = 0
+    untold: int = 0
 
     @property
     def anything(self) -> bool:
@@ -166,28 +168,24 @@ class ClusterActions:
             await self.cluster.close_user(user)
             return found
 
-    async def close_where(
-        self, user: str, condition: Callable[[LiveConnection], bool | None]
-    ) -> tuple[list[Connection], int]:
+    async def close_where(self, user: str, condition: Callable[[LiveConnection], bool | None], done: Actions) -> None:
         """
-        Close those of a user's connections that meet a condition.
+        Close those of a user's connections that meet a condition; ``done`` says where, and of which nothing is known.
 
         Args:
-            condition: Returns None where it cannot be told.
-        Returns:
-            Those that were closed, and how many it could not be told of, be it that the statistics lack them yet.
+            condition: Returns None where the broker does not tell enough.
         """
-        closed, unknown = [], 0
         async with self.slots:
             for connection in await self.cluster.connections_of(user):
                 details = await self.cluster.details(connection.name)
                 meets = None if details is None else condition(details)
-                if meets is None:
-                    unknown += 1
+                if details is None:
+                    done.late += 1
+                elif meets is None:
+                    done.untold += 1
                 elif meets:
                     await self._close(connection.name)
-                    closed.append(connection)
-        return closed, unknown
+                    done.closed[connection.node] += 1
 
     async def close_connection(self, name: str) -> None:
         """Close one connection, at the set pace."""

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from itertools import groupby
 from typing import Any
 
-from authbackend.enforcement.checks import Checker, fits, narrowed_actions, serial
+from authbackend.enforcement.checks import Checker, fits, narrowed_actions, shows_certificate
 from authbackend.enforcement.clusters import Actions
 from authbackend.enforcement.management_api import LiveConnection
 from authbackend.enforcement.tasks import Task
@@ -37,7 +37,7 @@ class Plan:
         held: True if the device's logins are held until this is done.
         actions: Which rules narrowed.
         sessions: Device ids and client ids whose sessions are looked at.
-        serial: Of a revoked certificate: only connections with it end.
+        certificate: The record of a revoked certificate: only connections with it end.
         moved: Client ids that have passed to the device: only connections of its users with them end.
         confirmed: True if every replica decides by the change by now.
         fault: Why it could not be done this time.
@@ -51,7 +51,7 @@ class Plan:
     held: bool = False
     actions: frozenset[str] = frozenset()
     sessions: list[str] = field(default_factory=list)
-    serial: str | None = None
+    certificate: dict[str, Any] | None = None
     moved: frozenset[str] = frozenset()
     confirmed: bool = False
     fault: str | None = None
@@ -71,7 +71,7 @@ class Plan:
     @property
     def selective(self) -> bool:
         """True if not all connections of its users end, also at the first look."""
-        return self.serial is not None or bool(self.moved)
+        return self.certificate is not None or bool(self.moved)
 
     @property
     def ends_with_activation(self) -> bool:
@@ -86,8 +86,8 @@ class Plan:
         confirmed ends. Until then nothing more: a replica that is silent for long must not have everybody thrown out
         again and again.
         """
-        if self.serial is not None:
-            return connection.certificate_serial is not None and serial(connection.certificate_serial) == self.serial
+        if self.certificate is not None:
+            return shows_certificate(connection, self.certificate)
         if self.moved:
             return None if connection.client_id is None else connection.client_id in self.moved
         since_ = self.task.receipt.get("confirmed_at")
@@ -99,8 +99,9 @@ class Plan:
 def grouped(tasks: Iterable[Task]) -> list[list[Task]]:
     """Return tasks about devices, accounts and certificates, those about the same together."""
 
-    def about(task: Task) -> tuple[str, str, bool]:
-        return task.kind, task.name, "moved" in task.details
+    def about(task: Task) -> tuple[str, str, str]:
+        """Certificates of two authorities may have the same number."""
+        return task.kind, task.name, str(task.details.get("issuer", "")) + str(sorted(task.details.get("moved", ())))
 
     return [list(group) for _, group in groupby(sorted(tasks, key=about), key=about)]
 
@@ -128,6 +129,7 @@ def _merged(same: list[Task]) -> Task:
             "rules": [rule for each in details for rule in each.get("rules", ())],
             "moved": sorted({client_id for each in details for client_id in each.get("moved", ())}),
             "former_users": sorted({name for each in details for name in each.get("users", ())}),
+            "certificate": {name: details[0].get(name) for name in ("issuer", "subject", "not_before", "not_after")},
             "former_client_ids": next((x["former_client_ids"] for x in details if "former_client_ids" in x), None),
         },
         state="waiting" if waiting else "checking",
@@ -161,7 +163,9 @@ def _account_plan(checker: Checker, task: Task) -> Plan:
 
 def _certificate_plan(checker: Checker, task: Task) -> Plan:
     del checker  # whoever it is now: the certificate must not be in use
-    return Plan(task, [], users=set(task.details["users"]), serial=task.name)
+    return Plan(
+        task, [], users=set(task.details["users"]), certificate={"serial": task.name, **task.details["certificate"]}
+    )
 
 
 _PLANS = {"device": _device_plan, "account": _account_plan, "certificate": _certificate_plan}
@@ -234,6 +238,7 @@ def receipt(one: Plan, confirmed: list[str], missing: list[str], nodes: dict[str
         "queues_deleted": before.get("queues_deleted", []) + now.deleted,
         "subscriptions_removed": before.get("subscriptions_removed", []) + now.unbound,
         "sessions_kept": now.kept,
+        "untold": now.untold,
         "looks": before.get("looks", 0) + 1,
     }
 

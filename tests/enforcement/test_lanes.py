@@ -548,3 +548,27 @@ async def test_a_type_that_loses_a_virtual_host_touches_only_who_is_in_it(rig: R
         await rig.sql.execute("update device_type set vhosts = '{/}'")
         await rig.finished()
     assert rig.broker.closed == ["A"]
+
+
+CERTIFICATE = """
+insert into certificate (fingerprint, serial, issuer, subject, common_name, not_before, not_after)
+values (repeat('a', 64), 'ab', 'CN=ca', 'CN=A', 'A', '2026-01-01Z', '2030-01-01Z')
+"""
+
+
+@pytest.mark.parametrize(
+    ("serial", "issuer", "closed", "untold"),
+    [("AB", "CN=ca", 1, 0), ("AB", "CN=forged", 0, 0), ("AC", "CN=ca", 0, 0), (None, "CN=ca", 0, 1)],
+)
+async def test_a_revoked_certificate_ends_what_certainly_shows_it(
+    rig: Rig, serial: str | None, issuer: str, closed: int, untold: int
+) -> None:
+    """What the broker does not tell closes nobody, and the receipt says so."""
+    await rig.devices("A")
+    await rig.sql.execute(CERTIFICATE)
+    rig.broker.connect("A", certificate_serial=serial, certificate_issuer=issuer, certificate_subject="CN=A")
+    async with rig.enforcing():
+        await rig.sql.execute("update certificate set state = 'revoked'")
+        (task,) = await rig.finished()
+    assert (len(rig.broker.closed), task["receipt"]["untold"]) == (closed, untold)
+    assert task["lane"] == "urgent"

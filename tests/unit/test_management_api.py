@@ -4,7 +4,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from authbackend.enforcement.management_api import Access, Cluster
+from authbackend.enforcement.management_api import Access, ManagementAPI
 
 FULL = {
     "name": "full",
@@ -30,11 +30,11 @@ async def listed(*entries):
     app = web.Application()
     app.router.add_get("/api/connections", answer)
     async with TestServer(app) as server:
-        cluster = Cluster(Access((str(server.make_url("")),), lambda: ("u", "p")))
+        cluster = ManagementAPI(Access((str(server.make_url("")),), lambda: ("u", "p")))
         try:
             return [each async for part in cluster.connections() for each in part]
         finally:
-            await cluster.close()
+            await cluster.aclose()
 
 
 async def test_all_that_is_told_is_taken():

@@ -74,11 +74,14 @@ def test_a_later_look_ends_what_is_older_than_the_confirmation_by_all(confirmed_
 
 
 def test_only_connections_with_the_revoked_certificate_end():
-    found = planned(task("ab0c", ["revoked"], kind="certificate", details={"common_name": "A"}))
+    record = {"common_name": "A", "issuer": "CN=ca", "subject": "CN=A", "not_before": None, "not_after": None}
+    found = planned(task("ab0c", ["revoked"], kind="certificate", details=record))
     assert found.users == {"A"}
-    assert found.ends(live("A", certificate_serial="00AB0C"))
-    assert not found.ends(live("A", certificate_serial="AB0D"))
-    assert not found.ends(live("A"))
+    shown = {"certificate_issuer": "CN=ca", "certificate_subject": "CN=A"}
+    assert found.ends(live("A", certificate_serial="00AB0C", **shown)) is True
+    assert found.ends(live("A", certificate_serial="AB0D", **shown)) is False
+    assert found.ends(live("A", certificate_serial="AB0C", certificate_issuer="CN=forged")) is False
+    assert found.ends(live("A", **shown)) is None
 
 
 def test_a_session_without_an_owner_belongs_to_who_may_have_had_it():
