@@ -17,7 +17,7 @@ from authbackend.document.model import Document, Problem
 from authbackend.document.read import read
 from authbackend.document.write import as_tree, write
 from authbackend.errors import InvalidInput
-from authbackend.postgres import policy_store
+from authbackend.postgres import policy_apply, policy_export, policy_store
 
 _file = click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 _devices = click.option(
@@ -87,6 +87,10 @@ def check(file: Path, devices: Path | None, as_json: bool) -> None:
         raise click.exceptions.Exit(InvalidInput.exit_code)
 
 
+def _say(text: str) -> None:
+    click.echo(f"authbackend: {text}", err=True)
+
+
 def _changes(changes: list[Change]) -> list[dict[str, object]]:
     return [asdict(change) for change in changes]
 
@@ -117,7 +121,7 @@ def apply(
     """Make the registry as FILE says, all or nothing, and print the registry version that serves it."""
     document = _read_or_refuse(file, devices)
     target = target_of(context)
-    applied = run(policy_store.apply(target, document, actor=actor(), prune=prune))
+    applied = run(policy_apply.apply(target, document, actor=actor(), prune=prune, say=_say))
     end = (
         "nothing to change"
         if applied.version is None
@@ -139,7 +143,7 @@ def apply(
 @click.pass_context
 def export(context: click.Context, output: Path | None, as_json: bool) -> None:
     """Write the whole registry as a policy file; it holds password hashes."""
-    document = run(policy_store.export(target_of(context)))
+    document = run(policy_export.export(target_of(context)))
     text = json.dumps(as_tree(document), indent=2, ensure_ascii=False) + "\n" if as_json else write(document)
     if output is None:
         click.echo(text, nl=False)

@@ -15,7 +15,7 @@ from authbackend.cli.common import json_option, run, settings_of, show, target_o
 from authbackend.document.read import read
 from authbackend.errors import ConfigurationError, Unavailable
 from authbackend.postgres import migrate as migrations
-from authbackend.postgres import policy_store
+from authbackend.postgres import policy_apply
 from authbackend.postgres.connection import Target
 from authbackend.postgres.embedded import embedded, tools
 from authbackend.settings import Database, Settings, is_loopback
@@ -97,7 +97,7 @@ def _require_migrated(target: Target) -> None:
 async def _load_sample(target: Target) -> None:
     document, problems = read(SAMPLE.read_text(encoding="utf-8"), SAMPLE.name)
     assert not problems, problems
-    await policy_store.apply(target, document, actor="authbackend serve --sample")
+    await policy_apply.apply(target, document, actor="authbackend serve --sample")
 
 
 def _greet(settings: Settings, where: dict[str, str], folder: Path | None, sample: bool) -> None:

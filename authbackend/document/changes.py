@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-_shown = partial(json.dumps, ensure_ascii=False)
+shown = partial(json.dumps, ensure_ascii=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Change:
 
     def __str__(self) -> str:
         sign = {"add": "+", "change": "~", "remove": "-"}[self.operation]
-        what = ", ".join(f"{name}: {_shown(old)} -> {_shown(new)}" for name, (old, new) in self.fields.items())
+        what = ", ".join(f"{name}: {shown(old)} -> {shown(new)}" for name, (old, new) in self.fields.items())
         return f"{sign} {self.entity} {self.key}" + (f": {what}" if what else "")
 
 

@@ -32,7 +32,8 @@ def translated_errors() -> Iterator[None]:
         InvalidInput: A constraint refused a row; the detail is the database's own message.
         Conflict: Something of that name exists, or is still referred to.
         Forbidden: The role lacks the right.
-        Unavailable: No connection, a timeout, or the server is stopping; nothing of the URI is shown.
+        Unavailable: No connection, the server is stopping, or something took too long, each in words of its own;
+            nothing of the URI is shown.
     """
     try:
         yield
@@ -46,11 +47,41 @@ def translated_errors() -> Iterator[None]:
         raise Conflict("somebody else changed the registry at the same time; try again") from error
     except asyncpg.UndefinedTableError as error:
         raise Unavailable("the database has no registry yet; run: authbackend migrate") from error
+    except (asyncpg.LockNotAvailableError, asyncpg.QueryCanceledError, asyncpg.DeadlockDetectedError) as error:
+        raise Unavailable(_waited(error)) from error
     except asyncpg.PostgresError as error:
         raise Unavailable(f"PostgreSQL: {error.args[0]}") from error
-    except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
+    except TimeoutError as error:
+        if error.errno is not None:  # the network's own, not that of a statement
+            raise Unavailable(f"PostgreSQL cannot be reached: {type(error).__name__}") from error
+        raise Unavailable(
+            "PostgreSQL did not answer a statement in time (database.statement_timeout_s): it is stuck or overloaded, or the "
+            "network lost the answer. Whether the change was made is not known; look before you try again"
+        ) from error
+    except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
         # The last is what asyncpg makes of a server that says goodbye in the middle of an answer.
         raise Unavailable(f"PostgreSQL cannot be reached: {type(error).__name__}") from error
+
+
+_WHO = "select pid, application_name, usename, state, xact_start from pg_stat_activity order by xact_start"
+
+
+def _waited(error: asyncpg.PostgresError) -> str:
+    said = error.args[0]
+    if isinstance(error, asyncpg.DeadlockDetectedError):
+        return (
+            f"nothing was changed: this and another transaction waited for each other, and PostgreSQL ended this one ({said}); "
+            "try again"
+        )
+    if isinstance(error, asyncpg.LockNotAvailableError):
+        return (
+            f"nothing was changed: another transaction holds what this needs and did not end in time ({said}). "
+            f"Try again; who holds it is among: {_WHO}"
+        )
+    return (
+        f"nothing was changed: PostgreSQL ended the statement before it was done ({said}). Most often another transaction "
+        f"holds what it needs; it is among: {_WHO}. Then try again, or with a longer database.statement_timeout_s"
+    )
 
 
 async def connect(target: Target) -> Connection:
@@ -65,7 +96,7 @@ async def connect(target: Target) -> Connection:
             return await asyncpg.connect(
                 target.dsn,
                 timeout=target.connect_timeout_s,
-                command_timeout=target.statement_timeout_s,
+                command_timeout=target.statement_timeout_s + 1,  # later than the server's own, which says why
                 server_settings={
                     "application_name": target.application_name,
                     "statement_timeout": str(int(target.statement_timeout_s * 1000)),
@@ -74,6 +105,10 @@ async def connect(target: Target) -> Connection:
             )
         except (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidPasswordError) as error:
             raise Unavailable(f"PostgreSQL refuses the role: {error.args[0]}") from error
+        except TimeoutError as error:
+            raise Unavailable(
+                f"PostgreSQL cannot be reached: no connection within {target.connect_timeout_s:g} s"
+            ) from error
         except ValueError as error:
             raise Unavailable(
                 "the connection URI is not valid; expected postgresql://role@host:port/database"

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from authbackend.errors import ConfigurationError, Unavailable
 from authbackend.postgres.connection import Connection, Target, connected, translated_errors
+from authbackend.postgres.locks import MIGRATE
 from authbackend.postgres.statements import SQL
 
-ADVISORY_LOCK = 724001
 LOCK_TIMEOUT = "4s"
 STATEMENT_TIMEOUT = "300s"
 OLDEST_SERVER = 150000
@@ -70,7 +70,7 @@ async def migrate(target: Target) -> list[Migration]:
                 f"the database's encoding is {encoding}; create it with: ENCODING 'UTF8' TEMPLATE template0"
             )
         await connection.execute("set statement_timeout = 0")
-        await connection.execute("select pg_advisory_lock($1)", ADVISORY_LOCK, timeout=600)
+        await connection.execute("select pg_advisory_lock($1)", MIGRATE, timeout=600)
         try:
             await connection.execute(
                 "create table if not exists public.schema_migrations (version varchar primary key)"
@@ -81,7 +81,7 @@ async def migrate(target: Target) -> list[Migration]:
                     await _apply(connection, migration)
                     applied.append(migration)
         finally:
-            await connection.execute("select pg_advisory_unlock($1)", ADVISORY_LOCK)
+            await connection.execute("select pg_advisory_unlock($1)", MIGRATE)
     return applied
 
 

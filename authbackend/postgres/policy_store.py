@@ -1,55 +1,82 @@
 """
-The policy file against the registry: what differs, and making it so in one transaction.
+The policy file against the registry: what differs.
 
 What is wanted goes into temporary tables by COPY, and PostgreSQL finds the differences, so a file of a million
-devices costs one pass over both.
+devices costs one pass over both. Nothing here waits for an edit or makes one wait.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from authbackend.document.changes import Applied, Change, change_of, rule_change
-from authbackend.document.model import AccountEntry, DeviceEntry, DeviceTypeEntry, Document, RuleEntry
+from authbackend.document.changes import Change, change_of, rule_change
+from authbackend.document.model import Document
 from authbackend.postgres.connection import Connection, Target, connected
 
 
 @dataclass(frozen=True, slots=True)
-class _Table:
+class Table:
     """
     One table of the registry and its section of the document.
 
     Args:
         copied: Columns as COPY fills them; ``networks`` and ``attributes`` travel as text.
-        kept: Columns that keep their value where the file says nothing; the text is the default of a new row.
+        kept: Columns that keep their value where the file says nothing: the value that is wanted, of ``w``, the row of
+            the file, and ``t``, the row that is there or nulls.
+        conflict: What makes a new row the same as one that is there, as ON CONFLICT names it.
+        rules_by: The column of ``topic_rule`` that refers to it.
     """
 
     name: str
     key: str
     copied: tuple[str, ...]
+    conflict: str
+    rules_by: str = ""
     kept: dict[str, str] = field(default_factory=dict)
 
     @property
     def wanted(self) -> str:
+        """The temporary table of the document's rows; its row type is that of ``before`` and ``after``."""
         return f"wanted_{self.name}"
 
+    @property
+    def planned(self) -> str:
+        """
+        The temporary table of the differences: n, operation, key, before, after.
 
-_TYPES = _Table(
+        ``n`` counts in the order of keys. The key is that of the row that is there; a rule to add has none.
+        """
+        return f"planned_{self.name}"
+
+    def row(self, alias: str = "t") -> str:
+        """Return a row as a value of the type that ``before`` and ``after`` have."""
+        return f"row({', '.join(f'{alias}.{column}' for column in self.copied)})::{self.wanted}"
+
+
+TYPES = Table(
     "device_type",
     "name",
     ("name", "description", "client_ids", "vhosts", "networks", "max_staleness_s", "require_known_certificate"),
+    "(name)",
+    "device_type",
 )
-_DEVICES = _Table(
+DEVICES = Table(
     "device",
     "device_id",
     ("device_id", "common_name", "type", "status", "status_reason", "attributes", "expires_at"),
-    {"attributes": "'{}'", "status": "'active'", "status_reason": "''", "expires_at": "null"},
+    "(device_id)",
+    "device_id",
+    {
+        "attributes": "coalesce(w.attributes, t.attributes, '{}')",
+        "status": "coalesce(w.status, t.status, 'active')",
+        "status_reason": "coalesce(w.status_reason, t.status_reason, '')",
+        "expires_at": "coalesce(w.expires_at, t.expires_at)",
+    },
 )
-_ACCOUNTS = _Table(
+ACCOUNTS = Table(
     "account",
     "name",
     (
@@ -65,12 +92,21 @@ _ACCOUNTS = _Table(
         "read",
         "unchecked_dead_lettering",
     ),
-    {"password_hash": "null"},
+    "(name)",
+    "account",
+    # A password that was kept ends with the login by password.
+    {"password_hash": "case when w.login <> 'certificate' then coalesce(w.password_hash, t.password_hash) end"},
 )
-_RULE_KEY = ("device_type", "device_id", "account", "effect", "action", "topic", "exchange")
+RULE_KEY = ("device_type", "device_id", "account", "effect", "action", "topic", "exchange")
+RULES = Table("topic_rule", "id", (*RULE_KEY, "note"), "on constraint topic_rule_once")
 
 
 LONGEST_STATEMENT_S = 3600.0  # a million devices are one statement over a million rows, with their audit rows
+
+
+def patient(target: Target) -> Target:
+    """Return the database with time for statements over the whole registry."""
+    return replace(target, statement_timeout_s=LONGEST_STATEMENT_S)
 
 
 async def plan(target: Target, document: Document, *, prune: bool = False) -> list[Change]:
@@ -80,119 +116,15 @@ async def plan(target: Target, document: Document, *, prune: bool = False) -> li
     Raises:
         AuthbackendError: The database cannot be reached or refuses to read.
     """
-    async with (
-        connected(replace(target, statement_timeout_s=LONGEST_STATEMENT_S)) as connection,
-        _rolled_back(connection),
-    ):
-        await _stage(connection, document)
-        return await _differences(connection, document, prune)
+    async with connected(patient(target)) as connection:
+        await stage(connection, document)
+        return await work_out(connection, document, prune=prune)
 
 
-async def apply(target: Target, document: Document, *, actor: str, prune: bool = False) -> Applied:
-    """
-    Make the registry as the document says, all or nothing.
-
-    Raises:
-        InvalidInput: A constraint refused a row; nothing was changed.
-        Conflict: A name is taken or still referred to; nothing was changed.
-        Forbidden, Unavailable: The role lacks a right, or there is no connection.
-    """
-    async with (
-        connected(replace(target, statement_timeout_s=LONGEST_STATEMENT_S)) as connection,
-        connection.transaction(),
-    ):
-        await connection.execute("select set_config('authbackend.actor', $1, true)", actor)
-        await connection.execute("lock table device_type, device, account, topic_rule in share row exclusive mode")
-        await _stage(connection, document)
-        changes = await _differences(connection, document, prune)
-        if not changes:
-            return Applied([], None)
-        await _make_so(connection, document, prune)
-        return Applied(changes, str(await connection.fetchval("select registry_version()")))
-
-
-async def export(target: Target) -> Document:
-    """Return the whole registry as a document."""
-    patient = replace(target, statement_timeout_s=LONGEST_STATEMENT_S)
-    async with connected(patient) as connection, connection.transaction(isolation="repeatable_read", readonly=True):
-        rules: dict[tuple[str, str], list[RuleEntry]] = {}
-        for row in await connection.fetch("select * from topic_rule order by effect, action, topic, exchange"):
-            for column in ("device_type", "device_id", "account"):
-                if row[column] is not None:
-                    entry = RuleEntry(row["effect"], row["action"], row["topic"], row["exchange"], row["note"])
-                    rules.setdefault((column, row[column]), []).append(entry)
-        document = Document({}, {}, {})
-        assert document.device_types is not None and document.devices is not None and document.accounts is not None
-        for row in await connection.fetch("select * from device_type"):
-            document.device_types[row["name"]] = _type_entry(row, rules)
-        async for row in connection.cursor("select * from device", prefetch=2000):
-            document.devices[row["device_id"]] = _device_entry(row, rules)
-        for row in await connection.fetch("select * from account"):
-            document.accounts[row["name"]] = _account_entry(row, rules)
-        return document
-
-
-def _type_entry(row: Any, rules: dict[tuple[str, str], list[RuleEntry]]) -> DeviceTypeEntry:
-    return DeviceTypeEntry(
-        row["name"],
-        row["description"],
-        tuple(row["client_ids"]),
-        tuple(row["vhosts"]),
-        _networks(row["networks"]),
-        row["max_staleness_s"],
-        row["require_known_certificate"],
-        tuple(rules.get(("device_type", row["name"]), ())),
-    )
-
-
-def _device_entry(row: Any, rules: dict[tuple[str, str], list[RuleEntry]]) -> DeviceEntry:
-    return DeviceEntry(
-        row["device_id"],
-        row["common_name"],
-        row["type"],
-        row["status"],
-        row["status_reason"],
-        tuple(sorted(json.loads(row["attributes"]).items())),
-        row["expires_at"],
-        tuple(rules.get(("device_id", row["device_id"]), ())),
-    )
-
-
-def _account_entry(row: Any, rules: dict[tuple[str, str], list[RuleEntry]]) -> AccountEntry:
-    return AccountEntry(
-        row["name"],
-        row["login"],
-        row["password_hash"],
-        tags=tuple(row["tags"]),
-        vhosts=tuple(row["vhosts"]),
-        networks=_networks(row["networks"]),
-        client_ids=tuple(row["client_ids"]),
-        configure=tuple(row["configure"]),
-        write=tuple(row["write"]),
-        read=tuple(row["read"]),
-        unchecked_dead_lettering=row["unchecked_dead_lettering"],
-        rules=tuple(rules.get(("account", row["name"]), ())),
-    )
-
-
-def _networks(networks: list[Any] | None) -> tuple[str, ...] | None:
-    return None if networks is None else tuple(str(network) for network in networks)
-
-
-@asynccontextmanager
-async def _rolled_back(connection: Connection) -> AsyncIterator[None]:
-    transaction = connection.transaction()
-    await transaction.start()
-    try:
-        yield
-    finally:
-        await transaction.rollback()
-
-
-def _sections(document: Document) -> Iterator[tuple[_Table, Iterable[tuple[Any, ...]]]]:
+def _sections(document: Document) -> Iterator[tuple[Table, Iterable[tuple[Any, ...]]]]:
     if document.device_types is not None:
         yield (
-            _TYPES,
+            TYPES,
             (
                 (
                     *(e.name, e.description, list(e.client_ids), list(e.vhosts), _list(e.networks)),
@@ -203,7 +135,7 @@ def _sections(document: Document) -> Iterator[tuple[_Table, Iterable[tuple[Any, 
         )
     if document.devices is not None:
         yield (
-            _DEVICES,
+            DEVICES,
             (
                 (
                     e.device_id,
@@ -219,7 +151,7 @@ def _sections(document: Document) -> Iterator[tuple[_Table, Iterable[tuple[Any, 
         )
     if document.accounts is not None:
         yield (
-            _ACCOUNTS,
+            ACCOUNTS,
             (
                 (
                     *(e.name, e.login, e.password_hash, list(e.tags), list(e.vhosts), _list(e.networks)),
@@ -234,15 +166,20 @@ def _list(values: tuple[str, ...] | None) -> list[str] | None:
     return None if values is None else list(values)
 
 
-async def _stage(connection: Connection, document: Document) -> None:
-    """Copy the document into temporary tables and fill in what it leaves alone."""
-    for table, records in _sections(document):
+def tables(document: Document) -> list[Table]:
+    """Return the tables that a document speaks about, in the order in which they are locked and written."""
+    return [*(table for table, _ in _sections(document)), RULES]
+
+
+async def stage(connection: Connection, document: Document) -> None:
+    """Copy the document into temporary tables of this session."""
+    rows: list[tuple[Table, Iterable[tuple[Any, ...]]]] = [*_sections(document), (RULES, _rule_records(document))]
+    for table, records in rows:
         await connection.execute(
-            f"create temp table {table.wanted} on commit drop as select {', '.join(table.copied)} from {table.name} with no data"
+            f"create temp table {table.wanted} as select {', '.join(table.copied)} from {table.name} with no data"
         )
-        for column in ("networks", "attributes"):
+        for column, kind in (("networks", "text[]"), ("attributes", "text")):
             if column in table.copied:
-                kind = "text[]" if column == "networks" else "text"
                 await connection.execute(f"alter table {table.wanted} alter column {column} type {kind} using null")
         await connection.copy_records_to_table(table.wanted, records=records, columns=table.copied)
         for column, kind in (("networks", "cidr[]"), ("attributes", "jsonb")):
@@ -250,19 +187,7 @@ async def _stage(connection: Connection, document: Document) -> None:
                 await connection.execute(
                     f"alter table {table.wanted} alter column {column} type {kind} using {column}::{kind}"
                 )
-        await connection.execute(f"create index on {table.wanted} ({table.key})")
         await connection.execute(f"analyze {table.wanted}")
-        for column, default in table.kept.items():
-            await connection.execute(
-                f"update {table.wanted} w set {column} = coalesce(t.{column}, {default}) from {table.wanted} v "
-                f"left join {table.name} t using ({table.key}) where v.{table.key} = w.{table.key} and w.{column} is null"
-            )
-    if document.accounts is not None:  # a password that was kept ends with the login by password
-        await connection.execute("update wanted_account set password_hash = null where login = 'certificate'")
-    await connection.execute(
-        f"create temp table wanted_rule on commit drop as select {', '.join(_RULE_KEY)}, note from topic_rule with no data"
-    )
-    await connection.copy_records_to_table("wanted_rule", records=_rule_records(document), columns=(*_RULE_KEY, "note"))
 
 
 def _rule_records(document: Document) -> Iterator[tuple[Any, ...]]:
@@ -271,87 +196,77 @@ def _rule_records(document: Document) -> Iterator[tuple[Any, ...]]:
         yield (*owners, rule.effect, rule.action, rule.topic, rule.exchange, rule.note)
 
 
-async def _differences(connection: Connection, document: Document, prune: bool) -> list[Change]:
+async def work_out(connection: Connection, document: Document, *, prune: bool) -> list[Change]:
+    """Fill the tables of differences from one snapshot of the registry, and return what is in them."""
     changes: list[Change] = []
-    for table, _ in _sections(document):
-        async for row in connection.cursor(_difference_query(table, prune), prefetch=1000):
-            changes.append(change_of(table.name, row["key"], row["old"], row["new"]))
-    for row in await connection.fetch(_rule_difference_query(document, prune)):
-        old = json.loads(row["old"]) if row["old"] else None
-        new = json.loads(row["new"]) if row["new"] else None
-        changes.append(rule_change(old, new))
+    async with connection.transaction(isolation="repeatable_read"):
+        # Before the snapshot: a TRUNCATE that commits after it would look like an empty table.
+        await connection.execute("lock table device_type, device, account, topic_rule in access share mode")
+        for table in tables(document):
+            query = _rule_differences(document, prune) if table is RULES else _differences(table, prune)
+            await connection.execute(f"create temp table {table.planned} as {query}")
+            await connection.execute(f"analyze {table.planned}")
+            async for row in connection.cursor(
+                f"select key, to_jsonb(before) as old, to_jsonb(after) as new from {table.planned} order by n",
+                prefetch=1000,
+            ):
+                changes.append(difference(table, row["key"], row["old"], row["new"]))
     return changes
 
 
-def _difference_query(table: _Table, prune: bool) -> str:
-    others = [column for column in table.copied if column != table.key]
-    return f"""
-        select coalesce(t.{table.key}, w.{table.key}) as key,
-               case when t.{table.key} is not null then (select to_jsonb(x) from (select t.{", t.".join(others)}) x) end as old,
-               case when w.{table.key} is not null then (select to_jsonb(x) from (select w.{", w.".join(others)}) x) end as new
-        from {table.name} t full join {table.wanted} w on t.{table.key} = w.{table.key}
-        where t.{table.key} is null
-           or (w.{table.key} is null and {"true" if prune else "false"})
-           or (w.{table.key} is not null and (t.{", t.".join(others)}) is distinct from (w.{", w.".join(others)}))
-        order by 1"""
+def difference(table: Table, key: str, old: str | None, new: str | None) -> Change:
+    """Return the difference between two rows as JSON texts; None is no row."""
+    if table is not RULES:
+        return change_of(table.name, key, old, new)
+    return rule_change(json.loads(old or "null"), json.loads(new or "null"))
+
+
+_DIFFERENCES = """
+    select row_number() over (order by sorted) as n,
+           case when before is null then 'add' when after is null then 'remove' else 'change' end as operation,
+           key, before, after
+    from ({rows}) as d"""
+
+
+def _differences(table: Table, prune: bool) -> str:
+    wanted = ", ".join(table.kept.get(column, f"w.{column}") for column in table.copied)
+    t, w = f"t.{table.key}", f"w.{table.key}"
+    rows = f"""
+        select coalesce({t}, {w}) as sorted, coalesce({t}, {w}) as key,
+               case when {t} is not null then {table.row()} end as before,
+               case when {w} is not null then row({wanted})::{table.wanted} end as after
+        from {table.name} t full join {table.wanted} w on {t} = {w}
+        where {w} is not null{" or true" if prune else ""}"""
+    return f"{_DIFFERENCES.format(rows=rows)} where before is distinct from after"
 
 
 def _owned(document: Document, prune: bool) -> str:
-    """Return the condition for the rules that a document speaks about: those of the owners it names."""
+    """Return the condition for the rules that a document speaks about: those of the owners it names or removes."""
     conditions = ["false"]
-    for table, column in ((_TYPES, "device_type"), (_DEVICES, "device_id"), (_ACCOUNTS, "account")):
-        told = table is not _DEVICES or document.speaks_of_device_rules
-        if told and any(table is present for present, _ in _sections(document)):
-            everybody = " or true" if prune else ""
-            conditions.append(
-                f"t.{column} is not null and (t.{column} in (select {table.key} from {table.wanted}){everybody})"
+    for table in tables(document)[:-1]:
+        told = table is not DEVICES or document.speaks_of_device_rules
+        if told and prune:
+            conditions.append(f"t.{table.rules_by} is not null")
+        else:
+            named = (
+                f"select {table.key} from {table.wanted}"
+                if told
+                else f"select key from {table.planned} where operation = 'remove'"
             )
-    return " or ".join(f"({condition})" for condition in conditions)
+            conditions.append(f"t.{table.rules_by} in ({named})")
+    return " or ".join(conditions)
 
 
-def _same_rule(left: str, right: str) -> str:
-    return " and ".join(f"{left}.{column} is not distinct from {right}.{column}" for column in _RULE_KEY)
+def rule_identity(row: str) -> str:
+    """Return what no two rules have in common, as a value that can be hashed although parts of it are null."""
+    return f"jsonb_build_array({', '.join(f'{row}.{column}' for column in RULE_KEY)})"
 
 
-def _rule_difference_query(document: Document, prune: bool) -> str:
-    columns = ", ".join((*_RULE_KEY, "note"))
-    return f"""
-        with present as (select {columns} from topic_rule t where {_owned(document, prune)}),
-             only_present as (select {columns} from present except select {columns} from wanted_rule),
-             only_wanted as (select {columns} from wanted_rule except select {columns} from present)
-        select to_jsonb(p) as old, to_jsonb(w) as new
-        from only_present p full join only_wanted w
-          on to_jsonb(p) - 'note' = to_jsonb(w) - 'note'
-        order by 1, 2"""
-
-
-async def _make_so(connection: Connection, document: Document, prune: bool) -> None:
-    """Remove first, so that names become free; types last, when no device has them any more."""
-    sections = [table for table, _ in _sections(document)]
-    await connection.execute(f"""
-        delete from topic_rule t where ({_owned(document, prune)})
-        and not exists (select from wanted_rule w where {_same_rule("t", "w")})""")
-    for table in (_ACCOUNTS, _DEVICES):
-        if prune and table in sections:
-            await connection.execute(_delete(table))
-    for table in sections:
-        others = [column for column in table.copied if column != table.key]
-        await connection.execute(f"""
-            update {table.name} t set ({", ".join(others)}) = row(w.{", w.".join(others)})
-            from {table.wanted} w where w.{table.key} = t.{table.key}
-            and (t.{", t.".join(others)}) is distinct from (w.{", w.".join(others)})""")
-        await connection.execute(f"""
-            insert into {table.name} ({", ".join(table.copied)}) select {", ".join(table.copied)} from {table.wanted} w
-            where not exists (select from {table.name} t where t.{table.key} = w.{table.key})""")
-    columns = ", ".join((*_RULE_KEY, "note"))
-    await connection.execute(f"""
-        update topic_rule t set note = w.note from wanted_rule w where {_same_rule("t", "w")} and t.note <> w.note""")
-    await connection.execute(f"""
-        insert into topic_rule ({columns}) select {columns} from wanted_rule w
-        where not exists (select from topic_rule t where {_same_rule("t", "w")})""")
-    if prune and _TYPES in sections:
-        await connection.execute(_delete(_TYPES))
-
-
-def _delete(table: _Table) -> str:
-    return f"delete from {table.name} t where not exists (select from {table.wanted} w where w.{table.key} = t.{table.key})"
+def _rule_differences(document: Document, prune: bool) -> str:
+    rows = f"""
+        select coalesce({rule_identity("t")}, {rule_identity("w")}) as sorted, t.id as key,
+               case when t.id is not null then {RULES.row()} end as before,
+               case when w.topic is not null then {RULES.row("w")} end as after
+        from (select * from topic_rule t where {_owned(document, prune)}) t
+        full join {RULES.wanted} w on {rule_identity("t")} = {rule_identity("w")}"""
+    return f"{_DIFFERENCES.format(rows=rows)} where before is distinct from after"

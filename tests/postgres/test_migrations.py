@@ -20,6 +20,7 @@ from click.testing import CliRunner
 
 from authbackend.cli import main
 from authbackend.errors import AuthbackendError, ConfigurationError, Unavailable
+from authbackend.postgres import locks
 from authbackend.postgres import migrate as migrations
 from authbackend.postgres.connection import Target
 from authbackend.postgres.embedded import embedded, tools
@@ -128,7 +129,7 @@ async def test_a_broken_migration_keeps_those_before_it_and_can_be_tried_again(
 async def test_who_waits_for_the_advisory_lock_goes_on_when_its_holder_dies(postgres: Server, empty: str) -> None:
     target = Target(postgres.dsn(empty))
     async with connected(target.dsn) as holder, connected(target.dsn) as observer:
-        await holder.execute("select pg_advisory_lock($1)", migrations.ADVISORY_LOCK)
+        await holder.execute("select pg_advisory_lock($1)", locks.MIGRATE)
         waiting = asyncio.create_task(migrations.migrate(target))
 
         async def waits() -> bool:

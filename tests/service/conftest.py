@@ -14,7 +14,7 @@ import pytest
 
 from authbackend import bootstrap
 from authbackend.document.read import read
-from authbackend.postgres import policy_store
+from authbackend.postgres import policy_apply
 from authbackend.postgres.connection import Target
 from authbackend.settings import load
 
@@ -42,7 +42,7 @@ async def apply(dsn, text):
     """Load a policy file's text into a registry."""
     document, problems = read(text, "test.yaml")
     assert not problems, problems
-    return await policy_store.apply(Target(dsn), document, actor="test")
+    return await policy_apply.apply(Target(dsn), document, actor="test")
 
 
 async def until(condition, what, deadline_s=10.0):

@@ -1,0 +1,259 @@
+"""
+Makes the registry as a policy file says: planned without a lock, written in one transaction that gives way.
+
+The rows that the plan changes or removes are locked first, in the order of tables and keys, and compared with what the
+plan saw. Only then is anything written. As soon as somebody waits for this transaction it is rolled back and tried
+again, against the same plan. Told in docs/decisions/0010-applying-a-policy.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import asyncpg
+
+from authbackend.document.changes import Applied, change_of, shown
+from authbackend.document.model import Document
+from authbackend.errors import Conflict, Unavailable
+from authbackend.postgres.connection import Connection, Target, connected
+from authbackend.postgres.locks import APPLY
+from authbackend.postgres.policy_store import (
+    RULES,
+    TYPES,
+    Table,
+    difference,
+    patient,
+    rule_identity,
+    stage,
+    tables,
+    work_out,
+)
+from authbackend.postgres.waiting import GaveWay, Watch, watching
+
+PAUSES_S = (0.5, 1.0, 2.0)
+"""Before each further attempt, when the last one gave way."""
+TURN_S = 600.0
+CONFLICTS_SHOWN = 20
+
+Say = Callable[[str], None]
+
+
+class _Changed(Exception):
+    """A row is not what the plan saw."""
+
+
+async def apply(
+    target: Target, document: Document, *, actor: str, prune: bool = False, say: Say = lambda _: None
+) -> Applied:
+    """
+    Make the registry as the document says, all or nothing; nobody waits for it.
+
+    Args:
+        say: Told what an operator would wonder about: for whom this waits, and to whom it gave way.
+    Raises:
+        InvalidInput: A constraint refused a row; nothing was changed.
+        Conflict: Somebody else changed a row meanwhile, or a name is taken or still referred to; nothing was changed.
+        Unavailable: There is no connection; a row was held for too long by somebody else; or others wanted the rows
+            again and again. Nothing was changed.
+        Forbidden: The role lacks a right.
+    """
+    async with connected(patient(target)) as connection, watching(target, connection) as watch:
+        await _take_turn(connection, watch, say)
+        async with watch.over(gives_way=False):
+            await stage(connection, document)
+            changes = await work_out(connection, document, prune=prune)
+        if not changes:
+            return Applied([], None)
+        return Applied(changes, await _Plan(connection, watch, document, actor, say).carry_out())
+
+
+async def _take_turn(connection: Connection, watch: Watch, say: Say) -> None:
+    """Wait for other applies, in steps, because a session that waits holds the server's cleaning back."""
+    end = time.monotonic() + TURN_S
+    told = False
+    while True:
+        try:
+            await connection.execute("select pg_advisory_lock($1)", APPLY)
+        except asyncpg.LockNotAvailableError:
+            holder = await watch.holder_of(APPLY)
+            if time.monotonic() > end:
+                raise Unavailable(
+                    f"nothing was changed: another policy is being applied by {holder}, for longer than {TURN_S:g} s"
+                ) from None
+            if not told:
+                say(f"waiting for another policy, which is being applied by {holder}")
+                told = True
+        else:
+            return
+
+
+class _Plan:
+    """The differences that were worked out, in temporary tables of the connection."""
+
+    def __init__(self, connection: Connection, watch: Watch, document: Document, actor: str, say: Say) -> None:
+        self._connection = connection
+        self._watch = watch
+        self._tables = tables(document)
+        self._actor = actor
+        self._say = say
+
+    async def carry_out(self) -> str:
+        """Write everything and return the registry version that serves it."""
+        for pause_s in (*PAUSES_S, None):
+            try:
+                return await self._attempt()
+            except _Changed:
+                if found := await self._conflicts():
+                    raise Conflict(_told(found)) from None
+                why = "rows that were changed and changed back"
+            except GaveWay as gave_way:
+                why = gave_way.waiter
+            if pause_s is not None:
+                self._say(f"nothing was changed yet: gave way to {why}; trying again in {pause_s:g} s")
+                await asyncio.sleep(pause_s)
+        raise Unavailable(
+            f"nothing was changed: others wanted what this was changing, {len(PAUSES_S) + 1} times, the last one {why}. "
+            "Try again when fewer edit the registry, or with smaller files"
+        )
+
+    async def _attempt(self) -> str:
+        async with self._connection.transaction(), self._watch.over(gives_way=True):
+            await self._execute("select set_config('authbackend.actor', $1, true)", self._actor)
+            await self._lock_and_compare()
+            await self._write()
+            version = str(await self._fetchval("select registry_version()"))
+            self._watch.check()
+            return version
+
+    async def _execute(self, statement: str, *arguments: Any) -> int:
+        """Execute and return how many rows were touched."""
+        self._watch.check()
+        count = str(await self._connection.execute(statement, *arguments)).rpartition(" ")[2]
+        return int(count) if count.isdigit() else 0
+
+    async def _fetchval(self, statement: str) -> Any:
+        self._watch.check()
+        return await self._connection.fetchval(statement)
+
+    async def _planned(self, table: Table, operation: str) -> int:
+        return int(
+            await self._fetchval(f"select count(*) from {table.planned} where operation = '{operation}'")  # constants
+        )
+
+    async def _lock_and_compare(self) -> None:
+        for table in self._tables:
+            for operation, strength in (("remove", "update"), ("change", "no key update")):
+                locked = await self._fetchval(f"""
+                    select count(*) from (
+                      select 1 from {table.planned} p join {table.name} t on t.{table.key} = p.key
+                      where p.operation = '{operation}' and {table.row()} is not distinct from p.before
+                      order by p.n for {strength} of t) as locked""")
+                if locked != await self._planned(table, operation):
+                    raise _Changed
+        for table in self._tables[:-1]:
+            if await self._fetchval(f"select exists ({_strays(table)})"):
+                raise _Changed
+
+    async def _write(self) -> None:
+        """Remove first, so that names become free; types last, when no device has them any more."""
+        for table in reversed(self._tables):
+            if table is not TYPES:
+                await self._remove(table)
+        for table in self._tables:
+            await self._change(table)
+            await self._add(table)
+        if TYPES in self._tables:
+            await self._remove(TYPES)
+
+    async def _remove(self, table: Table) -> None:
+        if await self._planned(table, "remove"):
+            await self._execute(f"""
+                delete from {table.name} t using {table.planned} p
+                where p.operation = 'remove' and t.{table.key} = p.key""")
+
+    async def _change(self, table: Table) -> None:
+        """Name only columns that differ: to name others wakes triggers that lock what is not needed."""
+        if not await self._planned(table, "change"):
+            return
+        differ = ", ".join(f"bool_or((before).{name} is distinct from (after).{name})" for name in table.copied)
+        found = await self._connection.fetchrow(f"select {differ} from {table.planned} where operation = 'change'")
+        assert found is not None
+        values = ", ".join(
+            f"{name} = (p.after).{name}" for name, differs in zip(table.copied, found, strict=True) if differs
+        )
+        await self._execute(f"""
+            update {table.name} t set {values} from {table.planned} p
+            where p.operation = 'change' and t.{table.key} = p.key""")
+
+    async def _add(self, table: Table) -> None:
+        planned = await self._planned(table, "add")
+        if not planned:
+            return
+        values = ", ".join(f"(after).{name}" for name in table.copied)
+        added = await self._execute(f"""
+            insert into {table.name} ({", ".join(table.copied)})
+            select {values} from {table.planned} where operation = 'add' order by n
+            on conflict {table.conflict} do nothing""")
+        if added != planned:
+            raise _Changed
+
+    async def _conflicts(self) -> list[str]:
+        """Return what is not as the plan saw it, in words; somewhat more than is shown."""
+        found = []
+        for table in self._tables:
+            queries = [(table, query) for query in _conflict_queries(table)]
+            if table is not RULES:
+                queries.append((RULES, _strays(table)))
+            for of, query in queries:
+                rows = await self._connection.fetch(f"""
+                    select key, to_jsonb(before) as before, to_jsonb(after) as after, to_jsonb(now) as now
+                    from ({query}) as q order by n limit {CONFLICTS_SHOWN + 1}""")
+                found += [_conflict(of, row) for row in rows]
+        return found
+
+
+def _conflict_queries(table: Table) -> tuple[str, str]:
+    """Return the queries for rows that were changed or removed, and for rows that were added."""
+    now = f"case when t.{table.key} is not null then {table.row()} end"
+    key = f"t.{table.key} = p.key" if table is not RULES else f"{rule_identity('t')} = {rule_identity('(p.after)')}"
+    changed = f"""
+        select p.n, p.key, p.before, p.after, {now} as now
+        from {table.planned} p left join {table.name} t on t.{table.key} = p.key
+        where p.operation <> 'add' and p.before is distinct from {now}"""
+    added = f"""
+        select p.n, p.key, p.before, p.after, {table.row()} as now
+        from {table.planned} p join {table.name} t on {key} where p.operation = 'add'"""
+    return changed, added
+
+
+def _strays(table: Table) -> str:
+    """Return the query for rules that would go with an owner that is removed, and that the plan did not see."""
+    return f"""
+        select 0 as n, t.id as key, null::{RULES.wanted} as before, null::{RULES.wanted} as after, {RULES.row()} as now
+        from {table.planned} p join topic_rule t on t.{table.rules_by} = p.key
+        where p.operation = 'remove'
+          and not exists (select from {RULES.planned} r where r.operation = 'remove' and r.key = t.id)"""
+
+
+def _conflict(table: Table, row: Any) -> str:
+    before, now = row["before"], row["now"]
+    one = difference(table, row["key"], before, None) if before else difference(table, row["key"], None, now)
+    what = f"{one.entity} {one.key}"
+    if now is None:
+        return f"{what}: the plan saw it, now it is gone"
+    said = "the plan saw" if before else "the file says"
+    differ = change_of(table.name, one.key, before or row["after"], now).fields
+    fields = [f"{name}: {said} {shown(old)}, now {shown(new)}" for name, (old, new) in differ.items()]
+    return f"{what}: " + "; ".join(fields if before else ["the plan saw none, now there is one", *fields])
+
+
+def _told(conflicts: list[str]) -> str:
+    more = ["..."] if len(conflicts) > CONFLICTS_SHOWN else []
+    lines = "\n".join(f"  {line}" for line in [*conflicts[:CONFLICTS_SHOWN], *more])
+    return (
+        f"nothing was changed: somebody else changed what the plan saw, after it looked:\n{lines}\n"
+        "Look at these, put into the file what is to stay, and apply again"
+    )
