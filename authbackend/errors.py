@@ -9,7 +9,7 @@ Errors of this project; a refusal by policy is never one of them but a value (``
     ├── NotFound             what was named does not exist
     ├── Conflict             what was given collides with what is there
     ├── Forbidden            the database role lacks the right
-    ├── Unavailable          the database or a peer cannot be reached now
+    ├── Unavailable          the database or a peer cannot be reached now, or somebody else holds what is needed
     │   └── NoRoom           there is no memory for the registry
     └── Unconfirmed          a change is committed, and not everybody is known to decide by it
 
@@ -56,7 +56,7 @@ class Conflict(AuthbackendError):
 
 
 class Unavailable(AuthbackendError):
-    """The database or a peer cannot be reached now."""
+    """The database or a peer cannot be reached now, or somebody else holds what is needed."""
 
     exit_code = 5
 

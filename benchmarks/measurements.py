@@ -17,7 +17,7 @@ from typing import Any
 import asyncpg
 import uvloop
 
-from benchmarks import asking, scene
+from benchmarks import applying, asking, scene
 from benchmarks.following import Watcher
 from benchmarks.scene import Running
 from tests.support.postgres import Server
@@ -39,9 +39,10 @@ class Extent:
     devices: int = LARGE
     changes: int = 500
     mass: int = 100_000
+    applies: int = 5
 
 
-QUICK = Extent(rounds=2, seconds=1.0, devices=20_000, changes=20, mass=2000)
+QUICK = Extent(rounds=2, seconds=1.0, devices=20_000, changes=20, mass=2000, applies=2)
 
 
 @dataclass
@@ -322,6 +323,12 @@ async def _revoke(dsn: str, number: int) -> None:
     await connection.close()
 
 
+def apply(stage: Stage) -> dict[str, Any]:
+    """A policy of the whole fleet is applied while devices are revoked."""
+    extent = stage.extent
+    return applying.measure(stage.server, f"fleet_{extent.devices}", extent.devices, extent.applies, stage.say)
+
+
 ALL: dict[str, Callable[[Stage], dict[str, Any]]] = {
     "throughput": throughput,
     "workers": workers,
@@ -330,4 +337,5 @@ ALL: dict[str, Callable[[Stage], dict[str, Any]]] = {
     "loading": loading,
     "changes": changes,
     "overload": overload,
+    "apply": apply,
 }

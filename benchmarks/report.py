@@ -56,6 +56,7 @@ def _page(found: dict[str, Any]) -> Iterator[str]:
             "loading",
             "changes",
             "overload",
+            "apply",
             "storm",
             "faults",
             "httpc",
@@ -179,6 +180,8 @@ def _rows(found: dict[str, Any]) -> Iterator[Row]:
                 value <= most,
             )
     yield from _change_rows(found)
+    if part := found.get("apply"):
+        yield from _apply_rows(part)
     if part := found.get("storm"):
         yield from _storm_rows(part)
     if part := found.get("faults"):
@@ -217,6 +220,20 @@ def _change_rows(found: dict[str, Any]) -> Iterator[Row]:
         good = ratio <= 1.5 and part["good_not_allowed"] == 0
         text = f"{ratio:.2f} ({p99['attacked']:.2f} and {p99['quiet']:.2f} ms), {part['good_not_allowed']} shed"
         yield "p99 while 10,000 revoked devices retry at a third of the capacity", "1.5 times, none shed", text, good
+
+
+def _apply_rows(part: dict[str, Any]) -> Iterator[Row]:
+    longest = max(part["p99_ms"].values())
+    text = (
+        f"p99 {longest:.0f} ms; {part['undone']} undone, {part['deadlocks']} deadlocks, {len(part['faults'])} wrong errors; "
+        + ", ".join(f"{number} applies {outcome}" for outcome, number in part["outcomes"].items())
+    )
+    yield (
+        f"a policy that changes {part['devices']:,} devices is applied ({part['alone_s']:.0f} s alone), and devices are revoked meanwhile",
+        "p99 200 ms, none undone",
+        text,
+        longest <= 200 and not part["undone"] and not part["deadlocks"] and not part["faults"],
+    )
 
 
 _FAULTS = {

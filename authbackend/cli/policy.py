@@ -118,7 +118,12 @@ def plan(context: click.Context, file: Path, devices: Path | None, prune: bool, 
 def apply(
     context: click.Context, file: Path, devices: Path | None, prune: bool, as_json: bool, wait_s: float | None
 ) -> None:
-    """Make the registry as FILE says, all or nothing, and print the registry version that serves it."""
+    """
+    Make the registry as FILE says, all or nothing, and print the registry version that serves it.
+
+    Nobody waits for it. Exit status 4: somebody else changed a row meanwhile, which is named. Exit status 5: others
+    held or wanted the rows; try again.
+    """
     document = _read_or_refuse(file, devices)
     target = target_of(context)
     applied = run(policy_apply.apply(target, document, actor=actor(), prune=prune, say=_say))

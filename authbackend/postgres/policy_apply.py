@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -99,9 +100,13 @@ class _Plan:
         self._tables = tables(document)
         self._actor = actor
         self._say = say
+        self._planned: Counter[tuple[str, str]] = Counter()
 
     async def carry_out(self) -> str:
         """Write everything and return the registry version that serves it."""
+        for table in self._tables:
+            for row in await self._connection.fetch(f"select operation, count(*) from {table.planned} group by 1"):
+                self._planned[table.name, row["operation"]] = row["count"]
         for pause_s in (*PAUSES_S, None):
             try:
                 return await self._attempt()
@@ -138,20 +143,17 @@ class _Plan:
         self._watch.check()
         return await self._connection.fetchval(statement)
 
-    async def _planned(self, table: Table, operation: str) -> int:
-        return int(
-            await self._fetchval(f"select count(*) from {table.planned} where operation = '{operation}'")  # constants
-        )
-
     async def _lock_and_compare(self) -> None:
         for table in self._tables:
             for operation, strength in (("remove", "update"), ("change", "no key update")):
+                if not self._planned[table.name, operation]:
+                    continue
                 locked = await self._fetchval(f"""
                     select count(*) from (
                       select 1 from {table.planned} p join {table.name} t on t.{table.key} = p.key
                       where p.operation = '{operation}' and {table.row()} is not distinct from p.before
                       order by p.n for {strength} of t) as locked""")
-                if locked != await self._planned(table, operation):
+                if locked != self._planned[table.name, operation]:
                     raise _Changed
         for table in self._tables[:-1]:
             if await self._fetchval(f"select exists ({_strays(table)})"):
@@ -169,14 +171,14 @@ class _Plan:
             await self._remove(TYPES)
 
     async def _remove(self, table: Table) -> None:
-        if await self._planned(table, "remove"):
+        if self._planned[table.name, "remove"]:
             await self._execute(f"""
                 delete from {table.name} t using {table.planned} p
                 where p.operation = 'remove' and t.{table.key} = p.key""")
 
     async def _change(self, table: Table) -> None:
         """Name only columns that differ: to name others wakes triggers that lock what is not needed."""
-        if not await self._planned(table, "change"):
+        if not self._planned[table.name, "change"]:
             return
         differ = ", ".join(f"bool_or((before).{name} is distinct from (after).{name})" for name in table.copied)
         found = await self._connection.fetchrow(f"select {differ} from {table.planned} where operation = 'change'")
@@ -189,15 +191,14 @@ class _Plan:
             where p.operation = 'change' and t.{table.key} = p.key""")
 
     async def _add(self, table: Table) -> None:
-        planned = await self._planned(table, "add")
-        if not planned:
+        if not self._planned[table.name, "add"]:
             return
         values = ", ".join(f"(after).{name}" for name in table.copied)
         added = await self._execute(f"""
             insert into {table.name} ({", ".join(table.copied)})
             select {values} from {table.planned} where operation = 'add' order by n
             on conflict {table.conflict} do nothing""")
-        if added != planned:
+        if added != self._planned[table.name, "add"]:
             raise _Changed
 
     async def _conflicts(self) -> list[str]:

@@ -198,7 +198,6 @@ def _rule_records(document: Document) -> Iterator[tuple[Any, ...]]:
 
 async def work_out(connection: Connection, document: Document, *, prune: bool) -> list[Change]:
     """Fill the tables of differences from one snapshot of the registry, and return what is in them."""
-    changes: list[Change] = []
     async with connection.transaction(isolation="repeatable_read"):
         # Before the snapshot: a TRUNCATE that commits after it would look like an empty table.
         await connection.execute("lock table device_type, device, account, topic_rule in access share mode")
@@ -206,6 +205,9 @@ async def work_out(connection: Connection, document: Document, *, prune: bool) -
             query = _rule_differences(document, prune) if table is RULES else _differences(table, prune)
             await connection.execute(f"create temp table {table.planned} as {query}")
             await connection.execute(f"analyze {table.planned}")
+    changes: list[Change] = []
+    async with connection.transaction():  # a cursor needs one; it holds nothing of the registry
+        for table in tables(document):
             async for row in connection.cursor(
                 f"select key, to_jsonb(before) as old, to_jsonb(after) as new from {table.planned} order by n",
                 prefetch=1000,

@@ -166,13 +166,16 @@ class Watch:
                 writer.cancel()
 
     async def _look(self, gives_way: bool) -> None:
+        waiter = None
         for row in await self._eyes.fetch(_LOOK, self._pid):
             if row["part"] == "holder":
                 self._holder = (_session(row), row["held"])
-            elif gives_way:
-                self._waiter = _session(row)
-                # Again at each look, because what comes between two statements is lost.
-                await self._eyes.execute("select pg_cancel_backend($1)", self._pid)
+            else:
+                waiter = _session(row)
+        if waiter is not None and gives_way:
+            self._waiter = waiter
+            # Again at each look, because what comes between two statements is lost.
+            await self._eyes.execute("select pg_cancel_backend($1)", self._pid)
 
     async def _who_holds(self, holder: Session, held: str | None) -> str:
         table, _, place = (held or "").partition(" ")
