@@ -278,6 +278,17 @@ async def test_after_giving_way_to_one_who_changes_nothing_all_is_applied_once(
     assert await connection.fetchval("select count(*) from device where attributes ->> 'site' = 'hamburg'") == 4
 
 
+async def test_who_edits_in_another_order_is_not_the_victim_of_a_deadlock(registry, session, connection, no_pauses):
+    editing = await session()
+    async with editing.transaction():
+        await editing.execute("update device set status = 'suspended' where device_id = 'D2'")
+        task = await begun(connection, editing, registry, MOVED)  # it holds D1 and waits for D2
+        await editing.execute("update device set status = 'suspended' where device_id = 'D1'")
+    with pytest.raises(Conflict, match="(?s)device D1: .*device D2: "):
+        await task
+    assert await connection.fetchval("select count(*) from device where status = 'suspended'") == 2
+
+
 async def test_who_waits_for_the_guard_of_names_gets_through(registry, session, connection, no_pauses):
     """The device that is added shares the guard; then the rule waits."""
     text = BEFORE.replace('topic: "b/#"}', 'topic: "b/#"}, {effect: deny, action: publish, topic: n}')
