@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import re
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,14 +13,28 @@ from .processes import HarnessError, Process
 from .service import Service
 
 DEPLOYED = REPOSITORY / "deploy/haproxy.cfg"
+COMMANDS = "haproxy.sock"
 _SECTIONS = ("global", "defaults", "listen authbackend")
 
 
 def start(directory: Path, replicas: Sequence[Service]) -> Process:
     """Listen on 127.0.0.1:8080, where RabbitMQ asks, and pass on to the replicas."""
     file = directory / "haproxy.cfg"
-    file.write_text(_configuration(replicas))
+    commands = f"global\n    stats socket {directory / COMMANDS} mode 600\n"
+    file.write_text(_configuration(replicas).replace("global\n", commands, 1))
     return Process(["haproxy", "-db", "-f", file], directory / "haproxy.log", {"PATH": "/usr/sbin:/usr/bin"})
+
+
+def servers_up(directory: Path) -> int:
+    """How many replicas it passes questions on to."""
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.connect(str(directory / COMMANDS))
+        asking.sendall(b"show stat\n")
+        answer = b""
+        while part := asking.recv(65536):
+            answer += part
+    rows = csv.DictReader(answer.decode().removeprefix("# ").splitlines())
+    return sum(row["svname"] not in ("FRONTEND", "BACKEND") and row["status"].startswith("UP") for row in rows)
 
 
 def _configuration(replicas: Sequence[Service]) -> str:

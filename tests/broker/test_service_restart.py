@@ -142,7 +142,7 @@ async def replicas(
     try:
         await asyncio.gather(*(asyncio.to_thread(replica.start) for replica in pair))
         haproxy = balancer.start(workplace, pair)
-        await until(lambda: _accepts(8080))
+        await until(lambda: _accepts(8080) and balancer.servers_up(workplace) == 2)
         yield pair
     finally:
         if haproxy is not None:
@@ -211,7 +211,7 @@ async def _busy_one(replicas: list[Service]) -> Service:
 
 
 async def test_one_of_two_replicas_is_restarted_and_nobody_notices(
-    mqtt: Clients, fleet: Fleet, replicas: list[Service]
+    mqtt: Clients, fleet: Fleet, replicas: list[Service], workplace: Path
 ) -> None:
     """The one that is asked, twice, which is each in turn: publishes and logins go on without one refusal."""
     traffic = Traffic(mqtt, fleet)
@@ -223,6 +223,7 @@ async def test_one_of_two_replicas_is_restarted_and_nobody_notices(
             await asyncio.to_thread(busy.stop)
             await traffic.went_on()
             await asyncio.to_thread(busy.start)
+            await until(lambda: balancer.servers_up(workplace) == 2)  # ready, and the balancer has seen it
         assert stopped[0] is not stopped[1]
     assert traffic.refusals == 0
 

@@ -8,7 +8,7 @@ import asyncpg
 import pytest
 
 from tests.postgres.test_roles import ADMIN, FLEET, give_roles
-from tests.support.postgres import Server, connected
+from tests.support.postgres import Server, connected, until
 
 SHADOW = """
 create function pg_temp.evil(v pg_catalog.text) returns boolean language plpgsql as $$ begin
@@ -49,14 +49,19 @@ async def test_every_function_looks_for_temporary_names_last(connection: asyncpg
 
 async def test_two_halves_of_a_forbidden_account_cannot_commit_at_once(dsn: str) -> None:
     """One gives the account a rule on an exchange, the other the right to write to it."""
-    async with connected(dsn) as one, connected(dsn) as other:
+    async with connected(dsn) as one, connected(dsn) as other, connected(dsn) as watching:
         await one.execute("insert into account (name, login, configure) values ('mach', 'certificate', '{q*}')")
         rule = "insert into topic_rule (account, effect, action, topic, exchange) values ('mach', 'allow', 'publish', 'x', 'events')"
         first = one.transaction()
         await first.start()
         await one.execute(rule)
         second = asyncio.create_task(other.execute("update account set write = '{events}' where name = 'mach'"))
-        await asyncio.wait([second], timeout=0.3)
+
+        async def waits() -> bool:
+            waiting = "select wait_event_type = 'Lock' from pg_stat_activity where pid = $1"
+            return bool(await watching.fetchval(waiting, other.get_server_pid()))
+
+        await until(waits, "the second half waits for the first")
         await first.commit()
         with pytest.raises(asyncpg.CheckViolationError, match="dead-lettering"):
             await second

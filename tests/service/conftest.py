@@ -45,7 +45,7 @@ async def apply(dsn, text):
     return await policy_apply.apply(Target(dsn), document, actor="test")
 
 
-async def until(condition, what, deadline_s=10.0):
+async def until(condition, what, deadline_s=30.0):
     """Wait until something is true; the deadline is a guard, not a measurement."""
     end = time.monotonic() + deadline_s
     while True:

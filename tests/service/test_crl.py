@@ -14,6 +14,7 @@ import asyncpg
 import pytest
 
 from authbackend import bootstrap
+from authbackend.admin.crl import PublishedLists
 from authbackend.errors import ConfigurationError
 from authbackend.pki.authority_folder import AuthorityFolder, create_authority
 from authbackend.pki.lists import entries_of
@@ -112,20 +113,29 @@ async def test_a_row_revoked_with_psql_is_on_the_list_at_once_for_who_waits(dsn,
         _, headers = await published(asking)
         waiting = asyncio.create_task(ask(asking, **{"If-None-Match": headers["ETag"], "Prefer": "wait=30"}))
         await connection.execute("update certificate set state = 'revoked' where serial = 'b2'")
-        status, body, _ = await asyncio.wait_for(waiting, 10)
+        status, body, _ = await asyncio.wait_for(waiting, 30)
         assert (status, serials(body)) == (200, {"a1", "b2"})
 
 
-async def test_who_waits_is_answered_when_nothing_changes_and_when_the_service_stops(dsn, made, revoked):
+async def test_who_waits_is_answered_when_nothing_changes_and_when_the_service_stops(dsn, made, revoked, monkeypatch):
+    somebody_waits = asyncio.Event()
+    original = PublishedLists._next
+
+    async def watched(*arguments):
+        somebody_waits.set()
+        return await original(*arguments)
+
+    monkeypatch.setattr(PublishedLists, "_next", watched)
     async with contextlib.AsyncExitStack() as stack:
         async with serving(dsn, made) as asking:
             _, headers = await published(asking)
             known = headers["ETag"]
             assert (await ask(asking, **{"If-None-Match": known, "Prefer": "respond-async, wait=0"}))[0] == 304
             patient = await stack.enter_async_context(aiohttp.ClientSession(asking._base_url))
+            somebody_waits.clear()
             waiting = asyncio.create_task(ask(patient, **{"If-None-Match": known, "Prefer": "wait=60"}))
-            await ask(patient)
-        assert (await asyncio.wait_for(waiting, 5))[0] == 304
+            await asyncio.wait_for(somebody_waits.wait(), 30)
+        assert (await asyncio.wait_for(waiting, 30))[0] == 304
 
 
 async def test_one_of_two_replicas_signs(dsn, made, revoked, connection):

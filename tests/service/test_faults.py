@@ -26,18 +26,23 @@ async def test_a_log_that_cannot_be_written_loses_lines_and_no_decision(dsn, sql
         env={
             **environment,
             "AUTHBACKEND_DATABASE__DSN": dsn,
-            "AUTHBACKEND_BROKER__LISTEN": "127.0.0.1:18480",
-            "AUTHBACKEND_ADMIN__LISTEN": "127.0.0.1:18481",
+            "AUTHBACKEND_BROKER__LISTEN": "127.0.0.1:0",
+            "AUTHBACKEND_ADMIN__LISTEN": "127.0.0.1:0",
         },
+        stdout=asyncio.subprocess.PIPE,
         stderr=write_end,
     )
     os.close(write_end)
     try:
+        async with asyncio.timeout(60):
+            while b"answering RabbitMQ on " not in (line := await process.stdout.readline()):
+                assert line, "it ended"
+        url = line.decode().rpartition("answering RabbitMQ on ")[2].partition(",")[0]
         async with aiohttp.ClientSession() as http:
 
             async def login():
                 try:
-                    async with http.post("http://127.0.0.1:18480/auth/user", data={"username": "APM0001"}) as response:
+                    async with http.post(f"{url}/auth/user", data={"username": "APM0001"}) as response:
                         return await response.text()
                 except aiohttp.ClientError:
                     return None

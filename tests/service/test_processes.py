@@ -16,18 +16,7 @@ import pytest
 
 from authbackend.postgres import editor, replicas
 from authbackend.postgres.connection import Target
-from tests.service.conftest import HASH, POLICY, Running, apply, until
-
-MEMORY = Path("/dev/shm")
-
-
-def free_ports(number):
-    """Ports of loopback that nobody uses now."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
+from tests.service.conftest import HASH, POLICY, Running, apply, memory, until
 
 
 def children(process_id):
@@ -38,8 +27,8 @@ def children(process_id):
 class Replica(Running):
     """`authbackend serve` as it is run."""
 
-    def __init__(self, process, broker, admin, http, lines):
-        super().__init__(f"http://127.0.0.1:{broker}", f"http://127.0.0.1:{admin}", http)
+    def __init__(self, process, http, lines):
+        super().__init__("", "", http)
         self.process = process
         self.lines = lines
 
@@ -61,15 +50,14 @@ class Replica(Running):
 @contextlib.asynccontextmanager
 async def replica(dsn, *, workers=2, ready=True, **environment):
     """Run a replica for the time of the block."""
-    broker, admin = free_ports(2)
     others = {name: value for name, value in os.environ.items() if not name.startswith("AUTHBACKEND")}
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "authbackend", "serve", "--workers", str(workers)),
         env={
             **others,
             "AUTHBACKEND_DATABASE__DSN": dsn,
-            "AUTHBACKEND_BROKER__LISTEN": f"127.0.0.1:{broker}",
-            "AUTHBACKEND_ADMIN__LISTEN": f"127.0.0.1:{admin}",
+            "AUTHBACKEND_BROKER__LISTEN": "127.0.0.1:0",
+            "AUTHBACKEND_ADMIN__LISTEN": "127.0.0.1:0",
             **{f"AUTHBACKEND_{name}": value for name, value in environment.items()},
         },
         stderr=asyncio.subprocess.PIPE,
@@ -83,17 +71,19 @@ async def replica(dsn, *, workers=2, ready=True, **environment):
 
     reading = asyncio.create_task(read())
     async with aiohttp.ClientSession() as http:
-        running = Replica(process, broker, admin, http, lines)
+        running = Replica(process, http, lines)
         try:
 
-            async def up():
-                if ready:
-                    with contextlib.suppress(aiohttp.ClientError):
-                        return await running.ready() and (await running.status())[1]["workers"]["serving"] == workers
-                    return False
+            async def listening():
                 return running.logged("service.listening")
 
-            await until(up, "the replica is up", 60)
+            async def up():
+                return await running.ready() and (await running.status())[1]["workers"]["serving"] == workers
+
+            (where,) = await until(listening, "the replica listens", 60)
+            running.broker, running.admin = where["broker"], where["admin"]
+            if ready:
+                await until(up, "the replica is ready", 60)
             yield running
         finally:
             if process.returncode is None:
@@ -161,8 +151,15 @@ async def test_the_killed_process_that_follows_the_database_goes_on_where_it_was
         assert await running.end() == 0
 
 
-async def test_nothing_is_left_when_the_parent_is_killed(dsn, policy):
-    async with replica(dsn) as running:
+@pytest.fixture
+async def folder():
+    """An empty folder in memory where no other replica keeps anything."""
+    async with memory() as found:
+        yield found
+
+
+async def test_nothing_is_left_when_the_parent_is_killed(dsn, policy, folder):
+    async with replica(dsn, REGISTRY__MEMORY_DIR=str(folder)) as running:
         everybody = children(running.process.pid)
         assert len(everybody) == 3
         running.process.kill()
@@ -171,40 +168,31 @@ async def test_nothing_is_left_when_the_parent_is_killed(dsn, policy):
             return not any(Path(f"/proc/{child}").exists() for child in everybody)
 
         await until(gone, "the children have ended")
-    before = {folder.name for folder in MEMORY.glob("authbackend-*") if (folder / "owner").exists()}
-    async with replica(dsn) as running:
-        after = {folder.name for folder in MEMORY.glob("authbackend-*") if (folder / "owner").exists()}
-        assert len(after) <= len(before)  # the new one swept what the killed one left
+    (left,) = folder.iterdir()
+    async with replica(dsn, REGISTRY__MEMORY_DIR=str(folder)) as running:
+        (own,) = folder.iterdir()  # the new one swept what the killed one left
+        assert own != left
         assert await running.end() == 0
 
 
-async def test_sigterm_ends_everything_and_leaves_nothing(dsn, policy):
-    async with replica(dsn) as running:
+async def test_sigterm_ends_everything_and_leaves_nothing(dsn, policy, folder):
+    async with replica(dsn, REGISTRY__MEMORY_DIR=str(folder)) as running:
         assert await running.login("APM0001") == "allow"
-        folders = set(MEMORY.glob("authbackend-*"))
+        assert list(folder.iterdir())
         assert await running.end() == 0
-        assert len(set(MEMORY.glob("authbackend-*")) & folders) < len(folders)
+        assert not list(folder.iterdir())
         assert running.logged("service.stopped")
     connection = await asyncpg.connect(dsn)
     assert await connection.fetchval("select count(*) from replica_state where may_answer") == 0
     await connection.close()
 
 
-async def test_a_replica_that_starts_without_the_database_decides_by_its_disk(dsn, policy, sql, tmp_path):
+async def test_a_replica_that_starts_without_the_database_decides_by_its_disk(dsn, policy, tmp_path):
     disk = {"REGISTRY__SNAPSHOT_DIR": str(tmp_path / "disk")}
     async with replica(dsn, **disk) as running:
-        await sql("update device set status = 'revoked' where device_id = 'APM0001'")
-        await until(lambda: running.login("APM0001"), "an answer")
-
-        async def denied():
-            return await running.login("APM0001") == "deny"
-
-        await until(denied, "the revocation is decided by")
-
-        async def on_disk():
-            return await running.metric("authbackend_registry_on_disk") == 1
-
-        await until(on_disk, "it is on disk")
+        version = await editor.set_device_status(Target(dsn), "ann", "APM0001", "revoked", "")
+        await replicas.wait(Target(dsn), version, 60)  # announced when it is on disk
+        assert await running.metric("authbackend_registry_on_disk") == 1
         running.process.kill()
         for child in children(running.process.pid):
             with contextlib.suppress(ProcessLookupError):
@@ -309,7 +297,11 @@ async def test_a_type_with_a_limit_of_its_own_is_denied_earlier_than_others(dsn,
     )
     await sql("insert into device (device_id, type) values ('S1', 'STRICT')")
     async with replica(dsn, REGISTRY__POLL_INTERVAL_S="0.1") as running:
-        assert await running.login("S1") == "allow"
+
+        async def allowed():
+            return await running.login("S1") == "allow"
+
+        await until(allowed, "it is allowed", 30)
         async with away(dsn):
 
             async def denied():
@@ -320,10 +312,6 @@ async def test_a_type_with_a_limit_of_its_own_is_denied_earlier_than_others(dsn,
                 await running.metric("authbackend_decisions_total", reason="registry_stale", device_type="STRICT") >= 1
             )
             assert await running.login("APM0001") == "allow"
-
-        async def allowed():
-            return await running.login("S1") == "allow"
-
         await until(allowed, "it is allowed again", 30)
 
 
