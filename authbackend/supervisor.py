@@ -43,7 +43,9 @@ LIVED_LONG_S = 10.0
 """A process that lived this long is started again at once when it dies."""
 
 _PREFIX = "authbackend-"
-_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGUSR1}
+_READY = signal.SIGRTMIN
+"""A child to its parent, when it serves. Two of SIGUSR1 at once would be one; signals of this kind queue."""
+_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, _READY}
 _REGISTRY = "registry"
 _GARBAGE = 10_000  # containers until a collection; requests leave no cycles behind, so there is little to find
 _GIVES_WAY = 5  # the process that follows the database to those that answer, when there are more than cores
@@ -137,7 +139,7 @@ class Supervisor:
             if received.si_signo in (signal.SIGTERM, signal.SIGINT):
                 log.info("service.stopping")
                 return
-            if received.si_signo == signal.SIGUSR1:
+            if received.si_signo == _READY:
                 for process in everybody:
                     process.ready = process.ready or process.process_id == received.si_pid
             self._reap(everybody)
@@ -245,7 +247,7 @@ async def _child(ground: Ground, process: _Process, life: int, parent: int) -> N
         async with process.part(store, on_end):
             gc.freeze()  # what is here by now stays: no collection has to look at it again
             gc.set_threshold(_GARBAGE)
-            os.kill(parent, signal.SIGUSR1)
+            os.kill(parent, _READY)
             await stop.wait()
     if ended:
         raise Unavailable(f"the task {ended[0]} ended by itself; stopped, so that it is started anew")

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import ssl
 import sys
@@ -14,6 +15,16 @@ from authbackend.registry.sync import RegistryCopy
 from authbackend.settings import load
 from tests.service.conftest import HASH, POLICY, apply, memory, running, until
 from tests.service.test_tls import bench  # noqa: F401 - a fixture
+
+
+def where_it_answers(descriptor):
+    """Read what a service prints until it says where it answers RabbitMQ."""
+    printed = b""
+    while not (found := re.search(rb"answering RabbitMQ on (\S+),", printed)):
+        part = os.read(descriptor, 65536)
+        assert part, f"it ended: {printed.decode()}"
+        printed += part
+    return found[1].decode()
 
 
 async def test_a_log_that_cannot_be_written_loses_lines_and_no_decision(dsn, sql):
@@ -29,15 +40,11 @@ async def test_a_log_that_cannot_be_written_loses_lines_and_no_decision(dsn, sql
             "AUTHBACKEND_BROKER__LISTEN": "127.0.0.1:0",
             "AUTHBACKEND_ADMIN__LISTEN": "127.0.0.1:0",
         },
-        stdout=asyncio.subprocess.PIPE,
         stderr=write_end,
     )
     os.close(write_end)
     try:
-        async with asyncio.timeout(60):
-            while b"answering RabbitMQ on " not in (line := await process.stdout.readline()):
-                assert line, "it ended"
-        url = line.decode().rpartition("answering RabbitMQ on ")[2].partition(",")[0]
+        url = await asyncio.wait_for(asyncio.to_thread(where_it_answers, read_end), 60)
         async with aiohttp.ClientSession() as http:
 
             async def login():
