@@ -82,7 +82,7 @@ def parse_form(form: bytes) -> dict[str, str]:  # noqa: PLR0912 - one loop: call
     if form.count(b"&") >= MOST_PARAMETERS:
         raise MalformedRequest(Malformed.TOO_MANY_PARAMETERS)
     try:
-        text = form.decode("utf-8")
+        text = form.decode()
         if "%" in text and _BAD_ESCAPE.search(text):
             raise MalformedRequest(Malformed.BAD_ENCODING)
         parameters: dict[str, str] = {}

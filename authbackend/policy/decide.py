@@ -236,7 +236,7 @@ def topic(registry: Registry, request: TopicRequest, now: float, settings: Decis
 
 
 def by_rules(
-    rule_sets: tuple[RuleSet, ...], values: Values, permission: str, routing_key: str, kind: str = ""
+    rule_sets: tuple[RuleSet, ...], values: Values, permission: str, routing_key: str, kind: str = UNKNOWN
 ) -> Decision:
     """
     Decide a topic by rules alone: default deny, deny wins, order never matters.
@@ -251,7 +251,6 @@ def by_rules(
         many = words.count(MANY)
         if many > MOST_MANY_IN_A_FILTER or (many and len(words) > MOST_WORDS_WITH_MANY):
             return _deny(Reason.TOO_MANY_WILDCARDS, kind)
-    allowed_by = None
     for rules in rule_sets:
         allowed_by = rules.first(Effect.ALLOW, asked, values, words)
         if allowed_by is not None:

@@ -114,13 +114,12 @@ class TopicRule:
         self.exchange = exchange
         fault = topic_filter_fault(topic)
         if fault not in (None, MANY_NOT_LAST):
-            self._levels: tuple[str, ...] = ()
             self._names: tuple[str, ...] = ()
             self._static: Pattern | None = Pattern((MANY,)) if effect is Effect.DENY else None
             self.expected: tuple[Expected, ...] | None = None
             self.has_tail = False
             return
-        self._levels = tuple(topic.split("/"))
+        self._levels: tuple[str, ...] = tuple(topic.split("/"))
         self._names = tuple(dict.fromkeys(name for level in self._levels for name in placeholders_of(level)))
         self._static = None if self._names else Pattern(self._words({}))
         self.expected, self.has_tail = self._word_by_word()
@@ -236,10 +235,6 @@ class RuleSet:
     def allowing(self, permission: Permission) -> tuple[TopicRule, ...]:
         """Return the allow rules of a permission."""
         return self._allow.get(permission, ())
-
-    def denying(self, permission: Permission) -> tuple[TopicRule, ...]:
-        """Return the deny rules of a permission."""
-        return self._deny.get(permission, ())
 
     def first(self, effect: Effect, permission: Permission, values: Values, words: Sequence[str]) -> TopicRule | None:
         """Return a rule of this effect that applies to a request, None if none does."""

@@ -101,7 +101,7 @@ class Pattern:
         self._one = 0
         self._many = 0
         self._named = 0
-        self._literals: dict[str, int] = {}
+        self._literals: dict[str | None, int] = {}
         for position, word in enumerate(self.words):
             bit = 1 << position
             if word == ONE:
@@ -126,17 +126,16 @@ class Pattern:
 
     def after(self, states: int, word: str | None) -> int:
         """Return the states after one more word; None is a word that the pattern does not name."""
-        named = self._literals.get(word, 0) if word is not None else 0
-        return self._skip((states & (self._one | named)) << 1 | states & self._many)
+        named = self._one | self._literals.get(word, 0)
+        return self._skip((states & named) << 1 | states & self._many)
 
     def after_some_word(self, states: int) -> int:
         """Return every state that some single word leads to."""
         return self._skip((states & (self._one | self._named)) << 1 | states & self._many)
 
     def after_any_words(self, states: int) -> int:
-        """Return every state that some run of words, of any length, leads to."""
-        lowest = states & -states
-        return (self._accept << 1) - lowest if states else 0
+        """Return every state that some run of words, of any length, leads to: from the first one on, all."""
+        return (self._accept << 1) - (states & -states)
 
     def _skip(self, states: int) -> int:
         """Add the states reached by letting ``#`` stand for no words."""

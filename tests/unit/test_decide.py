@@ -2,11 +2,11 @@
 
 import pytest
 
-from authbackend.policy import decide
+from authbackend.policy import client_ids, decide
 from authbackend.policy.decide import Decision, DecisionSettings, PasswordCheck
 from authbackend.policy.reasons import Reason
 from authbackend.policy.requests import LoginRequest, ResourceRequest, TopicRequest, VhostRequest
-from authbackend.policy.rules import Login, Networks, RuleSet, resource_matches
+from authbackend.policy.rules import Login, Networks, RuleSet, Values, resource_matches
 from tests.unit.fleet import APM, FLEET, NOW, account, device, registry, rule
 
 SETTINGS = DecisionSettings()
@@ -16,13 +16,13 @@ def login(username, password=None, client_id=None, fleet=FLEET):
     return decide.login(fleet, LoginRequest(username, password, client_id), NOW)
 
 
-def vhost(username, client_id, name="/", ip="127.0.0.1"):
-    return decide.vhost(FLEET, VhostRequest(username, name, ip, client_id), NOW)
+def vhost(username, client_id, name="/", ip="127.0.0.1", fleet=FLEET):
+    return decide.vhost(fleet, VhostRequest(username, name, ip, client_id), NOW)
 
 
-def resource(username, client_id, kind, name, permission, vhost_name="/", settings=SETTINGS):
+def resource(username, client_id, kind, name, permission, vhost_name="/", settings=SETTINGS, fleet=FLEET):
     return decide.resource(
-        FLEET, ResourceRequest(username, vhost_name, kind, name, permission, client_id), NOW, settings
+        fleet, ResourceRequest(username, vhost_name, kind, name, permission, client_id), NOW, settings
     )
 
 
@@ -75,6 +75,7 @@ def test_a_password_account_needs_its_password():
     assert isinstance(check, PasswordCheck)
     assert check.then.allowed
     assert check.then.tags == ("monitoring",)
+    assert check.account is FLEET.account("monitoring")  # whose password is checked
     assert check.otherwise.reason is Reason.PASSWORD_WRONG
     assert not check.otherwise.allowed
 
@@ -233,6 +234,10 @@ def test_vhost(username, name, ip, reason):
 
 
 def test_an_ipv4_mapped_network_is_the_network_it_stands_for():
+    assert "10.1.2.3" in Networks.parse(["::ffff:0.0.0.0/96"])
+    assert "10.1.2.3" in Networks.parse(["::ffff:10.1.2.3/128"])
+    assert "::1" in Networks.parse(["10.0.0.0/8", "::1/128"])
+    assert "::1" not in Networks.parse(["::ffff:0.0.0.0/96"])
     assert "10.1.2.3" in Networks.parse(["::ffff:10.0.0.0/104"])
     assert "11.1.2.3" not in Networks.parse(["::ffff:10.0.0.0/104"])
     assert "10.1.2.3" not in Networks.parse(["::/0"])
@@ -413,10 +418,292 @@ def test_dead_lettering_past_the_topic_rules_is_denied_for_any_mqtt_exchange():
         ("a.c", "abc", False),
         ("a%", "ab", False),
         ("**", "x", True),
+        ("a*b*c", "a1c", False),
+        ("ab*b*c", "abc", False),  # no character is used twice
+        ("a*b*b", "abb", True),
+        ("a*bb*b", "abb", False),
+        ("a*x*y*c", "axyc", True),
+        ("a*y*x*c", "axyc", False),
+        ("amq.*", "amq.topic", True),
+        ("mqtt-subscription-*", "mqtt-will-x", False),
+        ("mqtt-subscription*", "mqtt-subscription-xqos1", False),
     ],
 )
 def test_resource_patterns(pattern, name, expected):
     assert resource_matches(pattern, name) is expected
+
+
+APM_AND = {
+    "login": lambda: login("APM0001"),
+    "vhost": lambda: vhost("APM0001", "APM0001"),
+    "queue": lambda: resource("APM0001", C, "queue", OWN[0], "read"),
+    "exchange": lambda: resource("APM0001", C, "exchange", "amq.topic", "write"),
+    "topic": lambda: topic("APM0001", "APM0001", "write", "fleet.APM0001.telemetry"),
+    "a password": lambda: login("APM0001", "x"),
+    "a foreign client id": lambda: login("APM0001", client_id="APM0002"),
+    "no client id": lambda: vhost("APM0001", None),
+    "a foreign vhost": lambda: vhost("APM0001", "APM0001", "other"),
+    "a foreign vhost at a topic": lambda: topic("APM0001", "APM0001", "write", "x", vhost_name="other"),
+    "pending": lambda: login("PENDING"),
+    "suspended": lambda: login("SUSPENDED"),
+    "revoked": lambda: login("REVOKED"),
+    "expired": lambda: login("EXPIRED"),
+    "held": lambda: login("D", fleet=registry(device("D", held_until=NOW + 1))),
+    "a foreign queue": lambda: resource("APM0001", C, "queue", "x", "read"),
+    "no permission": lambda: topic("APM0001", "APM0001", "configure", "x"),
+    "a foreign exchange": lambda: topic("APM0001", "APM0001", "write", "x", exchange="other"),
+    "no rule": lambda: topic("APM0001", "APM0001", "write", "x"),
+    "a deny rule": lambda: topic("APM0001", "APM0001", "write", "fleet.APM0001.telemetry.raw"),
+    "wildcards": lambda: topic("APM0001", "APM0001", "read", "#.#.#"),
+}
+ACCOUNT_AND = {
+    "login": lambda: login("amqp-machine"),
+    "login by password": lambda: login("monitoring", "x").then,
+    "vhost": lambda: vhost("monitoring", None),
+    "queue": lambda: resource("amqp-machine", None, "queue", "app.1", "read"),
+    "topic": lambda: topic("amqp-machine", None, "read", "fleet.#"),
+    "a password": lambda: login("amqp-machine", "x"),
+    "no password": lambda: login("monitoring"),
+    "a wrong password": lambda: login("monitoring", "x").otherwise,
+    "a foreign client id": lambda: login("monitoring", "x", "c").then,
+    "a foreign client id at the vhost": lambda: vhost("monitoring", "c"),
+    "a foreign client id at a topic": lambda: topic("monitoring", "c", "read", "x"),
+    "a foreign vhost": lambda: vhost("monitoring", None, "other"),
+    "a foreign vhost at a topic": lambda: topic("monitoring", None, "read", "x", vhost_name="other"),
+    "a foreign queue": lambda: resource("amqp-machine", None, "queue", "x", "read"),
+    "no queue": lambda: resource("amqp-machine", None, "user", "app.1", "read"),
+    "dead letters": lambda: resource("dead-letters", None, "exchange", "amq.topic", "write"),
+    "no permission": lambda: topic("amqp-machine", None, "configure", "x"),
+    "no rule": lambda: topic("amqp-machine", None, "write", "x"),
+    "wildcards": lambda: topic("amqp-machine", None, "read", "#.#.#"),
+}
+UNKNOWN_AND = {
+    "login": lambda: login("nobody"),
+    "a password": lambda: login("nobody", "x").otherwise,
+    "vhost": lambda: vhost("nobody", None),
+    "queue": lambda: resource("nobody", None, "queue", "x", "read"),
+    "topic": lambda: topic("nobody", None, "read", "x"),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "ask"),
+    [
+        pytest.param(kind, ask, id=f"{kind} and {case}")
+        for kind, asked in (("APM", APM_AND), ("account", ACCOUNT_AND), ("unknown", UNKNOWN_AND))
+        for case, ask in asked.items()
+    ],
+)
+def test_every_answer_is_counted_under_what_asked(kind, ask):
+    """The label of the metrics: a device's type, ``account`` or ``unknown``."""
+    assert ask().kind == kind
+
+
+def test_the_types_of_devices_without_rules_networks_or_a_type_are_counted_too():
+    assert resource("MUTE1", "MUTE1", "exchange", "amq.topic", "write").kind == "MUTE"
+    assert vhost("TIED1", "TIED1", ip="192.0.2.1").kind == "TIED"
+    assert login("ORPHAN").kind == "GONE"
+    stale = registry(device("D", "T"), types=(APM.__class__("T", max_staleness_s=1.0),), age_s=2.0)
+    assert login("D", fleet=stale).kind == "T"
+
+
+@pytest.mark.parametrize("question", ["vhost", "resource", "topic"])
+def test_whom_nobody_knows_is_told_so_at_every_question(question):
+    decision = {"vhost": UNKNOWN_AND["vhost"], "resource": UNKNOWN_AND["queue"], "topic": UNKNOWN_AND["topic"]}[
+        question
+    ]()
+    assert decision == Decision(False, Reason.UNKNOWN_IDENTITY, "unknown")
+
+
+@pytest.mark.parametrize(
+    ("client_id", "reason"),
+    [
+        (None, Reason.ALLOWED),
+        ("service-1", Reason.ALLOWED),
+        ("service-2", Reason.CLIENT_ID_NOT_BOUND),
+        ("APM0001_x", Reason.CLIENT_ID_OF_ANOTHER_DEVICE),
+    ],
+)
+def test_the_client_ids_of_an_account_are_checked_at_every_question(client_id, reason):
+    fleet = registry(
+        device("APM0001"),
+        accounts=(
+            account(
+                "svc",
+                client_ids=("service-1", "APM0001_x"),
+                read=("q",),
+                rules=RuleSet([rule("allow", "read", "#")]),
+            ),
+        ),
+    )
+    answers = [
+        login("svc", "p", client_id, fleet=fleet).then,
+        vhost("svc", client_id, fleet=fleet),
+        resource("svc", client_id, "queue", "q", "read", fleet=fleet),
+        topic("svc", client_id, "read", "a", fleet=fleet),
+    ]
+    assert [(answer.allowed, answer.reason) for answer in answers] == [(reason is Reason.ALLOWED, reason)] * 4
+
+
+@pytest.mark.parametrize("kind", ["topic", "user", ""])
+def test_an_account_has_nothing_but_queues_and_exchanges(kind):
+    decision = resource("amqp-machine", None, kind, "app.1", "read")
+    assert decision == Decision(False, Reason.RESOURCE_NOT_PERMITTED, "account")
+
+
+@pytest.mark.parametrize(
+    ("ask", "held"),
+    [
+        (lambda fleet: login("D", fleet=fleet), True),
+        (lambda fleet: vhost("D", "D", fleet=fleet), True),
+        (lambda fleet: topic("D", "D", "write", "fleet.D.telemetry", fleet=fleet), False),
+        (lambda fleet: resource("D", "D", "exchange", "amq.topic", "write", fleet=fleet), False),
+    ],
+)
+def test_a_device_that_is_held_does_not_get_in_until_then(ask, held):
+    """What is connected is closed, and its last will is decided by the rules."""
+    for held_until, expected in ((NOW + 1, held), (NOW, False), (NOW - 1, False), (None, False)):
+        answer = ask(registry(device("D", held_until=held_until)))
+        assert answer.reason is (Reason.ENFORCEMENT_IN_PROGRESS if expected else Reason.ALLOWED)
+        assert answer.allowed is not expected
+
+
+@pytest.mark.parametrize(("age_s", "allowed"), [(0.0, True), (5.0, True), (5.1, False)])
+def test_a_copy_that_is_older_than_its_type_allows_lets_no_device_of_it_in(age_s, allowed):
+    types = (APM.__class__("T", ("{device_id}",), ("/",), max_staleness_s=5.0), APM)
+    fleet = registry(device("D", "T"), device("A"), types=types, age_s=age_s)
+    for answer in (login("D", fleet=fleet), vhost("D", "D", fleet=fleet)):
+        assert answer.allowed is allowed
+        assert answer.reason is (Reason.ALLOWED if allowed else Reason.REGISTRY_STALE)
+    assert login("A", fleet=fleet).allowed
+
+
+@pytest.mark.parametrize("name", ["REVOKED", "EXPIRED", "ORPHAN"])
+def test_why_a_device_may_do_nothing_comes_before_what_its_request_lacks(name):
+    found = FLEET.device_by_name(name)
+    fault = decide.device_fault(FLEET, found, NOW)
+    assert not fault.allowed
+    assert vhost(name, None).reason is fault.reason is login(name).reason
+    assert decide.device_fault(FLEET, FLEET.device_by_name("APM0001"), NOW) is None
+
+
+def test_a_device_is_on_no_vhost_but_those_of_its_type_at_every_question():
+    for answer in (
+        vhost("APM0001", "APM0001", "other"),
+        resource("APM0001", C, "queue", OWN[0], "read", "other"),
+        topic("APM0001", "APM0001", "write", "fleet.APM0001.telemetry", vhost_name="other"),
+    ):
+        assert answer == Decision(False, Reason.VHOST_NOT_LISTED, "APM")
+
+
+@pytest.mark.parametrize(
+    ("topic_filter", "key"),
+    [
+        ("{device_id}", "D"),
+        ("{client_id}", "D_1"),
+        ("{device_type}", "T"),
+        ("{vhost}", "plant"),
+        ("{attr.site}", "north"),
+    ],
+)
+def test_a_request_gives_every_placeholder_its_value(topic_filter, key):
+    kind = APM.__class__("T", ("{device_id}_*",), ("plant",), rules=RuleSet([rule("allow", "write", topic_filter)]))
+    fleet = registry(device("D", "T", attributes={"site": "north"}), types=(kind,))
+
+    def publish(routing_key):
+        return topic("D", "D_1", "write", routing_key, vhost_name="plant", fleet=fleet)
+
+    assert publish(key).allowed
+    assert publish("x").reason is Reason.NO_RULE_ALLOWS
+    opened = resource("D", "D_1", "exchange", "amq.topic", "write", "plant", fleet=fleet)
+    assert opened == Decision(True, Reason.ALLOWED, "T", rule("allow", "write", topic_filter))
+
+
+@pytest.mark.parametrize(
+    ("topic_filter", "client_id", "allowed"),
+    [("{client_id}", "c", True), ("{vhost}", "c", False), ("{client_id}", None, False), ("{device_id}", "c", False)],
+)
+def test_placeholders_in_the_rules_of_an_account(topic_filter, client_id, allowed):
+    rules = RuleSet([rule("allow", "write", topic_filter)])
+    fleet = registry(accounts=(account("svc", client_ids=("c",), rules=rules),))
+    assert topic("svc", client_id, "write", "c", fleet=fleet).allowed is allowed
+
+
+def test_the_vhost_is_a_value_in_the_rules_of_an_account():
+    fleet = registry(accounts=(account("svc", vhosts=("plant",), rules=RuleSet([rule("allow", "write", "{vhost}")])),))
+    assert topic("svc", None, "write", "plant", vhost_name="plant", fleet=fleet).allowed
+
+
+def test_rules_without_an_exchange_are_the_mqtt_exchanges_and_of_no_other():
+    rules = RuleSet(
+        [rule("allow", "write", "a"), rule("allow", "write", "b", "events"), rule("allow", "write", "c", "amq.topic")]
+    )
+    fleet = registry(accounts=(account("svc", rules=rules),))
+    allowed = {
+        (exchange, key)
+        for exchange in ("amq.topic", "events", "other")
+        for key in "abc"
+        if topic("svc", None, "write", key, exchange=exchange, fleet=fleet).allowed
+    }
+    assert allowed == {("amq.topic", "a"), ("amq.topic", "c"), ("events", "b")}
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ("#.x.#", Reason.ALLOWED),
+        ("#.#.#", Reason.TOO_MANY_WILDCARDS),
+        ("#" + ".x" * 4095, Reason.ALLOWED),
+        ("#" + ".x" * 4096, Reason.TOO_MANY_WILDCARDS),
+        ("x" + ".x" * 4096, Reason.ALLOWED),
+        ("*" + ".x" * 4096, Reason.ALLOWED),
+    ],
+)
+def test_the_wildcards_of_a_subscription_have_limits_and_those_of_a_topic_have_none(key, reason):
+    rules = (RuleSet([rule("allow", "read", "#"), rule("allow", "write", "#")]),)
+    assert decide.by_rules(rules, Values({}), "read", key) == Decision(
+        reason is Reason.ALLOWED, reason, "unknown", rule("allow", "read", "#") if reason is Reason.ALLOWED else None
+    )
+    assert decide.by_rules(rules, Values({}), "write", key).allowed
+
+
+def test_a_decision_says_all_that_is_known():
+    """In the logs and to whoever asks why: the verdict, its reason, and the rule."""
+    allow, deny = rule("allow", "write", "#"), rule("deny", "write", "a")
+    fleet = registry(
+        device("D", "T"), types=(APM.__class__("T", ("{device_id}",), ("/",), rules=RuleSet([allow, deny])),)
+    )
+    assert topic("D", "D", "write", "a", fleet=fleet) == Decision(False, Reason.RULE_DENIES, "T", deny)
+    assert topic("D", "D", "write", "b", fleet=fleet) == Decision(True, Reason.ALLOWED, "T", allow)
+    assert topic("D", "D", "write", "a", fleet=fleet).allowed is False
+    assert login("amqp-machine") == Decision(True, Reason.ALLOWED, "account")
+    assert login("monitoring", "x").then == Decision(True, Reason.ALLOWED, "account", None, ("monitoring",))
+
+
+def test_no_rules_are_decided_by_for_a_type_that_is_gone():
+    own = RuleSet([rule("allow", "write", "a")])
+    assert decide.rule_sets(FLEET, device("D", "GONE", rules=own)) == (RuleSet(), own)
+
+
+@pytest.mark.parametrize(
+    ("client_id", "owner"),
+    [
+        ("APM0001", "APM0001"),
+        ("APM0001_x", "APM0001"),
+        ("APM_1_x", "APM_1"),  # the longest device id that it fits
+        ("APM_2_x", "APM"),
+        ("OFF_9_x", "OFF_9"),  # in any status
+        ("TIED1", "TIED1"),
+        ("TIED1_x", None),  # its type's devices have no such client ids
+        ("ORPHAN", "ORPHAN"),
+        ("ORPHAN_x", None),
+        ("nobody", None),
+        ("", None),
+    ],
+)
+def test_whose_a_client_id_is(client_id, owner):
+    found = client_ids.owner_of(FLEET, client_id)
+    assert (found and found.device_id) == owner
 
 
 def test_an_empty_registry_denies_everything():

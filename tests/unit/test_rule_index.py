@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from authbackend.policy.rule_index import RuleIndex
-from authbackend.policy.rules import Effect, Permission, TopicRule, Values
+from authbackend.policy import rules as policy_rules
+from authbackend.policy.rules import Effect, Permission, RuleSet, TopicRule, Values
 from authbackend.policy.topics import split
 
 WORDS = st.sampled_from(["a", "b", "c", "x", ""])
@@ -54,3 +56,105 @@ def test_a_key_of_many_words_visits_each_node_once() -> None:
     assert index.first(Counting({}), [*words, "nothing"]) is None
     assert index.first(Counting({}), [*words, "e49"]) is not None
     assert index.first(Counting({}), ["a"] * 20_000) is None
+
+
+MANY_RULES = [
+    "a/b",
+    "a/+/c",
+    "+/b/d",
+    "{device_id}/x",
+    "{client_id}/x/y",
+    "a/{client_id}/z",
+    "t/#",
+    "t/u",
+    "t/#",
+    "p-{device_id}/x",
+    "p-{client_id}/x",
+]
+
+
+@pytest.mark.parametrize(
+    ("key", "client_id", "found"),
+    [
+        ("a.b", "c", {"a/b"}),
+        ("a", "c", set()),  # a rule begins so, none ends here
+        ("", "c", set()),
+        ("a.b.c", "c", {"a/+/c"}),  # the literal way leads nowhere
+        ("a.b.d", "c", {"+/b/d"}),
+        ("a.b.e", "c", set()),
+        ("a.c.z", "c", {"a/{client_id}/z"}),
+        ("a.c.c", "c", {"a/+/c"}),
+        ("a.b.z", "b", {"a/{client_id}/z"}),  # the literal, the "+" and the value are the same word
+        ("D.x", "c", {"{device_id}/x"}),
+        ("c.x.y", "c", {"{client_id}/x/y"}),
+        ("D.x.y", "D", {"{client_id}/x/y"}),  # both values are the same word
+        ("D.x", "D", {"{device_id}/x"}),
+        ("E.x", "c", set()),
+        ("t", "c", {"t/#"}),
+        ("t.u", "c", {"t/#", "t/u"}),
+        ("t.u.v", "c", {"t/#"}),
+        ("p-D.x", "c", {"p-{device_id}/x"}),
+        ("p-c.x", "c", {"p-{client_id}/x"}),
+        ("p-E.x", "c", set()),
+    ],
+)
+@pytest.mark.parametrize("effect", list(Effect))
+def test_a_rule_among_many_is_found_whatever_ways_lead_to_it(key, client_id, found, effect):
+    rules = RuleSet(TopicRule(effect, Permission.WRITE, topic, rule_id=n) for n, topic in enumerate(MANY_RULES))
+    rule = rules.first(effect, Permission.WRITE, Values({"device_id": "D", "client_id": client_id}), split(key))
+    assert rule is None if not found else rule.topic in found
+
+
+@pytest.mark.parametrize(
+    ("key", "client_id", "found"),
+    [
+        ("a.anything.z", None, "a/{client_id}/z"),
+        ("a.b.c.z", "#", "a/{client_id}/z"),
+        ("n.x", None, None),
+        ("a.c.z", "c", "a/{client_id}/z"),
+        ("a.b.c.z", "c", None),
+    ],
+)
+def test_a_deny_rule_among_many_covers_whatever_a_missing_value_could_have_been(key, client_id, found):
+    topics = ["n/1", "a/{client_id}/z", "n/2"]
+    rules = RuleSet(TopicRule(Effect.DENY, Permission.WRITE, topic) for topic in topics)
+    rule = rules.first(Effect.DENY, Permission.WRITE, Values({"client_id": client_id}), split(key))
+    assert (rule and rule.topic) == found
+
+
+def test_of_rules_that_say_the_same_the_first_is_named():
+    rules = [
+        TopicRule(Effect.ALLOW, Permission.WRITE, topic, rule_id=n) for n, topic in enumerate(["a", "a", "b/#"] * 2)
+    ]
+    index = RuleIndex(rules, deny=False)
+    assert [index.first(Values({}), [word]).rule_id for word in ("a", "b")] == [0, 2]
+
+
+def test_subscriptions_are_asked_of_each_rule():
+    """A filter must be inside an allow rule; it is not a key."""
+    rules = RuleSet(TopicRule(Effect.ALLOW, Permission.READ, topic) for topic in ("a/+", "b", "c"))
+    assert rules.first(Effect.ALLOW, Permission.READ, Values({}), ["a", "#"]) is None
+    assert rules.first(Effect.ALLOW, Permission.READ, Values({}), ["a", "*"]).topic == "a/+"
+
+
+def test_many_rules_are_indexed_once_and_few_are_not(monkeypatch):
+    made = []
+
+    class Counted(RuleIndex):
+        def __init__(self, rules, *, deny):
+            made.append(deny)
+            super().__init__(rules, deny=deny)
+
+    monkeypatch.setattr(policy_rules, "RuleIndex", Counted)
+    topics = ["a", "b", "c"]
+    rules = RuleSet(
+        [TopicRule(effect, Permission.WRITE, topic) for topic in topics for effect in Effect]
+        + [TopicRule(Effect.ALLOW, Permission.READ, topic) for topic in topics[:2]]
+    )
+    few = RuleSet(TopicRule(Effect.ALLOW, Permission.WRITE, topic) for topic in topics[:2])
+    for _ in range(2):
+        for effect in Effect:
+            for topic in topics:
+                assert rules.first(effect, Permission.WRITE, Values({}), [topic]).effect is effect
+        assert few.first(Effect.ALLOW, Permission.WRITE, Values({}), ["b"]).topic == "b"
+    assert made == [False, True]

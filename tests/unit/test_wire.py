@@ -10,6 +10,7 @@ from authbackend.broker import wire
 from authbackend.broker.wire import Malformed, MalformedRequest, parse_form
 from authbackend.policy.decide import Decision
 from authbackend.policy.reasons import Reason
+from authbackend.policy.requests import LoginRequest, ResourceRequest, TopicRequest, VhostRequest
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,76 @@ def test_refused_forms(form, cause):
     with pytest.raises(MalformedRequest) as refused:
         parse_form(form)
     assert refused.value.cause is cause
+    assert str(refused.value) == cause
+
+
+@pytest.mark.parametrize(
+    ("form", "read"),
+    [
+        (b"", {}),
+        (b"username=%2F", {"username": "/"}),
+        (b"username=%2f", {"username": "/"}),
+        (b"username=a+b", {"username": "a b"}),
+        (b"username=a+%2B%2F", {"username": "a +/"}),
+        (b"user%6eame=a", {"username": "a"}),
+        (b"username=a=b&vhost", {"username": "a=b", "vhost": ""}),
+        (b"variable_map.vhost=v", {"vhost": "v", "variable_map.vhost": "v"}),
+        (b"vhost=v&variable_map.vhost=v", {"vhost": "v", "variable_map.vhost": "v"}),
+        (b"new=%00&username=a", {"username": "a"}),  # what is not read need not be text
+        (b"new=\x00&username=a", {"username": "a"}),
+        (b"username=" + b"a" * 1024, {"username": "a" * 1024}),
+        (b"username=" + b"%C3%A9" * 512, {"username": "é" * 512}),
+        (b"&".join([b"username=a"] + [b"x=1"] * 63), {"username": "a"}),
+        (b"x=" + b"a" * (wire.LONGEST_BODY_BYTES - 2), {}),
+    ],
+)
+def test_forms_that_are_read(form, read):
+    assert parse_form(form) == read
+
+
+LONGEST = {
+    "username": 1024,
+    "password": 4096,
+    "vhost": 255,
+    "client_id": 65_535,
+    "ip": 255,
+    "resource": 32,
+    "name": 65_567,
+    "permission": 32,
+    "routing_key": 65_535,
+    "variable_map.client_id": 65_535,
+    "variable_map.username": 1024,
+    "variable_map.vhost": 255,
+}
+
+
+@pytest.mark.parametrize(("name", "longest"), LONGEST.items())
+def test_every_parameter_has_a_longest_value(name, longest):
+    assert parse_form(f"{name}={'a' * longest}".encode())[name] == "a" * longest
+    for value in ("a" * (longest + 1), "é" * (longest // 2 + 1)):
+        with pytest.raises(MalformedRequest) as refused:
+            parse_form(f"{name}={value}".encode())
+        assert refused.value.cause is Malformed.PARAMETER_TOO_LONG
+
+
+ASKED = {"username": "u", "vhost": "v", "ip": "i", "name": "n", "routing_key": "k", "client_id": "c"}
+
+
+@pytest.mark.parametrize("kind", ["queue", "exchange"])
+@pytest.mark.parametrize("permission", ["configure", "write", "read"])
+def test_requests_are_read_whole(kind, permission):
+    asked = {**ASKED, "password": "p", "resource": kind, "permission": permission}
+    without = {name: value for name, value in asked.items() if name not in ("client_id", "password")}
+    assert wire.login_request(asked) == LoginRequest("u", "p", "c")
+    assert wire.login_request(without) == LoginRequest("u", None, None)
+    assert wire.vhost_request(asked) == VhostRequest("u", "v", "i", "c")
+    assert wire.vhost_request(without) == VhostRequest("u", "v", "i", None)
+    assert wire.resource_request(asked) == ResourceRequest("u", "v", kind, "n", permission, "c")
+    assert wire.resource_request(without) == ResourceRequest("u", "v", kind, "n", permission, None)
+    if permission != "configure":
+        asked["resource"] = without["resource"] = "topic"
+        assert wire.topic_request(asked) == TopicRequest("u", "v", "n", permission, "k", "c")
+        assert wire.topic_request(without) == TopicRequest("u", "v", "n", permission, "k", None)
 
 
 @pytest.mark.parametrize(
