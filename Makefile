@@ -1,6 +1,8 @@
 # make run     a working service with a PostgreSQL of its own and a sample fleet, in .data/
 # make test    everything, against a real PostgreSQL and a real RabbitMQ 4.3
 # make bench   measure everything side by side with its references; writes docs/performance.md (root, about 45 minutes)
+# make mutants change the code that decides in one place at a time; prints the changes that no test notices (10 minutes;
+#              one module: make mutants ONLY=authbackend/policy/decide.py)
 # make check   format, lint, types, layers, and the tests that need no broker
 # make format  let the formatter rewrite the code
 # make docs    write the generated parts of docs/ again
@@ -10,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: run test bench check format docs clean
+.PHONY: run test bench mutants check format docs clean
 .DEFAULT_GOAL := check
 
 # A missing part of Debian is named with the line that installs it.
@@ -51,6 +53,10 @@ bench: $(VENV)/.dev
 	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	@$(BIN)/python -m benchmarks $(ARGS)
 
+mutants: $(VENV)/.dev
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mutants]'
+	@$(BIN)/python tools/mutants $(ONLY)
+
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -59,4 +65,4 @@ docs: $(VENV)/.dev
 	$(BIN)/python tools/generate-docs
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache mutants

@@ -97,8 +97,8 @@ def explain(
     )
     steps: list[Step] = []
     for question, ask in questions:
-        outcome = ask()
-        decision = outcome.otherwise if isinstance(outcome, PasswordCheck) else outcome
+        decision = ask()
+        assert isinstance(decision, Decision)  # only a password makes it hang on a check
         steps.append(Step(question, decision))
         if not decision.allowed:
             break

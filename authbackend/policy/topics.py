@@ -229,7 +229,7 @@ def _contains_general(outer: Pattern, inner: Sequence[str]) -> bool:
     Follow ``inner`` with the set of states of ``outer``.
 
     A word that ``outer`` does not name leads to the smallest set of states, so for a wildcard of ``inner`` it is
-    the only word to try.
+    the only word to try; ``*`` itself is such a word.
     """
     todo = [(0, outer.start())]
     seen = set(todo)
@@ -243,7 +243,7 @@ def _contains_general(outer: Pattern, inner: Sequence[str]) -> bool:
         if word == MANY:
             following = [(position + 1, states), (position, outer.after(states, None))]
         else:
-            following = [(position + 1, outer.after(states, None if word == ONE else word))]
+            following = [(position + 1, outer.after(states, word))]
         for step in following:
             if step not in seen:
                 if len(seen) > _STEP_BUDGET:

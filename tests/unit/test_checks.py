@@ -8,6 +8,7 @@ from authbackend.enforcement.checks import (
     CertificatesOnRecord,
     Checker,
     contradiction,
+    fits,
     narrowed_actions,
     serial,
     session_queue,
@@ -16,9 +17,19 @@ from authbackend.enforcement.checks import (
 from authbackend.enforcement.management_api import Binding, LiveConnection, Queue
 from authbackend.enforcement.sweep import connection_fault
 from authbackend.policy.decide import DecisionSettings
-from authbackend.policy.networks import Networks
 from authbackend.policy.reasons import Reason
-from authbackend.policy.rules import Account, Device, DeviceType, Effect, Login, Permission, RuleSet, Status, TopicRule
+from authbackend.policy.rules import (
+    Account,
+    Device,
+    DeviceType,
+    Effect,
+    Login,
+    Networks,
+    Permission,
+    RuleSet,
+    Status,
+    TopicRule,
+)
 from tests.support.memory_registry import MemoryRegistry
 
 NOW = 1_800_000_000.0
@@ -28,6 +39,7 @@ def registry():
     rules = RuleSet(
         [
             TopicRule(Effect.ALLOW, Permission.READ, "fleet/{device_id}/#"),
+            TopicRule(Effect.ALLOW, Permission.READ, "svc/{client_id}"),
             TopicRule(Effect.DENY, Permission.READ, "fleet/+/secrets/#"),
         ]
     )
@@ -38,13 +50,16 @@ def registry():
         Device("E", "E", "APM", expires_at=NOW - 1),
         Device("N", "N", "NEAR"),
         Device("K", "K", "KNOWN"),
+        Device("G", "G", "GONE"),
     )
     types = (
         DeviceType("APM", ("{device_id}", "{device_id}_*"), ("/",), rules=rules),
         DeviceType("NEAR", ("{device_id}_*",), ("/",), networks=Networks.parse(["10.0.0.0/24"])),
         DeviceType("KNOWN", ("{device_id}",), ("/",), require_known_certificate=True),
     )
-    return MemoryRegistry(devices, types, (Account("svc", Login.PASSWORD, client_ids=("svc-1",), vhosts=("/",)),))
+    return MemoryRegistry(
+        devices, types, (Account("svc", Login.PASSWORD, client_ids=("svc-1",), vhosts=("/",), rules=rules),)
+    )
 
 
 def checker():
@@ -110,6 +125,36 @@ def test_a_session_belongs_to_somebody_who_may_have_it(name, expected):
 
 
 @pytest.mark.parametrize(
+    ("vhost", "name", "expected"),
+    [
+        ("other", "mqtt-subscription-Aqos1", Reason.VHOST_NOT_LISTED),
+        ("other", "mqtt-subscription-svc-1qos1", Reason.VHOST_NOT_LISTED),
+        ("/", "mqtt-subscription-Eqos1", Reason.DEVICE_EXPIRED),
+        ("/", "mqtt-subscription-Bqos1", None),  # held: its sessions stay
+        ("/", "mqtt-will-G", Reason.DEVICE_TYPE_UNKNOWN),
+    ],
+)
+def test_a_session_is_where_and_while_its_owner_may_be(vhost, name, expected):
+    assert checker().session(session_queue(Queue(vhost, name, 0))) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "client_id", "will"),
+    [
+        ("mqtt-subscription-Aqos0", "A", False),
+        ("mqtt-subscription-Aqos1qos1", "Aqos1", False),
+        ("mqtt-subscription-a\nbqos1", "a\nb", False),
+        ("mqtt-will-Aqos1", "Aqos1", True),
+        ("mqtt-will-", "", True),
+    ],
+)
+def test_a_queues_name_tells_the_client_id_and_whether_it_is_a_will(name, client_id, will):
+    queue = Queue("/", name, 0)
+    session = session_queue(queue)
+    assert (session.queue, session.client_id, session.will) == (queue, client_id, will)
+
+
+@pytest.mark.parametrize(
     "name", ["mqtt-subscription-A", "amq.gen-1", "x-mqtt-subscription-Aqos1", "mqtt-subscription-Aqos2"]
 )
 def test_other_queues_are_nobodys_session(name):
@@ -126,6 +171,47 @@ def test_a_subscription_is_judged_by_the_rules_of_the_owner():
     assert checker().binding(session, Binding("amq.fanout", "fleet.A.x", "k")) == Reason.EXCHANGE_NOT_PERMITTED
 
 
+@pytest.mark.parametrize(
+    ("vhost", "client_id", "key", "expected"),
+    [
+        ("/", "svc-1", "fleet.x", Reason.NO_RULE_ALLOWS),  # an account has no device id
+        ("/", "svc-1", "svc.svc-1", None),
+        ("/", "svc-1", "fleet.B.secrets", Reason.NO_RULE_ALLOWS),
+        ("other", "svc-1", "svc.svc-1", Reason.VHOST_NOT_LISTED),
+        ("/", "B", "fleet.B.x", None),  # by its common name, not its id
+        ("other", "A", "fleet.A.x", Reason.VHOST_NOT_LISTED),
+        ("/", "E", "fleet.E.x", Reason.DEVICE_EXPIRED),
+        ("/", "nobody", "fleet.A.x", Reason.UNKNOWN_IDENTITY),
+    ],
+)
+def test_a_subscription_is_judged_as_its_owner_would_be_answered(vhost, client_id, key, expected):
+    session = session_queue(Queue(vhost, f"mqtt-subscription-{client_id}qos1", 0))
+    assert checker().binding(session, Binding("amq.topic", key, "k")) == expected
+
+
+def test_a_connection_is_judged_by_its_address():
+    types = (DeviceType("APM", ("{device_id}",), ("/",), Networks.parse(["10.0.0.0/8"])),)
+    inspect = Checker(MemoryRegistry((Device("A", "A", "APM"),), types), NOW, DecisionSettings())
+    assert inspect.connection(live("A", "A")) is None
+    assert inspect.connection(live("A", "A", address="192.0.2.1")) == Reason.ADDRESS_NOT_IN_NETWORKS
+
+
+@pytest.mark.parametrize(
+    ("client_id", "patterns", "was_its"),
+    [
+        ("D", ["{device_id}_*"], True),  # its id is its own, whatever the patterns
+        ("D", None, True),
+        ("D_1", ["{device_id}", "{device_id}_*"], True),
+        ("D_1", ["{device_id}"], False),
+        ("D_1", [], False),
+        ("D_1", None, False),
+        ("E", ["{device_id}"], False),
+    ],
+)
+def test_whose_a_client_id_was_by_patterns_that_may_be_gone(client_id, patterns, was_its):
+    assert fits(client_id, "D", patterns) is was_its
+
+
 def rule(effect, action, topic, exchange=None):
     found = {"effect": effect, "action": action, "topic": topic}
     return found if exchange is None else {**found, "exchange": exchange}
@@ -140,7 +226,10 @@ def rule(effect, action, topic, exchange=None):
         ([rule("allow", "publish", "{attr.x}/b")], [("publish", "+/b", None)], set()),
         ([rule("allow", "publish", "{attr.x}/b")], [("publish", "+/+/b", None)], {"publish"}),
         ([rule("allow", "publish", "{device_id}/b")], [("publish", "{client_id}/b", None)], {"publish"}),
+        ([rule("allow", "publish", "{attr.x}")], [("publish", "{attr.x}", None)], set()),
+        ([rule("allow", "publish", "{attr.x}")], [("publish", "{attr.y}", None)], {"publish"}),
         ([rule("deny", "subscribe", "a")], [("subscribe", "#", None)], {"subscribe"}),
+        ([rule("deny", "subscribe", "a"), rule("allow", "publish", "b")], [], {"publish", "subscribe"}),
         ([rule("allow", "publish", "a", "x")], [("publish", "a", "y")], {"publish"}),
         ([rule("allow", "publish", "a", "x")], [("publish", "a", "x")], set()),
         ([rule("allow", "publish", "a", "x")], [("publish", "a", None)], {"publish"}),
@@ -332,8 +421,11 @@ def test_what_a_client_claims_in_user_properties_is_compared():
     assert contradiction(registry(), live("A", "A", user_properties={"client_type": "APM", "client_name": "A"})) is None
     assert contradiction(registry(), live("cn-b", "B", user_properties={"client_name": "cn-b"})) is None
     assert "client_type 'AGV'" in contradiction(registry(), live("A", "A", user_properties={"client_type": "AGV"}))
+    long = contradiction(registry(), live("A", "A", user_properties={"client_type": "x" * 100}))
+    assert long == f"client_type {'x' * 64!r}, registered: 'APM'"
     assert "client_name 'B'" in contradiction(registry(), live("A", "A", user_properties={"client_name": "B"}))
 
 
 def test_serials_are_compared_in_one_form():
     assert serial("00:AB:0C") == serial("AB0C") == "ab0c"
+    assert serial("00") == "0"

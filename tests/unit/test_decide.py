@@ -667,6 +667,15 @@ def test_the_wildcards_of_a_subscription_have_limits_and_those_of_a_topic_have_n
     assert decide.by_rules(rules, Values({}), "write", key).allowed
 
 
+def test_among_many_deny_rules_a_missing_value_denies_what_it_could_have_been():
+    rules = RuleSet(
+        [rule("allow", "write", "#"), *(rule("deny", "write", topic) for topic in ("n/1", "a/{client_id}/z", "n/2"))]
+    )
+    for client_id, allowed in ((None, False), ("#", False), ("c", True)):
+        answer = decide.by_rules((rules,), Values({"client_id": client_id}), "write", "a.b.z")
+        assert answer.allowed is allowed
+
+
 def test_a_decision_says_all_that_is_known():
     """In the logs and to whoever asks why: the verdict, its reason, and the rule."""
     allow, deny = rule("allow", "write", "#"), rule("deny", "write", "a")

@@ -70,6 +70,17 @@ def test_what_was_named_is_what_is_asked():
     assert (explanation.client_id, explanation.vhost) == ("D1", "/")
 
 
+def test_a_device_that_was_held_and_will_expire_is_asked_about_at_every_question():
+    asked = device("D1", expires_at=NOW + 1, held_until=NOW - 1)
+    assert ask("fleet/D1/x", asked=asked).decision.allowed
+
+
+def test_the_vhost_is_a_value_at_the_last_two_questions():
+    asked = device("D1")
+    rules = RuleSet([rule("{vhost}/x")])
+    assert ask("plant/x", asked=asked, in_fleet=fleet(asked, rules=rules)).decision.allowed
+
+
 def test_the_mqtt_exchange_is_the_one_of_the_settings():
     assert ask("fleet/D1/x", settings=DecisionSettings(mqtt_exchange="fleet")).decision.allowed
 
@@ -120,6 +131,7 @@ VALUES = Values({"device_id": "d1", "client_id": None}, {})
         ("a/{client_id}/{attr.x}", "a.b", "{client_id} has no value that is one topic level"),
         ("{device_id}/{attr.x}", "a.b", "{attr.x} has no value that is one topic level"),
         ("a*", "a", "its filter is malformed, so it grants nothing"),
+        ("#/b", "a", "the topic goes on after level 0, the rule does not"),
     ],
 )
 def test_what_a_rule_lacks_for_a_publish(topic, key, missing):
@@ -154,3 +166,16 @@ def test_at_most_three_rules_are_named_the_one_that_agrees_longest_first():
     found = nearest_rules(rules, VALUES, Permission.WRITE, split("a.b.c"))
     assert [near.rule.rule_id for near in found] == [6, 4, 5]
     assert [near.rule.rule_id for near in nearest_rules(rules[:2], VALUES, Permission.WRITE, ["a"])] == [2, 1]
+
+
+def test_rules_that_cannot_allow_come_last_the_older_first():
+    rules = [
+        rule("a*", rule_id=1),
+        rule("{client_id}", rule_id=2),
+        rule("b*", rule_id=3),
+        rule("x", rule_id=4),
+        rule("x", rule_id=4),
+    ]
+    for given, expected in ((rules, [4, 4, 1]), (rules[:3], [1, 2, 3]), (rules[1:3], [2, 3])):
+        found = nearest_rules(given, VALUES, Permission.WRITE, ["a"])
+        assert [near.rule.rule_id for near in found] == expected

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from authbackend.policy.rule_index import RuleIndex
 from authbackend.policy import rules as policy_rules
+from authbackend.policy.rule_index import RuleIndex
 from authbackend.policy.rules import Effect, Permission, RuleSet, TopicRule, Values
 from authbackend.policy.topics import split
 
@@ -128,6 +128,17 @@ def test_of_rules_that_say_the_same_the_first_is_named():
     ]
     index = RuleIndex(rules, deny=False)
     assert [index.first(Values({}), [word]).rule_id for word in ("a", "b")] == [0, 2]
+
+
+def test_a_deny_rule_whose_values_are_there_is_not_asked_by_itself():
+    class Silent(TopicRule):
+        def matches(self, values, words):
+            raise AssertionError(f"{self} was asked")
+
+    rules = [Silent(Effect.DENY, Permission.WRITE, topic) for topic in ("a/{client_id}", "b", "c")]
+    index = RuleIndex(rules, deny=True)
+    assert index.first(Values({"client_id": "x"}), ["a", "x"]) is rules[0]
+    assert index.first(Values({"client_id": "x"}), ["a", "y"]) is None
 
 
 def test_subscriptions_are_asked_of_each_rule():

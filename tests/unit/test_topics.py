@@ -412,6 +412,7 @@ def test_rules_are_the_same_when_everything_a_person_wrote_is():
     assert hash(rule()) == hash(rule())
     assert rule() != "a"
     assert len({rule(), rule(), *changed}) == 1 + len(changed)
+    assert len({hash(one) for one in changed}) > 1
     assert repr(rule(topic="a/+")) == "<TopicRule 1 allow write 'a/+'>"
     unsaved = TopicRule(Effect.ALLOW, Permission.WRITE, "a")
     assert (unsaved.rule_id, unsaved.owner, unsaved.exchange) == (0, "", None)
