@@ -148,9 +148,8 @@ class TopicRule:
 
         Nearly every rule is compared word by word, without building a pattern; the rest by its pattern.
         """
-        widened = self.effect is Effect.DENY and any(values.get(name) is None for name in self._names)
-        if widened or self.expected is None:
-            if widened and len(words) > MOST_WORDS_WITH_MANY:
+        if self.expected is None or (self.effect is Effect.DENY and any(values.get(n) is None for n in self._names)):
+            if len(words) > MOST_WORDS_WITH_MANY and self._widened(values):
                 return True  # no topic is that deep: a client that chose such an id and such a key wants to cost time
             pattern = self.pattern(values)
             return pattern is not None and match(pattern, words)
@@ -163,6 +162,10 @@ class TopicRule:
             if (values.get(text) if is_placeholder else text) != word:
                 return False
         return True
+
+    def _widened(self, values: Values) -> bool:
+        """Return whether this is a deny rule that covers more than its words say, because a value is missing."""
+        return self.effect is Effect.DENY and any(values.get(name) is None for name in self._names)
 
     def _word_by_word(self) -> tuple[tuple[Expected, ...] | None, bool]:
         """Return what is expected before a final ``#``, and whether there is one; None if a level is not simple."""

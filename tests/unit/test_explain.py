@@ -174,7 +174,7 @@ def test_rules_that_cannot_allow_come_last_the_older_first():
         rule("{client_id}", rule_id=2),
         rule("b*", rule_id=3),
         rule("x", rule_id=4),
-        rule("x", rule_id=4),
+        rule("y", rule_id=4),
     ]
     for given, expected in ((rules, [4, 4, 1]), (rules[:3], [1, 2, 3]), (rules[1:3], [2, 3])):
         found = nearest_rules(given, VALUES, Permission.WRITE, ["a"])

@@ -394,6 +394,14 @@ def test_whole_levels_are_compared_word_by_word():
     assert rule.has_tail
     assert TopicRule(Effect.ALLOW, Permission.WRITE, "p-{device_id}").expected is None
 
+    class WordByWord(TopicRule):
+        def pattern(self, values):
+            raise AssertionError(f"{self} was made a pattern")
+
+    for effect in Effect:
+        rule = WordByWord(effect, Permission.WRITE, "{device_id}/+/#")
+        assert rule.matches(Values(PLACEHOLDERS), ["d1", "x"])
+
 
 def test_rules_are_the_same_when_everything_a_person_wrote_is():
     def rule(**changes):
