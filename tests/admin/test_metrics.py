@@ -1,0 +1,57 @@
+"""What Prometheus reads."""
+
+import math
+import time
+
+from prometheus_client.parser import text_string_to_metric_families
+
+
+async def series(client):
+    async with client.get("/metrics") as answer:
+        assert answer.status == 200
+        assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+        families = text_string_to_metric_families(await answer.text())
+    return {(sample.name, *sample.labels.values()): sample.value for one in families for sample in one.samples}
+
+
+async def test_the_registry_and_its_age_are_told(client, replica):
+    replica.store.note(synced_at=time.monotonic() - 50)
+    found = await series(client)
+    assert found["authbackend_registry_entries", "device"] == 2
+    assert found["authbackend_registry_entries", "account"] == 0
+    assert found["authbackend_registry_sync_age_seconds",] >= 50
+    assert found["authbackend_registry_version",] == 100
+
+
+async def test_failed_looks_and_workers_that_were_started_again_are_counted(client, replica):
+    replica.counted.refresh_failed()
+    replica.board.gone(0)
+    found = await series(client)
+    assert found["authbackend_registry_sync_failures_total",] == 1
+    assert found["authbackend_worker_restarts",] == 1
+
+
+async def test_before_the_first_load_there_is_something_to_read(aiohttp_client, empty):
+    found = await series(await aiohttp_client(empty.application()))
+    assert found["authbackend_registry_entries", "device"] == 0
+    assert ("authbackend_registry_version",) not in found
+    assert math.isnan(found["authbackend_registry_sync_age_seconds",])
+
+
+async def test_certificates_and_lists_are_told_when_they_are_known(client, replica):
+    before = await series(client)
+    assert ("authbackend_certificates_expired_active",) not in before
+    replica.certificates.expired = 3
+    replica.certificates.within = {"APM": (1, 2, 4)}
+    replica.certificates.next_updates = {"fleet": 1_800_000_000.0}
+    found = await series(client)
+    assert found["authbackend_certificates_expired_active",] == 3
+    assert [found["authbackend_certificates_expiring", days, "APM"] for days in ("7", "30", "90")] == [1, 2, 4]
+    assert found["authbackend_crl_next_update_timestamp_seconds", "fleet"] == 1_800_000_000
+
+
+async def test_metrics_are_read_only_and_other_paths_are_nothing(client):
+    async with client.post("/metrics") as answer:
+        assert answer.status == 405
+    async with client.get("/metric") as answer:
+        assert answer.status == 404
