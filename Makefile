@@ -38,8 +38,9 @@ run: $(VENV)/.run
 	@AUTHBACKEND_LOG__FORMAT=$${AUTHBACKEND_LOG__FORMAT:-console} $(BIN)/authbackend serve --embedded .data --sample
 
 test:
-	@[ "$$(id -u)" = 0 ] || { echo "The broker's tests need root, for a network of their own. Run:  make check && sudo tools/test-broker"; exit 1; }
+	@[ "$$(id -u)" = 0 ] || { echo "The tests with a broker and those on Python 3.13 need root. Run:  make check && sudo tools/test-python 3.13 && sudo tools/test-broker"; exit 1; }
 	@$(MAKE) --no-print-directory check
+	tools/test-python 3.13 --quiet
 	@PYTHON=$(BIN)/python tools/test-broker
 
 check: $(VENV)/.dev
@@ -65,4 +66,4 @@ docs: $(VENV)/.dev
 	$(BIN)/python tools/generate-docs
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache mutants
+	rm -rf $(VENV) $(VENV)-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache mutants
