@@ -21,7 +21,7 @@ from benchmarks.storm import Options
 from benchmarks.storm import run as storm
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = (*ALL, "storm", "faults", "httpc", "revocation")
+PARTS = (*ALL, "storm", "faults", "httpc", "revocation", "lanes")
 
 
 def _say(text: str) -> None:
@@ -93,6 +93,11 @@ def _measure(parts: tuple[str, ...], quick: bool) -> None:
         started = time.monotonic()
         small = {"revocations": 10, "fleet": 300, "registered": 3000, "mass": 300, "swept": 200, "certificates": 2}
         _keep("revocation", run_inside("benchmarks.revocation.inside", small if quick else {}), started, quick)
+    if "lanes" in parts:
+        _say("--- lanes")
+        started = time.monotonic()
+        small = {"registered": 5000, "mass": 2000, "swept": 3000}
+        _keep("lanes", run_inside("benchmarks.revocation.lanes", small if quick else {}), started, quick)
 
 
 def _keep(name: str, found: dict[str, Any], started: float, quick: bool) -> None:

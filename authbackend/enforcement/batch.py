@@ -163,32 +163,41 @@ class Batch:
         present = [one for one in plans if not one.superseded and (one.users or one.sessions)]
         await self._record([one for one in plans if not one.superseded and not (one.users or one.sessions)])
         listed = await self._inventory.connected(user for one in present for user in one.users)
+        sessions = await self._sessions_of(present) if self._inventory.lists else None
         connected = [one for one in present if not one.users.isdisjoint(listed)]
         for part in chunks(connected):
             if self._between is not None and not await self._between():
                 return
-            await self._end(part)
-        await self._rest([one for one in present if one.users.isdisjoint(listed)])
+            await self._end(part, sessions)
+        await self._rest([one for one in present if one.users.isdisjoint(listed)], sessions)
 
-    async def _rest(self, plans: list[Plan]) -> None:
+    async def _rest(self, plans: list[Plan], sessions: dict[Plan, list[SessionQueue]] | None) -> None:
         """Repair the sessions of those that are not connected, and record all that have none together."""
         if not plans:
             return
-        sessions = await self._sessions_of(plans)
+        if sessions is None:
+            sessions = await self._sessions_of(plans)
         for part in chunks([one for one in plans if sessions.get(one)]):
             if self._between is not None and not await self._between():
                 return
-            await self._end(part)
+            await self._end(part, sessions)
         nothing = [one for one in plans if not sessions.get(one)]
-        for part in chunks(nothing, 20 * CHUNK):
+        for part in chunks(nothing, 10 * CHUNK):
             await self._nothing_found(part)
 
-    async def _end(self, plans: Sequence[Plan]) -> None:
-        """Hold, close, repair and record some plans."""
+    async def _end(self, plans: Sequence[Plan], sessions: dict[Plan, list[SessionQueue]] | None) -> None:
+        """
+        Hold, close, repair and record some plans.
+
+        Args:
+            sessions: Of each plan; None: they are asked for when the connections are closed.
+        """
         await self._hold([one for one in plans if one.held and one.first_look])
         await self._each(plans, self._close)
         try:
-            await self._repair(await self._sessions_of([one for one in plans if one.sessions and not one.fault]))
+            if sessions is None:
+                sessions = await self._sessions_of([one for one in plans if one.sessions and not one.fault])
+            await self._repair({one: sessions[one] for one in plans if sessions.get(one)})
         except TaskStoreError:
             raise
         except AuthbackendError as error:  # the lists; what has been closed must be recorded all the same
@@ -296,9 +305,10 @@ class Batch:
         later: dict[float, dict[int, dict[str, Any]]] = {}
         finished: dict[str, dict[int, dict[str, Any]]] = {"done": {}, "superseded": {}}
         released: list[str] = []
+        put_off: dict[str, list[Task]] = {}
         for one in plans:
             if one.fault is not None and not one.done.anything:
-                await self._enforcer.failed([replace(one.task, id=id_) for id_ in one.ids], one.fault)
+                put_off.setdefault(one.fault, []).extend(replace(one.task, id=id_) for id_ in one.ids)
                 continue
             made = receipt(one, by, missing, self._nodes)
             after_s = self._look_again_s(one, made)
@@ -309,6 +319,8 @@ class Batch:
                 finished["superseded" if one.superseded else "done"].update(dict.fromkeys(one.ids, made))
                 released += [one.task.name] if one.task.kind == "device" else []
             self._tell(one, made, finished=after_s is None)
+        for fault, tasks in put_off.items():
+            await self._enforcer.failed(tasks, fault)
         for after_s, receipts in later.items():
             await self._store.check_later(receipts, after_s)
         for state, receipts in finished.items():

@@ -23,9 +23,11 @@ class Inventory(Protocol):
 
     Args:
         look_again_s: After this time another look sees all that was allowed before the first one.
+        lists: Whether everything is listed once, so that sessions need not be asked for in parts.
     """
 
     look_again_s: float
+    lists: bool
 
     async def connected(self, users: Iterable[str]) -> set[str]:
         """Return those users that may be connected."""
@@ -38,6 +40,7 @@ class ByName:
     """Asks for each user and each session by name; exact at once."""
 
     look_again_s = LOOK_AGAIN_S
+    lists = False
 
     def __init__(self, actions: ClusterActions) -> None:
         self._actions = actions
@@ -60,6 +63,7 @@ class Listed:
     """
 
     look_again_s = STATISTICS_LATE_S
+    lists = True
 
     def __init__(self, actions: ClusterActions) -> None:
         self._actions = actions

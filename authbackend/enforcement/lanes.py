@@ -26,7 +26,7 @@ LONGEST_WAIT_S = 1.0
 URGENT_BATCHES = 4
 """While one batch repairs sessions, the next ones close connections."""
 
-BULK_BATCH = 5000
+BULK_BATCH = 2000
 _LIST_LASTS_S = 30.0
 _PAUSE_LOOK_S = 1.0
 

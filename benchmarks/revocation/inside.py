@@ -35,11 +35,13 @@ _NODE_DOWN = 30
 _TASK = "select state, receipt, extract(epoch from finished_at - noted_at)::float8 as took from enforcement where name = $1 order by id desc limit 1"
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tell a person how it goes."""
     print(f"revocation: {text}", file=sys.stderr, flush=True)  # noqa: T201
 
 
-def _quantiles(values: list[float]) -> dict[str, float]:
+def quantiles(values: list[float]) -> dict[str, float]:
+    """Return number, median, p99 and longest of some seconds, in milliseconds."""
     ordered = sorted(values)
     return {
         "number": len(ordered),
@@ -69,7 +71,7 @@ class Measurements:
             HarnessError: There still is.
         """
         deadline = time.monotonic() + limit_s
-        while left := await self.database.fetchval("select count(*) from enforcement where state <> 'done'"):
+        while left := await self.database.fetchval("select count(*) from enforcement where finished_at is null"):
             if time.monotonic() > deadline:
                 raise HarnessError(f"{left} tasks are still open")
             await asyncio.sleep(0.05)
@@ -96,13 +98,13 @@ class Measurements:
             resting.append((time.monotonic() + REST_S, device))
             await self._reinstate(resting)
             if number % 50 == 49:
-                _say(f"{number + 1} revocations: last message accepted after {_quantiles(accepted)}")
+                say(f"{number + 1} revocations: last message accepted after {quantiles(accepted)}")
             await asyncio.sleep(max(0.0, REVOKE_EVERY_S - (time.monotonic() - begin)))
         await self.finished()
         rows = await self.database.fetch("select receipt from enforcement where causes = '{revoked}'")
         return {
-            "last_accepted": _quantiles(accepted),
-            "closed": _quantiles(gone),
+            "last_accepted": quantiles(accepted),
+            "closed": quantiles(gone),
             "closed_ms": [round(1000 * each, 2) for each in gone],
             "accepted_ms": [round(1000 * each, 2) for each in accepted],
             "receipts": len(rows),
@@ -143,7 +145,7 @@ class Measurements:
             names,
         )
         await self.set_status(names, "active")
-        return {"last_accepted": _quantiles(accepted), "revoked": len(names), "verified": done}
+        return {"last_accepted": quantiles(accepted), "revoked": len(names), "verified": done}
 
     async def subscribers(self) -> dict[str, Any]:
         """Messages that a revoked subscriber gets after the receipt, and what its session holds when it is reinstated."""
@@ -282,8 +284,8 @@ class Measurements:
                 own = self.stage.identities[: options.swept][number::3]
                 fleet = stack.enter_context(Fleet(plan, own, 1))
                 await asyncio.to_thread(fleet.storm, 600.0)
-                _say(f"{len(own)} connected to {node.name}")
-                thread = threading.Thread(target=_keep_connected, args=(fleet, over))
+                say(f"{len(own)} connected to {node.name}")
+                thread = threading.Thread(target=keep_connected, args=(fleet, over))
                 thread.start()
                 stack.callback(thread.join)
             stack.callback(over.set)
@@ -306,7 +308,7 @@ class Measurements:
             report = json.loads(row["report"])
             busy.append(used)
             reports.append({name: report[name] for name in ("connections", "sessions", "duration_s", "found")})
-            _say(f"sweep: {reports[-1]}")
+            say(f"sweep: {reports[-1]}")
         whole = [each for each in reports if each["connections"] >= self.stage.options.swept]
         return {
             "connections": self.stage.options.swept,
@@ -317,7 +319,8 @@ class Measurements:
         }
 
 
-def _keep_connected(fleet: Fleet, over: threading.Event) -> None:
+def keep_connected(fleet: Fleet, over: threading.Event) -> None:
+    """Hold the connections of a fleet until it is over."""
     while not over.is_set():
         fleet.hold(0.5)
 
@@ -329,7 +332,7 @@ async def measure(options: Options) -> dict[str, Any]:
     Raises:
         HarnessError: one of the real parts did not start or did not do what it must.
     """
-    _say("booting a cluster of three nodes, PostgreSQL and two replicas")
+    say("booting a cluster of three nodes, PostgreSQL and two replicas")
     with stage(options) as ready:
         result: dict[str, Any] = {"options": options.as_dict()}
         database = await asyncpg.connect(ready.database.dsn_of())
@@ -343,10 +346,10 @@ async def measure(options: Options) -> dict[str, Any]:
             measurements.sweep,
         )
         for part in parts:
-            _say(f"--- {part.__name__}")
+            say(f"--- {part.__name__}")
             result[part.__name__] = await part()
             shown = {name: value for name, value in result[part.__name__].items() if not name.endswith("_ms")}
-            _say(f"{part.__name__}: {json.dumps(shown)[:400]}")
+            say(f"{part.__name__}: {json.dumps(shown)[:400]}")
         await database.close()
     return result
 
@@ -356,16 +359,16 @@ def main() -> None:
     options = Options(**json.loads(Path(sys.argv[1]).read_text()))
     try:
         result = uvloop.run(measure(options))
-        _say("--- certificates")
+        say("--- certificates")
         found = certificates(options.certificates)
         result["certificates"] = {
-            "refused_ms": _quantiles(found["refused_s"]),
-            "closed_ms": _quantiles(found["closed_s"]),
+            "refused_ms": quantiles(found["refused_s"]),
+            "closed_ms": quantiles(found["closed_s"]),
             "dropped": found["dropped"],
         }
-        _say(f"certificates: {result['certificates']}")
+        say(f"certificates: {result['certificates']}")
     except HarnessError as error:
-        _say(str(error))
+        say(str(error))
         sys.exit(1)
     Path(sys.argv[2]).write_text(json.dumps(result))
 

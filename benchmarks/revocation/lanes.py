@@ -1,0 +1,266 @@
+"""
+Single revocations in the middle of mass changes: ``python -m benchmarks.revocation.lanes OPTIONS RESULT``, both JSON files.
+
+Runs inside the namespaces, on the same stage as the other measurements of revocation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import uvloop
+
+from authbackend_load.fleet import Fleet
+from authbackend_load.plan import Plan
+from benchmarks import asking
+from benchmarks.revocation.inside import keep_connected, quantiles, say
+from benchmarks.revocation.stage import SENDER, Device, Options, Stage, stage
+from tests.broker.processes import HarnessError
+
+RATE = 20
+"""Single revocations a second."""
+
+CONNECTED = 1000
+"""Of the devices of a mass revocation; as many are revoked one by one."""
+
+_TYPE_RULE = "insert into topic_rule (device_type, effect, action, topic) values ('APM', 'deny', 'subscribe', 'fleet/+/telemetry/#')"
+
+
+class Lanes:
+    """What is measured on one stage."""
+
+    def __init__(self, ready: Stage, pool: asyncpg.Pool) -> None:
+        self.stage = ready
+        self.pool = pool
+        self.mass = ready.devices[1 : CONNECTED + 1]
+        self.single = ready.devices[CONNECTED + 1 : 2 * CONNECTED + 1]
+
+    async def set_status(self, names: list[str], status: str) -> float:
+        """Commit a status, and return when."""
+        await self.pool.execute("update device set status = $2 where device_id = any ($1)", names, status)
+        return time.monotonic()
+
+    async def reset(self, devices: list[Device], limit_s: float = 300.0) -> None:
+        """
+        Let everything be finished, and connect devices that are not.
+
+        Raises:
+            HarnessError: Something is still open.
+        """
+        await self.set_status([device.name for device in devices], "active")
+        deadline = time.monotonic() + limit_s
+        while left := await self.pool.fetchval("select count(*) from enforcement where finished_at is null"):
+            if time.monotonic() > deadline:
+                raise HarnessError(f"{left} tasks are still open")
+            await asyncio.sleep(0.1)
+        for device in devices:
+            if device.connection is None or device.connection.lost.done():
+                await device.connect()
+
+    async def restart(self, clusters: str, per_second: int) -> None:
+        """Start both replicas anew with other settings."""
+        for each in (self.stage.other, self.stage.service):
+            await asyncio.to_thread(each.stop)
+            each.enforce(clusters, sweep_interval_s="3600")
+            each.configure(ENFORCEMENT__KICKS_PER_SECOND=str(per_second))
+            await asyncio.to_thread(each.start)
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                _ = self.stage.leading
+            except StopIteration:
+                if time.monotonic() > deadline:
+                    raise HarnessError("nobody enforces") from None
+                await asyncio.sleep(0.1)
+            else:
+                return
+
+    async def singles(self, number: int) -> list[float]:
+        """Revoke devices at a rate; return the seconds from each commit until the connection was lost."""
+
+        async def one(device: Device) -> float:
+            assert device.connection is not None
+            committed = await self.set_status([device.name], "revoked")
+            async with asyncio.timeout(120):
+                await device.connection.lost
+            return time.monotonic() - committed
+
+        begin = time.monotonic()
+        running = []
+        for n, device in enumerate(self.single[:number]):
+            await asyncio.sleep(max(0.0, begin + n / RATE - time.monotonic()))
+            running.append(asyncio.create_task(one(device)))
+        return list(await asyncio.gather(*running))
+
+    async def quiet(self) -> dict[str, Any]:
+        """Single revocations while nothing else goes on."""
+        await self.reset(self.single[:200])
+        return {"closed": quantiles(await self.singles(200))}
+
+    async def mass_change(self, per_second: int) -> dict[str, Any]:
+        """Revoke 10,000 of 100,000, of which 1,000 are connected; single revocations meanwhile."""
+        await self.restart(self.stage.cluster.management, per_second)
+        await self.reset([*self.mass, *self.single[:400]])
+        names = [device.name for device in self.mass]
+        names += [f"other{n}" for n in range(1, self.stage.options.mass - len(names) + 1)]
+        with decisions(self.stage) as found:
+            begin = await self.set_status(names, "revoked")
+            singles = asyncio.create_task(self.singles(400))
+            await asyncio.gather(*(each.connection.lost for each in self.mass if each.connection is not None))
+            closed_s = time.monotonic() - begin
+            open_ = "select count(*) from enforcement where finished_at is null and lane = 'mass'"
+            while await self.pool.fetchval(open_):  # noqa: ASYNC110 - the table is what is waited for
+                await asyncio.sleep(0.05)
+            verified_s = time.monotonic() - begin
+            closed = await singles
+        return {
+            "revoked": len(names),
+            "connected": len(self.mass),
+            "kicks_per_second": per_second,
+            "last_closed_s": round(closed_s, 2),
+            "all_verified_s": round(verified_s, 2),
+            "single": quantiles(closed),
+            **found,
+        }
+
+    async def type_change(self) -> dict[str, Any]:
+        """Take a subscription from a type of which 20,000 devices are connected; single revocations meanwhile."""
+        await self.restart(self.stage.cluster.management, self.stage.options.kicks_per_second)
+        await self.reset(self.single[:400])
+        mine = {device.name for device in self.stage.devices}
+        over = threading.Event()
+        with ExitStack() as stack:
+            for number, node in enumerate(self.stage.cluster.nodes):
+                plan = Plan(
+                    host="127.0.0.1",
+                    port=node.doors.mqtt_tls,
+                    server_name="localhost",
+                    ca_file=str(self.stage.certificates.ca_file),
+                    keep_alive_s=3600,
+                    subscribe=("fleet/{device_id}/commands/#", "fleet/{device_id}/telemetry/#"),
+                    subscribe_qos=0,
+                    until="subscribe",
+                    in_flight=100,
+                )
+                own = [each for each in self.stage.identities if each.device_id not in mine][number::3]
+                fleet = stack.enter_context(Fleet(plan, own, 1))
+                await asyncio.to_thread(fleet.storm, 900.0)
+                say(f"{len(own)} connected to {node.name}")
+                thread = threading.Thread(target=keep_connected, args=(fleet, over))
+                thread.start()
+                stack.callback(thread.join)
+            stack.callback(over.set)
+            with decisions(self.stage) as found:
+                begin = time.monotonic()
+                await self.pool.execute(_TYPE_RULE)
+                closed = await self.singles(400)
+            await self.reset([], 900)
+            took_s = time.monotonic() - begin
+            sessions = await self.pool.fetchval(
+                "select (receipt ->> 'devices')::int from enforcement where kind = 'device_type' order by id desc limit 1"
+            )
+        return {"sessions": sessions, "all_verified_s": round(took_s, 1), "single": quantiles(closed), **found}
+
+    async def cluster_down(self) -> dict[str, Any]:
+        """Single revocations with a second cluster that takes connections and never answers, and without it, in turn."""
+        one = self.stage.cluster.management
+        rounds: dict[str, list[dict[str, float]]] = {"without": [], "with": []}
+        with socket.create_server(("127.0.0.2", 15671), backlog=1024) as silent:
+            for _ in range(3):
+                for name, clusters in (
+                    ("without", one),
+                    ("with", f"{one},https://127.0.0.2:{silent.getsockname()[1]}"),
+                ):
+                    await self.restart(clusters, 100)
+                    await self.pool.execute(
+                        "delete from enforcement_cluster where name <> 'localhost'" if name == "without" else "select"
+                    )
+                    await self.set_status([device.name for device in self.single[:200]], "active")
+                    await self.pool.execute("delete from enforcement where cluster = '127.0.0.2'")
+                    await self.reset(self.single[:200])
+                    rounds[name].append(quantiles(await self.singles(200)))
+                    await self.pool.execute("delete from enforcement where cluster = '127.0.0.2'")
+        p99 = {name: statistics.median(each["p99_ms"] for each in found) for name, found in rounds.items()}
+        return {"rounds": rounds, "p99_ms": p99, "ratio": round(p99["with"] / p99["without"], 3)}
+
+
+@contextmanager
+def decisions(ready: Stage) -> Iterator[dict[str, float]]:
+    """Measure p99 of decisions before the block and, all the time, in it; the result is there after the block."""
+    forms = [asking.topic_form(SENDER, f"fleet.{SENDER}.telemetry.x")]
+    quiet: list[float] = []
+    meanwhile: list[float] = []
+    over = threading.Event()
+
+    def ask(found: list[float]) -> None:
+        found.append(asking.latencies(ready.other.broker_port, forms, 300, 2.0).quantile(0.99))
+
+    def ask_on() -> None:
+        while not over.is_set():
+            ask(meanwhile)
+
+    for _ in range(3):
+        ask(quiet)
+    found: dict[str, float] = {}
+    thread = threading.Thread(target=ask_on)
+    thread.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        thread.join()
+        found["p99_quiet_ms"] = round(1000 * statistics.median(quiet), 2)
+        found["p99_meanwhile_ms"] = round(1000 * statistics.median(meanwhile), 2)
+
+
+async def measure(options: Options) -> dict[str, Any]:
+    """
+    Boot everything, measure, and return the result for JSON.
+
+    Raises:
+        HarnessError: One of the real parts did not start or did not do what it must.
+    """
+    say("booting a cluster of three nodes, PostgreSQL and two replicas")
+    with stage(options) as ready:
+        async with asyncpg.create_pool(ready.database.dsn_of(), min_size=4, max_size=16) as pool:
+            lanes = Lanes(ready, pool)
+            result: dict[str, Any] = {"options": options.as_dict()}
+            for name, part in (
+                ("quiet", lanes.quiet),
+                ("mass_100", lambda: lanes.mass_change(100)),
+                ("mass_1000", lambda: lanes.mass_change(1000)),
+                ("cluster_down", lanes.cluster_down),
+                ("type_change", lanes.type_change),
+            ):
+                say(f"--- {name}")
+                result[name] = await part()
+                say(f"{name}: {json.dumps(result[name])[:600]}")
+    return result
+
+
+def main() -> None:
+    """Read the options, measure, write the result."""
+    given = json.loads(Path(sys.argv[1]).read_text())
+    options = replace(Options(fleet=2 * CONNECTED + 1), **given)
+    try:
+        result = uvloop.run(measure(options))
+    except HarnessError as error:
+        say(str(error))
+        sys.exit(1)
+    Path(sys.argv[2]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
