@@ -48,7 +48,6 @@ class Broker:
     bound: dict[tuple[str, str], dict[str, Binding]] = field(default_factory=dict)
     running: dict[str, bool] = field(default_factory=lambda: {"rabbit@one": True})
     closed: list[str] = field(default_factory=list)
-    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
     def connect(
@@ -90,9 +89,10 @@ class Broker:
         return sorted(each.user for each in self.live.values())
 
     async def until(self, condition: Callable[[], bool], limit_s: float = 20.0) -> None:
-        """Wait until a condition holds; looked at whenever something is called."""
-        async with asyncio.timeout(limit_s), self.changed:
-            await self.changed.wait_for(condition)
+        """Wait until a condition holds."""
+        async with asyncio.timeout(limit_s):
+            while not condition():
+                await asyncio.sleep(0.005)
 
 
 class MemoryCluster:
@@ -108,8 +108,6 @@ class MemoryCluster:
     async def _called(self, method: str, argument: str = "") -> None:
         broker = self.broker
         broker.calls.append((method, argument))
-        async with broker.changed:
-            broker.changed.notify_all()
         if gate := broker.gates.get(method):
             await gate.wait()
         await asyncio.sleep(0)
