@@ -18,6 +18,8 @@ from authbackend.postgres import policy_apply
 from authbackend.postgres.connection import Target
 from authbackend.settings import load
 
+PATIENT = {"BROKER__REQUEST_TIMEOUT_S": "10"}
+"""As long as can be set: on a busy machine a login that waits its turn for a quarter of it is answered 503."""
 POLICY = """
 schema: authbackend/1
 device_types:
@@ -118,7 +120,7 @@ async def memory():
 @contextlib.asynccontextmanager
 async def running(dsn, *, wait=True, **environment):
     """Run the service with further settings, for example ``BROKER__DENY_REASONS="true"``."""
-    variables = {f"AUTHBACKEND_{name}": value for name, value in environment.items()}
+    variables = {f"AUTHBACKEND_{name}": value for name, value in {**PATIENT, **environment}.items()}
     settings = load(
         {
             "AUTHBACKEND_DATABASE__DSN": dsn,

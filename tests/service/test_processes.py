@@ -16,7 +16,7 @@ import pytest
 
 from authbackend.postgres import editor, replicas
 from authbackend.postgres.connection import Target
-from tests.service.conftest import HASH, POLICY, Running, apply, memory, until
+from tests.service.conftest import HASH, PATIENT, POLICY, Running, apply, memory, until
 
 
 def children(process_id):
@@ -58,7 +58,7 @@ async def replica(dsn, *, workers=2, ready=True, **environment):
             "AUTHBACKEND_DATABASE__DSN": dsn,
             "AUTHBACKEND_BROKER__LISTEN": "127.0.0.1:0",
             "AUTHBACKEND_ADMIN__LISTEN": "127.0.0.1:0",
-            **{f"AUTHBACKEND_{name}": value for name, value in environment.items()},
+            **{f"AUTHBACKEND_{name}": value for name, value in {**PATIENT, **environment}.items()},
         },
         stderr=asyncio.subprocess.PIPE,
     )
