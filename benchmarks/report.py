@@ -61,6 +61,7 @@ def _page(found: dict[str, Any]) -> Iterator[str]:
             "faults",
             "httpc",
             "revocation",
+            "lanes",
         )
         if name not in found
     ]
@@ -188,6 +189,8 @@ def _rows(found: dict[str, Any]) -> Iterator[Row]:
         yield from _fault_rows(part)
     if part := found.get("revocation"):
         yield from _revocation_rows(part)
+    if part := found.get("lanes"):
+        yield from _lane_rows(part)
     for name, one in found.get("httpc", {}).items():
         rates = one["rounds"]["summary"]["authbackend"]
         text = f"{rates['cycles_per_s']['median']:.0f} devices/s, broker {rates['cpu_ms_per_device']['broker']:.1f} ms CPU a device"
@@ -319,6 +322,37 @@ def _revocation_rows(part: dict[str, Any]) -> Iterator[Row]:
     busy, idle = sweep["broker_cpu_s_in_the_second_of_a_sweep"], sweep["broker_cpu_s_a_second_idle"]
     text = f"{longest:.1f} s at the longest of {len(sweep['duration_s'])}; brokers' CPU {statistics.median(busy):.2f} s in its last second, {idle:.2f} s a second otherwise"
     yield f"sweep over {sweep['connections']:,} connections", "5 s", text, longest <= 5
+
+
+_MASS_LIMITS_S = {"mass_100": (12, 20), "mass_1000": (4, 12)}
+
+
+def _lane_rows(part: dict[str, Any]) -> Iterator[Row]:
+    for name, (closed_s, verified_s) in _MASS_LIMITS_S.items():
+        one = part[name]
+        yield (
+            f"{one['revoked']:,} of {part['options']['registered']:,} devices revoked in one transaction, {one['connected']:,} of them connected, {one['kicks_per_second']} a second",
+            f"last one closed {closed_s} s, all verified {verified_s} s",
+            f"{one['last_closed_s']:.1f} s, {one['all_verified_s']:.1f} s",
+            one["last_closed_s"] <= closed_s and one["all_verified_s"] <= verified_s,
+        )
+    for name, title in (
+        ("mass_100", "that at 100 a second"),
+        ("mass_1000", "that at 1,000 a second"),
+        ("type_change", f"a type-wide change of rules over {part['type_change']['sessions']:,} sessions"),
+    ):
+        one = part[name]["single"]
+        text = f"p50 {one['p50_ms']:.0f} ms, p99 {one['p99_ms']:.0f} ms ({one['number']} at 20 a second; quiet: p99 {part['quiet']['closed']['p99_ms']:.0f} ms)"
+        yield f"single revocations in the middle of {title}, until closed", "p99 1 s", text, one["p99_ms"] <= 1000
+        ratio = part[name]["p99_meanwhile_ms"] / part[name]["p99_quiet_ms"]
+        yield "p99 of decisions meanwhile, against quiet", "1.5 times", f"{ratio:.2f} times", ratio <= 1.5
+    down = part["cluster_down"]
+    yield (
+        "single revocations on one cluster while another takes connections and never answers, p99 against without it",
+        "1.2 times",
+        f"{down['ratio']:.2f} times ({down['p99_ms']['with']:.0f} and {down['p99_ms']['without']:.0f} ms)",
+        down["ratio"] <= 1.2,
+    )
 
 
 def _plots(found: dict[str, Any]) -> Iterator[Path]:
