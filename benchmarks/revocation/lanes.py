@@ -13,8 +13,8 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class Lanes:
             if time.monotonic() > deadline:
                 raise HarnessError(f"{left} tasks are still open")
             await asyncio.sleep(0.1)
+        await asyncio.sleep(1.0)  # until every replica decides by it
         for device in devices:
             if device.connection is None or device.connection.lost.done():
                 await device.connect()
@@ -115,7 +116,7 @@ class Lanes:
         await self.reset([*self.mass, *self.single[:400]])
         names = [device.name for device in self.mass]
         names += [f"other{n}" for n in range(1, self.stage.options.mass - len(names) + 1)]
-        with decisions(self.stage) as found:
+        async with decisions(self.stage) as found:
             begin = await self.set_status(names, "revoked")
             singles = asyncio.create_task(self.singles(400))
             await asyncio.gather(*(each.connection.lost for each in self.mass if each.connection is not None))
@@ -162,7 +163,7 @@ class Lanes:
                 thread.start()
                 stack.callback(thread.join)
             stack.callback(over.set)
-            with decisions(self.stage) as found:
+            async with decisions(self.stage) as found:
                 begin = time.monotonic()
                 await self.pool.execute(_TYPE_RULE)
                 closed = await self.singles(400)
@@ -196,8 +197,8 @@ class Lanes:
         return {"rounds": rounds, "p99_ms": p99, "ratio": round(p99["with"] / p99["without"], 3)}
 
 
-@contextmanager
-def decisions(ready: Stage) -> Iterator[dict[str, float]]:
+@asynccontextmanager
+async def decisions(ready: Stage) -> AsyncIterator[dict[str, float]]:
     """Measure p99 of decisions before the block and, all the time, in it; the result is there after the block."""
     forms = [asking.topic_form(SENDER, f"fleet.{SENDER}.telemetry.x")]
     quiet: list[float] = []
@@ -212,7 +213,7 @@ def decisions(ready: Stage) -> Iterator[dict[str, float]]:
             ask(meanwhile)
 
     for _ in range(3):
-        ask(quiet)
+        await asyncio.to_thread(ask, quiet)
     found: dict[str, float] = {}
     thread = threading.Thread(target=ask_on)
     thread.start()
@@ -220,7 +221,7 @@ def decisions(ready: Stage) -> Iterator[dict[str, float]]:
         yield found
     finally:
         over.set()
-        thread.join()
+        await asyncio.to_thread(thread.join)
         found["p99_quiet_ms"] = round(1000 * statistics.median(quiet), 2)
         found["p99_meanwhile_ms"] = round(1000 * statistics.median(meanwhile), 2)
 
