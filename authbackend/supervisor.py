@@ -48,7 +48,6 @@ _READY = signal.SIGRTMIN
 _SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, _READY}
 _REGISTRY = "registry"
 _GARBAGE = 10_000  # containers until a collection; requests leave no cycles behind, so there is little to find
-_GIVES_WAY = 5  # the process that follows the database to those that answer, when there are more than cores
 
 Part = Callable[[Store, bootstrap.OnEnd], AbstractAsyncContextManager[object]]
 
@@ -217,8 +216,6 @@ class Supervisor:
 
 def _run_child(settings: Settings, ground: Ground, process: _Process, life: int, parent: int) -> int:
     logs.configure(settings.log.format, settings.log.level, process.name)
-    if process.worker is None:
-        os.nice(_GIVES_WAY)
     assert ground.metrics is not None
     metrics.share(ground.metrics, process.name)
     try:

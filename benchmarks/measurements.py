@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
+import socket
 import statistics
 import sys
 import time
@@ -231,6 +233,8 @@ def changes(stage: Stage) -> dict[str, Any]:
             single = uvloop.run(Watcher(stage.large, (north, south)).changes(extent.changes, stage.say))
             mass = uvloop.run(Watcher(stage.large, (north, south)).mass(extent.mass, stage.say))
         stalls = [_stalls(running.metrics()) for running in (north, south)]
+        with _load((north, south), forms, None):
+            busy = sorted(uvloop.run(Watcher(stage.large, (north, south)).changes(extent.changes, stage.say)))
     ordered = sorted(single)
     return {
         "milliseconds": [round(1000 * took, 2) for took in single],
@@ -238,14 +242,27 @@ def changes(stage: Stage) -> dict[str, Any]:
         "p99_ms": round(1000 * ordered[int(0.99 * len(ordered))], 2),
         "mass": mass,
         "longest_stall_at_most_s": max(stalls),
+        "busy_ms": {
+            name: round(1000 * busy[int(share * (len(busy) - 1))], 2)
+            for name, share in (("p50", 0.5), ("p99", 0.99), ("longest", 1.0))
+        },
     }
 
 
 @contextmanager
-def _load(replicas: tuple[Running, ...], forms: list[str], rate: float) -> Iterator[None]:
-    """Ask replicas all the time, each at a rate, from processes that give way to what is measured."""
+def _load(replicas: tuple[Running, ...], forms: list[str], rate: float | None) -> Iterator[None]:
+    """
+    Ask replicas all the time, from a process for each.
+
+    Args:
+        rate: Of each, from processes that give way to what is measured; None: without a pause, giving way to nobody, so
+            that all cores are busy.
+    """
     over = _SPAWN.Event()
-    askers = [_SPAWN.Process(target=_ask_on, args=(running.port, forms, rate, over)) for running in replicas]
+    if rate is None:
+        askers = [_SPAWN.Process(target=_ask_without_pause, args=(each.port, forms, over)) for each in replicas]
+    else:
+        askers = [_SPAWN.Process(target=_ask_on, args=(each.port, forms, rate, over)) for each in replicas]
     for asker in askers:
         asker.start()
     try:
@@ -260,6 +277,16 @@ def _ask_on(port: int, forms: list[str], rate: float, over: Any) -> None:
     os.nice(_CLIENTS_GIVE_WAY)
     while not over.is_set():
         asking.latencies(port, forms, rate, 1.0)
+
+
+def _ask_without_pause(port: int, forms: list[str], over: Any) -> None:
+    requests = [asking.http_post("/auth/topic", form) for form in forms]
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        for request in itertools.cycle(requests):
+            connection.sendall(request)
+            connection.recv(65536)
+            if over.is_set():
+                return
 
 
 def _stalls(metrics: str) -> float:

@@ -206,6 +206,13 @@ def _change_rows(found: dict[str, Any]) -> Iterator[Row]:
             text,
             part["p50_ms"] <= 8 and part["p99_ms"] <= 30,
         )
+        if busy := part.get("busy_ms"):
+            yield (
+                "the same while clients that ask without a pause keep all cores busy",
+                "p50 10 ms, p99 100 ms, longest 500 ms",
+                f"p50 {busy['p50']:.1f} ms, p99 {busy['p99']:.0f} ms, longest {busy['longest']:.0f} ms",
+                busy["p50"] <= 10 and busy["p99"] <= 100 and busy["longest"] <= 500,
+            )
         stall = part["longest_stall_at_most_s"] * 1000
         yield "longest stall of an event loop meanwhile", "30 ms", f"at most {stall:.0f} ms", stall <= 30
         mass = part["mass"]

@@ -103,10 +103,10 @@ class Enforcer:
             await asyncio.sleep(_CONFIRM_EVERY_S)
 
     async def failed(self, tasks: Iterable[Task], fault: str) -> None:
-        """Put tasks off, each by its own number of attempts."""
+        """Put tasks off, each by its own number of attempts, with what has been done nevertheless."""
         put_off = {
             task.id: (
-                fault,
+                task.receipt or None,
                 min(LONGEST_BACK_OFF_S, 0.5 * 2 ** min(task.attempts, 10)) * random.uniform(0.5, 1.0),
             )
             for task in tasks
@@ -114,7 +114,7 @@ class Enforcer:
         if put_off:
             self.observer.enforcement_failed(len(put_off))
             log.warning("enforcement.failed", cluster=self.actions.name, fault=fault, tasks=len(put_off))
-            await self.store.failed(put_off)
+            await self.store.failed(put_off, fault)
 
 
 class Batch:
@@ -137,6 +137,8 @@ class Batch:
         self._nodes: dict[str, dict[str, bool]] = {}
         self._unreachable: ClusterUnreachable | None = None
         self._recorded: set[int] = set()
+        self._present: list[Plan] = []
+        self._owned: dict[Plan, list[SessionQueue]] | None = None
 
     def left(self, tasks: Iterable[Task]) -> list[Task]:
         """Return those of these tasks of which nothing has been recorded."""
@@ -160,44 +162,36 @@ class Batch:
             one.confirmed = not self._confirmed.missing
         overtaken = [one for one in plans if one.superseded]
         await self._record(overtaken)
-        present = [one for one in plans if not one.superseded and (one.users or one.sessions)]
         await self._record([one for one in plans if not one.superseded and not (one.users or one.sessions)])
-        listed = await self._inventory.connected(user for one in present for user in one.users)
-        sessions = await self._sessions_of(present) if self._inventory.lists else None
-        connected = [one for one in present if not one.users.isdisjoint(listed)]
-        for part in chunks(connected):
+        self._present = [one for one in plans if not one.superseded and (one.users or one.sessions)]
+        listed = await self._inventory.connected(user for one in self._present for user in one.users)
+        for part in chunks([one for one in self._present if not one.users.isdisjoint(listed)]):
             if self._between is not None and not await self._between():
                 return
-            await self._end(part, sessions)
-        await self._rest([one for one in present if one.users.isdisjoint(listed)], sessions)
+            await self._end(part)
+        await self._rest([one for one in self._present if one.users.isdisjoint(listed)])
 
-    async def _rest(self, plans: list[Plan], sessions: dict[Plan, list[SessionQueue]] | None) -> None:
+    async def _rest(self, plans: list[Plan]) -> None:
         """Repair the sessions of those that are not connected, and record all that have none together."""
         if not plans:
             return
-        if sessions is None:
-            sessions = await self._sessions_of(plans)
+        sessions = await self._sessions_of(plans)
         for part in chunks([one for one in plans if sessions.get(one)]):
             if self._between is not None and not await self._between():
                 return
-            await self._end(part, sessions)
+            await self._end(part)
         nothing = [one for one in plans if not sessions.get(one)]
         for part in chunks(nothing, 10 * CHUNK):
             await self._nothing_found(part)
 
-    async def _end(self, plans: Sequence[Plan], sessions: dict[Plan, list[SessionQueue]] | None) -> None:
-        """
-        Hold, close, repair and record some plans.
-
-        Args:
-            sessions: Of each plan; None: they are asked for when the connections are closed.
-        """
+    async def _end(self, plans: Sequence[Plan]) -> None:
+        """Hold, close, repair and record some plans."""
         await self._hold([one for one in plans if one.held and one.first_look])
         await self._each(plans, self._close)
         try:
-            if sessions is None:
-                sessions = await self._sessions_of([one for one in plans if one.sessions and not one.fault])
-            await self._repair({one: sessions[one] for one in plans if sessions.get(one)})
+            with_sessions = [one for one in plans if one.sessions and not one.fault]
+            sessions = await self._sessions_of(with_sessions)
+            await self._repair({one: sessions[one] for one in with_sessions if sessions.get(one)})
         except TaskStoreError:
             raise
         except AuthbackendError as error:  # the lists; what has been closed must be recorded all the same
@@ -252,11 +246,18 @@ class Batch:
     async def _close(self, one: Plan) -> None:
         """Close the connections of a plan's users, and note where they were."""
         for user in sorted(one.users):
-            if not one.selective and (one.first_look or not self._permitted(user)):
-                closed = await self._actions.close_user(user, lambda user=user: self._reactivated(one, user))  # type: ignore[misc]
-                one.done.closed.update(connection.node for connection in closed)
-            else:
+            listed = self._inventory.listed(user)
+
+            def permitted(user: str = user) -> bool:
+                return self._reactivated(one, user)
+
+            if one.selective or (not one.first_look and self._permitted(user)):
                 await self._actions.close_where(user, one.ends, one.done)
+            elif listed is not None:
+                await self._actions.close_listed(listed, permitted, one.done)
+            else:
+                closed = await self._actions.close_user(user, permitted)
+                one.done.closed.update(connection.node for connection in closed)
 
     def _permitted(self, user: str) -> bool:
         return self._enforcer.check(lambda checker: checker.permitted(user))
@@ -268,15 +269,20 @@ class Batch:
         return one.again_at_once
 
     async def _sessions_of(self, plans: Sequence[Plan]) -> dict[Plan, list[SessionQueue]]:
-        """Return the sessions that belong to each plan."""
-        owners = [owner for one in plans for owner in one.sessions]
+        """Return the sessions that belong to each plan; where everything is listed, they are sorted out once for all plans."""
+        if self._owned is not None:
+            return self._owned
+        about = self._present if self._inventory.lists else plans
+        owners = [owner for one in about for owner in one.sessions]
         sessions = await self._inventory.sessions(owners) if owners else []
-        by_owner = PlansByOwner(plans)
+        by_owner = PlansByOwner(about)
         found: dict[Plan, list[SessionQueue]] = {}
         owned = await self._enforcer.in_parts(sessions, lambda checker, each: by_owner.of(checker, each.client_id))
         for session, one in zip(sessions, owned, strict=True):
             if one is not None:
                 found.setdefault(one, []).append(session)
+        if self._inventory.lists:
+            self._owned = found
         return found
 
     async def _repair(self, sessions: dict[Plan, list[SessionQueue]]) -> None:
@@ -307,10 +313,11 @@ class Batch:
         released: list[str] = []
         put_off: dict[str, list[Task]] = {}
         for one in plans:
-            if one.fault is not None and not one.done.anything:
-                put_off.setdefault(one.fault, []).extend(replace(one.task, id=id_) for id_ in one.ids)
-                continue
             made = receipt(one, by, missing, self._nodes)
+            if one.fault is not None:
+                put_off.setdefault(one.fault, []).extend(replace(one.task, id=id_, receipt=made) for id_ in one.ids)
+                self._tell(one, made, finished=False)
+                continue
             after_s = self._look_again_s(one, made)
             if after_s is not None:
                 later.setdefault(after_s, {}).update(dict.fromkeys(one.ids, made))
@@ -333,7 +340,7 @@ class Batch:
             return None
         if one.again_at_once:
             return 0.0
-        if one.fault is not None or one.done.anything or one.done.late:
+        if one.done.anything or one.done.late:
             return self._inventory.look_again_s
         if one.first_look and (one.users or one.sessions):
             return self._inventory.look_again_s

@@ -15,6 +15,8 @@ from authbackend.enforcement.management_api import Binding, Connection, LiveConn
 FEW = 50
 """Up to so many users or client ids are looked for by name; for more, everything is listed."""
 
+_CATCH_UP_S = 1.0
+
 
 class Cluster(Protocol):
     """
@@ -41,8 +43,8 @@ class Cluster(Protocol):
     async def details(self, name: str) -> LiveConnection | None:
         """Return what the statistics know of a connection; None if they do not have it, or not yet."""
 
-    async def close_connection(self, name: str) -> None:
-        """Close one connection; one that is gone, or not in the statistics yet, is no error."""
+    async def close_connection(self, name: str) -> bool:
+        """Close one connection; return False if it is gone, or not in the statistics yet."""
 
     def connections(self) -> AsyncIterator[list[LiveConnection]]:
         """Yield all connections in parts; those of the last seconds may be missing."""
@@ -68,7 +70,7 @@ class Cluster(Protocol):
 
 class Pace:
     """
-    Lets so many through a second, evenly.
+    Lets so many through a second, evenly; what was missed in the last second is caught up with.
 
     Args:
         per_second: Above 0; None: no limit.
@@ -83,7 +85,7 @@ class Pace:
         if not self._interval_s:
             return
         now = time.monotonic()
-        due = max(now, self._next)
+        due = max(now - _CATCH_UP_S, self._next)
         self._next = due + self._interval_s
         if due > now:
             await asyncio.sleep(due - now)
@@ -168,6 +170,19 @@ class ClusterActions:
             await self.cluster.close_user(user)
             return found
 
+    async def close_listed(self, connections: list[Connection], permitted: Callable[[], bool], done: Actions) -> None:
+        """
+        Close connections that are in a list, one call for each; ``done`` says where those were that were still there.
+
+        Args:
+            permitted: Asked right before each is closed; if it returns true by then, it is not.
+        """
+        for connection in connections:
+            async with self.slots:
+                await self._pace.turn()
+                if not permitted() and await self.cluster.close_connection(connection.name):
+                    done.closed[connection.node] += 1
+
     async def close_where(self, user: str, condition: Callable[[LiveConnection], bool | None], done: Actions) -> None:
         """
         Close those of a user's connections that meet a condition; ``done`` says where, and of which nothing is known.
@@ -183,18 +198,17 @@ class ClusterActions:
                     done.late += 1
                 elif meets is None:
                     done.untold += 1
-                elif meets:
-                    await self._close(connection.name)
+                elif meets and await self._close(connection.name):
                     done.closed[connection.node] += 1
 
-    async def close_connection(self, name: str) -> None:
-        """Close one connection, at the set pace."""
+    async def close_connection(self, name: str) -> bool:
+        """Close one connection, at the set pace; return False if it is gone."""
         async with self.slots:
-            await self._close(name)
+            return await self._close(name)
 
-    async def _close(self, name: str) -> None:
+    async def _close(self, name: str) -> bool:
         await self._pace.turn()
-        await self.cluster.close_connection(name)
+        return await self.cluster.close_connection(name)
 
     async def sessions(self, owners: list[str] | None = None) -> list[SessionQueue]:
         """Return the session queues whose client id begins with one of these names; None: all of them."""

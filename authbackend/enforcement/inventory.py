@@ -9,6 +9,7 @@ from typing import Protocol
 
 from authbackend.enforcement.checks import SessionQueue
 from authbackend.enforcement.clusters import ClusterActions
+from authbackend.enforcement.management_api import Connection
 
 STATISTICS_LATE_S = 6.0
 """How stale RabbitMQ's list of all connections may be."""
@@ -32,6 +33,9 @@ class Inventory(Protocol):
     async def connected(self, users: Iterable[str]) -> set[str]:
         """Return those users that may be connected."""
 
+    def listed(self, user: str) -> list[Connection] | None:
+        """Return a user's connections in the list; None: they must be asked for."""
+
     async def sessions(self, owners: list[str]) -> list[SessionQueue]:
         """Return the session queues that may belong to these device ids and client ids; more may be among them."""
 
@@ -48,6 +52,9 @@ class ByName:
     async def connected(self, users: Iterable[str]) -> set[str]:
         """Return all of them: each is asked for when its connections are closed."""
         return set(users)
+
+    def listed(self, user: str) -> None:
+        """Each user is asked for."""
 
     async def sessions(self, owners: list[str]) -> list[SessionQueue]:
         """Return the session queues whose client id begins with one of these names."""
@@ -67,16 +74,17 @@ class Listed:
 
     def __init__(self, actions: ClusterActions) -> None:
         self._actions = actions
-        self._users: set[str] | None = None
+        self._users: dict[str, list[Connection]] | None = None
         self._sessions: list[SessionQueue] | None = None
         self.taken_at = time.monotonic()
 
-    async def users(self) -> set[str]:
-        """Return the users that are connected."""
+    async def users(self) -> dict[str, list[Connection]]:
+        """Return who is connected, with the connections."""
         if self._users is None:
-            found: set[str] = set()
+            found: dict[str, list[Connection]] = {}
             async for part in self._actions.cluster.connections():
-                found.update(connection.user for connection in part)
+                for each in part:
+                    found.setdefault(each.user, []).append(Connection(each.name, each.node, each.user))
             self._users = found
         return self._users
 
@@ -84,6 +92,10 @@ class Listed:
         """Return those users that are connected."""
         listed = await self.users()
         return {user for user in users if user in listed}
+
+    def listed(self, user: str) -> list[Connection] | None:
+        """Return a user's connections in the list, which has been asked for."""
+        return (self._users or {}).get(user, [])
 
     async def sessions(self, owners: list[str]) -> list[SessionQueue]:
         """Return all session queues."""

@@ -190,7 +190,7 @@ class BulkLane(_Lane):
             nodes = await self._nodes()
             inventory = self._inventory(others)
             if len(tasks) == BULK_BATCH:  # more are to come, and those that are connected should not wait for them
-                users = sorted(await inventory.users())
+                users = list(await inventory.users())
                 connected = await self._store.due_of_users(self._cluster, users, BULK_BATCH)
                 known = {task.id for task in connected}
                 left = others = [*connected, *(task for task in others if task.id not in known)]

@@ -37,7 +37,7 @@ HAND_OVER_S = 20.0
 """After this time without reaching any cluster, another replica gets a chance."""
 
 _URGENT_CONFIRM_S, _BULK_CONFIRM_S = 0.5, 2.0
-_URGENT_CALLS, _BULK_CALLS, _SWEEP_CALLS = 4, 2, 1
+_URGENT_CALLS, _BULK_CALLS, _SWEEP_CALLS = 4, 4, 1
 
 OpenStore = Callable[[str], AbstractAsyncContextManager[TaskStore]]
 Part = Callable[[TaskStore], Awaitable[None]]

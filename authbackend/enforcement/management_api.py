@@ -165,9 +165,10 @@ class ManagementAPI:
         found = await self._get(f"/api/connections/{_quoted(name)}?columns={_CONNECTION_COLUMNS}", missing=None)
         return _live(found) if found and found.get("user") else None
 
-    async def close_connection(self, name: str) -> None:
-        """Close one connection; it must be in the statistics."""
-        await self._call("DELETE", f"/api/connections/{_quoted(name)}", headers=_REASON)
+    async def close_connection(self, name: str) -> bool:
+        """Close one connection; return False if it is gone, or not in the statistics yet."""
+        status, _ = await self._call("DELETE", f"/api/connections/{_quoted(name)}", headers=_REASON)
+        return status != 404
 
     async def connections(self) -> AsyncIterator[list[LiveConnection]]:
         """Yield all connections, so many at a time; one that is younger than the statistics may be missing."""

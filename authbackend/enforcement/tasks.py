@@ -186,8 +186,8 @@ class TaskStore(Protocol):
             after_s: When to look again; None: the tasks are done.
         """
 
-    async def failed(self, faults: dict[int, tuple[str, float]]) -> None:
-        """Keep tasks open, each with why it could not be done and the seconds until it is tried again."""
+    async def failed(self, tasks: dict[int, tuple[dict[str, Any] | None, float]], fault: str) -> None:
+        """Keep tasks open and in their state, each with its receipt so far and the seconds until it is tried again."""
 
     async def retry_failed(self, cluster: str) -> None:
         """Make due at once what failed on a cluster that answers again."""

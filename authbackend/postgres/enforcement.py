@@ -128,9 +128,10 @@ class PostgresTaskStore:
         if tasks:
             await self._fetch("nothing_found", tasks, json.dumps(common), after_s)
 
-    async def failed(self, faults: dict[int, tuple[str, float]]) -> None:
-        """Keep tasks open, each with why it could not be done and the seconds until it is tried again."""
-        await self._fetch("failed", list(faults), *map(list, zip(*faults.values(), strict=True)))
+    async def failed(self, tasks: dict[int, tuple[dict[str, Any] | None, float]], fault: str) -> None:
+        """Keep tasks open and in their state, each with its receipt so far and the seconds until it is tried again."""
+        receipts = [None if receipt is None else json.dumps(receipt) for receipt, _ in tasks.values()]
+        await self._fetch("failed", list(tasks), receipts, [after_s for _, after_s in tasks.values()], fault)
 
     async def retry_failed(self, cluster: str) -> None:
         """Make due at once what failed on a cluster that answers again."""

@@ -160,9 +160,9 @@ set state = case when $3::float8 is null then 'done' else 'checking' end,
 where id in (select id from enforcement where id = any ($1::bigint[]) and finished_at is null for update skip locked);
 
 -- name: failed!
--- params: 1 ids bigint[], 2 faults text[], 3 seconds float8[]
-update enforcement e set fault = u.fault, attempts = attempts + 1, due_at = clock_timestamp() + make_interval(secs => u.after_s)
-from unnest($1::bigint[], $2::text[], $3::float8[]) as u (id, fault, after_s)
+-- params: 1 ids bigint[], 2 receipts text[], null: as before, 3 seconds float8[], 4 fault
+update enforcement e set fault = $4, attempts = attempts + 1, receipt = coalesce(u.receipt::jsonb, e.receipt), due_at = clock_timestamp() + make_interval(secs => u.after_s)
+from unnest($1::bigint[], $2::text[], $3::float8[]) as u (id, receipt, after_s)
 where e.id = u.id and e.id in (select id from enforcement where id = any ($1::bigint[]) and finished_at is null for update skip locked);
 
 -- name: retry_failed!

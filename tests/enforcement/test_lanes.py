@@ -129,11 +129,11 @@ async def test_a_small_change_goes_before_the_rest_of_a_mass_change(rig: Rig) ->
     for name in [*names, "me"]:
         rig.broker.connect(name, name, f"fleet/{name}/#")
     async with rig.enforcing():
-        rig.broker.gates["close_user"] = asyncio.Event()
+        rig.broker.gates["close_connection"] = asyncio.Event()
         await rig.set_status("revoked", *names)
-        await rig.broker.until(lambda: any(method == "close_user" for method, _ in rig.broker.calls))
+        await rig.broker.until(lambda: any(method == "close_connection" for method, _ in rig.broker.calls))
         await rig.sql.execute("update device set common_name = 'me2' where device_id = 'me'")
-        rig.broker.gates.pop("close_user").set()
+        rig.broker.gates.pop("close_connection").set()
         await rig.finished("name = 'me'")
     assert rig.broker.closed.index("me") < 449
 
@@ -273,13 +273,13 @@ async def test_a_device_reinstated_in_the_middle_of_a_mass_change_is_left_alone(
     await rig.devices(*names)
     for name in names:
         rig.broker.connect(name)
-    rig.broker.gates["close_user"] = asyncio.Event()
+    rig.broker.gates["close_connection"] = asyncio.Event()
     async with rig.enforcing():
         await rig.set_status("revoked", *names)
-        await rig.broker.until(lambda: any(method == "close_user" for method, _ in rig.broker.calls))
+        await rig.broker.until(lambda: any(method == "close_connection" for method, _ in rig.broker.calls))
         await rig.set_status("active", "D099")
         await rig.served()
-        rig.broker.gates.pop("close_user").set()
+        rig.broker.gates.pop("close_connection").set()
         await rig.finished()
     assert rig.broker.users() == ["D099"]
     (task,) = await rig.tasks("name = 'D099'")
@@ -366,12 +366,12 @@ async def test_a_pause_in_the_middle_leaves_the_rest_for_later(rig: Rig) -> None
     await rig.devices(*names)
     for name in names:
         rig.broker.connect(name)
-    rig.broker.gates["close_user"] = asyncio.Event()
+    rig.broker.gates["close_connection"] = asyncio.Event()
     async with rig.enforcing(per_second=200.0):
         await rig.set_status("revoked", *names)
-        await rig.broker.until(lambda: any(method == "close_user" for method, _ in rig.broker.calls))
+        await rig.broker.until(lambda: any(method == "close_connection" for method, _ in rig.broker.calls))
         await enforcement.pause(Target(rig.dsn), "ann", "bulk")
-        rig.broker.gates.pop("close_user").set()
+        rig.broker.gates.pop("close_connection").set()
         await rig.broker.until(lambda: len(rig.broker.closed) >= 200)
         async with asyncio.timeout(20):
             while await rig.sql.fetchval("select count(*) from enforcement where state = 'checking'") < 200:
@@ -572,3 +572,33 @@ async def test_a_revoked_certificate_ends_what_certainly_shows_it(
         (task,) = await rig.finished()
     assert (len(rig.broker.closed), task["receipt"]["untold"]) == (closed, untold)
     assert task["lane"] == "urgent"
+
+
+async def test_a_session_that_could_not_be_deleted_at_once_is_not_taken_for_the_new_owners(rig: Rig) -> None:
+    """APM_1 is registered beside APM, whose connection is closed; its session by that id is deleted at the second try."""
+    await rig.devices("APM")
+    rig.broker.connect("APM", "APM_1_x", "fleet/APM/#")
+    rig.broker.refuses = lambda method, _argument: method == "delete_queue"
+    async with rig.enforcing():
+        await rig.devices("APM_1")
+        await rig.broker.until(lambda: any(method == "delete_queue" for method, _ in rig.broker.calls))
+        rig.broker.refuses = lambda _method, _argument: False
+        (task,) = await rig.finished()
+    assert rig.broker.queues == {}
+    assert task["receipt"]["closed"] == {"rabbit@one": 1}
+    assert [queue["why"] for queue in task["receipt"]["queues_deleted"]] == ["client_id_owner"]
+
+
+async def test_connections_are_closed_also_when_queues_cannot_be_listed(rig: Rig) -> None:
+    names = [f"D{n}" for n in range(60)]
+    await rig.devices(*names)
+    for name in names:
+        rig.broker.connect(name, name, f"fleet/{name}/#")
+    rig.broker.refuses = lambda method, _argument: method == "queues"
+    async with rig.enforcing():
+        await rig.set_status("revoked", *names)
+        await rig.broker.until(lambda: rig.broker.users() == [])
+        rig.broker.refuses = lambda _method, _argument: False
+        done = await rig.finished()
+    assert rig.broker.queues == {}
+    assert all(task["receipt"]["closed"] == {"rabbit@one": 1} for task in done)

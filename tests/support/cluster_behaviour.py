@@ -109,13 +109,17 @@ async def test_one_connection_is_closed_and_one_that_is_gone_is_no_error(stage: 
         return await stage.cluster.details(found.name)
 
     await eventually(known)
-    await stage.cluster.close_connection(found.name)
+    assert await stage.cluster.close_connection(found.name)
 
     async def gone() -> bool:
         return await stage.cluster.connections_of(stage.user) == []
 
     await eventually(gone)
-    await stage.cluster.close_connection(found.name)
+
+    async def known_no_more() -> bool:
+        return not await stage.cluster.close_connection(found.name)
+
+    await eventually(known_no_more)
     assert len(await stage.cluster.connections_of(stage.other)) == 1
 
 

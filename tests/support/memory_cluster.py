@@ -139,10 +139,12 @@ class MemoryCluster:
         await self._called("details", name)
         return None if name in self.broker.tracked_only else self.broker.live.get(name)
 
-    async def close_connection(self, name: str) -> None:
+    async def close_connection(self, name: str) -> bool:
         await self._called("close_connection", name)
-        if name in self.broker.live and name not in self.broker.tracked_only:
-            self._close(name)
+        if name not in self.broker.live or name in self.broker.tracked_only:
+            return False
+        self._close(name)
+        return True
 
     async def connections(self) -> AsyncIterator[list[LiveConnection]]:
         await self._called("connections")
