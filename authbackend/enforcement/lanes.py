@@ -29,6 +29,8 @@ URGENT_BATCHES = 4
 BULK_BATCH = 2000
 _LIST_LASTS_S = 30.0
 _PAUSE_LOOK_S = 1.0
+_SEEN_LASTS_S = 1.0
+"""So long the nodes that were seen running are not asked for again."""
 
 
 class _Lane:
@@ -40,14 +42,18 @@ class _Lane:
         self._store = enforcer.store
         self._cluster = enforcer.actions.name
         self._backoff = Backoff(first_s=0.1, longest_s=2.0)
+        self._seen: dict[str, bool] = {}
+        self._seen_at = float("-inf")
 
     async def _nodes(self) -> dict[str, bool]:
         """
-        Return the nodes; what failed while the cluster was unreachable is due at once when it is back.
+        Return the nodes as they were a moment ago; what failed while the cluster was unreachable is due when it is back.
 
         Raises:
             AuthbackendError: They cannot be asked for.
         """
+        if time.monotonic() < self._seen_at + _SEEN_LASTS_S:
+            return self._seen
         try:
             found = await self._enforcer.actions.cluster.nodes()
         except AuthbackendError:
@@ -57,6 +63,7 @@ class _Lane:
             self.unreachable_since = None
             self._backoff.reset()
             await self._store.retry_failed(self._cluster)
+        self._seen, self._seen_at = found, time.monotonic()
         return found
 
     async def _idle(self) -> None:
@@ -128,19 +135,12 @@ class UrgentLane(_Lane):
 
 
 class BulkLane(_Lane):
-    """
-    Serves one cluster's other tasks: small changes before mass changes, of which many are looked for by one list.
+    """Serves one cluster's other tasks: small changes before mass changes, of which many are looked for by one list."""
 
-    Args:
-        rest: Of the time that a part of a mass change takes, how much the brokers are left alone after it.
-    """
-
-    def __init__(self, enforcer: Enforcer, rest: float = 0.25) -> None:
+    def __init__(self, enforcer: Enforcer) -> None:
         super().__init__(enforcer)
-        self._rest = rest
         self._listed: Listed | None = None
         self._confirmed_at: dict[str, float] = {}
-        self._part_began = 0.0
         self._next_pause_look = 0.0
 
     async def run(self) -> None:
@@ -194,7 +194,6 @@ class BulkLane(_Lane):
                 connected = await self._store.due_of_users(self._cluster, users, BULK_BATCH)
                 known = {task.id for task in connected}
                 left = others = [*connected, *(task for task in others if task.id not in known)]
-            self._part_began = time.monotonic()
             batch = Batch(self._enforcer, inventory, self._between)
             await batch.enforce(others, confirmed, nodes)
         except Exception as error:
@@ -212,17 +211,14 @@ class BulkLane(_Lane):
         return listed
 
     async def _between(self) -> bool:
-        """Between two parts of a mass change: rest, small changes first; return False if it is paused."""
-        now = time.monotonic()
-        await asyncio.sleep(self._rest * min(1.0, now - self._part_began))
+        """Between two parts of a mass change: small changes first; return False if it is paused."""
         while await self._small_changes():
             pass
-        self._part_began = time.monotonic()
-        if self._part_began < self._next_pause_look:
+        now = time.monotonic()
+        if now < self._next_pause_look:
             return True
-        self._next_pause_look = self._part_began + _PAUSE_LOOK_S
-        paused = await self._store.paused()
-        return paused is None
+        self._next_pause_look = now + _PAUSE_LOOK_S
+        return await self._store.paused() is None
 
 
 def versions(tasks: Iterable[Task]) -> set[str]:

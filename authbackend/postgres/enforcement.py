@@ -14,11 +14,11 @@ import structlog
 from authbackend.enforcement.tasks import Backlog, Confirmation, Overdue, Pause, Task, TaskStoreError
 from authbackend.errors import AuthbackendError, Conflict, NotFound, Unavailable
 from authbackend.postgres.connection import Connection, Target, connect, connected, translated_errors
+from authbackend.postgres.locks import ENFORCE
 from authbackend.postgres.statements import load_statements
 
 log = structlog.get_logger(__name__)
 
-LEADER_LOCK = 724003
 CHANNEL = "enforcement"
 KEEP_DONE_S = 30 * 86400.0
 LOCK_EVERY_S = 0.5
@@ -254,7 +254,7 @@ async def leading(target: Target, hold_limit_s: float, clusters: list[str]) -> A
             await connection.execute(
                 "set tcp_keepalives_idle = 2; set tcp_keepalives_interval = 1; set tcp_keepalives_count = 3"
             )
-            while not await connection.fetchval("select pg_try_advisory_lock($1)", LEADER_LOCK):  # noqa: ASYNC110
+            while not await connection.fetchval("select pg_try_advisory_lock($1)", ENFORCE):  # noqa: ASYNC110
                 await asyncio.sleep(LOCK_EVERY_S)
             statements = load_statements("enforcement")
             await connection.execute(statements.enable.sql, hold_limit_s, clusters)
