@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 import structlog
 
 from authbackend.enforcement.checks import Checker, SessionQueue, fits
-from authbackend.enforcement.clusters import FEW, Actions, ClusterActions, Violation, inspect_session
+from authbackend.enforcement.clusters import Actions, ClusterActions, Violation, inspect_session
 from authbackend.enforcement.inventory import Inventory
 from authbackend.enforcement.management_api import Binding, ClusterUnreachable
 from authbackend.enforcement.plans import Plan, PlansByOwner, common_receipt, grouped, plan, receipt, unseen
@@ -287,15 +287,10 @@ class Batch:
 
     async def _repair(self, sessions: dict[Plan, list[SessionQueue]]) -> None:
         """Repair the sessions of each plan."""
-        every = [session for each in sessions.values() for session in each]
-        listed = await self._actions.listed_bindings(every) if len(every) > FEW else None
 
         async def repair(one: Plan) -> None:
             for session in sessions[one]:
-                if listed is not None:
-                    bound = listed[session.queue.vhost, session.queue.name]
-                else:
-                    bound = await self._actions.bindings(session)
+                bound = await self._inventory.bindings(session)
                 violation = self._enforcer.check(lambda checker: _violation(checker, one, session, bound))  # noqa: B023
                 if violation is None:
                     one.done.kept += 1

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from authbackend.enforcement.checks import SessionQueue
 from authbackend.enforcement.clusters import ClusterActions
-from authbackend.enforcement.management_api import Connection
+from authbackend.enforcement.management_api import Binding, Connection
 
 STATISTICS_LATE_S = 6.0
 """How stale RabbitMQ's list of all connections may be."""
@@ -39,6 +39,9 @@ class Inventory(Protocol):
     async def sessions(self, owners: list[str]) -> list[SessionQueue]:
         """Return the session queues that may belong to these device ids and client ids; more may be among them."""
 
+    async def bindings(self, session: SessionQueue) -> list[Binding]:
+        """Return the bindings of a session's queue."""
+
 
 class ByName:
     """Asks for each user and each session by name; exact at once."""
@@ -60,6 +63,10 @@ class ByName:
         """Return the session queues whose client id begins with one of these names."""
         return await self._actions.sessions(owners) if owners else []
 
+    async def bindings(self, session: SessionQueue) -> list[Binding]:
+        """Return the bindings of a session's queue."""
+        return await self._actions.bindings(session)
+
 
 class Listed:
     """
@@ -76,6 +83,8 @@ class Listed:
         self._actions = actions
         self._users: dict[str, list[Connection]] | None = None
         self._sessions: list[SessionQueue] | None = None
+        self._bindings: dict[tuple[str, str], list[Binding]] | None = None
+        self._listing = asyncio.Lock()
         self.taken_at = time.monotonic()
 
     async def users(self) -> dict[str, list[Connection]]:
@@ -104,3 +113,10 @@ class Listed:
             self._sessions = await self._actions.sessions()
             await asyncio.sleep(0)
         return self._sessions
+
+    async def bindings(self, session: SessionQueue) -> list[Binding]:
+        """Return the bindings of a session's queue."""
+        async with self._listing:
+            if self._bindings is None:
+                self._bindings = await self._actions.listed_bindings(self._sessions or [])
+        return self._bindings.get((session.queue.vhost, session.queue.name), [])

@@ -151,11 +151,10 @@ class BulkLane(_Lane):
             TaskStoreError: The store cannot be used.
         """
         while True:
-            if await self._small_changes():
-                continue
+            small = await self._small_changes()
             if tasks := await self._store.due(self._cluster, MASS, set(), BULK_BATCH):
                 await self._mass_change(tasks)
-            else:
+            elif not small:
                 await self._idle()
 
     async def _small_changes(self) -> bool:
@@ -212,8 +211,7 @@ class BulkLane(_Lane):
 
     async def _between(self) -> bool:
         """Between two parts of a mass change: small changes first; return False if it is paused."""
-        while await self._small_changes():
-            pass
+        await self._small_changes()
         now = time.monotonic()
         if now < self._next_pause_look:
             return True

@@ -136,8 +136,8 @@ select count(*) as number, count(*) filter (where finished_at is null) as open f
 -- Due at the next half second, so that looks at many changes in a row are made together. A row that somebody has locked stays due.
 -- params: 1 ids bigint[], 2 receipts text[], 3 seconds
 update enforcement e set state = 'checking', receipt = u.receipt::jsonb, fault = null,
-  due_at = case when $3 < 1 then clock_timestamp() + make_interval(secs => $3)
-                else to_timestamp(ceil(2 * extract(epoch from clock_timestamp() + make_interval(secs => $3))) / 2) end
+  due_at = case when $3::float8 < 1 then clock_timestamp() + make_interval(secs => $3::float8)
+                else to_timestamp(ceil(2 * extract(epoch from clock_timestamp() + make_interval(secs => $3::float8))) / 2) end
 from unnest($1::bigint[], $2::text[]) as u (id, receipt)
 where e.id = u.id and e.id in (select id from enforcement where id = any ($1::bigint[]) for update skip locked);
 

@@ -475,3 +475,19 @@ async def test_receipts_go_after_a_month_whatever_order_they_were_finished_in(
         )
         await work.keep_sweep("c", {})
         assert [row["id"] for row in await connection.fetch("select id from enforcement")] == [child.id]
+
+
+@pytest.mark.parametrize(("after_s", "earliest", "latest"), [(0.3, 0.3, 0.3), (2.0, 2.0, 2.5), (6.0, 6.0, 6.5)])
+async def test_a_further_look_is_due_at_a_half_second_so_that_many_are_made_together(
+    connection: asyncpg.Connection, dsn: str, after_s: float, earliest: float, latest: float
+) -> None:
+    await fleet(connection, 1)
+    async with tasks_of(dsn) as store:
+        await connection.execute(REVOKE, ["d1"])
+        (task,) = await every(store)
+        before = await connection.fetchval("select extract(epoch from clock_timestamp())::float8")
+        await store.check_later({task.id: {}}, after_s)
+        after = await connection.fetchval("select extract(epoch from clock_timestamp())::float8")
+        due = await connection.fetchval("select extract(epoch from due_at)::float8 from enforcement")
+    assert before + earliest <= due <= after + latest
+    assert after_s < 1 or due * 2 == int(due * 2)
