@@ -140,6 +140,7 @@ class BulkLane(_Lane):
     def __init__(self, enforcer: Enforcer) -> None:
         super().__init__(enforcer)
         self._listed: Listed | None = None
+        self._taken_from: Listed | None = None
         self._confirmed_at: dict[str, float] = {}
         self._next_pause_look = 0.0
 
@@ -189,14 +190,21 @@ class BulkLane(_Lane):
             nodes = await self._nodes()
             inventory = self._inventory(others)
             if len(tasks) == BULK_BATCH:  # more are to come, and those that are connected should not wait for them
-                users = list(await inventory.users())
-                connected = await self._store.due_of_users(self._cluster, users, BULK_BATCH)
-                known = {task.id for task in connected}
-                left = others = [*connected, *(task for task in others if task.id not in known)]
+                left = others = await self._connected_first(others, inventory)
             batch = Batch(self._enforcer, inventory, self._between)
             await batch.enforce(others, confirmed, nodes)
         except Exception as error:
             await self._put_off(left if batch is None else batch.left(left), error)
+
+    async def _connected_first(self, tasks: list[Task], inventory: Listed) -> list[Task]:
+        """Return tasks with those of the whole mass change before them that are about users in the list."""
+        if inventory is self._taken_from:
+            return tasks
+        connected = await self._store.due_of_users(self._cluster, list(await inventory.users()), BULK_BATCH)
+        if len(connected) < BULK_BATCH:
+            self._taken_from = inventory  # all of them: the next part need not ask
+        known = {task.id for task in connected}
+        return [*connected, *(task for task in tasks if task.id not in known)]
 
     def _inventory(self, tasks: list[Task]) -> Listed:
         """Return lists that were begun after all of these tasks were due and replicas decided by their versions."""

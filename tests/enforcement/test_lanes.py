@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from authbackend.enforcement import lanes
 from authbackend.policy import decide
 from authbackend.policy.requests import VhostRequest
 from authbackend.postgres import enforcement
@@ -602,3 +603,23 @@ async def test_connections_are_closed_also_when_queues_cannot_be_listed(rig: Rig
         done = await rig.finished()
     assert rig.broker.queues == {}
     assert all(task["receipt"]["closed"] == {"rabbit@one": 1} for task in done)
+
+
+async def test_of_a_mass_change_in_many_parts_those_that_are_connected_come_first(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "BULK_BATCH", 100)
+    names = [f"D{n:03}" for n in range(400)]
+    await rig.devices(*names)
+    rig.broker.connect("D399", "D399", "fleet/D399/#")
+    async with rig.enforcing():
+        await rig.set_status("revoked", *names)
+        done = await rig.finished()
+    assert rig.broker.users() == []
+    assert rig.broker.queues == {}
+    (connected,) = [task for task in done if task["name"] == "D399"]
+    assert connected["receipt"]["closed"] == {"rabbit@one": 1}
+    looked_at = await rig.sql.fetch(
+        "select name from enforcement order by (receipt ->> 'confirmed_at')::float8 limit 100"
+    )
+    assert "D399" in {row["name"] for row in looked_at}
