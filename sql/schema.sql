@@ -536,6 +536,13 @@ begin
   return null;
 end $$;
 
+CREATE FUNCTION public.enforcement_concerns(of_device text, of_status text) RETURNS boolean
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+  select of_status = 'active' or exists (select from public.enforcement where kind = 'device' and name = of_device and finished_at is null)
+$$;
+
 CREATE FUNCTION public.enforcement_device() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -550,7 +557,7 @@ begin
   when 'DELETE' then
     insert into public.enforcement (cluster, kind, name, causes, details)
     select k.name, 'device', o.device_id, '{deleted}', jsonb_build_object('common_name', o.common_name, 'client_ids', t.client_ids)
-    from old_rows o left join public.device_type t on t.name = o.type cross join public.enforcement_cluster k where o.status = 'active';
+    from old_rows o left join public.device_type t on t.name = o.type cross join public.enforcement_cluster k where public.enforcement_concerns(o.device_id, o.status);
   when 'UPDATE' then
     with noted as (
       insert into public.enforcement (cluster, kind, name, causes, details)
@@ -565,7 +572,7 @@ begin
         case when n.attributes <> o.attributes and public.enforcement_attributes_used(n.device_id, n.type, o.attributes, n.attributes) then 'attributes' end,
         case when n.expires_at <= clock_timestamp() and n.expires_at is distinct from o.expires_at then 'expired' end], null) as causes) as c
       cross join public.enforcement_cluster k
-      where o.status = 'active' and c.causes <> '{}'
+      where c.causes <> '{}' and public.enforcement_concerns(o.device_id, o.status)
       returning name, causes)
     select array_agg(distinct name) into held from noted where not causes && '{deleted,pending,suspended,revoked,expired}';
     perform public.enforcement_hold(held);
@@ -731,7 +738,7 @@ begin
       insert into public.enforcement (cluster, kind, name, causes, details)
       select k.name, w.kind, w.name, '{rules}', jsonb_build_object('rules', w.rules) from owners w cross join public.enforcement_cluster k
       where (w.kind = 'device_type' and exists (select from public.device_type t where t.name = w.name))
-         or (w.kind = 'device' and exists (select from public.device d where d.device_id = w.name and d.status = 'active'))
+         or (w.kind = 'device' and exists (select from public.device d where d.device_id = w.name and public.enforcement_concerns(d.device_id, d.status)))
          or (w.kind = 'account' and exists (select from public.account a where a.name = w.name))
       returning kind, name)
     select array_agg(distinct name) from noted where kind = 'device'$q$,
@@ -1451,7 +1458,7 @@ CREATE INDEX enforcement_finished ON public.enforcement USING btree (finished_at
 
 CREATE INDEX enforcement_of ON public.enforcement USING btree (kind, name, id);
 
-CREATE INDEX enforcement_user ON public.enforcement USING btree (cluster, ((details ->> 'common_name'::text))) WHERE ((state = 'waiting'::text) AND (lane <> 'urgent'::text));
+CREATE INDEX enforcement_user ON public.enforcement USING btree (cluster, ((details ->> 'common_name'::text))) WHERE ((state = 'waiting'::text) AND (lane = 'mass'::text));
 
 CREATE INDEX enforcement_version ON public.enforcement USING btree (version, lane);
 

@@ -145,8 +145,8 @@ def pause(context: click.Context, everything: bool, as_json: bool) -> None:
     """
     Stop closing connections and deleting sessions, for an hour at most.
 
-    For a change that turned out to be wrong: what it closes stops within a second, and the change can be undone; what has
-    been undone is not closed any more. Single revocations, suspensions, deletions and expiries go on, unless --all is
+    For a change that turned out to be wrong: what it closes stops with the part that is under way, at most 200 devices, and
+    the change can be undone; what has been undone is not closed any more. Single revocations, suspensions, deletions and expiries go on, unless --all is
     given. Decisions are not paused. The sweep reports and closes nothing meanwhile.
     """
     found = run(work.pause(target_of(context), actor(), "all" if everything else "bulk"))

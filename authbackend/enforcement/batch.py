@@ -186,7 +186,7 @@ class Batch:
 
     async def _end(self, plans: Sequence[Plan]) -> None:
         """Hold, close, repair and record some plans."""
-        await self._hold([one for one in plans if one.held and one.first_look])
+        await self._hold([one for one in plans if one.held and one.first_look and not one.closed_before])
         await self._each(plans, self._close)
         try:
             with_sessions = [one for one in plans if one.sessions and not one.fault]
@@ -251,7 +251,8 @@ class Batch:
             def permitted(user: str = user) -> bool:
                 return self._reactivated(one, user)
 
-            if one.selective or (not one.first_look and self._permitted(user)):
+            again = one.closed_before or not one.first_look
+            if one.selective or (again and self._permitted(user)):
                 await self._actions.close_where(user, one.ends, one.done)
             elif listed is not None:
                 await self._actions.close_listed(listed, permitted, one.done)
@@ -341,7 +342,7 @@ class Batch:
             return self._inventory.look_again_s
         if self._confirmed.missing or made["unseen_nodes"]:
             return min(LONGEST_BACK_OFF_S, UNVERIFIED_S * float(made["looks"]))
-        return None
+        return self._inventory.look_again_s if one.just_confirmed else None
 
     def _tell(self, one: Plan, made: dict[str, Any], *, finished: bool) -> None:
         if finished and not one.superseded:
@@ -362,9 +363,9 @@ class Batch:
         """Record plans for which nothing was connected and nothing stored, together."""
         self._recorded.update(_ids(plans))
         common = common_receipt(self._confirmed.by, self._confirmed.missing, self._nodes)
-        first = [one for one in plans if one.first_look]
-        again = [one for one in plans if not one.first_look]
         unverified = bool(self._confirmed.missing or unseen(self._nodes))
+        first = [one for one in plans if one.first_look or (one.just_confirmed and not unverified)]
+        again = [one for one in plans if not (one.first_look or (one.just_confirmed and not unverified))]
         await self._store.nothing_found(_ids(first), common, self._inventory.look_again_s)
         if unverified:
             await self._store.nothing_found(_ids(again), common, UNVERIFIED_S)

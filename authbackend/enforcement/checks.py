@@ -128,7 +128,11 @@ class Checker:
         request = VhostRequest(connection.user, connection.vhost, connection.address, connection.client_id)
         device = self.registry.device_by_name(connection.user)
         if device is None or connection.client_id is not None or connection.mqtt is False:
-            return decide.vhost(self.registry, request, self._now)
+            decision = decide.vhost(self.registry, request, self._now)
+            device_type = self.registry.device_type(device.type) if device else None
+            if decision.reason is Reason.ENFORCEMENT_IN_PROGRESS and device and device_type:
+                return decide.place_fault(device_type, request, device.type)  # a hold must not hide what else is wrong
+            return decision
         if fault := decide.device_fault(self.registry, device, self._now):
             return fault
         device_type = self.registry.device_type(device.type)

@@ -215,8 +215,10 @@ class ClusterActions:
         pattern = None
         if owners is not None and len(owners) <= FEW:
             pattern = f"{SESSION_QUEUES}({'|'.join(map(_escaped, owners))})"
-        pages = [page async for page in self.cluster.queues(pattern)]
-        return [session for page in pages for queue in page if (session := session_queue(queue)) is not None]
+        found: list[SessionQueue] = []
+        async for page in self.cluster.queues(pattern):
+            found += [session for queue in page if (session := session_queue(queue)) is not None]
+        return found
 
     async def bindings(self, session: SessionQueue) -> list[Binding]:
         """Return the bindings of a session's queue."""

@@ -6,19 +6,19 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
-from authbackend.enforcement.batch import Enforcer, chunks
+from authbackend.enforcement.batch import LONGEST_BACK_OFF_S, Enforcer, chunks
 from authbackend.enforcement.checks import Checker, SessionQueue
 from authbackend.enforcement.clusters import inspect_session
 from authbackend.enforcement.inventory import LOOK_AGAIN_S, STATISTICS_LATE_S
 from authbackend.enforcement.management_api import LiveConnection
-from authbackend.enforcement.plans import CLOCKS_S, narrowed, since
+from authbackend.enforcement.plans import CLOCKS_S, narrowed, since, unseen
 from authbackend.enforcement.tasks import Confirmation, Task
 from authbackend.policy.rules import Device
 
 _OWNER = "client_id_owner"
 _PART = 2000
 _LOOKS = 2
-"""The second look sees connections that were too young for the first one."""
+"""Looks at which all replicas decided by the change and every node was seen; the second sees what was too young for the first."""
 
 
 async def fan_out(enforcer: Enforcer, task: Task, confirmed: Confirmation, nodes: dict[str, bool]) -> None:
@@ -29,15 +29,15 @@ async def fan_out(enforcer: Enforcer, task: Task, confirmed: Confirmation, nodes
         AuthbackendError: The store or the cluster cannot be used.
     """
     confirmed_at = task.receipt.get("confirmed_at") or time.time()
-    looks = task.receipt.get("looks", 0)
-    if confirmed.missing and looks == 1:
-        looks = 0  # the look that counts is the one when everybody decides by it
+    looks = task.receipt.get("looks", 0) + 1
+    verified = task.receipt.get("verified_looks", 0)
     moved = set(task.receipt.get("moved") or ())
-    if looks < _LOOKS:
+    if verified < _LOOKS:
         touched = await _Touched.find(enforcer, task, confirmed_at)
         moved |= touched.moved
         for part in chunks(list(touched.details.items()), _PART):
             await enforcer.store.add(task, dict(part))
+        verified += not confirmed.missing and all(nodes.values())
     devices, open_ = await enforcer.store.children(task)
     found: dict[str, Any] = {
         "took_s": since(task),
@@ -45,15 +45,17 @@ async def fan_out(enforcer: Enforcer, task: Task, confirmed: Confirmation, nodes
         "confirmed_by": confirmed.by,
         "unconfirmed": confirmed.missing,
         "nodes": {enforcer.actions.name: nodes},
+        "unseen_nodes": unseen({enforcer.actions.name: nodes}),
         "devices": devices,
-        "looks": looks + 1,
+        "looks": looks,
+        "verified_looks": verified,
     }
-    if looks:  # the first look may have missed young connections, so until now all that moved were held
+    if verified >= _LOOKS:  # until now a look may have missed young connections, so all that moved were held
         found["moved"] = sorted(moved)
-    if not looks:
-        await enforcer.store.check_later({task.id: found}, STATISTICS_LATE_S)
+    if verified < _LOOKS:
+        await enforcer.store.check_later({task.id: found}, min(LONGEST_BACK_OFF_S, STATISTICS_LATE_S * looks))
         return
-    if confirmed.missing or open_:
+    if open_:
         await enforcer.store.check_later({task.id: found}, LOOK_AGAIN_S)
         if _OWNER in task.causes:
             await enforcer.store.hold_client_ids(task.name)

@@ -73,13 +73,16 @@ class Listed:
     Asks once for everything, for any number of tasks.
 
     Args:
-        taken_at: When it was begun, by the monotonic clock.
+        nodes: That were seen running right before.
+    Attributes:
+        taken_at: when it was begun, by the monotonic clock.
     """
 
     look_again_s = STATISTICS_LATE_S
     lists = True
 
-    def __init__(self, actions: ClusterActions) -> None:
+    def __init__(self, actions: ClusterActions, nodes: dict[str, bool]) -> None:
+        self.nodes = nodes
         self._actions = actions
         self._users: dict[str, list[Connection]] | None = None
         self._sessions: list[SessionQueue] | None = None

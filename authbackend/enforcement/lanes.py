@@ -188,11 +188,12 @@ class BulkLane(_Lane):
         try:
             confirmed = await self._enforcer.confirmed(versions(others))
             nodes = await self._nodes()
-            inventory = self._inventory(others)
+            inventory = self._inventory(others, nodes)
             if len(tasks) == BULK_BATCH:  # more are to come, and those that are connected should not wait for them
                 left = others = await self._connected_first(others, inventory)
             batch = Batch(self._enforcer, inventory, self._between)
-            await batch.enforce(others, confirmed, nodes)
+            seen = {node: up and inventory.nodes.get(node, False) for node, up in nodes.items()}
+            await batch.enforce(others, confirmed, seen)
         except Exception as error:
             await self._put_off(left if batch is None else batch.left(left), error)
 
@@ -206,7 +207,7 @@ class BulkLane(_Lane):
         known = {task.id for task in connected}
         return [*connected, *(task for task in tasks if task.id not in known)]
 
-    def _inventory(self, tasks: list[Task]) -> Listed:
+    def _inventory(self, tasks: list[Task], nodes: dict[str, bool]) -> Listed:
         """Return lists that were begun after all of these tasks were due and replicas decided by their versions."""
         now = time.monotonic()
         self._confirmed_at = {v: at for v, at in self._confirmed_at.items() if now - at < _LIST_LASTS_S}
@@ -214,7 +215,7 @@ class BulkLane(_Lane):
         since = max(since, now - min(task.due_for_s for task in tasks))
         listed = self._listed
         if listed is None or listed.taken_at < since or now - listed.taken_at > _LIST_LASTS_S:
-            listed = self._listed = Listed(self._enforcer.actions)
+            listed = self._listed = Listed(self._enforcer.actions, nodes)
         return listed
 
     async def _between(self) -> bool:

@@ -69,6 +69,16 @@ class Plan:
         return self.task.state == "waiting"
 
     @property
+    def closed_before(self) -> bool:
+        """True if its connections were closed at an earlier look, when all replicas decided by the change."""
+        return bool(self.task.receipt.get("confirmed_at"))
+
+    @property
+    def just_confirmed(self) -> bool:
+        """True if at the look before, a replica could still let somebody in: what came since may not be seen yet."""
+        return bool(self.task.receipt) and not self.task.receipt.get("confirmed_at")
+
+    @property
     def selective(self) -> bool:
         """True if not all connections of its users end, also at the first look."""
         return self.certificate is not None or bool(self.moved)
@@ -133,8 +143,17 @@ def _merged(same: list[Task]) -> Task:
             "former_client_ids": next((x["former_client_ids"] for x in details if "former_client_ids" in x), None),
         },
         state="waiting" if waiting else "checking",
-        receipt=next((task.receipt for task in same if task.receipt), {}),
+        receipt=_merged_receipt(same),
     )
+
+
+def _merged_receipt(same: list[Task]) -> dict[str, Any]:
+    """Return what has been done so far; replicas have confirmed several changes when they have confirmed the last one."""
+    made = dict(next((task.receipt for task in same if task.receipt), {}))
+    confirmed = [task.receipt.get("confirmed_at") or 0.0 for task in same]
+    if made:
+        made["confirmed_at"] = max(confirmed) if all(confirmed) else None
+    return made
 
 
 def _device_plan(checker: Checker, task: Task) -> Plan:

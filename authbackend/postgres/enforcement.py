@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
+import asyncpg
 import structlog
 
 from authbackend.enforcement.tasks import Backlog, Confirmation, Overdue, Pause, Task, TaskStoreError
@@ -166,6 +167,8 @@ class PostgresTaskStore:
                 async with self._turn:
                     return await self._connection.fetch(getattr(self._statements, statement).sql, *values)
         except AuthbackendError as error:
+            if isinstance(error.__cause__, asyncpg.LockNotAvailableError) and not self._connection.is_closed():
+                raise Conflict(error.detail) from error  # somebody else has a row; whoever is served by it is put off
             raise TaskStoreError(error.detail) from error
 
 

@@ -22,7 +22,7 @@ alter table enforcement alter column cluster drop default;
 drop index enforcement_due, enforcement_finished, enforcement_child;
 create index enforcement_due on enforcement (cluster, lane, due_at, id) where finished_at is null;
 create index enforcement_finished on enforcement (finished_at) where finished_at is not null;
-create index enforcement_user on enforcement (cluster, (details ->> 'common_name')) where state = 'waiting' and lane <> 'urgent';
+create index enforcement_user on enforcement (cluster, (details ->> 'common_name')) where state = 'waiting' and lane = 'mass';
 create index enforcement_version on enforcement (version, lane);
 create unique index enforcement_child on enforcement (parent, name) where parent is not null;
 
@@ -82,6 +82,13 @@ create table client_id_move (
 );
 call change_watch('client_id_move', 'device_type', 'device_type');
 
+-- Whether a change of a device narrows anything for what may be connected: it is active, or what an earlier change ended has not
+-- been ended everywhere yet.
+create function enforcement_concerns(of_device text, of_status text) returns boolean
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select of_status = 'active' or exists (select from public.enforcement where kind = 'device' and name = of_device and finished_at is null)
+$$;
+
 create or replace function enforcement_device() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
@@ -94,7 +101,7 @@ begin
   when 'DELETE' then
     insert into public.enforcement (cluster, kind, name, causes, details)
     select k.name, 'device', o.device_id, '{deleted}', jsonb_build_object('common_name', o.common_name, 'client_ids', t.client_ids)
-    from old_rows o left join public.device_type t on t.name = o.type cross join public.enforcement_cluster k where o.status = 'active';
+    from old_rows o left join public.device_type t on t.name = o.type cross join public.enforcement_cluster k where public.enforcement_concerns(o.device_id, o.status);
   when 'UPDATE' then
     with noted as (
       insert into public.enforcement (cluster, kind, name, causes, details)
@@ -109,7 +116,7 @@ begin
         case when n.attributes <> o.attributes and public.enforcement_attributes_used(n.device_id, n.type, o.attributes, n.attributes) then 'attributes' end,
         case when n.expires_at <= clock_timestamp() and n.expires_at is distinct from o.expires_at then 'expired' end], null) as causes) as c
       cross join public.enforcement_cluster k
-      where o.status = 'active' and c.causes <> '{}'
+      where c.causes <> '{}' and public.enforcement_concerns(o.device_id, o.status)
       returning name, causes)
     select array_agg(distinct name) into held from noted where not causes && '{deleted,pending,suspended,revoked,expired}';
     perform public.enforcement_hold(held);
@@ -192,7 +199,7 @@ begin
       insert into public.enforcement (cluster, kind, name, causes, details)
       select k.name, w.kind, w.name, '{rules}', jsonb_build_object('rules', w.rules) from owners w cross join public.enforcement_cluster k
       where (w.kind = 'device_type' and exists (select from public.device_type t where t.name = w.name))
-         or (w.kind = 'device' and exists (select from public.device d where d.device_id = w.name and d.status = 'active'))
+         or (w.kind = 'device' and exists (select from public.device d where d.device_id = w.name and public.enforcement_concerns(d.device_id, d.status)))
          or (w.kind = 'account' and exists (select from public.account a where a.name = w.name))
       returning kind, name)
     select array_agg(distinct name) from noted where kind = 'device'$q$,

@@ -43,11 +43,14 @@ select made, fault from device_schedule_apply();
 select device_id, at, status, pid, application, role, since from enforcement_overdue();
 
 -- name: release_forgotten!
--- Holds whose end has passed and that no open task needs any more.
+-- Holds that no open task needs any more, whatever their end is: left by a leader that died, or by a cluster that was forgotten.
 with moves as (
-  delete from client_id_move where device_type in (select device_type from client_id_move where until <= clock_timestamp() for update skip locked))
+  delete from client_id_move where device_type in (
+    select m.device_type from client_id_move m where m.since < clock_timestamp() - interval '10 s'
+      and not exists (select from enforcement e where e.kind = 'device_type' and e.name = m.device_type and e.finished_at is null)
+    for update skip locked))
 delete from device_hold where device_id in (
-  select h.device_id from device_hold h where h.until <= clock_timestamp()
+  select h.device_id from device_hold h where h.since < clock_timestamp() - interval '10 s'
     and not exists (select from enforcement e where e.kind = 'device' and e.name = h.device_id and e.finished_at is null)
   for update skip locked);
 
@@ -68,7 +71,7 @@ select id, version::text as version, cluster, lane, kind, name, causes, details,
        extract(epoch from clock_timestamp() - due_at)::float8 as due_for_s,
        kind = 'device' and exists (select from device d where d.device_id = e.name and d.status = 'active' and (d.expires_at is null or d.expires_at > clock_timestamp())) as active
 from enforcement e
-where cluster = $1 and state = 'waiting' and lane <> 'urgent' and details ->> 'common_name' = any ($2::text[]) and due_at <= clock_timestamp()
+where cluster = $1 and state = 'waiting' and lane = 'mass' and details ->> 'common_name' = any ($2::text[]) and due_at <= clock_timestamp()
   and not exists (select from enforcement_pause where until > clock_timestamp())
 limit $3;
 
@@ -139,13 +142,13 @@ update enforcement e set state = 'checking', receipt = u.receipt::jsonb, fault =
   due_at = case when $3::float8 < 1 then clock_timestamp() + make_interval(secs => $3::float8)
                 else to_timestamp(ceil(2 * extract(epoch from clock_timestamp() + make_interval(secs => $3::float8))) / 2) end
 from unnest($1::bigint[], $2::text[]) as u (id, receipt)
-where e.id = u.id and e.id in (select id from enforcement where id = any ($1::bigint[]) for update skip locked);
+where e.id = u.id and e.id in (select id from enforcement where id = any ($1::bigint[]) and finished_at is null for update skip locked);
 
 -- name: finish!
 -- params: 1 ids bigint[], 2 receipts text[], 3 state
 update enforcement e set state = $3, receipt = u.receipt::jsonb, fault = null, finished_at = clock_timestamp()
 from unnest($1::bigint[], $2::text[]) as u (id, receipt)
-where e.id = u.id and e.id in (select id from enforcement where id = any ($1::bigint[]) for update skip locked);
+where e.id = u.id and e.id in (select id from enforcement where id = any ($1::bigint[]) and finished_at is null for update skip locked);
 
 -- name: nothing_found!
 -- Many tasks for which nothing was connected and nothing stored, at once.

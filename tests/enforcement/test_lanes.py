@@ -623,3 +623,92 @@ async def test_of_a_mass_change_in_many_parts_those_that_are_connected_come_firs
         "select name from enforcement order by (receipt ->> 'confirmed_at')::float8 limit 100"
     )
     assert "D399" in {row["name"] for row in looked_at}
+
+
+async def test_what_changed_while_a_device_was_suspended_is_not_forgotten_when_it_is_active_again(rig: Rig) -> None:
+    """Its old connection has the old rights: the suspension is superseded, the change is not."""
+    await rig.devices("A")
+    rig.broker.connect("A", "A", "fleet/A/#")
+    await rig.set_status("suspended", "A")
+    await rig.sql.execute("update device set common_name = 'A2' where device_id = 'A'")
+    await rig.set_status("active", "A")
+    await rig.served()
+    async with rig.enforcing():
+        await rig.finished()
+    assert rig.broker.closed == ["A"]
+
+
+async def test_one_transaction_that_suspends_changes_and_activates(rig: Rig) -> None:
+    await rig.devices("A")
+    rig.broker.connect("A")
+    async with rig.sql.transaction():
+        await rig.set_status("suspended", "A")
+        await rig.sql.execute(
+            "insert into topic_rule (device_id, effect, action, topic) values ('A', 'deny', 'publish', 'fleet/A/x')"
+        )
+        await rig.set_status("active", "A")
+    await rig.served()
+    async with rig.enforcing():
+        await rig.finished()
+    assert rig.broker.closed == ["A"]
+
+
+async def test_the_look_at_which_all_have_confirmed_is_not_the_last_one(rig: Rig) -> None:
+    """A silent replica may have let the device in a moment before."""
+    await rig.devices("A")
+    rig.broker.connect("A")
+    await rig.sql.execute(
+        "insert into replica (id, name, program_version, workers, longest_staleness_s, introduced_at, confirmed_at, snapshot)"
+        " values (gen_random_uuid(), 'silent', 'x', 1, 600, now() - interval '60 s', now() - interval '60 s', pg_current_snapshot())"
+    )
+    async with rig.enforcing():
+        await rig.set_status("revoked", "A")
+        async with asyncio.timeout(10):
+            while not (task := (await rig.tasks())[0])["receipt"]:
+                await asyncio.sleep(0.02)
+        looks = task["receipt"]["looks"]
+        await rig.sql.execute("delete from replica where name = 'silent'")
+        await rig.sql.execute("update enforcement set due_at = now()")
+        (task,) = await rig.finished()
+    assert task["receipt"]["looks"] >= looks + 2
+
+
+async def test_a_session_that_cannot_be_repaired_does_not_throw_a_permitted_user_out_again_and_again(rig: Rig) -> None:
+    await rig.devices("A")
+    rig.broker.connect("A", "A", "news/#")
+    rig.broker.refuses = lambda method, _argument: method == "unbind"
+    deny = "insert into topic_rule (device_id, effect, action, topic) values ('A', 'deny', 'subscribe', 'news/#')"
+    async with rig.enforcing():
+        await rig.sql.execute(deny)
+        await rig.broker.until(lambda: rig.broker.closed == ["A"])
+        rig.broker.connect("A", connected_at=4e9)
+        await rig.broker.until(lambda: sum(method == "unbind" for method, _ in rig.broker.calls) >= 3)
+        rig.broker.refuses = lambda _method, _argument: False
+        await rig.finished()
+    assert rig.broker.closed == ["A"]
+
+
+async def test_a_hold_that_a_dead_leader_left_is_released(rig: Rig) -> None:
+    await rig.devices("A")
+    await rig.sql.execute(
+        "insert into device_hold (device_id, since, until) values ('A', now() - interval '20 s', 'infinity')"
+    )
+    async with rig.enforcing():
+        async with asyncio.timeout(10):
+            while await rig.sql.fetchval("select count(*) from device_hold"):
+                await asyncio.sleep(0.02)
+
+
+async def test_a_type_is_looked_at_again_when_a_node_was_not_seen(rig: Rig) -> None:
+    """Devices on a node that is cut off are found when it is back."""
+    await rig.devices("A")
+    rig.broker.running["rabbit@two"] = False
+    async with rig.enforcing():
+        await rig.sql.execute("delete from topic_rule where topic = 'fleet/{device_id}/#' and action = 'publish'")
+        await rig.broker.until(lambda: sum(method == "connections" for method, _ in rig.broker.calls) >= 2)
+        (task,) = await rig.tasks()
+        assert task["finished_at"] is None
+        rig.broker.connect("A", node="rabbit@two", connected_at=1.0)
+        rig.broker.running["rabbit@two"] = True
+        await rig.finished()
+    assert rig.broker.closed == ["A"]

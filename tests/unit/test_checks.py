@@ -429,3 +429,8 @@ def test_what_a_client_claims_in_user_properties_is_compared():
 def test_serials_are_compared_in_one_form():
     assert serial("00:AB:0C") == serial("AB0C") == "ab0c"
     assert serial("00") == "0"
+
+
+def test_a_hold_does_not_hide_that_a_connection_is_in_a_virtual_host_that_is_gone():
+    assert checker().connection(live("cn-b", "B")) is None
+    assert checker().connection(live("cn-b", "B", vhost="gone")) is Reason.VHOST_NOT_LISTED
