@@ -11,7 +11,7 @@ from authbackend.postgres.connection import Target
 from .processes import HarnessError
 from .service import Database, Service
 
-FIRST, LAST = 1001, 1400
+FIRST, LAST = 1001, 1600
 EDITOR = "authbackend_admin"
 """The role of the security team (sql/roles.sql)."""
 CONFIRMED_TIMEOUT_S = 30.0

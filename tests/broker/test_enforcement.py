@@ -222,15 +222,19 @@ async def test_a_rule_that_is_replaced_by_a_wider_one_disturbs_nobody(
 async def test_whatever_narrows_a_device_ends_its_connection(
     mqtt: Clients, fleet: Fleet, enforcing: Service, change: str, cause: str
 ) -> None:
-    """Also what is to happen later, on time."""
+    """Also what is to happen later, on time; a sweep of just that moment may be quicker than the task."""
     me = fleet.device()
     client = mqtt(me)
     assert await client.connect() == 0
+    swept = enforcing.count("authbackend_sweep_ended", cause="device_not_permitted")
     await fleet.change(change.format(me))
     assert await client.disconnected(5) is not None
     task = await done(enforcing, me)
     assert task["causes"] == [cause]
-    assert task["receipt"]["closed"] == {"rabbit@localhost": 1}
+    closed = task["receipt"]["closed"]
+    assert closed == {"rabbit@localhost": 1} or (
+        closed == {} and enforcing.count("authbackend_sweep_ended", cause="device_not_permitted") > swept
+    )
 
 
 async def test_an_attribute_that_a_rule_uses(mqtt: Clients, fleet: Fleet, enforcing: Service) -> None:
