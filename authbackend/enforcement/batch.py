@@ -23,7 +23,7 @@ from authbackend.enforcement.inventory import Inventory
 from authbackend.enforcement.management_api import Binding, ClusterUnreachable
 from authbackend.enforcement.plans import Plan, PlansByOwner, common_receipt, grouped, plan, receipt, unseen
 from authbackend.enforcement.tasks import Confirmation, Task, TaskStore, TaskStoreError
-from authbackend.errors import AuthbackendError
+from authbackend.errors import AuthbackendError, Unavailable
 from authbackend.policy.decide import DecisionSettings
 from authbackend.registry.store import Reader
 
@@ -34,6 +34,9 @@ CHUNK = 200
 
 UNVERIFIED_S = 5.0
 """How soon what could not be verified, for a node or a replica that is silent, is looked at again."""
+
+OLDEST_COPY_S = 30.0
+"""Nobody is ended by a copy of the registry that is older."""
 
 LONGEST_BACK_OFF_S = 30.0
 _CONFIRM_EVERY_S = 0.01
@@ -81,8 +84,15 @@ class Enforcer:
         self._confirm_s = confirm_s
 
     def check(self, judge: Callable[[Checker], T]) -> T:
-        """Return what a function finds in the registry as it is now; it must not give way to other tasks."""
+        """
+        Return what a function finds in the registry as it is now; it must not give way to other tasks.
+
+        Raises:
+            Unavailable: The copy is too old, or not loaded yet: by it, everybody would be unknown.
+        """
         with self._registry as registry:
+            if registry.age_s > OLDEST_COPY_S:
+                raise Unavailable(f"the copy of the registry is {registry.age_s:.0f} s old: nothing is ended by it")
             return judge(Checker(registry, time.time(), self._settings))
 
     async def in_parts(self, items: Sequence[T], judge: Callable[[Checker, T], Any]) -> list[Any]:

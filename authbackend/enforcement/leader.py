@@ -18,7 +18,7 @@ from typing import Protocol
 import structlog
 
 from authbackend.backoff import Backoff, Reachability
-from authbackend.enforcement.batch import Enforcer
+from authbackend.enforcement.batch import OLDEST_COPY_S, Enforcer
 from authbackend.enforcement.batch import Observer as EnforcerObserver
 from authbackend.enforcement.clusters import Cluster, ClusterActions
 from authbackend.enforcement.lanes import BulkLane, UrgentLane
@@ -111,6 +111,8 @@ class Leader:
         fault = None
         while True:
             try:
+                while self._copy_age_s() > OLDEST_COPY_S:  # noqa: ASYNC110 - the store tells nobody
+                    await asyncio.sleep(0.1)
                 async with self._lock() as lock:
                     backoff.reset()
                     fault = None
@@ -122,6 +124,11 @@ class Leader:
             except Exception:  # a bug must not end enforcement for good
                 log.exception("enforcement.crashed")
             await self._reachability.pause(backoff)
+
+    def _copy_age_s(self) -> float:
+        """Return how old the copy of the registry is; infinite before it has been loaded."""
+        with self._registry.reader() as registry:
+            return registry.age_s
 
     async def _lead(self, lock: Lock) -> None:
         log.info("enforcement.leading")
@@ -238,13 +245,16 @@ class Leader:
 
     async def _hand_over(self) -> None:
         """
-        Notice that no cluster can be reached from here.
+        Notice that this replica cannot do what must be done.
 
         Raises:
-            Unavailable: For so long that another replica should try.
+            Unavailable: No cluster can be reached from here, for so long that another replica should try; or what this one
+                knows of the registry is too old.
         """
         while True:
             await asyncio.sleep(1.0)
+            if (age_s := self._copy_age_s()) > OLDEST_COPY_S:
+                raise Unavailable(f"the copy of the registry is {age_s:.0f} s old; another replica may enforce")
             since = [lane.unreachable_since for lane in self._lanes.values()]
             if since and all(each is not None and time.monotonic() - each > HAND_OVER_S for each in since):
                 raise Unavailable(f"no cluster could be reached for {HAND_OVER_S:g} s; another replica may try")

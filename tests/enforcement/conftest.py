@@ -24,6 +24,7 @@ from authbackend.postgres.connection import Target
 from authbackend.postgres.enforcement import leading, open_store
 from authbackend.postgres.replicas import Announcer, Identity
 from authbackend.registry.presence import Presence
+from authbackend.registry.store import Store
 from tests.support.memory_cluster import Broker, MemoryCluster
 from tests.support.registry import Following, following
 
@@ -110,6 +111,25 @@ class Rig:
                 await asyncio.sleep(0.02)
         return await self.tasks(condition)
 
+    def leader(self, store: Store, sweep_s: float | None = None, per_second: float = 1000.0) -> Leader:
+        """Return a leader that decides by a store."""
+        target = Target(self.dsn)
+
+        def opened(broker: Broker) -> Callable[[], MemoryCluster]:
+            return lambda: MemoryCluster(broker)
+
+        clusters = {name: opened(broker) for name, broker in self.brokers.items()}
+        closes = frozenset({"device_not_permitted", "wrong_client_id"} if sweep_s else ())
+        settings = LeaderSettings(clusters, per_second, DecisionSettings(), SweepSettings(sweep_s or 3600.0, closes))
+        return Leader(
+            lambda: leading(target, 30.0, list(clusters)),
+            lambda part: open_store(target, part),
+            store,
+            self.watched,
+            settings,
+            Reachability(),
+        )
+
     @contextlib.asynccontextmanager
     async def enforcing(self, sweep_s: float | None = None, per_second: float = 1000.0) -> AsyncIterator[None]:
         """
@@ -119,26 +139,7 @@ class Rig:
             sweep_s: How often to sweep; None: what a sweep finds is not ended, so that only lanes end anything.
         """
         assert self.copy is not None
-        target = Target(self.dsn)
-
-        def opened(broker: Broker) -> Callable[[], MemoryCluster]:
-            return lambda: MemoryCluster(broker)
-
-        clusters = {name: opened(broker) for name, broker in self.brokers.items()}
-        settings = LeaderSettings(
-            clusters,
-            per_second,
-            DecisionSettings(),
-            SweepSettings(sweep_s or 3600.0, frozenset({"device_not_permitted", "wrong_client_id"} if sweep_s else ())),
-        )
-        leader = Leader(
-            lambda: leading(target, 30.0, list(clusters)),
-            lambda part: open_store(target, part),
-            self.copy.store,
-            self.watched,
-            settings,
-            Reachability(),
-        )
+        leader = self.leader(self.copy.store, sweep_s, per_second)
         task = asyncio.create_task(leader.run())
         try:
             async with asyncio.timeout(10):

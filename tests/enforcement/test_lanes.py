@@ -12,8 +12,10 @@ from authbackend.policy import decide
 from authbackend.policy.requests import VhostRequest
 from authbackend.postgres import enforcement
 from authbackend.postgres.connection import Target
+from authbackend.postgres.feed import ChangeFeed
 from tests.enforcement.conftest import Rig
 from tests.support.postgres import connected
+from tests.support.registry import new_store
 
 two_clusters = pytest.mark.clusters("east", "west")
 
@@ -712,3 +714,27 @@ async def test_a_type_is_looked_at_again_when_a_node_was_not_seen(rig: Rig) -> N
         rig.broker.running["rabbit@two"] = True
         await rig.finished()
     assert rig.broker.closed == ["A"]
+
+
+async def test_nobody_enforces_before_the_registry_is_loaded(rig: Rig) -> None:
+    """By an empty copy everybody would be unknown, and sessions would be deleted."""
+    await rig.devices("A")
+    rig.broker.connect("A", "A", "fleet/A/#", "news/#")
+    store = new_store()
+    task = asyncio.create_task(rig.leader(store).run())
+    try:
+        deny = "insert into topic_rule (device_id, effect, action, topic) values ('A', 'deny', 'subscribe', 'news/#')"
+        await rig.sql.execute(deny)
+        await asyncio.sleep(1.0)  # nothing tells that something does not happen
+        assert not rig.watched.leading
+        assert rig.broker.calls == []
+        feed = ChangeFeed(Target(rig.dsn))
+        await feed.load(store, time.monotonic())
+        await feed.close()
+        async with asyncio.timeout(10):
+            while not rig.watched.leading:
+                await asyncio.sleep(0.02)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert [name for _, name in rig.broker.queues] == ["mqtt-subscription-Aqos1"]
