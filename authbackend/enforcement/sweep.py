@@ -225,8 +225,8 @@ class Sweep:
 
     async def _close(self, closing: list[tuple[str, LiveConnection]], report: Report) -> None:
         for cause, connection in closing:
-            await self._actions.close_connection(connection.name)
-            report.ended[cause] += 1
+            if await self._actions.close_connection(connection.name):  # it may have gone by itself since it was listed
+                report.ended[cause] += 1
 
     async def _sessions(self, report: Report, *, report_only: bool) -> None:
         sessions = await self._actions.sessions()

@@ -37,6 +37,7 @@ class Cluster:
 
     async def close_connection(self, name):
         self.closed.append(name)
+        return name != "gone"
 
 
 class Told:
@@ -90,3 +91,8 @@ async def test_a_broker_that_tells_no_serial_number_is_asked_about_by_name():
     cluster = Cluster([told], [untold], [live("A", "A")])
     await sweep(1.0, cluster, Store()).once()
     assert asked == [(["ab"], []), ([], ["A"]), ([], [])]
+
+
+async def test_a_connection_that_went_by_itself_is_not_told_as_ended():
+    report = await sweep(1.0, Cluster([live("R", "R", name="gone")])).once()
+    assert (report.found["device_not_permitted"], report.ended["device_not_permitted"]) == (1, 0)
