@@ -1450,7 +1450,7 @@ CREATE INDEX device_schedule_due ON public.device_schedule USING btree (at);
 
 CREATE INDEX device_type_of ON public.device USING btree (type);
 
-CREATE UNIQUE INDEX enforcement_child ON public.enforcement USING btree (parent, name) WHERE (parent IS NOT NULL);
+CREATE UNIQUE INDEX enforcement_child ON public.enforcement USING btree (parent, name, ((details ? 'moved'::text))) WHERE (parent IS NOT NULL);
 
 CREATE INDEX enforcement_due ON public.enforcement USING btree (cluster, lane, due_at, id) WHERE (finished_at IS NULL);
 
@@ -1929,4 +1929,5 @@ insert into public.schema_migrations (version) values
   ('20261124200000'),
   ('20261124210000'),
   ('20261125100000'),
-  ('20261125110000');
+  ('20261125110000'),
+  ('20261125120000');

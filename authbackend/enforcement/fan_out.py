@@ -35,8 +35,8 @@ async def fan_out(enforcer: Enforcer, task: Task, confirmed: Confirmation, nodes
     if verified < _LOOKS:
         touched = await _Touched.find(enforcer, task, confirmed_at)
         moved |= touched.moved
-        for part in chunks(list(touched.details.items()), _PART):
-            await enforcer.store.add(task, dict(part))
+        for part in chunks([*touched.losing.items(), *touched.gaining.items()], _PART):
+            await enforcer.store.add(task, part)
         verified += not confirmed.missing and all(nodes.values())
     devices, open_ = await enforcer.store.children(task)
     found: dict[str, Any] = {
@@ -72,12 +72,14 @@ class _Touched:
     The devices of a type to which its change does something.
 
     Attributes:
-        details: by device id, the details of a task for it.
+        losing: by device id, the details of a task for a device from which something is taken.
+        gaining: by device id, the details of a task for a device that gets client ids which others use; it may lose, too.
         moved: client ids in use that passed from one device to another.
     """
 
     def __init__(self, enforcer: Enforcer, task: Task) -> None:
-        self.details: dict[str, dict[str, Any]] = {}
+        self.losing: dict[str, dict[str, Any]] = {}
+        self.gaining: dict[str, dict[str, Any]] = {}
         self.moved: set[str] = set()
         self._enforcer = enforcer
         self._task = task
@@ -99,7 +101,7 @@ class _Touched:
         if pair is None or client_id is None:
             return False
         owner, before = pair
-        details = self.details.setdefault(owner.device_id, self._details_of(owner))
+        details = self.gaining.setdefault(owner.device_id, self._details_of(owner))
         details["users"] = sorted({*details.get("users", ()), before.common_name})
         details["moved"] = sorted({*details.get("moved", ()), client_id})
         self.moved.add(client_id)
@@ -123,7 +125,7 @@ class _Touched:
         async for page in self._enforcer.actions.cluster.connections():
             for device in await self._enforcer.in_parts(page, loses):
                 if device is not None:
-                    self.details.setdefault(device.device_id, self._details_of(device))
+                    self.losing.setdefault(device.device_id, self._details_of(device))
 
     async def _sessions(self) -> None:
         """Add the devices of the type whose sessions are not as they should be."""
@@ -139,7 +141,7 @@ class _Touched:
         mine = [
             (session, device)
             for session, device in zip(sessions, owners, strict=True)
-            if device is not None and device.device_id not in self.details
+            if device is not None and device.device_id not in self.losing
         ]
         bindings = await self._enforcer.actions.listed_bindings([session for session, _ in mine]) if mine else {}
 
@@ -149,7 +151,7 @@ class _Touched:
 
         for (_, device), violated in zip(mine, await self._enforcer.in_parts(mine, wrong), strict=True):
             if violated:
-                self.details.setdefault(device.device_id, self._details_of(device))
+                self.losing.setdefault(device.device_id, self._details_of(device))
 
     def _details_of(self, device: Device) -> dict[str, Any]:
         return {"common_name": device.common_name, "rules": self._task.details.get("rules", [])}

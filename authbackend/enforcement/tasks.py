@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Protocol
@@ -159,8 +160,14 @@ class TaskStore(Protocol):
     async def release(self, device_ids: list[str], tasks: list[int]) -> None:
         """End holds, but for devices that have other open tasks than these."""
 
-    async def add(self, parent: Task, devices: dict[str, dict[str, Any]]) -> None:
-        """Note tasks for devices on behalf of another, once each."""
+    async def add(self, parent: Task, devices: Sequence[tuple[str, dict[str, Any]]]) -> None:
+        """
+        Note tasks for devices on behalf of another.
+
+        Args:
+            devices: Ids and details. For each device at most one about client ids that have moved to it, and one about
+                everything else; of those that are there already, client ids are added.
+        """
 
     async def hold_client_ids(self, device_type: str) -> None:
         """Of the client ids that passed to the devices of a type, hold only those in the receipts from now on."""

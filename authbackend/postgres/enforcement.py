@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -96,10 +96,10 @@ class PostgresTaskStore:
         if device_ids:
             await self._fetch("release", device_ids, tasks)
 
-    async def add(self, parent: Task, devices: dict[str, dict[str, Any]]) -> None:
-        """Note tasks for devices on behalf of another, once each."""
-        details = [json.dumps(value) for value in devices.values()]
-        await self._fetch("add_children", parent.id, list(devices), details)
+    async def add(self, parent: Task, devices: Sequence[tuple[str, dict[str, Any]]]) -> None:
+        """Note tasks for devices on behalf of another, as the Protocol says."""
+        names = [device_id for device_id, _ in devices]
+        await self._fetch("add_children", parent.id, names, [json.dumps(details) for _, details in devices])
 
     async def hold_client_ids(self, device_type: str) -> None:
         """Of the client ids that passed to the devices of a type, hold only those in the receipts from now on."""

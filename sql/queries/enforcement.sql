@@ -111,7 +111,7 @@ where h.device_id = seen.device_id and h.since = seen.since
 insert into enforcement (version, cluster, kind, name, causes, details, role, actor, parent)
 select p.version, p.cluster, 'device', u.name, p.causes, u.details, p.role, p.actor, p.id
 from enforcement p, unnest($2::text[], $3::text[]::jsonb[]) as u (name, details) where p.id = $1
-on conflict (parent, name) where parent is not null do update -- a later look has found more client ids
+on conflict (parent, name, (details ? 'moved')) where parent is not null do update -- a later look has found more client ids
 set state = 'waiting', finished_at = null, due_at = clock_timestamp(), details = enforcement.details || jsonb_build_object(
   'moved', (select jsonb_agg(distinct x) from jsonb_array_elements(coalesce(enforcement.details -> 'moved', '[]') || (excluded.details -> 'moved')) as x),
   'users', (select jsonb_agg(distinct x) from jsonb_array_elements(coalesce(enforcement.details -> 'users', '[]') || (excluded.details -> 'users')) as x))
@@ -133,7 +133,7 @@ delete from client_id_move where device_type in (select device_type from client_
 
 -- name: children^
 -- params: 1 parent id
-select count(*) as number, count(*) filter (where finished_at is null) as open from enforcement where parent = $1;
+select count(distinct name) as number, count(*) filter (where finished_at is null) as open from enforcement where parent = $1;
 
 -- name: check_later!
 -- Due at the next half second, so that looks at many changes in a row are made together. A row that somebody has locked stays due.

@@ -472,6 +472,7 @@ async def test_the_leader_leaves_only_when_no_cluster_can_be_reached(rig: Rig, m
 
 MOVE = """
 insert into device_type (name, client_ids, vhosts) values ('N', array['{device_id}'], '{/}');
+insert into topic_rule (device_type, effect, action, topic) values ('N', 'allow', 'subscribe', 'fleet/{device_id}/#');
 insert into device (device_id, type) values ('APM', 'T'), ('APM_1', 'N'), ('APM_2', 'N');
 delete from enforcement; delete from device_hold; -- that APM_1 and APM_2 came beside APM has been enforced
 """
@@ -527,6 +528,22 @@ async def test_a_client_id_in_use_that_only_the_second_look_sees_is_taken_too(ri
         rig.broker.tracked_only.discard(young)
         await rig.finished()
     assert rig.broker.live == {}
+
+
+async def test_a_device_that_gains_client_ids_and_loses_a_virtual_host_at_once(rig: Rig) -> None:
+    await rig.sql.execute(MOVE)
+    await rig.sql.execute("update device_type set vhosts = '{/,v}' where name = 'N'")
+    await rig.served()
+    rig.broker.connect("APM", "APM_1_x", "fleet/APM/#")
+    rig.broker.connect("APM_1", "APM_1", vhost="v")
+    async with rig.enforcing():
+        await rig.sql.execute(
+            "update device_type set vhosts = '{/}', client_ids = '{\"{device_id}\",\"{device_id}_*\"}' where name = 'N'"
+        )
+        tasks = await rig.finished(limit_s=60)
+    assert sorted(rig.broker.closed) == ["APM", "APM_1"]
+    (parent,) = [task for task in tasks if task["kind"] == "device_type" and task["receipt"]["devices"]]
+    assert parent["receipt"]["devices"] == 1
 
 
 async def test_wider_patterns_that_take_nothing_from_anybody_disturb_nobody(rig: Rig) -> None:

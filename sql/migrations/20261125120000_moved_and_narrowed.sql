@@ -1,0 +1,7 @@
+-- migrate:up
+
+-- A change of a type may give a device client ids that others use, and take something else from it: two tasks on behalf of the change.
+drop index enforcement_child;
+create unique index enforcement_child on enforcement (parent, name, (details ? 'moved')) where parent is not null;
+
+-- migrate:down
