@@ -376,7 +376,7 @@ class Batch:
         unverified = bool(self._confirmed.missing or unseen(self._nodes))
         first = [one for one in plans if one.first_look or (one.just_confirmed and not unverified)]
         again = [one for one in plans if not (one.first_look or (one.just_confirmed and not unverified))]
-        await self._store.nothing_found(_ids(first), common, self._inventory.look_again_s)
+        await self._store.nothing_found(_ids(first), common, self._inventory.look_again_for_absent_s())
         if unverified:
             await self._store.nothing_found(_ids(again), common, UNVERIFIED_S)
             return

@@ -30,6 +30,9 @@ class Inventory(Protocol):
     look_again_s: float
     lists: bool
 
+    def look_again_for_absent_s(self) -> float:
+        """Return in how many seconds another look sees what was allowed before, but was not to be found yet in this one."""
+
     async def connected(self, users: Iterable[str]) -> set[str]:
         """Return those users that may be connected."""
 
@@ -51,6 +54,10 @@ class ByName:
 
     def __init__(self, actions: ClusterActions) -> None:
         self._actions = actions
+
+    def look_again_for_absent_s(self) -> float:
+        """Return the same as for what was found: it has just been asked for."""
+        return self.look_again_s
 
     async def connected(self, users: Iterable[str]) -> set[str]:
         """Return all of them: each is asked for when its connections are closed."""
@@ -89,6 +96,11 @@ class Listed:
         self._bindings: dict[tuple[str, str], list[Binding]] | None = None
         self._listing = asyncio.Lock()
         self.taken_at = time.monotonic()
+
+    def look_again_for_absent_s(self) -> float:
+        """Return less the longer it took to close those that were in the list; it counts from when the list was begun."""
+        due = self.taken_at + LOOK_AGAIN_S + STATISTICS_LATE_S
+        return min(self.look_again_s, max(0.0, due - time.monotonic()))
 
     async def users(self) -> dict[str, list[Connection]]:
         """Return who is connected, with the connections."""

@@ -8,12 +8,15 @@ import time
 import pytest
 
 from authbackend.enforcement import lanes
+from authbackend.enforcement.clusters import ClusterActions
+from authbackend.enforcement.inventory import Listed
 from authbackend.policy import decide
 from authbackend.policy.requests import VhostRequest
 from authbackend.postgres import enforcement
 from authbackend.postgres.connection import Target
 from authbackend.postgres.feed import ChangeFeed
 from tests.enforcement.conftest import Rig
+from tests.support.memory_cluster import Broker, MemoryCluster
 from tests.support.postgres import connected
 from tests.support.registry import new_store
 
@@ -607,6 +610,16 @@ async def test_a_session_that_could_not_be_deleted_at_once_is_not_taken_for_the_
     assert rig.broker.queues == {}
     assert task["receipt"]["closed"] == {"rabbit@one": 1}
     assert [queue["why"] for queue in task["receipt"]["queues_deleted"]] == ["client_id_owner"]
+
+
+async def test_the_second_look_at_who_was_not_in_the_list_counts_from_the_list() -> None:
+    """However long it then took to close those who were; who is allowed before the list is in the next one 8 s later."""
+    listed = Listed(ClusterActions(MemoryCluster(Broker()), 100, 4), {})
+    assert listed.look_again_for_absent_s() == listed.look_again_s
+    listed.taken_at -= 5
+    assert 2 < listed.look_again_for_absent_s() <= 3
+    listed.taken_at -= 60
+    assert listed.look_again_for_absent_s() == 0
 
 
 async def test_connections_are_closed_also_when_queues_cannot_be_listed(rig: Rig) -> None:
