@@ -151,6 +151,16 @@ class Stage:
         """The replica that enforces."""
         return next(each for each in (self.service, self.other) if "enforcement_leading 1" in each.metrics())
 
+    def separate(self) -> None:
+        """
+        Let brokers and devices, which are on other hosts in life, have what this host's replicas and database leave.
+
+        By the nice value of their sessions, source: sched(7), "The autogroup feature".
+        """
+        sessions = {str(os.getsid(node.pid)) for node in self.cluster.nodes} | {"self"}
+        for session in sessions:
+            Path(f"/proc/{session}/autogroup").write_text("19")
+
     def close(self) -> None:
         """End the replicas."""
         self.other.stop()

@@ -167,6 +167,8 @@ class Broker:
             "LANG": "C.UTF-8",
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "RABBITMQ_NODENAME": f"{self.name}@localhost",
+            # Schedulers that spin while they wait take the cores from the other nodes, and from the service.
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+sbwt none +sbwtdcpu none +sbwtdio none",
             "RABBITMQ_DIST_PORT": str(self.doors.distribution),
         }
 
@@ -197,6 +199,12 @@ class Broker:
         if self._process is not None:
             self._process.stop()
             self._process = None
+
+    @property
+    def pid(self) -> int:
+        """The process id of what started the node; all of its processes are of this one's session."""
+        assert self._process is not None
+        return self._process.pid
 
     def kill(self) -> None:
         """Stop the node as a crash would."""
