@@ -95,7 +95,6 @@ class Supervisor:
         self._ground = ground
         self._where = bootstrap.urls(settings, port, admin)
         self._life, self._lifeline = os.pipe()  # read end for children: its end is the parent's
-        self._stopping = False
 
         def follow(store: Store, on_end: bootstrap.OnEnd) -> AbstractAsyncContextManager[object]:
             return bootstrap.following(settings, ground, store, admin, on_end)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-V311 = 4
 V5 = 5
 
 CONNACK = 2

@@ -17,7 +17,6 @@ from authbackend.postgres.statements import SQL
 
 LOCK_TIMEOUT = "4s"
 STATEMENT_TIMEOUT = "300s"
-OLDEST_SERVER = 150000
 
 _UP = re.compile(r"^--\s*migrate:up\s*$(.*?)(?:^--\s*migrate:down.*)?\Z", re.MULTILINE | re.DOTALL)
 

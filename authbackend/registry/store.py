@@ -90,7 +90,6 @@ class Store:
         except lmdb.Error as error:
             raise Unavailable(f"the registry in {folder} cannot be opened: {error}") from error
         self.folder = folder
-        self._loading = False
 
     def close(self) -> None:
         """Close it; a reader of it must not be used any more."""

@@ -7,7 +7,6 @@ import secrets
 import shutil
 import stat
 import subprocess
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,7 +67,6 @@ class Broker:
         advanced: what becomes /etc/rabbitmq/advanced.config.
         plugins: plugins to enable besides those of ``rabbitmq/enabled_plugins``.
         cookie: the Erlang cookie, the same for all nodes of a cluster; a new one by default.
-        boot_s: how long the last start took, in seconds.
     """
 
     root: Path
@@ -80,7 +78,6 @@ class Broker:
     advanced: Path = RABBITMQ_FILES / "advanced.config"
     plugins: Sequence[str] = ()
     cookie: str = field(default_factory=lambda: secrets.token_hex(20), repr=False)
-    boot_s: float = 0.0
     _process: Process | None = field(default=None, init=False)
     _epmd: Process | None = field(default=None, init=False)
 
@@ -189,10 +186,8 @@ class Broker:
             # Started by itself, a node leaves an epmd behind. One serves all nodes; a second one ends at
             # once.
             self._epmd = Process(self._command("epmd"), self.state / "epmd.log", self._environment())
-        begin = time.monotonic()
         self._process = Process(self._command("rabbitmq-server"), self.state / "console.log", self._environment())
         self._process.wait_for_line("completed with", BOOT_TIMEOUT_S)
-        self.boot_s = time.monotonic() - begin
 
     def stop(self) -> None:
         """Stop the node in good order; what it stored stays for the next start."""
