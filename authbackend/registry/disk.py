@@ -9,10 +9,12 @@ Files, in a folder of mode 700 that belongs to one replica, each of mode 600::
     replica-id      who this replica is, across restarts
     manifest.json   names image and journal, with the image's digest; replaced as a whole, last
     image-X         the store, as LMDB copies it
-    journal-X       entries: 4 bytes length, 32 bytes BLAKE2b of the previous digest and the payload, payload as JSON
+    journal-X       entries: a header, then the payload as JSON. The header: 4 bytes length of the payload, 32 bytes BLAKE2b
+                    of the previous digest and the payload, 16 bytes BLAKE2b of the previous digest and the header so far
 
 A file that is damaged, of another format, of another database or writable by others is refused as a whole. Only a last
-entry that is cut short is dropped: it was being written when the machine stopped, so nobody had been told of it.
+entry that is cut short is dropped: it was being written when the machine stopped, so nobody had been told of it. The
+header has a checksum of its own, since a damaged length would make any entry look like a last one that is cut short.
 """
 
 from __future__ import annotations
@@ -36,10 +38,12 @@ from authbackend.registry.mark import Mark
 from authbackend.registry.records import DeviceRow, Patch
 from authbackend.registry.store import DATA_FILE, Store
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 _CLOCK_SLACK_S = 5.0
 _DIGEST_BYTES = 32
+_CHECK_BYTES = 16
+HEADER_BYTES = 4 + _DIGEST_BYTES + _CHECK_BYTES
 _LARGEST_JOURNAL_SHARE = 0.25
 _SMALLEST_JOURNAL_BYTES = 4 * 1024**2
 
@@ -195,8 +199,8 @@ class DiskCopy:
         """
         assert self._journal is not None
         payload = json.dumps({"at": entry.at, "mark": asdict(entry.mark), **_plain(entry.patch)}).encode()
-        chain = hashlib.blake2b(self._chain + payload, digest_size=_DIGEST_BYTES).digest()
-        data = len(payload).to_bytes(4, "big") + chain + payload
+        chain = _chained(self._chain, payload)
+        data = _header(self._chain, len(payload), chain) + payload
         try:
             if os.write(self._journal, data) != len(data):
                 raise OSError(28, "the entry was written only in part")
@@ -252,15 +256,20 @@ class DiskCopy:
         data = file.read_bytes()
         position = 0
         while position < len(data):
-            head = position + 4 + _DIGEST_BYTES
-            end = head + int.from_bytes(data[position : position + 4], "big")
-            if head > len(data) or end > len(data):
+            header = data[position : position + HEADER_BYTES]
+            if len(header) < HEADER_BYTES:
                 return  # cut short: it was being written
-            chain = hashlib.blake2b(chain + data[head:end], digest_size=_DIGEST_BYTES).digest()
-            if chain != data[position + 4 : head]:
+            length, digest = int.from_bytes(header[:4], "big"), header[4 : 4 + _DIGEST_BYTES]
+            payload = data[position + HEADER_BYTES : position + HEADER_BYTES + length]
+            if header != _header(chain, length, digest) or (
+                len(payload) == length and _chained(chain, payload) != digest
+            ):
                 raise Refused(f"{file} is damaged at byte {position}. {_REMEDY}")
-            yield _entry(json.loads(data[head:end]))
-            position = end
+            if len(payload) < length:
+                return  # cut short: the length is what was written, so nothing came after it
+            yield _entry(json.loads(payload))
+            chain = digest
+            position += HEADER_BYTES + length
 
     def _replace(self, file: Path, data: bytes) -> None:
         partial = file.with_suffix(".partial")
@@ -304,6 +313,15 @@ def _copied_digest(source: Path, target: Path) -> bytes:
     shutil.copyfile(source, target)
     target.chmod(0o600)
     return _digest(target)
+
+
+def _chained(chain: bytes, payload: bytes) -> bytes:
+    return hashlib.blake2b(chain + payload, digest_size=_DIGEST_BYTES).digest()
+
+
+def _header(chain: bytes, length: int, digest: bytes) -> bytes:
+    header = length.to_bytes(4, "big") + digest
+    return header + hashlib.blake2b(chain + header, digest_size=_CHECK_BYTES).digest()
 
 
 def _check(manifest: dict[str, Any]) -> str:

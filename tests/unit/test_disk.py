@@ -8,7 +8,7 @@ import uuid
 import pytest
 
 from authbackend.errors import ConfigurationError
-from authbackend.registry.disk import MANIFEST, DiskCopy, Entry, Refused
+from authbackend.registry.disk import HEADER_BYTES, MANIFEST, DiskCopy, Entry, Refused
 from authbackend.registry.mark import Mark
 from authbackend.registry.records import DeviceRow, Patch
 from tests.support.registry import contents, new_store
@@ -75,6 +75,14 @@ def file_of(folder, kind):
     return folder / json.loads((folder / MANIFEST).read_text())[kind]
 
 
+def entries_begin(data):
+    """Where each entry of a journal begins."""
+    found = [0]
+    while (end := found[-1] + HEADER_BYTES + int.from_bytes(data[found[-1] : found[-1] + 4], "big")) < len(data):
+        found.append(end)
+    return found
+
+
 def test_image_and_journal_come_back(tmp_path, written):
     _, expected = written
     found, told = restored(tmp_path)
@@ -97,7 +105,7 @@ def test_every_file_is_for_its_owner_only(written):
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize("cut", [1, 20, 36, 60])
+@pytest.mark.parametrize("cut", [1, 20, 60, 100])
 def test_a_last_entry_that_was_being_written_is_dropped(tmp_path, written, cut):
     folder, _ = written
     journal = file_of(folder, "journal")
@@ -105,6 +113,41 @@ def test_a_last_entry_that_was_being_written_is_dropped(tmp_path, written, cut):
     journal.write_bytes(data[:-cut])
     _, told = restored(tmp_path)
     assert [entry.mark.snapshot for entry in told.entries] == ["10:10:", "11:11:", "12:12:"]
+
+
+def test_every_place_at_which_a_last_entry_can_be_cut_short_drops_that_entry_only(tmp_path, written):
+    folder, _ = written
+    journal = file_of(folder, "journal")
+    data = journal.read_bytes()
+    begin = entries_begin(data)[-1]
+    for end in range(begin, len(data)):
+        journal.write_bytes(data[:end])
+        assert restored(tmp_path)[1].entries[-1].mark.snapshot == "12:12:", end
+
+
+def test_no_flipped_bit_in_a_header_makes_an_entry_vanish(tmp_path, written):
+    folder, _ = written
+    journal = file_of(folder, "journal")
+    data = journal.read_bytes()
+    for begin in entries_begin(data):
+        for bit in range(8 * HEADER_BYTES):
+            flipped = bytearray(data)
+            flipped[begin + bit // 8] ^= 1 << bit % 8
+            journal.write_bytes(flipped)
+            with pytest.raises(Refused, match=f"journal-.* is damaged at byte {begin}.*It is not used"):
+                restored(tmp_path)
+
+
+def test_a_flipped_bit_in_a_header_before_one_that_is_cut_short_is_no_second_torn_entry(tmp_path, written):
+    folder, _ = written
+    journal = file_of(folder, "journal")
+    data = journal.read_bytes()
+    for bit in range(8 * HEADER_BYTES):
+        flipped = bytearray(data[:-1])
+        flipped[entries_begin(data)[1] + bit // 8] ^= 1 << bit % 8
+        journal.write_bytes(flipped)
+        with pytest.raises(Refused, match="damaged"):
+            restored(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["image", "journal"])
