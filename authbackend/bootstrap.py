@@ -104,7 +104,7 @@ async def following(
     registry = settings.registry
     database = target(settings)
     identity = _identity(settings, ground)
-    feed = ChangeFeed(database, registry.change_retention_s, identity)
+    feed = ChangeFeed(database, registry.change_retention_s, identity, counted.ignored)
     reachability = Reachability()
     presence = Presence(Announcer(database, identity), counted, reachability, comes_back=ground.disk is not None)
     copy = RegistryCopy(feed, store, _Observers(counted, presence), _times(settings), ground.disk, reachability)

@@ -189,6 +189,15 @@ class RegistryMetrics(Collector):
             "Rows in which the copy differed from the database; anything above 0 is a fault.",
             registry=registry,
         )
+        self._ignored = Counter(
+            "authbackend_registry_changes_ignored",
+            "Changes of an entity that a newer schema has and this version does not know: upgrade the replica.",
+            registry=registry,
+        )
+
+    def ignored(self, changes: int) -> None:
+        """Changes were of an entity that a newer schema has."""
+        self._ignored.inc(changes)
 
     def refreshed(self, look: Look, refreshed: Refreshed, *, lasting: bool) -> None:
         """A look at the database succeeded."""

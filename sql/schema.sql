@@ -854,6 +854,11 @@ CREATE FUNCTION public.registry_life() RETURNS text
   select left(encode(sha256(convert_to(public.registry_epoch() || '/' || coalesce((select id::text from public.incarnation), ''), 'UTF8')), 'hex'), 8)
 $$;
 
+CREATE FUNCTION public.registry_oldest_program() RETURNS text
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$ select '0.1.0' $$;
+
 CREATE FUNCTION public.registry_version() RETURNS text
     LANGUAGE sql
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -1930,4 +1935,5 @@ insert into public.schema_migrations (version) values
   ('20261124210000'),
   ('20261125100000'),
   ('20261125110000'),
-  ('20261125120000');
+  ('20261125120000'),
+  ('20261125124000');

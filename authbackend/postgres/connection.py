@@ -47,6 +47,11 @@ def translated_errors() -> Iterator[None]:
         raise Conflict("somebody else changed the registry at the same time; try again") from error
     except asyncpg.UndefinedTableError as error:
         raise Unavailable("the database has no registry yet; run: authbackend migrate") from error
+    except (asyncpg.UndefinedFunctionError, asyncpg.UndefinedColumnError) as error:
+        raise Unavailable(
+            f"the database has no registry of this version ({error.args[0]}); run: authbackend migrate. If its schema is "
+            "newer, upgrade authbackend"
+        ) from error
     except (asyncpg.LockNotAvailableError, asyncpg.QueryCanceledError, asyncpg.DeadlockDetectedError) as error:
         raise Unavailable(_waited(error)) from error
     except asyncpg.PostgresError as error:

@@ -9,6 +9,7 @@ from authbackend.policy.explain import usual_client_id
 from authbackend.policy.names import possible_owners
 from authbackend.policy.rules import Account, Device, DeviceType
 from authbackend.postgres.connection import Connection, Target, connected
+from authbackend.postgres.fit import require_fit
 from authbackend.postgres.statements import load_statements
 from authbackend.registry import records
 
@@ -45,8 +46,10 @@ async def registry_around(target: Target, name: str, client_id: str | None) -> t
 
     Raises:
         NotFound: There is no such device.
+        Unavailable: The database cannot be reached, or its schema needs a newer program.
     """
     async with connected(target) as connection, connection.transaction(isolation="repeatable_read", readonly=True):
+        require_fit(await connection.fetchval("select registry_oldest_program()"))
         device_id = await connection.fetchval(
             "select device_id from device where device_id = $1 or common_name = $1 order by device_id = $1 desc limit 1",
             name,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ import structlog
 
 from authbackend.errors import Unavailable
 from authbackend.postgres.connection import Connection, Target, connect, translated_errors
+from authbackend.postgres.fit import require_fit
 from authbackend.postgres.replicas import Identity, introduce
 from authbackend.postgres.statements import load_statements
 from authbackend.registry.mark import Mark
@@ -27,11 +29,14 @@ from authbackend.registry.sync import Confirmation, Look
 
 log = structlog.get_logger(__name__)
 
-WATCHED_TABLES = 6
+WATCHED_TABLES = ("device_type", "client_id_move", "device", "device_hold", "account", "topic_rule")
+"""Those that this program reads; a newer schema may watch more."""
 TRIGGERS_A_TABLE = 4
 CHUNK_ROWS = 2000
 CHANNEL = "registry"
 PROBE_S = 5.0
+LOCK_TIMEOUT = "500ms"
+"""Shorter than PostgreSQL's deadlock_timeout (1 s): a look gives way to a migration, which is never ended for it."""
 _PATCH_AT_MOST_SHARE = 0.2  # above it a full load is cheaper
 
 _ENTITIES = ("device_type", "device", "account")
@@ -44,10 +49,19 @@ class ChangeFeed:
     Args:
         change_retention_s: How long change rows are kept by :meth:`prune`.
         identity: Who reads, made known on each new connection before the first look; None: somebody who answers nobody.
+        on_ignored: Is told how many changes were of an entity that this program does not know.
     """
 
-    def __init__(self, target: Target, change_retention_s: float = 3600.0, identity: Identity | None = None) -> None:
+    def __init__(
+        self,
+        target: Target,
+        change_retention_s: float = 3600.0,
+        identity: Identity | None = None,
+        on_ignored: Callable[[int], object] | None = None,
+    ) -> None:
         self._identity = identity
+        self._on_ignored = on_ignored
+        self._unknown: set[str] = set()
         self._introduced = False
         self._target = target
         self._retention_s = change_retention_s
@@ -59,8 +73,8 @@ class ChangeFeed:
         Fill a store with everything; its readers see it at the end.
 
         Raises:
-            Unavailable: The server cannot be reached, is a standby, has no registry, its triggers are missing, or the
-                store has no room.
+            Unavailable: The server cannot be reached, is a standby, has no registry, its triggers are missing, its schema
+                needs a newer program, or the store has no room.
         """
         # Workers that answer from what is there meanwhile are not to notice; nobody else gives way, since a revocation
         # hangs on the follower.
@@ -209,7 +223,10 @@ class ChangeFeed:
         """Open the reading transaction; yields the connection, where it stands, and the floor of the feed."""
         with translated_errors():
             connection = await self._connected()
-            if await connection.fetchval("select pg_is_in_recovery()"):
+            server = await connection.fetchrow(self._statements.server.sql)
+            assert server is not None
+            require_fit(server["oldest_program"])
+            if server["standby"]:
                 raise Unavailable(
                     "the server is a standby; its snapshots do not show running transactions, so changes could be missed. Connect to the primary"
                 )
@@ -218,9 +235,11 @@ class ChangeFeed:
                 self._introduced = True
             for _ in range(2):
                 async with connection.transaction(isolation="repeatable_read", readonly=True):
-                    await connection.execute("set local lock_timeout = '2s'")
+                    await connection.execute(f"set local lock_timeout = '{LOCK_TIMEOUT}'")
                     await connection.execute(self._statements.lock_registry.sql)
-                    look, floor = self._position(await connection.fetchrow(self._statements.position.sql))
+                    look, floor = self._position(
+                        await connection.fetchrow(self._statements.position.sql, WATCHED_TABLES)
+                    )
                     if look is not None:
                         yield connection, look, floor
                         return
@@ -229,7 +248,8 @@ class ChangeFeed:
             raise Unavailable("the incarnation of the server cannot be renewed")
 
     def _position(self, row: Any) -> tuple[Look | None, int]:
-        expected = WATCHED_TABLES * TRIGGERS_A_TABLE
+        require_fit(row["oldest_program"])  # again: the schema may have changed before the locks were taken
+        expected = len(WATCHED_TABLES) * TRIGGERS_A_TABLE
         if row["triggers"] != expected:
             raise Unavailable(
                 f"{row['triggers']} of {expected} change triggers are there and enabled: a restore is running, or it "
@@ -243,13 +263,25 @@ class ChangeFeed:
         if not _follows(old, new, floor):
             return None
         changed: dict[str, list[str]] = {entity: [] for entity in _ENTITIES}
+        unknown: Counter[str] = Counter()
         for row in await connection.fetch(self._statements.changes_since.sql, str(old.xmax), old.running):
-            if row["key"] == "*":
+            if row["entity"] not in changed:
+                unknown[row["entity"]] += 1
+            elif row["key"] == "*":
                 return None
-            changed[row["entity"]].append(row["key"])
+            else:
+                changed[row["entity"]].append(row["key"])
+        self._ignore(unknown)
         if len(changed["device"]) > max(CHUNK_ROWS, devices * _PATCH_AT_MOST_SHARE):
             return None
         return await self._patch(connection, changed)
+
+    def _ignore(self, unknown: Counter[str]) -> None:
+        for entity in unknown.keys() - self._unknown:
+            log.warning("registry.entity_unknown", entity=entity, next="its changes are ignored and counted")
+        self._unknown |= unknown.keys()
+        if unknown and self._on_ignored is not None:
+            self._on_ignored(unknown.total())
 
     async def _patch(self, connection: Connection, changed: dict[str, list[str]]) -> Patch:
         types: dict[str, bytes | None] = dict.fromkeys(changed["device_type"])

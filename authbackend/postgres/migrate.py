@@ -103,11 +103,9 @@ async def repair_triggers(target: Target) -> int:
     async with connected(target) as connection:
         found = await connection.fetch(
             "select tgrelid::regclass::text as watched, quote_ident(tgname) as name from pg_trigger "
-            "where not tgisinternal and tgenabled <> 'A' and tgrelid = any ($1::regclass[])",
-            [
-                *("device_type", "device", "device_hold", "client_id_move", "device_schedule", "account", "topic_rule"),
-                *("audit", "certificate", "authority", "crl"),
-            ],
+            "where not tgisinternal and tgenabled <> 'A' and (tgrelid = any ($1::regclass[]) or tgrelid in "
+            "(select tgrelid from pg_trigger where tgfoid in ('public.change_note'::regproc, 'public.audit_note'::regproc)))",
+            ["audit", "enforcement"],
         )
         async with connection.transaction():
             await connection.execute(f"set local lock_timeout = '{LOCK_TIMEOUT}'")

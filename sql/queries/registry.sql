@@ -6,12 +6,19 @@
 lock table device_type, client_id_move, device, device_hold, account, topic_rule, change, change_floor, incarnation in access share mode;
 
 -- name: position^
--- Where the reader stands. row: snapshot text, the server's clock, floor text, incarnation text or null, epoch text, triggers bigint
+-- Where the reader stands. params: 1 names of the watched tables that the reader knows; row: snapshot text, the server's clock, floor text, incarnation text or null, epoch text,
+-- triggers bigint, oldest program text
 select pg_current_snapshot()::text as snapshot, clock_timestamp() as at,
        (select floor::text from change_floor) as floor,
        (select id::text from incarnation) as incarnation,
        registry_epoch() as epoch,
-       (select count(*) from pg_trigger where tgfoid = 'public.change_note'::regproc and tgenabled = 'A') as triggers;
+       (select count(*) from pg_trigger where tgfoid = 'public.change_note'::regproc and tgenabled = 'A' and tgrelid = any ($1::text[]::regclass[])
+          and tgname in ('change_i', 'change_u', 'change_d', 'change_t')) as triggers,
+       registry_oldest_program() as oldest_program;
+
+-- name: server^
+-- Asked before anything is locked that a newer schema may not have.
+select pg_is_in_recovery() as standby, registry_oldest_program() as oldest_program;
 
 -- name: changes_since
 -- What the mark's snapshot could not see. params: 1 xmax text, 2 xip text[]; uses change_txid
