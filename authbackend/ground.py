@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from urllib.parse import urlsplit
 
 import structlog
 
+from authbackend import clocks
 from authbackend.board import Board
 from authbackend.credentials import read_dsn
 from authbackend.postgres.connection import Target
@@ -93,9 +93,9 @@ def prepared(settings: Settings, folder: Path, *, shared: bool) -> Iterator[Grou
 def _restore(store: Store, restored: Restored) -> None:
     for entry in restored.entries:
         store.apply(entry.patch, entry.mark, 0.0)
-    age_s = max(0.0, time.time() - restored.entries[-1].at)
-    store.restored(time.monotonic() - age_s, restored.longest_staleness_s)
-    log.info("registry.restored", **store.sizes(), age_s=round(age_s, 1))
+    synced_at = clocks.uptime() - restored.age_s
+    store.restored(synced_at, restored.longest_staleness_s, restored.entries[-1].database_time)
+    log.info("registry.restored", **store.sizes(), age_s=round(restored.age_s, 1))
 
 
 def _database_name(database: Target) -> str:

@@ -20,7 +20,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from authbackend import __version__
+from authbackend import __version__, clocks
 from authbackend.policy.decide import Decision
 from authbackend.registry.store import State
 from authbackend.registry.sync import Look, Refreshed
@@ -235,7 +235,7 @@ class RegistryMetrics(Collector):
         yield _gauge(
             "registry_sync_age_seconds",
             "Time since the start of the last look at the database that succeeded; NaN before the first.",
-            float("nan") if state is None else time.monotonic() - state.synced_at,
+            float("nan") if state is None else clocks.uptime() - state.synced_at,
         )
         yield _gauge("registry_on_disk", "1 if the copy on disk holds what the one in memory does.", self._lasting)
         yield _gauges("workers", "Workers by state: serving, starting, hanging.", "state", now.workers)

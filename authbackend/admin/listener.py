@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
@@ -52,7 +51,7 @@ def application(
             device = registry.device_by_id(name) or registry.device_by_name(name)
             if device is None:
                 raise NotFound(f"no device has the id or common name {name!r}")
-            explanation = explain(registry, device, attempt, time.time(), settings)
+            explanation = explain(registry, device, attempt, registry.now, settings)
         return web.json_response(as_json(device, attempt, explanation), dumps=_dumps)
 
     app = web.Application(middlewares=[_errors])

@@ -182,7 +182,7 @@ class Endpoints:
                 return None
             if registry.stale(self._limits.staleness_s):
                 return _STALE
-            return question.decide(registry, parsed, time.time(), self._settings)
+            return question.decide(registry, parsed, registry.now, self._settings)
 
     def _told(self, question: Question, parsed: Any, decision: Decision) -> str:
         """Count and log a decision, and return what RabbitMQ is told."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import click
 
 from authbackend import ground
@@ -45,7 +43,7 @@ def explain(
     registry, found = run(excerpt.registry_around(ground.target(settings, "authbackend cli"), device, client_id))
     attempt = Attempt(ACTIONS[action], topic, client_id, vhost, address)
     explanation = explain_attempt(
-        registry, found, attempt, time.time(), DecisionSettings(settings.broker.mqtt_exchange)
+        registry, found, attempt, registry.now, DecisionSettings(settings.broker.mqtt_exchange)
     )
     result = to_json(found, attempt, explanation)
     show(result, as_json, lambda: as_text(result))

@@ -93,7 +93,7 @@ class Enforcer:
         with self._registry as registry:
             if registry.age_s > OLDEST_COPY_S:
                 raise Unavailable(f"the copy of the registry is {registry.age_s:.0f} s old: nothing is ended by it")
-            return judge(Checker(registry, time.time(), self._settings))
+            return judge(Checker(registry, registry.now, self._settings))
 
     async def in_parts(self, items: Sequence[T], judge: Callable[[Checker, T], Any]) -> list[Any]:
         """Return what a function finds of each item, giving way to other tasks in between."""

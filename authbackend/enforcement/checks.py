@@ -31,7 +31,11 @@ _SERIAL = re.compile(r"[0-9a-f]+")
 
 
 class Registry(lookups.Registry, Protocol):
-    """The lookups of deciding, and all accounts: few."""
+    """The lookups of deciding, all accounts (few), and the time of day."""
+
+    @property
+    def now(self) -> float:
+        """The database's clock, seconds since the epoch."""
 
     def accounts(self) -> Iterator[Account]:
         """Yield the accounts."""

@@ -211,7 +211,7 @@ class Sweep:
         closing = []
         with self._registry as registry:
             _demand_fresh(registry)
-            checker = Checker(registry, time.time(), self._decisions)
+            checker = Checker(registry, registry.now, self._decisions)
             for connection in page:
                 cause, why = connection_fault(checker, registry, connection, certificates)
                 if cause is not None:
@@ -234,7 +234,7 @@ class Sweep:
         ending: list[SessionQueue] = []
         with self._registry as registry:
             _demand_fresh(registry)
-            checker = Checker(registry, time.time(), self._decisions)
+            checker = Checker(registry, registry.now, self._decisions)
             for session in sessions:
                 if why := checker.session(session):
                     report.note(

@@ -20,6 +20,8 @@ class Excerpt:
 
     devices: dict[str, Device]
     types: dict[str, DeviceType]
+    now: float
+    """The database's clock, seconds since the epoch."""
     age_s: float = 0.0
 
     def device_by_name(self, common_name: str) -> Device | None:
@@ -61,7 +63,8 @@ async def registry_around(target: Target, name: str, client_id: str | None) -> t
         client_id = client_id if client_id is not None else usual_client_id(device, types[device.type])
         devices = await _devices(connection, [device_id, *possible_owners(client_id)])
         types = await _types(connection, sorted({found.type for found in devices.values()}))
-    return Excerpt(devices, types), device
+        now = await connection.fetchval("select extract(epoch from clock_timestamp())::float8")
+    return Excerpt(devices, types, now), device
 
 
 async def _devices(connection: Connection, device_ids: list[str]) -> dict[str, Device]:

@@ -80,7 +80,7 @@ class ChangeFeed:
         # hangs on the follower.
         rest = 1.0 if store.state() is not None else 0.0
         async with self._look() as (connection, look, _):
-            with store.loading(look.mark, synced_at) as loader:
+            with store.loading(look.mark, synced_at, look.confirmed_at.timestamp()) as loader:
                 for entity, statement in (("device_type", "all_device_types"), ("account", "all_accounts")):
                     for row in await self._fetch(connection, statement):
                         loader.add(entity, row["name"], row["record"])

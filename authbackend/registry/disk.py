@@ -33,6 +33,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from authbackend import clocks
+from authbackend.clocks import Instant
 from authbackend.errors import ConfigurationError
 from authbackend.registry.mark import Mark
 from authbackend.registry.records import DeviceRow, Patch
@@ -58,13 +60,15 @@ class Entry:
     A look at the database that succeeded.
 
     Args:
-        at: When it began, seconds since the epoch by this machine's clock.
+        at: When it began.
         patch: What had changed.
+        database_time: The database's clock then, seconds since the epoch.
     """
 
-    at: float
+    at: Instant
     mark: Mark
     patch: Patch
+    database_time: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +78,12 @@ class Restored:
 
     Args:
         entries: Oldest first; the first stands for the image.
+        age_s: How long ago the last of them was.
         longest_staleness_s: What the replica had told the others when it wrote the image.
     """
 
     entries: list[Entry]
+    age_s: float
     longest_staleness_s: float
 
 
@@ -138,11 +144,10 @@ class DiskCopy:
             self._check_owner(image)
             if _copied_digest(image, partial) != chain:
                 raise Refused(f"{image} is damaged: its checksum is not the one in {MANIFEST}. {_REMEDY}")
-            entries = [Entry(manifest["at"], Mark(**manifest["mark"]), Patch())]
+            image_entry = Entry(Instant(**manifest["at"]), Mark(**manifest["mark"]), Patch(), manifest["database_time"])
+            entries = [image_entry]
             entries += self._entries(self._folder / manifest["journal"], chain)
-            if max(entry.at for entry in entries) > time.time() + _CLOCK_SLACK_S:
-                raise Refused(f"{self._folder} is from the future: this machine's clock is wrong, or was. {_REMEDY}")
-            restored = Restored(entries, float(manifest["longest_staleness_s"]))
+            restored = Restored(entries, self._age_s(entries[-1]), float(manifest["longest_staleness_s"]))
             partial.rename(folder / DATA_FILE)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise Refused(f"{self._folder} cannot be read: {error}. {_REMEDY}") from error
@@ -150,9 +155,18 @@ class DiskCopy:
             partial.unlink(missing_ok=True)
         return restored
 
-    def save(self, store: Store, mark: Mark, at: float) -> None:
+    def _age_s(self, newest: Entry) -> float:
+        try:
+            age_s = clocks.age_s(newest.at, newest.database_time)
+        except clocks.AgeUnknown as error:
+            raise Refused(f"how old {self._folder} is cannot be told: {error}. {_REMEDY}") from error
+        if age_s < -_CLOCK_SLACK_S:
+            raise Refused(f"{self._folder} is from the future: this machine's clock is wrong, or was. {_REMEDY}")
+        return max(0.0, age_s)
+
+    def save(self, store: Store, look: Entry) -> None:
         """
-        Write a new image and begin an empty journal.
+        Write a new image, of what a store holds since a look, and begin an empty journal.
 
         Raises:
             OSError: There is no room; the old copy stays.
@@ -177,8 +191,9 @@ class DiskCopy:
             "image": image.name,
             "journal": journal.name,
             "sha256": digest.hex(),
-            "mark": asdict(mark),
-            "at": at,
+            "mark": asdict(look.mark),
+            "at": asdict(look.at),
+            "database_time": look.database_time,
             "longest_staleness_s": self._longest_staleness_s,
         }
         manifest["check"] = _check(manifest)
@@ -198,7 +213,8 @@ class DiskCopy:
             OSError: It cannot be written; a new image is wanted then.
         """
         assert self._journal is not None
-        payload = json.dumps({"at": entry.at, "mark": asdict(entry.mark), **_plain(entry.patch)}).encode()
+        head = {"at": asdict(entry.at), "mark": asdict(entry.mark), "database_time": entry.database_time}
+        payload = json.dumps({**head, **_plain(entry.patch)}).encode()
         chain = _chained(self._chain, payload)
         data = _header(self._chain, len(payload), chain) + payload
         try:
@@ -352,4 +368,4 @@ def _entry(plain: dict[str, Any]) -> Entry:
         accounts={key: row and row.encode() for key, row in plain["accounts"].items()},
         devices=devices,
     )
-    return Entry(plain["at"], Mark(**plain["mark"]), patch)
+    return Entry(Instant(**plain["at"]), Mark(**plain["mark"]), patch, plain["database_time"])

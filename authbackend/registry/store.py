@@ -19,6 +19,7 @@ from typing import Any, Self
 
 import lmdb
 
+from authbackend import clocks
 from authbackend.errors import NoRoom, Unavailable
 from authbackend.policy.rules import Account, Device, DeviceType
 from authbackend.registry import records
@@ -42,11 +43,12 @@ class State:
 
     Args:
         mark: How far the reader of the database has come.
-        synced_at: Start of the last look at the database that succeeded; seconds of the system's monotonic clock,
-            which all processes of a machine share.
+        synced_at: Start of the last look at the database that succeeded; seconds by ``clocks.uptime``, which all
+            processes of a machine share.
         content: Grows with every change of the content.
         fault: Why the last look failed, None if it did not.
         longest_staleness_s: What the other replicas were told last, if the database has not been seen since the start.
+        database_time: The database's clock at ``synced_at``, seconds since the epoch; None if it is not known.
     """
 
     mark: Mark
@@ -54,6 +56,7 @@ class State:
     content: int
     fault: str | None = None
     longest_staleness_s: float | None = None
+    database_time: float | None = None
 
 
 class Store:
@@ -115,20 +118,35 @@ class Store:
         """Write a compact copy of one version to a file; from any thread."""
         self._env.copyfd(descriptor, compact=True)
 
-    def note(self, *, mark: Mark | None = None, synced_at: float | None = None, fault: str | None = None) -> None:
+    def note(
+        self,
+        *,
+        mark: Mark | None = None,
+        synced_at: float | None = None,
+        fault: str | None = None,
+        database_time: float | None = None,
+    ) -> None:
         """Note a look at the database that changed nothing, or failed; does nothing before the first load."""
         self._note(
             lambda old: (
                 replace(old, mark=mark or old.mark, fault=fault)
                 if synced_at is None
-                else State(mark or old.mark, synced_at, old.content, fault)
+                else State(mark or old.mark, synced_at, old.content, fault, database_time=database_time)
             )
         )
 
-    def restored(self, synced_at: float, longest_staleness_s: float) -> None:
+    def restored(self, synced_at: float, longest_staleness_s: float, database_time: float | None = None) -> None:
         """Note that the content is from disk: how old it is, and how long others count on it being used."""
         fault = "the database has not been read since the start"
-        self._note(lambda old: replace(old, synced_at=synced_at, fault=fault, longest_staleness_s=longest_staleness_s))
+        self._note(
+            lambda old: replace(
+                old,
+                synced_at=synced_at,
+                fault=fault,
+                longest_staleness_s=longest_staleness_s,
+                database_time=database_time,
+            )
+        )
 
     def _note(self, change: Callable[[State], State]) -> None:
         with self._writing() as transaction:
@@ -136,7 +154,7 @@ class Store:
             if state is not None:
                 transaction.put(_STATE, _text(change(state)), db=self._states)
 
-    def apply(self, patch: Patch, mark: Mark, synced_at: float) -> None:
+    def apply(self, patch: Patch, mark: Mark, synced_at: float, database_time: float | None = None) -> None:
         """
         Apply what changed; readers see all of it or nothing.
 
@@ -157,10 +175,10 @@ class Store:
                     transaction.put(row.name, row.record, db=self._devices)
                     if row.other_id is not None:
                         transaction.put(row.other_id, row.name, db=self._ids)
-            self._finish(transaction, mark, synced_at)
+            self._finish(transaction, mark, synced_at, database_time)
 
     @contextlib.contextmanager
-    def loading(self, mark: Mark, synced_at: float) -> Iterator[Loader]:
+    def loading(self, mark: Mark, synced_at: float, database_time: float | None = None) -> Iterator[Loader]:
         """
         Replace everything by what the loader is given in the block; readers see it when the block has ended.
 
@@ -171,7 +189,7 @@ class Store:
             for table in (self._devices, self._ids, self._types, self._accounts):
                 transaction.drop(table, delete=False)
             yield Loader(transaction, self._devices, self._ids, self._types, self._accounts)
-            self._finish(transaction, mark, synced_at)
+            self._finish(transaction, mark, synced_at, database_time)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[Any]:
@@ -186,10 +204,10 @@ class Store:
         except lmdb.Error as error:
             raise Unavailable(f"the registry in {self.folder} cannot be written: {error}") from error
 
-    def _finish(self, transaction: Any, mark: Mark, synced_at: float) -> None:
+    def _finish(self, transaction: Any, mark: Mark, synced_at: float, database_time: float | None) -> None:
         before = _state(transaction.get(_STATE, db=self._states))
         content = before.content + 1 if before else 1
-        transaction.put(_STATE, _text(State(mark, synced_at, content)), db=self._states)
+        transaction.put(_STATE, _text(State(mark, synced_at, content, database_time=database_time)), db=self._states)
 
     def _forget(self, transaction: Any, device_id: str) -> None:
         key = device_id.encode()
@@ -283,7 +301,19 @@ class Reader:
     @property
     def age_s(self) -> float:
         """Seconds since the start of the last look at the database that succeeded; infinite before the first load."""
-        return float("inf") if self.state is None else time.monotonic() - self.state.synced_at
+        return float("inf") if self.state is None else clocks.uptime() - self.state.synced_at
+
+    @property
+    def now(self) -> float:
+        """
+        The database's time of day, seconds since the epoch, carried on since the last look.
+
+        Setting this machine's clock moves no expiry and no hold. This machine's where the database's is not known.
+        """
+        state = self.state
+        if state is None or state.database_time is None:
+            return time.time()
+        return state.database_time + self.age_s
 
     def stale(self, longest_s: float) -> bool:
         """Return whether the copy is too old to decide by."""

@@ -17,7 +17,9 @@ from typing import Protocol
 
 import structlog
 
+from authbackend import clocks
 from authbackend.backoff import Backoff, Reachability
+from authbackend.clocks import Instant
 from authbackend.errors import AuthbackendError, NoRoom
 from authbackend.registry.disk import DiskCopy, Entry
 from authbackend.registry.mark import Mark
@@ -200,29 +202,30 @@ class RegistryCopy:
         Raises:
             AuthbackendError: The database could not be read; the copy stays as it was.
         """
-        started, began = time.monotonic(), time.time()
+        began = Instant.now()
         state = self.store.state()
         found = None
         if state is not None and not full:
             found = await self._feed.changes(state.mark, self.store.sizes()["device"])
         if found is not None:
-            return await self._apply(*found, started, began)
-        look = await self._feed.load(self.store, started)
+            return await self._apply(*found, began)
+        look = await self._feed.load(self.store, began.uptime)
         sizes = self.store.sizes()
-        refreshed = Refreshed(True, sum(sizes.values()), time.monotonic() - started)
+        refreshed = Refreshed(True, sum(sizes.values()), clocks.uptime() - began.uptime)
         log.info("registry.loaded", **sizes, duration_s=round(refreshed.duration_s, 3))
-        await self._succeeded(look, refreshed, Entry(began, look.mark, Patch()))
+        await self._succeeded(look, refreshed, Entry(began, look.mark, Patch(), look.confirmed_at.timestamp()))
         return refreshed
 
-    async def _apply(self, patch: Patch, look: Look, started: float, began: float) -> Refreshed:
+    async def _apply(self, patch: Patch, look: Look, began: Instant) -> Refreshed:
+        time_there = look.confirmed_at.timestamp()
         if len(patch):
-            self.store.apply(patch, look.mark, started)
+            self.store.apply(patch, look.mark, began.uptime, time_there)
         else:
-            self.store.note(mark=look.mark, synced_at=started)
-        refreshed = Refreshed(False, len(patch), time.monotonic() - started)
+            self.store.note(mark=look.mark, synced_at=began.uptime, database_time=time_there)
+        refreshed = Refreshed(False, len(patch), clocks.uptime() - began.uptime)
         if len(patch):
             log.info("registry.changed", rows=len(patch), duration_s=round(refreshed.duration_s, 4))
-        await self._succeeded(look, refreshed, Entry(began, look.mark, patch))
+        await self._succeeded(look, refreshed, Entry(began, look.mark, patch, time_there))
         return refreshed
 
     async def _succeeded(self, look: Look, refreshed: Refreshed, entry: Entry) -> None:
@@ -244,7 +247,7 @@ class RegistryCopy:
         try:
             if new_image or disk.wants_image:
                 disk.close_journal()
-                await asyncio.to_thread(disk.save, self.store, entry.mark, entry.at)
+                await asyncio.to_thread(disk.save, self.store, entry)
             else:
                 await asyncio.to_thread(disk.append, entry)
         except OSError as error:
@@ -261,14 +264,14 @@ class RegistryCopy:
         """
         suspects = await self._feed.suspects(self.store)
         async with self._looking:
-            started, began = time.monotonic(), time.time()
+            began = Instant.now()
             state = self.store.state()
             assert state is not None
             found = await self._feed.confirm(state.mark, self.store.sizes()["device"], suspects)
             if found is None:
                 await self.refresh(full=True)
                 return 0
-            await self._apply(found.patch, found.look, started, began)
+            await self._apply(found.patch, found.look, began)
             differences = self.store.differences(found.present) or sum(
                 abs(size - found.sizes[entity]) for entity, size in self.store.sizes().items()
             )
@@ -307,7 +310,7 @@ class RegistryCopy:
 
     def _age_s(self) -> float | None:
         state = self.store.state()
-        return None if state is None else round(time.monotonic() - state.synced_at, 3)
+        return None if state is None else round(clocks.uptime() - state.synced_at, 3)
 
     async def _listen(self) -> None:
         backoff = Backoff()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import time
 
 import pytest
 from prometheus_client import CollectorRegistry
 
-from authbackend import metrics
+from authbackend import clocks, metrics
 from authbackend.admin.crl import PublishedLists
 from authbackend.admin.health import Health
 from authbackend.admin.listener import application
@@ -71,7 +70,7 @@ class Replica:
     def load(self, *devices, age_s=0.0):
         """Load a registry, ``age_s`` ago."""
         patch = Patch({"APM": json.dumps(TYPE).encode()}, {row.name.decode(): row for row in devices}, {})
-        self.store.apply(patch, MARK, time.monotonic() - age_s)
+        self.store.apply(patch, MARK, clocks.uptime() - age_s)
 
     def serve(self):
         """All workers say that they serve."""

@@ -1,11 +1,10 @@
 """Liveness and readiness: what a container's check and a balancer act on."""
 
-import time
 from types import SimpleNamespace
 
 import pytest
 
-from authbackend import board
+from authbackend import board, clocks
 from tests.admin.conftest import MARK, MAX_STALENESS_S
 
 
@@ -40,7 +39,7 @@ async def test_before_the_first_load_it_is_not_ready(aiohttp_client, empty):
 
 
 async def test_a_copy_that_grows_old_is_ready_and_says_why_it_does(client, replica):
-    replica.store.note(synced_at=time.monotonic() - 600)
+    replica.store.note(synced_at=clocks.uptime() - 600)
     replica.store.note(fault="PostgreSQL cannot be reached: TimeoutError")
     status, told = await ready(client)
     assert (status, told["fault"]) == (200, "PostgreSQL cannot be reached: TimeoutError")
@@ -48,17 +47,17 @@ async def test_a_copy_that_grows_old_is_ready_and_says_why_it_does(client, repli
 
 
 async def test_a_copy_that_is_too_old_is_not_ready_until_it_is_in_step_again(client, replica):
-    replica.store.note(synced_at=time.monotonic() - MAX_STALENESS_S - 1)
+    replica.store.note(synced_at=clocks.uptime() - MAX_STALENESS_S - 1)
     status, told = await ready(client)
     assert status == 503
     assert told["status"] == "not ready: the copy of the registry is stale, everything is denied"
     assert told["sync_age_s"] > MAX_STALENESS_S
-    replica.store.note(mark=MARK, synced_at=time.monotonic())
+    replica.store.note(mark=MARK, synced_at=clocks.uptime())
     assert (await ready(client))[0] == 200
 
 
 async def test_a_copy_from_disk_is_stale_by_the_limit_it_was_written_under(client, replica):
-    replica.store.restored(time.monotonic() - 20, longest_staleness_s=10)
+    replica.store.restored(clocks.uptime() - 20, longest_staleness_s=10)
     assert (await ready(client))[0] == 503
 
 
@@ -72,7 +71,7 @@ async def test_a_copy_from_disk_is_stale_by_the_limit_it_was_written_under(clien
 )
 async def test_workers_count(client, replica, monkeypatch, worker, serving, said, status):
     if worker == "hangs":
-        long_ago = SimpleNamespace(monotonic=lambda: time.monotonic() - board.HANGS_AFTER_S - 1)
+        long_ago = SimpleNamespace(monotonic=lambda: clocks.uptime() - board.HANGS_AFTER_S - 1)
         with monkeypatch.context() as then:
             then.setattr(board, "time", long_ago)
             replica.board.beat(1, 1)

@@ -1,9 +1,10 @@
 """What Prometheus reads."""
 
 import math
-import time
 
 from prometheus_client.parser import text_string_to_metric_families
+
+from authbackend import clocks
 
 
 async def series(client):
@@ -15,7 +16,7 @@ async def series(client):
 
 
 async def test_the_registry_and_its_age_are_told(client, replica):
-    replica.store.note(synced_at=time.monotonic() - 50)
+    replica.store.note(synced_at=clocks.uptime() - 50)
     found = await series(client)
     assert found["authbackend_registry_entries", "device"] == 2
     assert found["authbackend_registry_entries", "account"] == 0

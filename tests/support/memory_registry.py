@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 
 from authbackend.policy.rules import Account, Device, DeviceType
@@ -23,6 +24,10 @@ class MemoryRegistry:
         self._by_id: dict[str, Device] = {device.device_id: device for device in listed}
         self._types = {one.name: one for one in types}
         self._accounts = {one.name: one for one in accounts}
+
+    @property
+    def now(self) -> float:
+        return time.time()
 
     def device_by_name(self, common_name: str) -> Device | None:
         return self._by_name.get(common_name)

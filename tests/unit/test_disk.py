@@ -7,6 +7,8 @@ import uuid
 
 import pytest
 
+from authbackend import clocks
+from authbackend.clocks import Instant
 from authbackend.errors import ConfigurationError
 from authbackend.registry.disk import HEADER_BYTES, MANIFEST, DiskCopy, Entry, Refused
 from authbackend.registry.mark import Mark
@@ -24,6 +26,11 @@ def store_of(*names):
     store = new_store()
     store.apply(Patch({"T": b'{"name": "T"}'}, {name: row(name) for name in names}, {}), MARK, 1.0)
     return store
+
+
+def look(mark=MARK, patch=None):
+    """A look at the database at this moment, whose clock is right."""
+    return Entry(Instant.now(), mark, patch or Patch(), time.time())
 
 
 def disk(tmp_path, **kwargs):
@@ -56,7 +63,7 @@ def written(tmp_path):
     """A folder with an image of two devices and a journal in which one was suspended and one renamed."""
     store = store_of("d1", "d2")
     copy = disk(tmp_path)
-    copy.save(store, MARK, time.time())
+    copy.save(store, look())
     for number, patch in enumerate(
         (
             Patch(devices={"d1": row("d1", "s")}),
@@ -66,7 +73,7 @@ def written(tmp_path):
     ):
         mark = Mark("epoch", "incarnation", f"{11 + number}:{11 + number}:")
         store.apply(patch, mark, 2.0)
-        copy.append(Entry(time.time(), mark, patch))
+        copy.append(look(mark, patch))
     copy.close()
     return tmp_path / "disk", contents(store)
 
@@ -187,9 +194,59 @@ def test_a_copy_of_another_database_is_refused(tmp_path, written):
         restored(tmp_path, registry="elsewhere/db")
 
 
+def started_anew(monkeypatch, *, synchronised=True, up_s=20.0):
+    """The machine has been switched off and on."""
+    monkeypatch.setattr(clocks, "boot", lambda: "another")
+    monkeypatch.setattr(clocks, "uptime", lambda: up_s)
+    monkeypatch.setattr(clocks, "synchronised", lambda: synchronised)
+
+
+def set_clock(monkeypatch, by_s):
+    """Somebody sets the machine's clock."""
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + by_s)
+
+
+@pytest.mark.parametrize("by_s", [-3600, 3600])
+def test_setting_the_clock_makes_a_copy_neither_younger_nor_older(tmp_path, written, monkeypatch, by_s):
+    boottime = clocks.uptime
+    monkeypatch.setattr(clocks, "uptime", lambda: boottime() + 600)
+    set_clock(monkeypatch, by_s)
+    assert restored(tmp_path)[1].age_s == pytest.approx(600, abs=60)
+
+
+def test_after_a_start_of_the_machine_a_copy_is_as_old_as_the_time_of_day_says(tmp_path, written, monkeypatch):
+    started_anew(monkeypatch)
+    set_clock(monkeypatch, 600)
+    assert restored(tmp_path)[1].age_s == pytest.approx(600, abs=60)
+
+
+def test_a_start_with_a_wrong_clock_refuses_the_copy(tmp_path, written, monkeypatch):
+    started_anew(monkeypatch, synchronised=False)
+    with pytest.raises(
+        Refused, match=r"how old .* cannot be told: .* its clock is not synchronised \(see: timedatectl\)"
+    ):
+        restored(tmp_path)
+
+
+def test_a_copy_is_not_younger_than_the_machine_has_been_up(tmp_path, written, monkeypatch):
+    started_anew(monkeypatch, up_s=3000.0)
+    assert restored(tmp_path)[1].age_s == 3000.0
+
+
+def test_a_copy_that_was_written_while_the_clock_was_ahead_is_as_old_as_the_database_says(tmp_path, monkeypatch):
+    copy = disk(tmp_path)
+    ahead = Instant(time.time() + 3000, clocks.uptime(), clocks.boot())
+    copy.save(store_of("d1"), Entry(ahead, MARK, Patch(), time.time()))
+    copy.close()
+    started_anew(monkeypatch)
+    set_clock(monkeypatch, 3600)  # an hour later, by a clock that is right again
+    assert restored(tmp_path)[1].age_s == pytest.approx(3600, abs=60)
+
+
 def test_a_copy_from_the_future_is_refused(tmp_path, written, monkeypatch):
-    now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now - 3600)
+    started_anew(monkeypatch)
+    set_clock(monkeypatch, -3600)
     with pytest.raises(Refused, match="from the future"):
         restored(tmp_path)
 
@@ -236,7 +293,7 @@ def test_a_new_image_leaves_nothing_of_the_old_one(tmp_path, written):
     folder, _ = written
     copy = disk(tmp_path)
     assert copy.wants_image
-    copy.save(store_of("d9"), MARK, time.time())
+    copy.save(store_of("d9"), look())
     copy.close()
     assert len(list(folder.glob("image-*"))) == len(list(folder.glob("journal-*"))) == 1
     found, _ = restored(tmp_path)
@@ -252,6 +309,6 @@ def test_when_the_disk_is_full_the_old_copy_stays_and_a_new_image_is_wanted(tmp_
 
     with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
         patched.setattr(os, "fsync", full)
-        copy.save(store_of("d9"), MARK, time.time())
+        copy.save(store_of("d9"), look())
     copy.close()
     assert restored(tmp_path)[0] == expected
