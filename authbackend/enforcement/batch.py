@@ -95,6 +95,15 @@ class Enforcer:
                 raise Unavailable(f"the copy of the registry is {registry.age_s:.0f} s old: nothing is ended by it")
             return judge(Checker(registry, registry.now, self._settings))
 
+    def now(self) -> float:
+        """Return the database's clock, seconds since the epoch; not inside :meth:`check`."""
+        with self._registry as registry:
+            return registry.now
+
+    def now_as_text(self) -> str:
+        """Return the database's clock as ISO 8601."""
+        return datetime.fromtimestamp(self.now(), UTC).isoformat(timespec="milliseconds")
+
     async def in_parts(self, items: Sequence[T], judge: Callable[[Checker, T], Any]) -> list[Any]:
         """Return what a function finds of each item, giving way to other tasks in between."""
         found: list[Any] = []
@@ -170,6 +179,7 @@ class Batch:
         plans: list[Plan] = await self._enforcer.in_parts(grouped(tasks), plan)
         for one in plans:
             one.confirmed = not self._confirmed.missing
+            one.now = self._enforcer.now
         overtaken = [one for one in plans if one.superseded]
         await self._record(overtaken)
         await self._record([one for one in plans if not one.superseded and not (one.users or one.sessions)])
@@ -328,7 +338,9 @@ class Batch:
             if after_s is not None:
                 later.setdefault(after_s, {}).update(dict.fromkeys(one.ids, made))
             else:
-                made |= {"superseded": one.superseded} if one.superseded else {"checked_at": _now()}
+                made |= (
+                    {"superseded": one.superseded} if one.superseded else {"checked_at": self._enforcer.now_as_text()}
+                )
                 finished["superseded" if one.superseded else "done"].update(dict.fromkeys(one.ids, made))
                 released += [one.task.name] if one.task.kind == "device" else []
             self._tell(one, made, finished=after_s is None)
@@ -372,7 +384,7 @@ class Batch:
     async def _nothing_found(self, plans: Sequence[Plan]) -> None:
         """Record plans for which nothing was connected and nothing stored, together."""
         self._recorded.update(_ids(plans))
-        common = common_receipt(self._confirmed.by, self._confirmed.missing, self._nodes)
+        common = common_receipt(self._confirmed.by, self._confirmed.missing, self._nodes, self._enforcer.now())
         unverified = bool(self._confirmed.missing or unseen(self._nodes))
         first = [one for one in plans if one.first_look or (one.just_confirmed and not unverified)]
         again = [one for one in plans if not (one.first_look or (one.just_confirmed and not unverified))]
@@ -380,7 +392,7 @@ class Batch:
         if unverified:
             await self._store.nothing_found(_ids(again), common, UNVERIFIED_S)
             return
-        await self._store.nothing_found(_ids(again), {**common, "checked_at": _now()}, None)
+        await self._store.nothing_found(_ids(again), {**common, "checked_at": self._enforcer.now_as_text()}, None)
         for one in again:
             self._enforcer.observer.enforced(one.task.causes, one.task.receipt.get("took_s") or 0.0)
         await self._store.release([one.task.name for one in again if one.task.kind == "device"], _ids(again))
@@ -407,7 +419,3 @@ def _ids(plans: Iterable[Plan]) -> list[int]:
 def chunks(items: Sequence[T], size: int = CHUNK) -> Iterable[Sequence[T]]:
     """Yield a list in parts."""
     return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from datetime import UTC, datetime
 from typing import Any
 
 from authbackend.enforcement.batch import LONGEST_BACK_OFF_S, Enforcer, chunks
@@ -28,7 +26,7 @@ async def fan_out(enforcer: Enforcer, task: Task, confirmed: Confirmation, nodes
     Raises:
         AuthbackendError: The store or the cluster cannot be used.
     """
-    confirmed_at = task.receipt.get("confirmed_at") or time.time()
+    confirmed_at = task.receipt.get("confirmed_at") or enforcer.now()
     looks = task.receipt.get("looks", 0) + 1
     verified = task.receipt.get("verified_looks", 0)
     moved = set(task.receipt.get("moved") or ())
@@ -40,7 +38,7 @@ async def fan_out(enforcer: Enforcer, task: Task, confirmed: Confirmation, nodes
         verified += not confirmed.missing and all(nodes.values())
     devices, open_ = await enforcer.store.children(task)
     found: dict[str, Any] = {
-        "took_s": since(task),
+        "took_s": since(task, enforcer.now()),
         "confirmed_at": None if confirmed.missing else confirmed_at,
         "confirmed_by": confirmed.by,
         "unconfirmed": confirmed.missing,
@@ -61,8 +59,7 @@ async def fan_out(enforcer: Enforcer, task: Task, confirmed: Confirmation, nodes
             await enforcer.store.hold_client_ids(task.name)
         return
     enforcer.observer.enforced(task.causes, found["took_s"])
-    checked_at = datetime.now(UTC).isoformat(timespec="milliseconds")
-    await enforcer.store.finish({task.id: {**found, "checked_at": checked_at}})
+    await enforcer.store.finish({task.id: {**found, "checked_at": enforcer.now_as_text()}})
     if _OWNER in task.causes:
         await enforcer.store.release_client_ids(task.name, task.id)
 

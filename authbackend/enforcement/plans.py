@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from itertools import groupby
 from typing import Any
 
@@ -17,7 +17,7 @@ from authbackend.policy.rules import Device, Effect, Permission, RuleSet
 
 _ACTIONS = {Permission.WRITE: "publish", Permission.READ: "subscribe"}
 CLOCKS_S = 2.0
-"""How far the clocks of brokers and of this service may be apart."""
+"""How far the clocks of brokers and of the database may be apart."""
 
 _BOTH = frozenset({"publish", "subscribe"})
 _UNDONE_BY_ACTIVE = frozenset({"pending", "suspended", "revoked", "expired"})
@@ -40,6 +40,7 @@ class Plan:
         certificate: The record of a revoked certificate: only connections with it end.
         moved: Client ids that have passed to the device: only connections of its users with them end.
         confirmed: True if every replica decides by the change by now.
+        now: Returns the database's clock, seconds since the epoch: what is noted must not hang on the clock of a replica.
         fault: Why it could not be done this time.
         again_at_once: True if it must be planned anew: meanwhile the registry allows again what it is about.
     """
@@ -54,6 +55,7 @@ class Plan:
     certificate: dict[str, Any] | None = None
     moved: frozenset[str] = frozenset()
     confirmed: bool = False
+    now: Callable[[], float] = time.time
     fault: str | None = None
     again_at_once: bool = False
     done: Actions = field(default_factory=Actions)
@@ -103,7 +105,7 @@ class Plan:
         since_ = self.task.receipt.get("confirmed_at")
         if not since_ and not self.confirmed:
             return False
-        return connection.connected_at <= (since_ or datetime.now(UTC).timestamp()) + CLOCKS_S
+        return connection.connected_at <= (since_ or self.now()) + CLOCKS_S
 
 
 def grouped(tasks: Iterable[Task]) -> list[list[Task]]:
@@ -245,14 +247,14 @@ def receipt(one: Plan, confirmed: list[str], missing: list[str], nodes: dict[str
     before, now = one.task.receipt, one.done
     took_s = before.get("took_s")
     if took_s is None or now.closed:
-        took_s = since(one.task)
+        took_s = since(one.task, one.now())
     closed = dict(before.get("closed", {}))
     for node, number in now.closed.items():
         closed[node] = closed.get(node, 0) + number
     return {
         "took_s": took_s,
-        **common_receipt(confirmed, missing, nodes),
-        "confirmed_at": before.get("confirmed_at") or (None if missing else datetime.now(UTC).timestamp()),
+        **(common := common_receipt(confirmed, missing, nodes, one.now())),
+        "confirmed_at": before.get("confirmed_at") or common["confirmed_at"],
         "closed": closed,
         "queues_deleted": before.get("queues_deleted", []) + now.deleted,
         "subscriptions_removed": before.get("subscriptions_removed", []) + now.unbound,
@@ -262,10 +264,12 @@ def receipt(one: Plan, confirmed: list[str], missing: list[str], nodes: dict[str
     }
 
 
-def common_receipt(confirmed: list[str], missing: list[str], nodes: dict[str, dict[str, bool]]) -> dict[str, Any]:
+def common_receipt(
+    confirmed: list[str], missing: list[str], nodes: dict[str, dict[str, bool]], now: float
+) -> dict[str, Any]:
     """Return what the receipts of all plans of one look have in common."""
     return {
-        "confirmed_at": None if missing else datetime.now(UTC).timestamp(),
+        "confirmed_at": None if missing else now,
         "confirmed_by": confirmed,
         "unconfirmed": missing,
         "nodes": nodes,
@@ -278,6 +282,6 @@ def unseen(nodes: dict[str, dict[str, bool]]) -> list[str]:
     return [f"{node} of {cluster}" for cluster, each in nodes.items() for node, up in each.items() if not up]
 
 
-def since(task: Task) -> float:
-    """Return how long ago a task was noted, in seconds."""
-    return round((datetime.now(UTC) - task.noted_at).total_seconds(), 3)
+def since(task: Task, now: float) -> float:
+    """Return how long ago a task was noted, in seconds, by the database's clock, which noted it."""
+    return round(max(0.0, now - task.noted_at.timestamp()), 3)
