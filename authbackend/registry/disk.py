@@ -291,7 +291,9 @@ class DiskCopy:
         partial = file.with_suffix(".partial")
         partial.unlink(missing_ok=True)
         with _private(partial) as descriptor:
-            os.write(descriptor, data)
+            left = memoryview(data)
+            while left:
+                left = left[os.write(descriptor, left) :]
             os.fsync(descriptor)
         partial.rename(file)
         folder = os.open(self._folder, os.O_RDONLY)

@@ -300,6 +300,16 @@ def test_a_new_image_leaves_nothing_of_the_old_one(tmp_path, written):
     assert set(found[0]) == {b"d9"}
 
 
+def test_a_disk_that_takes_a_few_bytes_at_a_time_gets_all_of_a_manifest(tmp_path, monkeypatch):
+    write = os.write
+    copy = disk(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", lambda descriptor, data: write(descriptor, bytes(data)[:7]))
+        copy.save(store_of("d1"), look())
+    copy.close()
+    assert set(restored(tmp_path)[0][0]) == {b"d1"}
+
+
 def test_when_the_disk_is_full_the_old_copy_stays_and_a_new_image_is_wanted(tmp_path, written, monkeypatch):
     _, expected = written
     copy = disk(tmp_path)
