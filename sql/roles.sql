@@ -1,4 +1,4 @@
--- The three roles of least privilege. Optional: run it once per database as the owner of the tables, after
+-- Roles of least privilege. Optional: run it once per database as the owner of the tables, after
 -- `authbackend migrate`; run it again after an upgrade. Give each role its password and LOGIN yourself:
 --   ALTER ROLE authbackend_service LOGIN PASSWORD '...';
 --
@@ -6,15 +6,20 @@
 --                         publishes revocation lists, writes nothing else
 --   authbackend_admin     `authbackend policy|device|account|ca|cert|crl`, psql of the security team: edits the registry and the certificates, reads the trail
 --   authbackend_reader    dashboards and auditors: reads everything but password hashes
+--   authbackend_speaks_for_others   may do nothing by itself: whoever is granted it names the person in the audit trail (SET
+--                         authbackend.actor) and is believed. For a program that has checked who its users are; nobody else.
+--
+-- The trail names the role that logged in, so give each person a role: CREATE ROLE ann LOGIN IN ROLE authbackend_admin;
 
 do $$
 declare
   r text;
 begin
-  foreach r in array array['authbackend_service', 'authbackend_admin', 'authbackend_reader'] loop
+  foreach r in array array['authbackend_service', 'authbackend_admin', 'authbackend_reader', 'authbackend_speaks_for_others'] loop
     if not exists (select from pg_roles where rolname = r) then
       execute format('create role %I nologin nosuperuser nocreatedb nocreaterole', r);
     end if;
+    continue when r = 'authbackend_speaks_for_others';
     execute format('grant connect on database %I to %I', current_database(), r);
     execute format('grant usage on schema public to %I', r);
   end loop;
@@ -24,7 +29,7 @@ end $$;
 revoke create on schema public from public;
 
 revoke all on device_type, device, account, topic_rule, audit, change, change_floor, change_horizon, incarnation, identity_guard, replica, replica_state, certificate, authority, crl, schema_migrations,
-  enforcement, enforcement_setup, enforcement_cluster, enforcement_pause, enforcement_expiry, enforcement_sweep, device_hold, client_id_move, device_schedule
+  enforcement, enforcement_setup, enforcement_cluster, enforcement_pause, enforcement_expiry, enforcement_sweep, device_hold, client_id_move, device_schedule, acting_for
   from public, authbackend_service, authbackend_admin, authbackend_reader;
 
 grant select on device_type, device, account, topic_rule, change, change_floor, incarnation, schema_migrations to authbackend_service;
@@ -45,13 +50,12 @@ grant select, insert, update on crl to authbackend_service; -- a list never goes
 grant select, insert, update, delete on device_type, device, account, topic_rule to authbackend_admin;
 grant select, insert, update, delete on certificate, authority, crl to authbackend_admin;
 grant select on audit, change, change_floor, incarnation, schema_migrations to authbackend_admin;
-grant select, delete on replica to authbackend_admin;
+grant select on replica to authbackend_admin;
 grant execute on function incarnation_renew() to authbackend_admin;
-grant select, update on enforcement to authbackend_admin;
-grant select, delete on enforcement_setup, enforcement_cluster, device_hold, client_id_move to authbackend_admin;
-grant select, insert, update, delete on enforcement_pause to authbackend_admin;
-grant select on enforcement_sweep to authbackend_admin;
-grant select, insert, update, delete on device_schedule to authbackend_admin;
+-- Not even UPDATE of one column of these: who has it can lock a row, and a task that is locked is not closed.
+grant select on enforcement, enforcement_setup, enforcement_cluster, enforcement_pause, enforcement_sweep, device_hold, client_id_move to authbackend_admin;
+grant execute on function enforcement_retry(bigint), enforcement_pause_begin(text), enforcement_pause_end(), enforcement_cluster_forget(text), enforcement_disable(), replica_forget(text) to authbackend_admin;
+grant select, insert, delete, update (at, status, reason) on device_schedule to authbackend_admin;
 
 grant select on device_type, device, topic_rule, audit, incarnation, certificate, authority, crl, schema_migrations, enforcement, enforcement_setup, enforcement_cluster, enforcement_pause, enforcement_sweep, device_hold, client_id_move, device_schedule to authbackend_reader;
 grant select (name, login, tags, vhosts, networks, client_ids, configure, write, read, unchecked_dead_lettering) on account to authbackend_reader;

@@ -18,7 +18,7 @@ from authbackend.pki.openssl_index import revoked_in
 from authbackend.pki.reading import PKIError, is_authority, pem_blocks, read_certificate, record_of
 from authbackend.postgres import certificates as store
 from authbackend.postgres.certificates import CertificateRow
-from authbackend.postgres.connection import Connection, Target, connected
+from authbackend.postgres.connection import Connection, Target, connected, name_actor
 
 BATCH = 2000
 _SHOWN = 20
@@ -90,7 +90,7 @@ async def import_paths(target: Target, actor: str, paths: Iterable[Path], report
 
 async def _insert(connection: Connection, actor: str, rows: list[CertificateRow], report: Report) -> None:
     async with connection.transaction():
-        await connection.execute("select set_config('authbackend.actor', $1, true)", actor)
+        await name_actor(connection, actor)
         inserted = await store.insert_certificates(connection, rows)
         report.linked += await store.link_devices(connection, [row.fingerprint for row in rows])
     report.new += len(inserted.new)
@@ -163,6 +163,6 @@ async def import_index(target: Target, actor: str, index: Path, issuer: Path, re
             report.fault(f"serial number {entry.serial} is on hold: a revocation is final here, so it is left as it is")
     subject = read_certificate(read_input(issuer)).subject.rfc4514_string()
     async with connected(target) as connection, connection.transaction():
-        await connection.execute("select set_config('authbackend.actor', $1, true)", actor)
+        await name_actor(connection, actor)
         listed = [(entry.serial, entry.reason, entry.revoked_at) for entry in revoked if entry.reason != HOLD]
         report.revoked, report.revoked_unknown = await store.revoke_listed(connection, subject, listed)

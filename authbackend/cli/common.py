@@ -188,7 +188,12 @@ def receipt_lines(task: dict[str, Any]) -> Iterable[str]:
 def pause_line(pause: Pause) -> str:
     """Return what is paused, until when, and by whom."""
     what = "all enforcement" if pause.scope == "all" else "enforcement of everything but single revocations"
-    return f"{what} is paused until {pause.until:%Y-%m-%d %H:%M:%S} UTC, by {printable(pause.by)}; end it: authbackend enforcement resume"
+    return f"{what} is paused until {pause.until:%Y-%m-%d %H:%M:%S} UTC, by {who(pause.by, pause.claimed_by)}; end it: authbackend enforcement resume"
+
+
+def who(by: str | None, claimed_by: str | None) -> str:
+    """Return who did something as the database knows it, with the name that the client gave."""
+    return printable(by) if claimed_by in (None, by) else f"{printable(by)} (says {printable(claimed_by)})"
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -197,7 +202,7 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 def actor() -> str:
-    """Return who acts, for the audit trail: ``AUTHBACKEND_ACTOR``, else user@host."""
+    """Return who acts by their own word, ``claimed_by`` in the audit trail: ``AUTHBACKEND_ACTOR``, else user@host."""
     if named := os.environ.get("AUTHBACKEND_ACTOR"):
         return named
     try:

@@ -7,7 +7,18 @@ from datetime import datetime
 
 import click
 
-from authbackend.cli.common import actor, json_option, printable, run, show, show_change, table, target_of, wait_options
+from authbackend.cli.common import (
+    actor,
+    json_option,
+    printable,
+    run,
+    show,
+    show_change,
+    table,
+    target_of,
+    wait_options,
+    who,
+)
 from authbackend.document.read import parse_time
 from authbackend.errors import InvalidInput
 from authbackend.policy.rules import Status
@@ -51,7 +62,7 @@ def show_(context: click.Context, name: str, as_json: bool) -> None:
         for key, value in sorted(found["attributes"].items()):
             yield f"attr.{key:13} {printable(value)}"
         for change in found["scheduled"]:
-            yield f"scheduled          {change['status']} at {change['at']}, by {printable(change['actor'])}"
+            yield f"scheduled          {change['status']} at {change['at']}, by {who(change['actor'], change['claimed_by'])}"
         yield ""
         yield from table(found["rules"], ("id", "of", "effect", "action", "topic", "note"))
 

@@ -17,6 +17,7 @@ from authbackend.cli.common import (
     show,
     table,
     target_of,
+    who,
     why_open,
 )
 from authbackend.postgres import enforcement as work
@@ -50,6 +51,7 @@ def list_(
     rows = [
         {
             **task,
+            "by": who(task["by"], task["claimed_by"]),
             "noted_at": f"{task['noted_at']:%Y-%m-%d %H:%M:%S}",
             "closed": sum(((task["receipt"] or {}).get("closed") or {}).values()),
             "why": why_open(task) if task["finished_at"] is None else "",
@@ -89,7 +91,7 @@ def show_(context: click.Context, task: int, as_json: bool) -> None:
         if found["finished_at"] is None and (pause := run(work.paused(target))):
             yield pause_line(pause)
         yield from receipt_lines(found)
-        yield f"  noted at {found['noted_at']:%Y-%m-%d %H:%M:%S.%f} UTC, by {printable(found['actor'] or found['role'])}, version {found['version']}"
+        yield f"  noted at {found['noted_at']:%Y-%m-%d %H:%M:%S.%f} UTC, by {who(found['by'], found['claimed_by'])}, version {found['version']}"
         receipt = found["receipt"] or {}
         if receipt.get("confirmed_by") is not None:
             yield f"  confirmed by: {', '.join(map(printable, receipt['confirmed_by'])) or 'no replica'}"
@@ -108,7 +110,7 @@ def show_(context: click.Context, task: int, as_json: bool) -> None:
 @click.pass_context
 def retry(context: click.Context, task: int | None, as_json: bool) -> None:
     """Do a task at once, also one that is done already; without a number, all open ones."""
-    changed = run(work.retry(target_of(context), task))
+    changed = run(work.retry(target_of(context), actor(), task))
     show({"tasks": changed}, as_json, lambda: [f"{changed} tasks are due now"])
 
 
@@ -194,5 +196,11 @@ def disable(context: click.Context, as_json: bool) -> None:
     For a registry whose services enforce no more: without this, changes go on noting work that nobody does. A
     service with enforcement.clusters switches it on again when it starts.
     """
-    run(work.disable(target_of(context)))
-    show({"enabled": False}, as_json, lambda: ["enforcement is off"])
+    holds, moves = run(work.disable(target_of(context), actor()))
+    show(
+        {"enabled": False, "holds": holds, "client_id_moves": moves},
+        as_json,
+        lambda: [
+            f"changes note no more work; {holds} holds of devices and {moves} of types whose client ids moved were ended"
+        ],
+    )

@@ -63,7 +63,7 @@ def _configuration() -> Iterator[str]:
     yield "environment wins. `AUTHBACKEND_BROKER__LISTEN` is `listen` under `[broker]` in the file. Lists are separated by"
     yield "commas in the environment. An unknown name is an error that suggests the nearest one."
     yield ""
-    yield "Not settings of the service: `AUTHBACKEND_ACTOR` (whom the audit trail names for a command),"
+    yield "Not settings of the service: `AUTHBACKEND_ACTOR` (who runs a command, by their own word: `claimed_by` in the audit trail),"
     yield "`AUTHBACKEND_CA_PASSPHRASE` (of an authority's key, for commands), `AUTHBACKEND_CACHE` (where the tools of a"
     yield "checkout keep what they fetched)."
     section: tuple[str, ...] = ()

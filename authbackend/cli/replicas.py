@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from authbackend.cli.common import json_option, run, show, show_change, table, target_of
+from authbackend.cli.common import actor, json_option, run, show, show_change, table, target_of
 from authbackend.postgres import replicas as store
 
 
@@ -39,7 +39,7 @@ def forget(context: click.Context, name: str, as_json: bool) -> None:
 
     One that still runs comes back by itself within a second.
     """
-    number = run(store.forget_replica(target_of(context), name))
+    number = run(store.forget_replica(target_of(context), actor(), name))
     show({"forgotten": number}, as_json, lambda: [f"forgot {number} replicas"])
 
 

@@ -227,7 +227,13 @@ class Leader:
                 if paused is None:
                     log.info("enforcement.resumed")
                 else:
-                    log.warning("enforcement.paused", scope=paused.scope, until=str(paused.until), by=paused.by)
+                    log.warning(
+                        "enforcement.paused",
+                        scope=paused.scope,
+                        until=str(paused.until),
+                        by=paused.by,
+                        claimed_by=paused.claimed_by,
+                    )
             await asyncio.sleep(BACKLOG_EVERY_S)
 
     def _name_blocked(self, overdue: tuple[Overdue, ...]) -> None:

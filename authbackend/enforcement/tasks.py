@@ -78,12 +78,14 @@ class Pause:
     Args:
         scope: ``bulk``, or ``all`` for the urgent lane as well.
         until: When it ends by itself.
-        by: Who paused it.
+        by: The role that paused it, or whom a role that may speak for others named.
+        claimed_by: What the client said of who it is.
     """
 
     scope: str
     until: datetime
     by: str
+    claimed_by: str | None = None
 
     def stops(self, lane: str) -> bool:
         """Return whether tasks of a lane wait."""

@@ -120,6 +120,15 @@ async def connect(target: Target) -> Connection:
             ) from error
 
 
+async def name_actor(connection: Connection, name: str) -> None:
+    """
+    Name who acts, until the end of the transaction.
+
+    The audit trail keeps it as ``claimed_by``; its ``actor`` is the role that logged in, unless that role may speak for others.
+    """
+    await connection.execute("select set_config('authbackend.actor', $1, true)", name)
+
+
 @contextlib.asynccontextmanager
 async def connected(target: Target) -> AsyncIterator[Connection]:
     """Open a connection for the time of the block; errors inside it are translated too."""

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from authbackend.errors import Conflict, InvalidInput, NotFound
-from authbackend.postgres.connection import Connection, Target, connected
+from authbackend.postgres.connection import Connection, Target, connected, name_actor
 
 _DEVICE = (
     "select device_id, common_name, type, status, status_reason, status_changed_at, attributes, expires_at from device"
@@ -18,9 +18,9 @@ _DEVICE = (
 
 @asynccontextmanager
 async def editing(target: Target, actor: str) -> AsyncIterator[Connection]:
-    """Open a transaction in which the audit trail names the acting person."""
+    """Open a transaction in which the audit trail keeps what the client says of who acts."""
     async with connected(target) as connection, connection.transaction():
-        await connection.execute("select set_config('authbackend.actor', $1, true)", actor)
+        await name_actor(connection, actor)
         yield connection
 
 
@@ -76,7 +76,7 @@ async def get_device(target: Target, name: str) -> dict[str, Any]:
             device["type"],
         )
         scheduled = await connection.fetch(
-            "select at, status, reason, actor from device_schedule where device_id = $1 order by at",
+            "select at, status, reason, actor, claimed_by from device_schedule where device_id = $1 order by at",
             device["device_id"],
         )
         device["scheduled"] = [{**row, "at": row["at"].isoformat()} for row in scheduled]

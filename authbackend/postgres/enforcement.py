@@ -14,7 +14,7 @@ import structlog
 
 from authbackend.enforcement.tasks import Backlog, Confirmation, Overdue, Pause, Task, TaskStoreError
 from authbackend.errors import AuthbackendError, Conflict, NotFound, Unavailable
-from authbackend.postgres.connection import Connection, Target, connect, connected, translated_errors
+from authbackend.postgres.connection import Connection, Target, connect, connected, name_actor, translated_errors
 from authbackend.postgres.locks import ENFORCE
 from authbackend.postgres.statements import load_statements
 
@@ -193,7 +193,7 @@ def _task(row: Any) -> Task:
 
 
 def _pause(row: Any) -> Pause:
-    return Pause(row["scope"], row["until"], row["actor"] or row["role"])
+    return Pause(row["scope"], row["until"], row["by"], row["claimed_by"])
 
 
 def _overdue(row: Any) -> Overdue:
@@ -297,31 +297,40 @@ async def get_task(target: Target, number: int) -> dict[str, Any]:
     return _plain(row)
 
 
-async def retry(target: Target, number: int | None) -> int:
+async def retry(target: Target, actor: str, number: int | None) -> int:
     """
     Make a task due at once, or all open ones, and return how many; one that is done is done again.
 
     Raises:
         NotFound: There is none of this number.
     """
-    async with connected(target) as connection:
+    async with connected(target) as connection, connection.transaction():
+        await name_actor(connection, actor)
         changed = int(await connection.fetchval(load_statements("enforcement").retry.sql, number))
     if number is not None and not changed:
         raise NotFound(f"there is no enforcement task {number}")
     return changed
 
 
-async def disable(target: Target) -> None:
-    """Note no work any more and end all holds; a service with ``enforcement.clusters`` switches it on again."""
-    async with connected(target) as connection:
-        await connection.execute(load_statements("enforcement").disable.sql)
+async def disable(target: Target, actor: str) -> tuple[int, int]:
+    """
+    Note no work any more and end all holds; a service with ``enforcement.clusters`` switches it on again.
+
+    Returns:
+        How many holds of devices, and of types whose client ids moved, were ended.
+    """
+    async with connected(target) as connection, connection.transaction():
+        await name_actor(connection, actor)
+        row = await connection.fetchrow(load_statements("enforcement").disable.sql)
+    assert row is not None
+    return int(row["holds"]), int(row["moves"])
 
 
 async def pause(target: Target, actor: str, scope: str) -> Pause:
     """Pause the bulk lane, or all lanes, for an hour, and return the pause."""
     statements = load_statements("enforcement")
     async with connected(target) as connection, connection.transaction():
-        await connection.execute("select set_config('authbackend.actor', $1, true)", actor)
+        await name_actor(connection, actor)
         await connection.execute(statements.pause.sql, scope)
         return _pause(await connection.fetchrow(statements.paused.sql))
 
@@ -329,7 +338,7 @@ async def pause(target: Target, actor: str, scope: str) -> Pause:
 async def resume(target: Target, actor: str) -> bool:
     """End the pause, and return whether there was one."""
     async with connected(target) as connection, connection.transaction():
-        await connection.execute("select set_config('authbackend.actor', $1, true)", actor)
+        await name_actor(connection, actor)
         return bool(await connection.fetchval(load_statements("enforcement").resume.sql))
 
 
@@ -354,7 +363,7 @@ async def forget_cluster(target: Target, actor: str, name: str) -> int:
         NotFound: Nothing was ever enforced on a cluster of this name.
     """
     async with connected(target) as connection, connection.transaction():
-        await connection.execute("select set_config('authbackend.actor', $1, true)", actor)
+        await name_actor(connection, actor)
         row = await connection.fetchrow(load_statements("enforcement").forget_cluster.sql, name)
     assert row is not None
     if not row["clusters"] and not row["tasks"]:

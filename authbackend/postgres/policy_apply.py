@@ -19,7 +19,7 @@ import asyncpg
 from authbackend.document.changes import Applied, change_of, shown
 from authbackend.document.model import Document
 from authbackend.errors import Conflict, Unavailable
-from authbackend.postgres.connection import Connection, Target, connected
+from authbackend.postgres.connection import Connection, Target, connected, name_actor
 from authbackend.postgres.locks import APPLY
 from authbackend.postgres.policy_store import (
     RULES,
@@ -126,7 +126,8 @@ class _Plan:
 
     async def _attempt(self) -> str:
         async with self._connection.transaction(), self._watch.over(gives_way=True):
-            await self._execute("select set_config('authbackend.actor', $1, true)", self._actor)
+            self._watch.check()
+            await name_actor(self._connection, self._actor)
             await self._lock_and_compare()
             await self._write()
             version = str(await self._fetchval("select registry_version()"))

@@ -13,7 +13,7 @@ from typing import Any
 import asyncpg
 
 from authbackend.errors import InvalidInput, NotFound, Unconfirmed
-from authbackend.postgres.connection import Connection, Target, connect, connected, translated_errors
+from authbackend.postgres.connection import Connection, Target, connect, connected, name_actor, translated_errors
 from authbackend.postgres.statements import load_statements
 from authbackend.registry.mark import Mark
 from authbackend.registry.presence import Peers
@@ -126,14 +126,15 @@ async def list_replicas(target: Target) -> list[dict[str, Any]]:
         return [dict(row) for row in await connection.fetch(load_statements("replicas").replicas.sql)]
 
 
-async def forget_replica(target: Target, name: str) -> int:
+async def forget_replica(target: Target, actor: str, name: str) -> int:
     """
     Forget replicas by id or name, and return how many; one that still runs comes back by itself within a second.
 
     Raises:
         NotFound: There is none.
     """
-    async with connected(target) as connection:
+    async with connected(target) as connection, connection.transaction():
+        await name_actor(connection, actor)
         number = int(await connection.fetchval(load_statements("replicas").forget.sql, name))
     if not number:
         raise NotFound(f"no replica has the id or name {name!r}")

@@ -3,7 +3,8 @@
 -- name: enable!
 -- Triggers note work only where somebody does it. params: 1 seconds, Infinity for no limit, 2 clusters text[]
 with setup as (
-  insert into enforcement_setup (hold_limit_s) values ($1) on conflict (one) do update set hold_limit_s = excluded.hold_limit_s)
+  insert into enforcement_setup (hold_limit_s) values ($1)
+  on conflict (one) do update set hold_limit_s = excluded.hold_limit_s where enforcement_setup.hold_limit_s <> excluded.hold_limit_s)
 insert into enforcement_cluster (name) select unnest($2::text[]) on conflict do nothing;
 
 -- name: adopt!
@@ -11,8 +12,8 @@ insert into enforcement_cluster (name) select unnest($2::text[]) on conflict do 
 with old as (
   update enforcement set state = 'superseded', finished_at = clock_timestamp(), receipt = '{"superseded": "noted again for each cluster"}'
   where cluster = '' and finished_at is null returning *)
-insert into enforcement (version, cluster, kind, name, causes, details, role, actor, noted_at)
-select o.version, k.name, o.kind, o.name, o.causes, o.details, o.role, o.actor, o.noted_at from old o, unnest($1::text[]) as k (name) where o.parent is null;
+insert into enforcement (version, cluster, kind, name, causes, details, role, actor, claimed_by, noted_at)
+select o.version, k.name, o.kind, o.name, o.causes, o.details, o.role, o.actor, o.claimed_by, o.noted_at from old o, unnest($1::text[]) as k (name) where o.parent is null;
 
 -- name: unknown_clusters
 -- params: 1 the clusters of this service
@@ -20,15 +21,10 @@ select name from enforcement_cluster where name <> all ($1::text[]) order by 1;
 
 -- name: forget_cluster^
 -- What is open there will not be done. params: 1 name
-with gone as (delete from enforcement_cluster where name = $1 returning 1),
-left_open as (
-  update enforcement set state = 'superseded', finished_at = clock_timestamp(),
-    receipt = coalesce(receipt, '{}') || '{"superseded": "the cluster was forgotten; what is connected there was not looked at again"}'
-  where cluster = $1 and finished_at is null returning 1)
-select (select count(*) from gone) as clusters, (select count(*) from left_open) as tasks;
+select clusters, tasks from enforcement_cluster_forget($1);
 
--- name: disable!
-with gone as (delete from device_hold), moves as (delete from client_id_move), clusters as (delete from enforcement_cluster) delete from enforcement_setup;
+-- name: disable^
+select holds, moves from enforcement_disable();
 
 -- name: enabled$
 select exists (select from enforcement_setup);
@@ -76,16 +72,14 @@ where cluster = $1 and state = 'waiting' and lane = 'mass' and details ->> 'comm
 limit $3;
 
 -- name: paused^
-select scope, since, until, role, actor from enforcement_pause where until > clock_timestamp();
+select scope, since, until, coalesce(actor, role) as by, claimed_by from enforcement_pause where until > clock_timestamp();
 
 -- name: pause!
 -- params: 1 scope
-insert into enforcement_pause (scope) values ($1)
-on conflict (one) do update set scope = excluded.scope, since = now(), until = now() + interval '1 hour', role = session_user,
-  actor = nullif(current_setting('authbackend.actor', true), '');
+select enforcement_pause_begin($1);
 
 -- name: resume$
-with gone as (delete from enforcement_pause returning 1) select count(*) from gone;
+select enforcement_pause_end();
 
 -- name: confirmation
 -- `live`: it was heard a moment ago, so it will confirm soon.
@@ -108,8 +102,8 @@ where h.device_id = seen.device_id and h.since = seen.since
 
 -- name: add_children!
 -- params: 1 parent id, 2 device ids text[], 3 details jsonb[]
-insert into enforcement (version, cluster, kind, name, causes, details, role, actor, parent)
-select p.version, p.cluster, 'device', u.name, p.causes, u.details, p.role, p.actor, p.id
+insert into enforcement (version, cluster, kind, name, causes, details, role, actor, claimed_by, parent)
+select p.version, p.cluster, 'device', u.name, p.causes, u.details, p.role, p.actor, p.claimed_by, p.id
 from enforcement p, unnest($2::text[], $3::text[]::jsonb[]) as u (name, details) where p.id = $1
 on conflict (parent, name, (details ? 'moved')) where parent is not null do update -- a later look has found more client ids
 set state = 'waiting', finished_at = null, due_at = clock_timestamp(), details = enforcement.details || jsonb_build_object(
@@ -201,14 +195,14 @@ select cluster, at, report from enforcement_sweep order by cluster;
 
 -- name: listed
 -- params: 1 state or null, 2 kind or null, 3 name or null, 4 how many
-select id, version::text as version, cluster, lane, kind, name, causes, coalesce(actor, role) as by, noted_at, due_at, state, attempts, fault, finished_at, parent, receipt
+select id, version::text as version, cluster, lane, kind, name, causes, coalesce(actor, role) as by, claimed_by, noted_at, due_at, state, attempts, fault, finished_at, parent, receipt
 from enforcement where ($1::text is null or (case when $1 = 'open' then finished_at is null else state = $1 end))
   and ($2::text is null or kind = $2) and ($3::text is null or name = $3)
 order by id desc limit $4;
 
 -- name: one^
 -- params: 1 id
-select id, version::text as version, cluster, lane, kind, name, causes, details, role, actor, noted_at, due_at, state, attempts, fault, finished_at, parent, receipt
+select id, version::text as version, cluster, lane, kind, name, causes, details, role, coalesce(actor, role) as by, claimed_by, noted_at, due_at, state, attempts, fault, finished_at, parent, receipt
 from enforcement where id = $1;
 
 -- name: of_version
@@ -218,11 +212,7 @@ where version = $1::text::xid8 and parent is null order by id;
 
 -- name: retry$
 -- Make open tasks due at once; a finished one is done again. params: 1 id or null for all open ones
-with again as (
-  update enforcement set due_at = clock_timestamp(), state = case when finished_at is null then state else 'waiting' end, finished_at = null
-  where case when $1::bigint is null then finished_at is null else id = $1 end returning 1),
-told as (select pg_notify('enforcement', ''))
-select (select count(*) from again) from told;
+select enforcement_retry($1::bigint);
 
 -- name: certificates_on_record
 -- What live connections may show: certificates with these serial numbers, of whatever issuer, and for brokers that tell no

@@ -20,7 +20,7 @@ update replica set stopped_at = clock_timestamp(), comes_back = $2 where id = $1
 
 -- name: forget$
 -- params: 1 id or name text
-with gone as (delete from replica where id::text = $1 or name = $1 returning 1) select count(*) from gone;
+select replica_forget($1);
 
 -- name: prune!
 delete from replica where greatest(introduced_at, confirmed_at) + make_interval(secs => longest_staleness_s) < clock_timestamp() - interval '1 day';

@@ -183,8 +183,8 @@ def test_a_device_is_enrolled_by_its_request_and_is_on_record(cli, ca, fleet, ex
     (row,) = execute("select * from certificate")
     assert (row["device_id"], row["common_name"], row["state"]) == ("D2", "two", "active")
     assert row["fingerprint"] == certificate.fingerprint(hashes.SHA256()).hex()
-    (told,) = execute("select actor, entity from audit where entity = 'certificate'")
-    assert told["actor"] == "alice"
+    (told,) = execute("select claimed_by, entity from audit where entity = 'certificate'")
+    assert told["claimed_by"] == "alice"
 
 
 @pytest.mark.parametrize(

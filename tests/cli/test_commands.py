@@ -63,7 +63,9 @@ def rows(dsn, query):
 def test_apply_is_exact_and_repeatable(cli, policy, dsn):
     again = cli("policy", "apply", policy, "--json")
     assert json.loads(again.stdout) == {"version": None, "changes": []}
-    assert {row["actor"] for row in rows(dsn, "select actor from audit")} == {"alice"}
+    assert {(row["actor"], row["claimed_by"]) for row in rows(dsn, "select actor, claimed_by from audit")} == {
+        ("postgres", "alice")
+    }
 
 
 def test_plan_tells_every_difference_and_changes_nothing(cli, policy, dsn):
@@ -169,7 +171,8 @@ def test_the_life_of_a_device(cli, policy, dsn):
     shown = json.loads(cli("device", "show", "D3", "--json").stdout)
     assert (shown["status"], shown["status_reason"], shown["attributes"]) == ("revoked", "stolen", {"site": "kiel"})
     trail = rows(
-        dsn, "select after->>'status' as status, actor from audit where entity = 'device' and key = 'D3' order by id"
+        dsn,
+        "select after->>'status' as status, claimed_by from audit where entity = 'device' and key = 'D3' order by id",
     )
     assert [row["status"] for row in trail] == ["pending", "active", "suspended", "revoked"]
     listed = json.loads(cli("device", "list", "--status", "revoked", "--json").stdout)

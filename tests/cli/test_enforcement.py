@@ -15,13 +15,13 @@ def test_a_suspension_that_ends_by_itself_and_a_revocation_in_the_future(cli, po
     assert said.strip() == "device D2 will be revoked at 2035-02-01T00:00:00+00:00"
     shown = json.loads(cli("device", "show", "D2", "--json").stdout)
     assert shown["status"] == "active"
-    assert [(each["status"], each["reason"], each["actor"]) for each in shown["scheduled"]] == [
-        ("revoked", "contract ends", "alice")
+    assert [(each["status"], each["reason"], each["actor"], each["claimed_by"]) for each in shown["scheduled"]] == [
+        ("revoked", "contract ends", "postgres", "alice")
     ]
-    assert "revoked at 2035-02-01T00:00:00+00:00, by alice" in cli("device", "show", "D2").stdout
-    assert [row["actor"] for row in rows(dsn, "select actor from audit where entity = 'device_schedule'")] == [
-        "alice"
-    ] * 2
+    assert "revoked at 2035-02-01T00:00:00+00:00, by postgres (says alice)" in cli("device", "show", "D2").stdout
+    assert [
+        row["claimed_by"] for row in rows(dsn, "select claimed_by from audit where entity = 'device_schedule'")
+    ] == ["alice"] * 2
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,11 @@ def test_waiting_says_what_is_not_done_on_the_brokers(cli, policy, dsn):  # noqa
     assert "not yet known to be true for what is connected" in result.stderr
     assert "device D2" in result.stderr
     listed = json.loads(cli("enforcement", "list", "--state", "open", "--json").stdout)
-    assert [(task["name"], task["causes"], task["by"]) for task in listed] == [("D2", ["revoked"], "alice")]
+    assert [(task["name"], task["causes"], task["by"], task["claimed_by"]) for task in listed] == [
+        ("D2", ["revoked"], "postgres", "alice")
+    ]
+    assert "postgres (says alice)" in cli("enforcement", "list").stdout
+    assert "by postgres (says alice), version" in cli("enforcement", "show", listed[0]["id"]).stdout
     assert "D2" in cli("enforcement", "list").stdout
     assert "not begun" in cli("enforcement", "show", listed[0]["id"]).stdout
     assert "1 tasks are due now" in cli("enforcement", "retry").stdout

@@ -335,7 +335,7 @@ async def test_a_pause_stops_the_bulk_lane_and_ends(rig: Rig) -> None:
         rig.broker.connect(name)
     async with rig.enforcing():
         found = await enforcement.pause(Target(rig.dsn), "ann", "bulk")
-        assert (found.scope, found.by) == ("bulk", "ann")
+        assert (found.scope, found.by, found.claimed_by) == ("bulk", "postgres", "ann")
         await rig.set_status("revoked", *names)
         await rig.set_status("revoked", "stolen")
         await rig.finished("name = 'stolen'")
@@ -346,8 +346,10 @@ async def test_a_pause_stops_the_bulk_lane_and_ends(rig: Rig) -> None:
         assert await enforcement.resume(Target(rig.dsn), "ben")
         await rig.finished()
     assert rig.broker.users() == []
-    trail = await rig.sql.fetch("select operation, actor from audit where entity = 'enforcement_pause' order by id")
-    assert [tuple(row) for row in trail] == [("INSERT", "ann"), ("DELETE", "ben")]
+    trail = await rig.sql.fetch(
+        "select operation, actor, claimed_by from audit where entity = 'enforcement_pause' order by id"
+    )
+    assert [tuple(row) for row in trail] == [("INSERT", "postgres", "ann"), ("DELETE", "postgres", "ben")]
 
 
 async def test_a_pause_of_all_stops_the_urgent_lane_and_the_sweep_only_reports(rig: Rig) -> None:

@@ -47,7 +47,12 @@ async def test_a_change_is_told_with_who_what_when_and_version(dsn: str, connect
             await session.execute("update device set status = 'revoked', status_reason = 'stolen'")
             version = await session.fetchval("select pg_current_xact_id()::text")
     row = (await trail(connection, "device"))[-1]
-    assert (row["role"], row["actor"], row["application"]) == ("auditor", "ann@example", "the-app")
+    assert (row["role"], row["actor"], row["claimed_by"], row["application"]) == (
+        "auditor",
+        "auditor",
+        "ann@example",
+        "the-app",
+    )
     assert (row["operation"], row["key"], str(row["version"])) == ("UPDATE", "d1", version)
     assert before <= row["at"] <= await connection.fetchval("select clock_timestamp()")
     assert (row["before"]["status"], row["before"]["status_reason"]) == ("active", "")
@@ -63,7 +68,7 @@ async def test_the_actor_of_one_transaction_is_not_that_of_the_next(scratch: asy
         await connection.execute("insert into device_type (name) values ('agv')")
         await editor.insert_device(target, "bob", device_id="d1", device_type="agv")
         await connection.execute("update device set status = 'suspended'")
-        assert [(row["operation"], row["actor"]) for row in await trail(connection, "device")] == [
+        assert [(row["operation"], row["claimed_by"]) for row in await trail(connection, "device")] == [
             ("INSERT", "bob"),
             ("UPDATE", None),
         ]
@@ -140,7 +145,7 @@ async def test_a_statement_that_touches_nothing_leaves_nothing(scratch: asyncpg.
 async def test_truncate_is_told_as_such(scratch: asyncpg.Connection) -> None:
     await scratch.execute("set local authbackend.actor = 'carl'")
     await scratch.execute("truncate device_type cascade")
-    rows = await scratch.fetch("select entity, key, actor from audit where operation = 'TRUNCATE' order by entity")
+    rows = await scratch.fetch("select entity, key, claimed_by from audit where operation = 'TRUNCATE' order by entity")
     assert [tuple(row) for row in rows] == [
         ("certificate", None, "carl"),
         ("device", None, "carl"),

@@ -131,7 +131,7 @@ async def test_a_deleted_device_takes_its_certificates_with_it(
         "c2": (None, "active", "", False),
     }
     told = await scratch.fetch(
-        """select left(key, 2) as key, actor, role = session_user as mine, before ->> 'device_id' as device_id,
+        """select left(key, 2) as key, claimed_by, role = session_user as mine, before ->> 'device_id' as device_id,
         before ->> 'state' as before, after ->> 'state' as after from audit
         where entity = 'certificate' and operation = 'UPDATE' order by key"""
     )
@@ -341,8 +341,8 @@ async def test_the_trail_tells_of_lists_without_their_contents(scratch: asyncpg.
     await scratch.execute(LIST.format(6, "02"))
     await scratch.execute(insert())
     await scratch.execute("update certificate set state = 'revoked'")
-    rows = await scratch.fetch("select entity, key, operation, actor, before, after from audit order by id")
-    told = [(row["entity"], row["key"], row["operation"], row["actor"]) for row in rows]
+    rows = await scratch.fetch("select entity, key, operation, claimed_by, before, after from audit order by id")
+    told = [(row["entity"], row["key"], row["operation"], row["claimed_by"]) for row in rows]
     assert told == [
         ("authority", "fleet", "INSERT", "ann"),
         ("crl", "fleet", "INSERT", "ann"),

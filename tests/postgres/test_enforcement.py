@@ -210,7 +210,9 @@ async def test_what_is_scheduled_happens_in_the_name_of_who_scheduled_it(work: a
     )
     assert [tuple(row) for row in rows] == [("A", "revoked", "lost"), ("B", "active", "")]
     assert (
-        await work.fetchval("select actor from audit where entity = 'device' and key = 'A' order by id desc limit 1")
+        await work.fetchval(
+            "select claimed_by from audit where entity = 'device' and key = 'A' order by id desc limit 1"
+        )
         == "ann"
     )
     assert await work.fetchval("select count(*) from device_schedule") == 1
@@ -447,8 +449,9 @@ async def test_the_security_team_can_look_and_retry_and_nothing_else(
     await connection.execute("update device set status = 'revoked'")
     async with connected(postgres.dsn(database, ADMIN)) as admin:
         assert await admin.fetchval("select count(*) from enforcement") == 1
-        await admin.execute("update enforcement set due_at = now()")
+        assert await admin.fetchval("select enforcement_retry(null)") == 1
         for forbidden in (
+            "update enforcement set due_at = now()",
             "delete from enforcement",
             "insert into device_hold values ('x', now(), now())",
             "select enforcement_hold('{x}')",

@@ -283,7 +283,28 @@ def test_dbmate_applies_the_same_migrations(postgres: Server, migrated_template:
 
 
 @pytest.mark.parametrize(
-    "table", ["device_type", "device", "account", "topic_rule", "audit", "certificate", "authority", "crl"]
+    "table",
+    [
+        *(
+            "device_type",
+            "device",
+            "account",
+            "topic_rule",
+            "audit",
+            "certificate",
+            "authority",
+            "crl",
+            "device_schedule",
+        ),
+        *(
+            "device_hold",
+            "client_id_move",
+            "enforcement",
+            "enforcement_cluster",
+            "enforcement_pause",
+            "enforcement_setup",
+        ),
+    ],
 )
 async def test_every_trigger_fires_always_and_repairing_makes_it_so_again(
     dsn: str, connection: asyncpg.Connection, table: str

@@ -270,7 +270,7 @@ async def test_after_giving_way_to_one_who_changes_nothing_all_is_applied_once(
     assert len(said) >= 1
     txid = applied.version.split("@")[0]
     trail = await connection.fetch(
-        "select key, actor, version::text from audit where version::text = $1 order by id", txid
+        "select key, claimed_by, version::text from audit where version::text = $1 order by id", txid
     )
     assert sorted(tuple(row) for row in trail) == [(f"D{n}", "alice", txid) for n in (1, 2, 3, 4)]
     fed = await connection.fetch("select entity, key from change where txid::text = $1 order by key", txid)

@@ -205,12 +205,12 @@ async def test_a_forgotten_replica_that_still_runs_comes_back(dsn: str, connecti
     async with replica(dsn, "north") as north:
         await north.look()
         await north.announce()
-        assert await replicas.forget_replica(Target(dsn), "north") == 1
+        assert await replicas.forget_replica(Target(dsn), "ann", "north") == 1
         assert await replicas.list_replicas(Target(dsn)) == []
         await north.announce()
         assert await state_of(dsn, "north") == "live"
     with pytest.raises(NotFound):
-        await replicas.forget_replica(Target(dsn), "nobody")
+        await replicas.forget_replica(Target(dsn), "ann", "nobody")
 
 
 async def test_nobody_is_in_step_in_the_future(dsn: str, connection: asyncpg.Connection) -> None:
@@ -243,4 +243,4 @@ async def test_each_role_can_do_its_part(postgres: Server, database: str, connec
         assert len(await replicas.wait(admin, version, 0)) == 1
         assert len(await replicas.list_replicas(Target(postgres.dsn(database, READER)))) == 1
         await north.announcer.sign_off(comes_back=False)
-        assert await replicas.forget_replica(admin, "north") == 1
+        assert await replicas.forget_replica(admin, "ann", "north") == 1

@@ -341,15 +341,25 @@ def test_the_admin_role_suffices_for_every_command(
     assert "Number two" in command(f"policy plan {policy}").output
     assert "applied 1 changes" in command(f"policy apply {policy}").output
     command("explain d1 publish fleet/d1/x", code=6)
+    command("enforcement retry")
+    command("enforcement pause")
+    command("enforcement resume")
+    command("enforcement forget nowhere", code=3)
+    command("replicas forget nobody", code=3)
+    command("enforcement disable")
 
     async def trail() -> list[tuple[str, str, str]]:
         async with connected(postgres.dsn(edited)) as connection:
-            rows = await connection.fetch("select role, actor, key from audit where actor is not null order by id")
+            rows = await connection.fetch(
+                "select role, claimed_by, key from audit where claimed_by is not null order by id"
+            )
             return [tuple(row) for row in rows]
 
     told = run(trail())
     assert {(role, who) for role, who, _ in told} == {(ADMIN, "ann")}
-    others = [key for *_, key in told if len(key) < 64 and key != "fleet"]  # not the fingerprints, not the authority
+    others = [
+        key for *_, key in told if len(key) < 64 and key not in ("fleet", "bulk")
+    ]  # not the fingerprints, not the authority, not the pause
     assert others == ["d1", "d2", "d1", "d1", "d1", "robot", "robot", "press", "d2"]
 
 
