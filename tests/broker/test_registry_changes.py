@@ -157,16 +157,16 @@ async def test_even_the_owner_cannot_edit_the_trail(fleet: Fleet) -> None:
 
 
 async def test_who_changed_what_is_on_record(fleet: Fleet) -> None:
-    """By psql: the database role. By the command line: the person, and the reason."""
+    """By psql and by the command line: the role that logged in; by the command line, the reason and who the client says it is."""
     me = fleet.device()
     await fleet.change(f"update device set status = 'suspended' where device_id = '{me}'")
     await fleet.command("device", "revoke", me, "--reason", "stolen")
     rows = fleet.database.sql(
-        "select role, operation, before ->> 'status', after ->> 'status', after ->> 'status_reason' from audit"
+        "select actor, operation, before ->> 'status', after ->> 'status', after ->> 'status_reason', claimed_by is not null from audit"
         f" where entity = 'device' and key = '{me}' order by id offset 1",
         READER,
     )
     assert rows.splitlines() == [
-        f"{EDITOR}|UPDATE|active|suspended|",
-        f"{EDITOR}|UPDATE|suspended|revoked|stolen",
+        f"{EDITOR}|UPDATE|active|suspended||f",
+        f"{EDITOR}|UPDATE|suspended|revoked|stolen|t",
     ]

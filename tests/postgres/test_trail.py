@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from datetime import datetime
 from typing import Any
 
 import asyncpg
@@ -149,6 +150,9 @@ async def test_a_schedule_that_somebody_else_changes_is_that_persons_and_a_renam
     await fleet.execute("update device set device_id = 'd9' where device_id = 'd1'")
     (shown,) = (await editor.get_device(Target(postgres.dsn(database, ADMIN)), "d9"))["scheduled"]
     assert (shown["actor"], shown["claimed_by"]) == ("ann", "ann@ops1")
+    again = Target(postgres.dsn(database, "api"))
+    await editor.schedule_device_status(again, "ben", "d9", "suspended", "", at=datetime.fromisoformat(shown["at"]))
+    assert tuple(await fleet.fetchrow("select actor, claimed_by from device_schedule")) == ("ben", "ben")
     async with connected(postgres.dsn(database, "api")) as api:
         await api.execute("update device_schedule set status = 'suspended'")
     assert tuple(await fleet.fetchrow("select actor, claimed_by from device_schedule")) == ("api", None)
@@ -204,6 +208,22 @@ async def test_no_view_writes(fleet: asyncpg.Connection, postgres: Server, datab
         for statement in ("delete from replica_state", "update replica_state set name = 'x'"):
             with pytest.raises(asyncpg.PostgresError, match="permission denied|cannot (delete from|update) view"):
                 await session.execute(statement)
+
+
+@pytest.mark.parametrize("role", [ADMIN, READER, "ann", "api", "outsider"])
+async def test_what_people_can_write_is_watched_by_the_trail(fleet: asyncpg.Connection, role: str) -> None:
+    """A new table must be one or the other: watched, always, or not writable by people."""
+    rows = await fleet.fetch(
+        """
+        select c.relname, (select array_agg(t.tgname::text order by t.tgname) from pg_trigger t join pg_proc p on p.oid = t.tgfoid
+                           where t.tgrelid = c.oid and p.proname = 'audit_note' and t.tgenabled = 'A') as watched
+        from pg_class c where c.relkind in ('r', 'p', 'v', 'm', 'f') and c.relnamespace = 'public'::regnamespace
+          and (has_any_column_privilege($1, c.oid, 'insert, update') or has_table_privilege($1, c.oid, 'delete, truncate, trigger'))
+        """,
+        role,
+    )
+    assert {row["relname"] for row in rows if row["watched"] != ["audit_d", "audit_i", "audit_t", "audit_u"]} == set()
+    assert bool(rows) == (role in (ADMIN, "ann", "api"))
 
 
 PEOPLES_FUNCTIONS = {
