@@ -98,11 +98,12 @@ async def repair_triggers(target: Target) -> int:
     Enable every trigger of the registry again, as after a restore that disabled them, and return how many there are.
 
     What was changed while they were disabled left no change rows: replicas find it by their next comparison, so
-    restart them or wait for ``registry.compare_interval_s``.
+    restart them or wait for ``registry.compare_interval_s``. Nor did it leave audit rows, so the trail is told which
+    triggers were off.
     """
     async with connected(target) as connection:
         found = await connection.fetch(
-            "select tgrelid::regclass::text as watched, quote_ident(tgname) as name from pg_trigger "
+            "select tgrelid::regclass::text as watched, tgname as name, quote_ident(tgname) as quoted from pg_trigger "
             "where not tgisinternal and tgenabled <> 'A' and (tgrelid = any ($1::regclass[]) or tgrelid in "
             "(select tgrelid from pg_trigger where tgfoid in ('public.change_note'::regproc, 'public.audit_note'::regproc)))",
             ["audit", "enforcement"],
@@ -110,7 +111,14 @@ async def repair_triggers(target: Target) -> int:
         async with connection.transaction():
             await connection.execute(f"set local lock_timeout = '{LOCK_TIMEOUT}'")
             for row in found:
-                await connection.execute(f"alter table {row['watched']} enable always trigger {row['name']}")
+                await connection.execute(f"alter table {row['watched']} enable always trigger {row['quoted']}")
+            await connection.execute(
+                "insert into audit (operation, entity, before) select 'ENABLE TRIGGER', u.watched, "
+                "jsonb_build_object('not_always_on', jsonb_agg(u.name order by u.name)) "
+                "from unnest($1::text[], $2::text[]) as u (watched, name) group by u.watched",
+                [row["watched"] for row in found],
+                [row["name"] for row in found],
+            )
         return len(found)
 
 

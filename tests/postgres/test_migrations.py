@@ -316,6 +316,9 @@ async def test_every_trigger_fires_always_and_repairing_makes_it_so_again(
     assert await migrations.repair_triggers(Target(dsn)) == len(before)
     assert await connection.fetch(enabled, table) == before
     assert await migrations.repair_triggers(Target(dsn)) == 0
+    told = await connection.fetch("select actor, entity, key, before from audit where operation = 'ENABLE TRIGGER'")
+    assert [tuple(row)[:3] for row in told] == [("postgres", table, None)]
+    assert json.loads(told[0]["before"])["not_always_on"] == [row["tgname"] for row in before]
 
 
 # --- a PostgreSQL of its own ---------------------------------------------------------------------------------------
