@@ -257,9 +257,8 @@ async def leading(target: Target, hold_limit_s: float, clusters: list[str]) -> A
             await connection.execute(
                 "set tcp_keepalives_idle = 2; set tcp_keepalives_interval = 1; set tcp_keepalives_count = 3"
             )
-            while not await connection.fetchval("select pg_try_advisory_lock($1)", ENFORCE):  # noqa: ASYNC110
-                await asyncio.sleep(LOCK_EVERY_S)
             statements = load_statements("enforcement")
+            await _take_lock(connection, statements.strangers_with_the_lock.sql)
             await connection.execute(statements.enable.sql, hold_limit_s, clusters)
             await connection.execute(statements.adopt.sql, clusters)
             for row in await connection.fetch(statements.unknown_clusters.sql, clusters):
@@ -272,6 +271,20 @@ async def leading(target: Target, hold_limit_s: float, clusters: list[str]) -> A
     finally:
         with contextlib.suppress(Exception):
             await connection.close(timeout=1)
+
+
+async def _take_lock(connection: Connection, strangers: str) -> None:
+    told: set[int] = set()
+    while not await connection.fetchval("select pg_try_advisory_lock($1)", ENFORCE):
+        for row in await connection.fetch(strangers, ENFORCE):
+            if row["pid"] not in told:
+                told.add(row["pid"])
+                log.error(
+                    "enforcement.lock_taken",
+                    **row,
+                    next=f"nobody enforces while it lasts; end it: select pg_terminate_backend({row['pid']})",
+                )
+        await asyncio.sleep(LOCK_EVERY_S)
 
 
 async def list_tasks(

@@ -7,6 +7,12 @@ with setup as (
   on conflict (one) do update set hold_limit_s = excluded.hold_limit_s where enforcement_setup.hold_limit_s <> excluded.hold_limit_s)
 insert into enforcement_cluster (name) select unnest($2::text[]) on conflict do nothing;
 
+-- name: strangers_with_the_lock
+-- Who holds the lock of enforcement, which everybody may take, and could not do its work. params: 1 number of the lock
+select a.pid, a.usename::text as role, a.application_name as application from pg_locks l join pg_stat_activity a using (pid)
+where l.locktype = 'advisory' and l.granted and (l.classid, l.objid, l.objsubid) = (0::oid, $1::bigint::oid, 1::smallint) and a.datname = current_database()
+  and l.database = a.datid and not has_table_privilege(a.usesysid, 'enforcement', 'update');
+
 -- name: adopt!
 -- Notes what is open from before there were clusters again, for each of them. params: 1 clusters text[]
 with old as (

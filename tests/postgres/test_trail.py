@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from datetime import datetime
@@ -9,13 +10,15 @@ from typing import Any
 
 import asyncpg
 import pytest
+from structlog.testing import capture_logs
 
 from authbackend.postgres import editor, enforcement, replicas
 from authbackend.postgres.connection import Target
 from authbackend.postgres.enforcement import PostgresTaskStore
+from authbackend.postgres.locks import ENFORCE
 from authbackend.postgres.statements import load_statements
 from tests.postgres.test_roles import ADMIN, FLEET, READER, SERVICE, give_roles
-from tests.support.postgres import Server, connected
+from tests.support.postgres import Server, connected, until
 
 WORK = """
 insert into enforcement_setup (hold_limit_s) values (30);
@@ -385,3 +388,42 @@ async def test_a_person_of_the_security_team_does_the_documented_work_by_psql(
         *("device_type", "device", "topic_rule", "account", "certificate", "device_schedule"),
         *("enforcement", "enforcement_pause"),
     }
+
+
+# --- a lock that anybody may take ----------------------------------------------------------------------------------------
+
+
+async def test_who_keeps_every_replica_from_enforcing_by_its_lock_is_named_in_the_log(
+    fleet: asyncpg.Connection, postgres: Server, database: str
+) -> None:
+    async def lead() -> None:
+        async with enforcement.leading(Target(postgres.dsn(database, SERVICE)), 30, ["c"]):
+            pass
+
+    with capture_logs() as logged:
+
+        async def named() -> bool:
+            return any(entry["event"] == "enforcement.lock_taken" for entry in logged)
+
+        async with connected(postgres.dsn(database, "ann"), server_settings={"application_name": "psql"}) as ann:
+            await ann.execute("select pg_advisory_lock($1)", ENFORCE)
+            leading = asyncio.create_task(lead())
+            await until(named, "the log names who has the lock")
+            (entry,) = logged
+            assert (entry["role"], entry["application"], entry["log_level"]) == ("ann", "psql", "error")
+            assert entry["pid"] == ann.get_server_pid()
+        async with asyncio.timeout(10):
+            await leading
+
+
+async def test_another_replica_that_enforces_is_no_stranger(
+    fleet: asyncpg.Connection, postgres: Server, database: str
+) -> None:
+    async with connected(postgres.dsn(database, SERVICE)) as service:
+        await service.execute("select pg_advisory_lock($1)", ENFORCE)
+        holders = load_statements("enforcement").strangers_with_the_lock.sql
+        assert await fleet.fetch(holders, ENFORCE) == []
+    async with connected(postgres.dsn(database, "outsider")) as outsider:
+        await outsider.execute("select pg_advisory_lock($1)", ENFORCE)
+        (holder,) = await fleet.fetch(holders, ENFORCE)
+        assert holder["role"] == "outsider"
