@@ -9,25 +9,31 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from authbackend.errors import ConfigurationError
 
 _LISTS = {("accounts", "reserved"), ("enforcement", "clusters"), ("enforcement", "sweep_closes")}
 PREFIX = "AUTHBACKEND_"
 CONFIG_FILE_VARIABLE = "AUTHBACKEND_CONFIG"
+_SERVICE_LINK = re.compile(
+    "AUTHBACKEND(_[A-Z0-9]+)*?"
+    "(_SERVICE_HOST|_SERVICE_PORT(_[A-Z0-9_]+)?|_PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR|START|END))?|_ENV_.+)"
+)
+_LINK_VALUES = {"_PORT": re.compile("(tcp|udp|sctp)://.*"), "_NAME": re.compile("/[^/]+/[^/]+")}
 NOT_SETTINGS = ("AUTHBACKEND_ACTOR", "AUTHBACKEND_CACHE", "AUTHBACKEND_CA_PASSPHRASE", CONFIG_FILE_VARIABLE)
 """Variables of this prefix that other parts read: the acting person and passphrase of commands, tools' cache, the file."""
 
 
 def _listen_address(value: str) -> str:
     host, _, port = value.rpartition(":")
-    if not host or not port.isdigit() or not 0 <= int(port) <= 65535:
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 <= int(port) <= 65535:
         raise ValueError("write it as host:port, for example 127.0.0.1:8080 or [::1]:8080")
     return value
 
@@ -65,8 +71,24 @@ def is_loopback(listen: str) -> bool:
         return False
 
 
+def _is_empty(value: object) -> bool:
+    return isinstance(value, str) and not value.strip()
+
+
+def _without_empty(value: object) -> object:
+    return [entry for entry in value if not _is_empty(entry)] if isinstance(value, list) else value
+
+
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_unset(cls, given: Any) -> Any:
+        """Leave out what is empty: as a path it would mean the current folder, as a list one empty entry."""
+        if not isinstance(given, Mapping):
+            return given
+        return {name: _without_empty(value) for name, value in given.items() if not _is_empty(value)}
 
 
 class Database(_Section):
@@ -79,9 +101,12 @@ class Database(_Section):
     password_file: Path | None = Field(
         None, description="File that holds the password of the connection URI's role; the last newline is dropped."
     )
-    connect_timeout_s: float = Field(5.0, gt=0, description="Longest wait for a connection.")
+    connect_timeout_s: float = Field(5.0, ge=0.01, le=300, description="Longest wait for a connection.")
     statement_timeout_s: float = Field(
-        10.0, gt=0, description="Longest single statement of the service; a database that hangs is noticed by it."
+        10.0,
+        ge=0.1,  # PostgreSQL counts milliseconds, and takes 0 as no limit at all
+        le=3600,
+        description="Longest single statement of the service; a database that hangs is noticed by it.",
     )
 
 
@@ -109,14 +134,19 @@ class Broker(_Section):
     )
     mqtt_exchange: str = Field("amq.topic", min_length=1, max_length=255, description="RabbitMQ's `mqtt.exchange`.")
     request_timeout_s: float = Field(
-        1.0, gt=0, le=10, description="Every request is answered within this time or fails by itself."
+        1.0, ge=0.01, le=10, description="Every request is answered within this time or fails by itself."
     )
     keepalive_timeout_s: float = Field(
-        150.0, ge=120, description="How long an idle connection stays open; RabbitMQ's HTTP client keeps one for 120 s."
+        150.0,
+        ge=120,
+        le=86400,
+        description="How long an idle connection stays open; RabbitMQ's HTTP client keeps one for 120 s.",
     )
-    backlog: int = Field(4096, ge=128, description="Connections that may wait to be accepted, for each worker.")
+    backlog: int = Field(
+        4096, ge=128, le=65535, description="Connections that may wait to be accepted, for each worker."
+    )
     max_connections: int = Field(
-        8192, ge=16, description="Connections of a worker; one more is closed at once and counted."
+        8192, ge=16, le=1000000, description="Connections of a worker; one more is closed at once and counted."
     )
     tls: TLS = TLS()
 
@@ -131,19 +161,23 @@ class Registry(_Section):
     """The copy in memory."""
 
     poll_interval_s: float = Field(
-        1.0, gt=0, le=60, description="Longest time between two looks at the change feed, notification or not."
+        1.0, ge=0.01, le=60, description="Longest time between two looks at the change feed, notification or not."
     )
     max_staleness_s: float = Field(
         900.0,
-        gt=0,
+        ge=0.001,
+        le=2592000,
         description="After this time without a successful look, everything is denied with reason `registry_stale`.",
     )
     compare_interval_s: float = Field(
-        3600.0, gt=0, description="How often the copy is compared with the database row by row."
+        3600.0, ge=0.1, le=604800, description="How often the copy is compared with the database row by row."
     )
-    prune_interval_s: float = Field(60.0, gt=0, description="How often the change feed is pruned.")
+    prune_interval_s: float = Field(60.0, ge=0.1, le=86400, description="How often the change feed is pruned.")
     change_retention_s: float = Field(
-        3600.0, ge=60, description="How long change rows are kept; a replica silent for longer loads everything anew."
+        3600.0,
+        ge=60,
+        le=2592000,
+        description="How long change rows are kept; a replica silent for longer loads everything anew.",
     )
 
     memory_dir: Path = Field(
@@ -167,7 +201,10 @@ class Replica(_Section):
     )
     workers: int = Field(1, ge=1, le=64, description="Processes that answer RabbitMQ, each on a core of its own.")
     drain_timeout_s: float = Field(
-        10.0, gt=0, description="Longest time to finish what is in flight after SIGTERM; then processes are killed."
+        10.0,
+        ge=0.1,
+        le=3600,
+        description="Longest time to finish what is in flight after SIGTERM; then processes are killed.",
     )
 
 
@@ -211,13 +248,17 @@ class Enforcement(_Section):
     ca_file: Path | None = Field(
         None, description="Authority of the nodes' management certificates, PEM; unset: the system's."
     )
-    timeout_s: float = Field(5.0, gt=0, le=60, description="Longest single request to the management API.")
+    timeout_s: float = Field(5.0, ge=0.01, le=60, description="Longest single request to the management API.")
     kicks_per_second: float = Field(
-        100.0, gt=0, description="Users whose connections are closed a second, so that a mass change is no storm."
+        100.0,
+        ge=0.1,
+        le=1000000,
+        description="Users whose connections are closed a second, so that a mass change is no storm.",
     )
     hold_limit_s: float = Field(
         30.0,
-        gt=0,
+        ge=0.1,
+        le=86400,
         description="Longest time that a device which lost a right is kept from logging in while its sessions are put right.",
     )
     hold_until_done: bool = Field(
@@ -225,7 +266,7 @@ class Enforcement(_Section):
         description="Keep such a device out until the work is done, whatever it takes, instead of letting it in after `hold_limit_s` with an alarm.",
     )
     sweep_interval_s: float = Field(
-        60.0, gt=0, description="How often live connections and sessions are compared with the registry."
+        60.0, ge=0.1, le=86400, description="How often live connections and sessions are compared with the registry."
     )
     sweep_closes: tuple[SweepCause, ...] = Field(
         (
@@ -265,10 +306,13 @@ class Log(_Section):
         "info", description="Allowed requests are logged at `debug`, denials at `info`."
     )
     denials_per_device: int = Field(
-        5, ge=1, description="Denials logged per name in ten seconds; the rest is counted in one line."
+        5, ge=1, le=1000000, description="Denials logged per name in ten seconds; the rest is counted in one line."
     )
     denials: int = Field(
-        500, ge=1, description="Denials logged in ten seconds by a worker, whatever the names; the rest is counted."
+        500,
+        ge=1,
+        le=1000000,
+        description="Denials logged in ten seconds by a worker, whatever the names; the rest is counted.",
     )
 
 
@@ -304,6 +348,8 @@ def load(environment: Mapping[str, str], file: Path | None = None) -> Settings:
     """
     Build the settings from a TOML file, if there is one, and the environment, which wins.
 
+    An empty value is no value. Variables that Kubernetes or Docker make for a Service of this name are left alone.
+
     Args:
         file: Overrides ``AUTHBACKEND_CONFIG``.
     Raises:
@@ -320,12 +366,16 @@ def load(environment: Mapping[str, str], file: Path | None = None) -> Settings:
         if not name.startswith(PREFIX) or name in NOT_SETTINGS:
             continue
         if name not in known:
+            if _is_service_link(name, value):
+                continue
             faults.append(_unknown(name, list(known)))
+            continue
+        if _is_empty(value):
             continue
         branch = tree
         for part in known[name][:-1]:
             branch = branch.setdefault(part, {})
-        branch[known[name][-1]] = value.split(",") if known[name] in _LISTS else value
+        branch[known[name][-1]] = [entry.strip() for entry in value.split(",")] if known[name] in _LISTS else value
     if faults:
         raise ConfigurationError("\n".join(faults))
     try:
@@ -357,6 +407,20 @@ def _leaves(
             yield from _leaves(value, sections, (*path, name))
         else:
             yield (*path, name)
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    """
+    Return whether Kubernetes or Docker set a variable, because a Service or container has a name like ours.
+
+    ``_PORT`` and ``_NAME`` are also how people misspell settings, so their values decide: a port that a person meant has
+    no ``tcp://`` before it, and is refused like any other unknown name.
+
+    Source: Kubernetes, "Accessing the Service", environment variables; Docker, "Legacy container links".
+    """
+    if _SERVICE_LINK.fullmatch(name):
+        return True
+    return any(name.endswith(end) and shape.fullmatch(value) for end, shape in _LINK_VALUES.items())
 
 
 def _unknown(name: str, known: list[str]) -> str:

@@ -1,11 +1,15 @@
 """Settings: nothing is ignored in silence, nothing secret is shown."""
 
+import math
+from pathlib import Path
+
+import annotated_types
 import pytest
 
 from authbackend import bootstrap, ground
 from authbackend.credentials import read_dsn
 from authbackend.errors import ConfigurationError
-from authbackend.settings import load, setting_names, variable
+from authbackend.settings import Settings, load, setting_names, variable
 
 DSN = "postgresql://service:hunter2@db/authbackend"
 
@@ -118,9 +122,113 @@ def test_loopback_needs_none(listen):
     assert bootstrap.broker_tls(load({"AUTHBACKEND_BROKER__LISTEN": listen}).broker) is None
 
 
-def test_every_setting_has_a_description():
-    for path in setting_names():
-        model = type(load({}))
-        for part in path[:-1]:
-            model = model.model_fields[part].annotation
-        assert model.model_fields[path[-1]].description, path
+def field_of(path):
+    """The field of a setting, for example of ("broker", "backlog")."""
+    model = Settings
+    for part in path[:-1]:
+        model = model.model_fields[part].annotation
+    return model.model_fields[path[-1]]
+
+
+def value_of(settings, path):
+    """What a setting is."""
+    for part in path:
+        settings = getattr(settings, part)
+    return settings
+
+
+EVERY = pytest.mark.parametrize("path", list(setting_names()), ids=".".join)
+NUMBERS = [path for path in setting_names() if field_of(path).annotation in (int, float)]
+
+
+@EVERY
+def test_every_setting_has_a_description(path):
+    assert field_of(path).description
+
+
+@EVERY
+@pytest.mark.parametrize("nothing", ["", " "])
+def test_empty_is_unset(path, nothing, tmp_path):
+    """From the environment, where it hides no value of the file, and from the file."""
+    default = value_of(load({}), path)
+    assert value_of(load({variable(path): nothing}), path) == default
+    file = tmp_path / "x.toml"
+    file.write_text(f"[{'.'.join(path[:-1])}]\n{path[-1]} = '{nothing}'\n")
+    assert value_of(load({}, file), path) == default
+
+
+def test_an_empty_variable_hides_no_value_of_the_file(tmp_path):
+    file = tmp_path / "x.toml"
+    file.write_text("[registry]\nsnapshot_dir = '/var/lib/x'\n[accounts]\nreserved = ['a', '']\n")
+    settings = load({"AUTHBACKEND_REGISTRY__SNAPSHOT_DIR": "", "AUTHBACKEND_ACCOUNTS__RESERVED": ""}, file)
+    assert settings.registry.snapshot_dir == Path("/var/lib/x")
+    assert settings.accounts.reserved == ("a",)
+
+
+def test_empty_entries_of_a_list_are_none(tmp_path):
+    assert load({"AUTHBACKEND_ACCOUNTS__RESERVED": "ops, kick,,"}).accounts.reserved == ("ops", "kick")
+    file = tmp_path / "x.toml"
+    file.write_text("[enforcement]\nsweep_closes = []\n")
+    assert load({}, file).enforcement.sweep_closes == ()
+
+
+@pytest.mark.parametrize("path", NUMBERS, ids=".".join)
+def test_every_number_has_bounds(path):
+    bounds = field_of(path).metadata
+    low = next(bound.ge for bound in bounds if isinstance(bound, annotated_types.Ge))
+    high = next(bound.le for bound in bounds if isinstance(bound, annotated_types.Le))
+    for within in (low, high):
+        assert value_of(load({variable(path): str(within)}), path) == within
+    for beyond in (low - 1, high + 1, math.inf, -math.inf, math.nan, 10**400):
+        with pytest.raises(ConfigurationError, match=variable(path)):
+            load({variable(path): str(beyond)})
+
+
+def test_no_number_is_left_out():
+    assert ("broker", "backlog") in NUMBERS
+    others = {field_of(path).annotation for path in setting_names() if path not in NUMBERS}
+    assert not [kind for kind in others if "int" in str(kind) or "float" in str(kind)]
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        "AUTHBACKEND_SERVICE_HOST=10.0.0.11",
+        "AUTHBACKEND_SERVICE_PORT=8080",
+        "AUTHBACKEND_SERVICE_PORT_HTTPS_AUTH=8443",
+        "AUTHBACKEND_PORT=tcp://10.0.0.11:8080",
+        "AUTHBACKEND_PORT_8080_TCP=tcp://10.0.0.11:8080",
+        "AUTHBACKEND_PORT_8080_TCP_PROTO=tcp",
+        "AUTHBACKEND_PORT_8080_TCP_PORT=8080",
+        "AUTHBACKEND_PORT_8080_TCP_ADDR=10.0.0.11",
+        "AUTHBACKEND_ADMIN_SERVICE_HOST=10.0.0.12",
+        "AUTHBACKEND_ADMIN_PORT=udp://10.0.0.12:8081",
+        "AUTHBACKEND_NAME=/rabbitmq/authbackend",
+        "AUTHBACKEND_ENV_LISTEN_PORT=8080",
+    ],
+)
+def test_variables_of_a_service_of_this_name_are_left_alone(link):
+    name, _, value = link.partition("=")
+    assert load({name: value}) == load({})
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "AUTHBACKEND_BROKER_PORT=8080",
+        "AUTHBACKEND_REPLICA_NAME=north",
+        "AUTHBACKEND_BROKER__SERVICE_HOST=north",
+        "AUTHBACKEND_DATABASE_HOST=db",
+        "AUTHBACKEND_BROKER__LISTN=",
+    ],
+)
+def test_what_a_person_meant_as_a_setting_is_refused_all_the_same(setting):
+    name, _, value = setting.partition("=")
+    with pytest.raises(ConfigurationError, match=f"unknown setting {name}; did you mean"):
+        load({name: value})
+
+
+@pytest.mark.parametrize("port", ["", "65536", "-1", "+1", "²", "８０", "1e3", " 1"])
+def test_a_port_is_a_number(port):
+    with pytest.raises(ConfigurationError, match="write it as host:port"):
+        load({"AUTHBACKEND_BROKER__LISTEN": f"127.0.0.1:{port}"})
