@@ -30,7 +30,7 @@ from authbackend.policy.rules import (
     Values,
     resource_matches,
 )
-from authbackend.policy.topics import MANY, MOST_MANY_IN_A_FILTER, MOST_WORDS_WITH_MANY, split
+from authbackend.policy.topics import MOST_MANY_IN_A_FILTER, MOST_WORDS_WITH_MANY, Words, split
 
 _TOPIC_PERMISSIONS = {str(permission): permission for permission in Permission}
 ACCOUNT = "account"
@@ -246,11 +246,11 @@ def by_rules(
     asked = _TOPIC_PERMISSIONS.get(permission)
     if asked is None:
         return _deny(Reason.RESOURCE_NOT_PERMITTED, kind)
-    words = split(routing_key)
-    if asked is Permission.READ:
-        many = words.count(MANY)
-        if many > MOST_MANY_IN_A_FILTER or (many and len(words) > MOST_WORDS_WITH_MANY):
-            return _deny(Reason.TOO_MANY_WILDCARDS, kind)
+    words = Words(split(routing_key))
+    if asked is Permission.READ and (
+        words.many > MOST_MANY_IN_A_FILTER or (words.many and len(words) > MOST_WORDS_WITH_MANY)
+    ):
+        return _deny(Reason.TOO_MANY_WILDCARDS, kind)
     for rules in rule_sets:
         allowed_by = rules.first(Effect.ALLOW, asked, values, words)
         if allowed_by is not None:

@@ -15,6 +15,7 @@ from authbackend.policy.topics import (
     MOST_WORDS_WITH_MANY,
     ONE,
     Pattern,
+    Words,
     contains,
     match,
     overlaps,
@@ -119,8 +120,8 @@ class TopicRule:
             self.expected: tuple[Expected, ...] | None = None
             self.has_tail = False
             return
-        self._levels: tuple[str, ...] = tuple(topic.split("/"))
-        self._names = tuple(dict.fromkeys(name for level in self._levels for name in placeholders_of(level)))
+        self._levels = tuple((level, placeholders_of(level)) for level in topic.split("/"))
+        self._names = tuple(dict.fromkeys(name for _, names in self._levels for name in names))
         self._static = None if self._names else Pattern(self._words({}))
         self.expected, self.has_tail = self._word_by_word()
 
@@ -140,7 +141,10 @@ class TopicRule:
                 known[name] = value
             elif self.effect is Effect.ALLOW:
                 return None
-        return Pattern(self._words(known))
+        if self.expected is None or len(known) < len(self._names):
+            return Pattern(self._words(known))
+        words = [ONE if one is None else known[one[0]] if one[1] else one[0] for one in self.expected]
+        return Pattern([*words, MANY] if self.has_tail else words)
 
     def matches(self, values: Values, words: Sequence[str]) -> bool:
         """
@@ -169,10 +173,9 @@ class TopicRule:
 
     def _word_by_word(self) -> tuple[tuple[Expected, ...] | None, bool]:
         """Return what is expected before a final ``#``, and whether there is one; None if a level is not simple."""
-        levels = self._levels[:-1] if self._levels[-1] == MANY else self._levels
+        levels = self._levels[:-1] if self._levels[-1][0] == MANY else self._levels
         words: list[Expected] = []
-        for level in levels:
-            names = placeholders_of(level)
+        for level, names in levels:
             if level == MANY or (names and level != f"{{{names[0]}}}"):
                 return None, False
             if names:
@@ -185,13 +188,13 @@ class TopicRule:
 
     def _words(self, known: dict[str, str]) -> list[str]:
         words: list[str] = []
-        for level in self._levels:
+        for level, names in self._levels:
             if level == "+":
                 words.append(ONE)
-            elif level == MANY or any(name not in known for name in placeholders_of(level)):
+            elif level == MANY or any(name not in known for name in names):
                 words.append(MANY)
             else:
-                words.extend(substitute(level, known).split("."))
+                words.extend((substitute(level, known) if names else level).split("."))
         return words
 
     def __eq__(self, other: object) -> bool:
@@ -240,7 +243,13 @@ class RuleSet:
         return self._allow.get(permission, ())
 
     def first(self, effect: Effect, permission: Permission, values: Values, words: Sequence[str]) -> TopicRule | None:
-        """Return a rule of this effect that applies to a request, None if none does."""
+        """
+        Return a rule of this effect that applies to a request, None if none does.
+
+        Args:
+            words: Give :class:`Words` where a request is asked of several sets.
+        """
+        words = Words.of(words)
         rules = (self._allow if effect is Effect.ALLOW else self._deny).get(permission, ())
         if len(rules) > _FEW_RULES and permission is Permission.WRITE:
             index = self._indexes.get(effect)

@@ -8,14 +8,14 @@ by byte.
 Source: RabbitMQ's topic exchange, which the MQTT plugin binds with ``/`` translated to ``.`` and ``+`` to ``*``;
 checked against RabbitMQ 4.0.5 and 4.3.6 by binding and publishing.
 
-Cost: no regular expressions and no backtracking; match and overlaps are linear in the words of the request with
-one integer operation a word. See docs/decisions/0004-topic-algebra.md.
+Cost: no regular expressions and no backtracking. A request's words are looked at once, however many patterns they are
+compared with; a comparison then costs at most the words of the pattern. See docs/decisions/0004-topic-algebra.md.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 ONE = "*"
 MANY = "#"
@@ -88,117 +88,143 @@ def substitute(text: str, values: dict[str, str]) -> str:
 
 class Pattern:
     """
-    A pattern as a nondeterministic automaton whose set of states is one integer, a bit for each position.
+    A pattern, cut at its ``#``.
 
-    Position i means that the words before i have been consumed; the last bit accepts.
+    Args:
+        words: As :func:`split` returns them.
     """
 
-    __slots__ = ("_accept", "_literals", "_many", "_named", "_one", "words")
+    __slots__ = ("before", "behind", "between", "words")
 
     def __init__(self, words: Sequence[str]) -> None:
         self.words = tuple(words)
-        self._accept = 1 << len(self.words)
-        self._one = 0
-        self._many = 0
-        self._named = 0
-        self._literals: dict[str | None, int] = {}
-        for position, word in enumerate(self.words):
-            bit = 1 << position
-            if word == ONE:
-                self._one |= bit
-            elif word == MANY:
-                self._many |= bit
-            else:
-                self._named |= bit
-                self._literals[word] = self._literals.get(word, 0) | bit
+        self.before = self.behind = self.words
+        self.between: tuple[tuple[str, ...], ...] | None = None
+        """Runs of words between two ``#``; None if there is no ``#`` at all."""
+        if MANY in self.words:
+            runs: list[list[str]] = [[]]
+            for word in self.words:
+                if word == MANY:
+                    runs.append([])
+                else:
+                    runs[-1].append(word)
+            self.before, self.behind = tuple(runs[0]), tuple(runs[-1])
+            self.between = tuple(tuple(run) for run in runs[1:-1] if run)
 
-    def start(self) -> int:
-        """Return the states before the first word."""
-        return self._skip(1)
 
-    def accepts(self, states: int) -> bool:
-        """Return whether the words read so far are a key that the pattern matches."""
-        return bool(states & self._accept)
+class Words(list[str]):
+    """The words of a request, with what is found out about them once for all the patterns they are compared with."""
 
-    def accepts_any_rest(self, states: int) -> bool:
-        """Return whether a final ``#`` is reached, after which every key is matched."""
-        return bool(states & self._many & (self._accept >> 1))
+    __slots__ = ("_as_pattern", "_bits", "_many", "_places")
 
-    def after(self, states: int, word: str | None) -> int:
-        """Return the states after one more word; None is a word that the pattern does not name."""
-        named = self._one | self._literals.get(word, 0)
-        return self._skip((states & named) << 1 | states & self._many)
+    def __init__(self, words: Iterable[str]) -> None:
+        super().__init__(words)
+        self._many: int | None = None
+        self._as_pattern: Pattern | None = None
+        self._places: dict[str, list[int]] | None = None
+        self._bits: dict[str, int] = {}
 
-    def after_some_word(self, states: int) -> int:
-        """Return every state that some single word leads to."""
-        return self._skip((states & (self._one | self._named)) << 1 | states & self._many)
+    @classmethod
+    def of(cls, words: Iterable[str]) -> Words:
+        """Return words as they are, or made into these."""
+        return words if isinstance(words, Words) else cls(words)
 
-    def after_any_words(self, states: int) -> int:
-        """Return every state that some run of words, of any length, leads to: from the first one on, all."""
-        return (self._accept << 1) - (states & -states)
+    @property
+    def many(self) -> int:
+        """How many ``#`` there are."""
+        if self._many is None:
+            self._many = self.count(MANY)
+        return self._many
 
-    def _skip(self, states: int) -> int:
-        """Add the states reached by letting ``#`` stand for no words."""
-        reached = states
-        while skipped := (reached & self._many) << 1 & ~reached:
-            reached |= skipped
-        return reached
+    @property
+    def as_pattern(self) -> Pattern:
+        """The pattern that they are, as a filter."""
+        if self._as_pattern is None:
+            self._as_pattern = Pattern(self)
+        return self._as_pattern
+
+    def find(self, run: Sequence[str], start: int, end: int, *, wildcards: bool) -> int:
+        """
+        Return where a run of words and ``*`` first lies from start on and before end, -1 if it does not.
+
+        Args:
+            wildcards: Whether ``*`` among these words is any word, as in a filter.
+
+        Cost: one look-up for each word of the run, and an operation on an integer of as many bits as there are words.
+        """
+        latest = end - len(run)
+        if latest < start:
+            return -1
+        candidates = ((1 << (latest + 1)) - 1) >> start << start
+        for offset, word in enumerate(run):
+            if word != ONE:
+                places = self._bits_of(word) | (self._bits_of(ONE) if wildcards else 0)
+                candidates &= places >> offset
+                if not candidates:
+                    return -1
+        return (candidates & -candidates).bit_length() - 1
+
+    def _bits_of(self, word: str) -> int:
+        """Return a bit for each position of a word."""
+        bits = self._bits.get(word)
+        if bits is None:
+            if self._places is None:
+                self._places = {}
+                for position, each in enumerate(self):
+                    self._places.setdefault(each, []).append(position)
+            field = bytearray(len(self) // 8 + 1)
+            for position in self._places.get(word, ()):
+                field[position >> 3] |= 1 << (position & 7)
+            bits = self._bits[word] = int.from_bytes(field, "little")
+        return bits
 
 
 def match(pattern: Pattern, key: Sequence[str]) -> bool:
-    """
-    Return whether a pattern matches a concrete key; ``*`` and ``#`` in the key are plain words.
-
-    Cost: with at most one ``#``, one comparison for each word of the pattern; with more, one step for each of the key.
-    """
-    words = pattern.words
-    if words.count(MANY) <= 1:
-        return _match_ends(words, key)
-    states = pattern.start()
-    for word in key:
-        if pattern.accepts_any_rest(states):
-            return True
-        # A key's own "*" and "#" are never in the literals: those words of a pattern are wildcards.
-        states = pattern.after(states, word)
-        if not states:
-            return False
-    return pattern.accepts(states)
-
-
-def _match_ends(words: Sequence[str], key: Sequence[str]) -> bool:
-    """Compare what stands before the only ``#`` with the key's begin and what stands behind it with the key's end."""
-    if MANY not in words:
-        return len(words) == len(key) and _same(words, key)
-    before = words.index(MANY)
-    behind = len(words) - before - 1
-    if len(key) < before + behind:
-        return False
-    return _same(words[:before], key[:before]) and (not behind or _same(words[-behind:], key[-behind:]))
-
-
-def _same(words: Sequence[str], key: Sequence[str]) -> bool:
-    return all(expected in (ONE, word) for expected, word in zip(words, key, strict=True))
+    """Return whether a pattern matches a concrete key; ``*`` and ``#`` in the key are plain words."""
+    return _lies_in(pattern, Words.of(key), wildcards=False)
 
 
 def overlaps(pattern: Pattern, other: Sequence[str]) -> bool:
-    """
-    Return whether some key is matched by both patterns.
+    """Return whether some key is matched by both patterns."""
+    words = Words.of(other)
+    if not words.many:
+        return _lies_in(pattern, words, wildcards=True)
+    if pattern.between is None:
+        return len(words) - words.many <= len(pattern.words) and _lies_in(
+            words.as_pattern, Words(pattern.words), wildcards=True
+        )
+    # With "#" in both, what lies behind the first "#" of one can be put into the first or last "#" of the other, so that
+    # only the beginnings and the ends have to agree.
+    asked = words.as_pattern
+    shorter = min(len(pattern.behind), len(asked.behind))
+    return _agree(pattern.before, asked.before) and _agree(
+        pattern.behind[len(pattern.behind) - shorter :], asked.behind[len(asked.behind) - shorter :]
+    )
 
-    Cost: one step a word of ``other``.
-    """
-    states = pattern.start()
-    for word in other:
-        if pattern.accepts_any_rest(states):
-            return True
-        if word == MANY:
-            states = pattern.after_any_words(states)
-        elif word == ONE:
-            states = pattern.after_some_word(states)
-        else:
-            states = pattern.after(states, word)
-        if not states:
+
+def _lies_in(pattern: Pattern, words: Words, *, wildcards: bool) -> bool:
+    """Return whether the pattern covers words without ``#``, or, with wildcards, one of the keys they stand for."""
+    if pattern.between is None:
+        return len(pattern.words) == len(words) and _agree(pattern.words, words, wildcards=wildcards)
+    start, end = len(pattern.before), len(words) - len(pattern.behind)
+    if end < start or not _agree(pattern.before, words[:start], wildcards=wildcards):
+        return False
+    if not _agree(pattern.behind, words[end:], wildcards=wildcards):
+        return False
+    for run in pattern.between:  # each as early as possible leaves the most room for the next
+        found = words.find(run, start, end, wildcards=wildcards)
+        if found < 0:
             return False
-    return pattern.accepts(states)
+        start = found + len(run)
+    return True
+
+
+def _agree(words: Sequence[str], others: Sequence[str], *, wildcards: bool = True) -> bool:
+    """Return whether the words of both, as far as both go, can be the same."""
+    for expected, word in zip(words, others, strict=False):
+        if expected not in (word, ONE) and not (wildcards and word == ONE):
+            return False
+    return True
 
 
 def contains(outer: Sequence[str], inner: Sequence[str]) -> bool:
@@ -209,7 +235,7 @@ def contains(outer: Sequence[str], inner: Sequence[str]) -> bool:
     too unless it would take too many steps, then it is False: no input makes this function slow or too generous.
     """
     if MANY in outer[:-1]:
-        return _contains_general(Pattern(outer), inner)
+        return _contains_general(Automaton(outer), inner)
     tail = bool(outer) and outer[-1] == MANY
     prefix = outer[:-1] if tail else outer
     seen_many = False
@@ -218,13 +244,57 @@ def contains(outer: Sequence[str], inner: Sequence[str]) -> bool:
         seen_many = seen_many or word == MANY
         if expected != ONE and (seen_many or word != expected):
             return False
-    many = inner.count(MANY)
+    many = inner.many if isinstance(inner, Words) else inner.count(MANY)
     if tail:
         return len(inner) - many >= len(prefix)
     return not many and len(inner) == len(prefix)
 
 
-def _contains_general(outer: Pattern, inner: Sequence[str]) -> bool:
+class Automaton:
+    """
+    A pattern as a nondeterministic automaton whose set of states is one integer, a bit for each position.
+
+    Position i means that the words before i have been consumed; the last bit accepts.
+    """
+
+    __slots__ = ("_accept", "_literals", "_many", "_one")
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._accept = 1 << len(words)
+        self._one = 0
+        self._many = 0
+        self._literals: dict[str | None, int] = {}
+        for position, word in enumerate(words):
+            bit = 1 << position
+            if word == ONE:
+                self._one |= bit
+            elif word == MANY:
+                self._many |= bit
+            else:
+                self._literals[word] = self._literals.get(word, 0) | bit
+
+    def start(self) -> int:
+        """Return the states before the first word."""
+        return self._skip(1)
+
+    def accepts(self, states: int) -> bool:
+        """Return whether the words read so far are a key that the pattern matches."""
+        return bool(states & self._accept)
+
+    def after(self, states: int, word: str | None) -> int:
+        """Return the states after one more word; None is a word that the pattern does not name."""
+        named = self._one | self._literals.get(word, 0)
+        return self._skip((states & named) << 1 | states & self._many)
+
+    def _skip(self, states: int) -> int:
+        """Add the states reached by letting ``#`` stand for no words."""
+        reached = states
+        while skipped := (reached & self._many) << 1 & ~reached:
+            reached |= skipped
+        return reached
+
+
+def _contains_general(outer: Automaton, inner: Sequence[str]) -> bool:
     """
     Follow ``inner`` with the set of states of ``outer``.
 

@@ -113,15 +113,41 @@ def test_every_pair_of_short_patterns_is_answered_by_the_keys_that_both_match():
     assert wrong == []
 
 
-def test_what_follows_a_final_many_is_not_read():
-    """A topic of 65,000 bytes costs a rule ``a/#`` two words."""
+def common_key(one, other):
+    """Whether some key is matched by both, by following every pair of positions."""
+    todo, seen = [(0, 0)], set()
+    while todo:
+        at = todo.pop()
+        if at in seen:
+            continue
+        seen.add(at)
+        here, there = one[at[0] : at[0] + 1], other[at[1] : at[1] + 1]
+        if not here and not there:
+            return True
+        if here == ["#"]:
+            todo += [(at[0] + 1, at[1])] + ([(at[0], at[1] + 1)] if there else [])
+        if there == ["#"]:
+            todo += [(at[0], at[1] + 1)] + ([(at[0] + 1, at[1])] if here else [])
+        if here and there and (here == there or "*" in here + there) and "#" not in here + there:
+            todo.append((at[0] + 1, at[1] + 1))
+    return False
 
-    def words():
-        yield from ("a", "b")
-        raise AssertionError("read on")
 
-    assert overlaps(Pattern(["a", "#"]), words())
-    assert match(Pattern(["#", "a", "#"]), words())
+longer = st.lists(st.sampled_from(["x", "x", "y", "*", "#"]), max_size=12)
+
+
+@given(longer, longer)
+@settings(max_examples=4000, deadline=None)
+def test_overlaps_of_longer_patterns(one, other):
+    assert overlaps(Pattern(one), other) == common_key(one, other)
+    assert overlaps(Pattern(other), one) == common_key(one, other)
+
+
+@given(longer, st.lists(st.sampled_from(["x", "x", "y", "*", "#"]), max_size=40))
+@settings(max_examples=4000, deadline=None)
+def test_match_of_longer_keys(pattern, key):
+    plain = [{"*": "star", "#": "hash"}.get(word, word) for word in key]
+    assert match(Pattern(pattern), key) == common_key(pattern, plain)
 
 
 def test_general_containment_gives_up_as_not_contained():
