@@ -98,10 +98,11 @@ def device_id_of(name: str, record: bytes) -> str:
     return record.split(b"\t", 2)[1].decode() or name
 
 
-def device(name: str, record: bytes) -> Device:
-    """Return the device that is kept under a common name."""
+def device(name: str, record: bytes, previous: Device | None = None) -> Device:
+    """Return the device that is kept under a common name; rules that it had before are taken over."""
     head, device_id, expires_at, attributes, rules, held_until = record.decode().split("\t")
     found = device_id or name
+    before = previous.rules if previous is not None and previous.device_id == found else NO_RULES
     return Device(
         device_id=DeviceId(found),
         common_name=name,
@@ -109,7 +110,7 @@ def device(name: str, record: bytes) -> Device:
         status=_STATUSES[head[0]],
         attributes=StoredAttributes(attributes) if attributes else None,
         expires_at=float(expires_at) if expires_at else None,
-        rules=_rules(json.loads(rules), f"device_id {found}") if rules else NO_RULES,
+        rules=_rules(json.loads(rules), f"device_id {found}", before) if rules else NO_RULES,
         held_until=float(held_until) if held_until else None,
     )
 

@@ -23,6 +23,7 @@ from authbackend import clocks
 from authbackend.errors import NoRoom, Unavailable
 from authbackend.policy.rules import Account, Device, DeviceType
 from authbackend.registry import records
+from authbackend.registry.compiled import CompiledDevices
 from authbackend.registry.mark import Mark
 from authbackend.registry.records import DeviceRow, Patch
 
@@ -265,7 +266,7 @@ class Reader:
     """
 
     __slots__ = (
-        *("_accounts", "_accounts_known", "_devices", "_env", "_ids", "_seen", "_states"),
+        *("_accounts", "_accounts_known", "_compiled", "_devices", "_env", "_ids", "_seen", "_states"),
         *("_transaction", "_types", "_types_fresh", "_types_known", "state"),
     )
 
@@ -277,6 +278,7 @@ class Reader:
         self._accounts = accounts
         self._states = states
         self._seen = -1
+        self._compiled = CompiledDevices()
         self._types_known: dict[str, tuple[bytes, DeviceType]] = {}
         self._types_fresh: dict[str, DeviceType | None] = {}  # looked at in this version
         self._accounts_known: dict[str, tuple[bytes, Account]] = {}
@@ -325,7 +327,10 @@ class Reader:
         """Return the device with this common name, in any status."""
         key = _key(common_name)
         record = self._transaction.get(key, db=self._devices) if key else None
-        return None if record is None else records.device(common_name, record)
+        if record is None:
+            self._compiled.forget(common_name)
+            return None
+        return self._compiled.device(common_name, record)
 
     def device_by_id(self, device_id: str) -> Device | None:
         """Return the device with this id, in any status."""
@@ -334,7 +339,7 @@ class Reader:
             return None
         record = self._transaction.get(key, db=self._devices)
         if record is not None and records.device_id_of(device_id, record) == device_id:
-            return records.device(device_id, record)
+            return self._compiled.device(device_id, record)
         name = self._transaction.get(key, db=self._ids)
         return None if name is None else self.device_by_name(name.decode())
 
