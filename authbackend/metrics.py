@@ -88,6 +88,11 @@ class BrokerMetrics:
             ["endpoint", "cause"],
             registry=registry,
         )
+        self.unknown_paths = Counter(
+            "authbackend_unknown_paths",
+            "Requests at a path that is none of RabbitMQ's questions, answered 404; the log says which is expected.",
+            registry=registry,
+        )
         self.failures = Counter(
             "authbackend_request_failures",
             "Requests answered 503 because this service failed, by cause; never counted as a denial.",

@@ -26,6 +26,7 @@ from authbackend.registry.store import Reader
 log = structlog.get_logger(__name__)
 
 _LONGEST_LOGGED = 256
+_HTTP_1_1 = (1, 1)
 _STALE = Decision(False, Reason.REGISTRY_STALE)
 _MALFORMED = Decision(False, Reason.MALFORMED_REQUEST)
 
@@ -266,9 +267,20 @@ def _form_at_hand(request: web.BaseRequest) -> bytes | None:
     return None
 
 
+def _let_send(request: web.BaseRequest) -> None:
+    """Tell a client that waits for it to send its body (RFC 9110 section 10.1.1), unless that is too large anyway."""
+    if request.version < _HTTP_1_1 or request.headers.get("Expect", "").lower() != "100-continue":
+        return
+    if (request.content_length or 0) > wire.LONGEST_BODY_BYTES:
+        raise MalformedRequest(Malformed.TOO_LARGE)
+    if request.transport is not None:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
 async def _form(request: web.BaseRequest, deadline: float) -> bytes:
     """Return the form that carries the parameters: the body of a POST, the query of a GET."""
     if request.method == "POST":
+        _let_send(request)
         try:
             async with asyncio.timeout_at(_loop_time(deadline)):
                 return await request.read()

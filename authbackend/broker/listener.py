@@ -27,6 +27,8 @@ log = structlog.get_logger(__name__)
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 HANDSHAKE_TIMEOUT_S = 5.0
 _RELOAD_LOOK_S = 2.0
+_UNKNOWN_PATH_LOG_S = 60.0
+_LONGEST_LOGGED_PATH = 256
 
 
 class BrokerServer(web.Server):
@@ -64,6 +66,7 @@ class BrokerServer(web.Server):
         self._request_timeout_s = request_timeout_s
         self._max_connections = max_connections
         self._open: set[_Protocol] = set()
+        self._unknown_paths = _UnknownPaths(metrics)
         self.request_factory = self._limited_request
 
     def __call__(self) -> RequestHandler:
@@ -109,7 +112,36 @@ class BrokerServer(web.Server):
         other = self._others.get(path)
         if other is not None:
             return await other(request)
+        self._unknown_paths.count(path)
         return web.Response(status=404, text="not found")
+
+
+class _UnknownPaths:
+    """Counts what is asked at no path of ours, and says once a minute what is expected: nearly always a wrong setting."""
+
+    def __init__(self, metrics: BrokerMetrics) -> None:
+        self._metrics = metrics
+        self._next_line = 0.0
+        self._unlogged = 0
+
+    def count(self, path: str) -> None:
+        """Count a request."""
+        self._metrics.unknown_paths.inc()
+        if time.monotonic() < self._next_line:
+            self._unlogged += 1
+            return
+        self._next_line = time.monotonic() + _UNKNOWN_PATH_LOG_S
+        unlogged, self._unlogged = self._unlogged, 0
+        if not path.startswith("/"):
+            path = "/" + path.partition("://")[2].partition("/")[2]  # what is before can hold a password
+        nearest = f"/auth/{path.rstrip('/').rpartition('/')[2]}"
+        log.warning(
+            "broker.unknown_path",
+            path=path[:_LONGEST_LOGGED_PATH],
+            expected=nearest if nearest in QUESTIONS else ", ".join(QUESTIONS),
+            fix="correct auth_http.user_path, vhost_path, resource_path and topic_path in rabbitmq.conf; until then RabbitMQ refuses whoever it asks about there",
+            unlogged=unlogged,
+        )
 
 
 class _Protocol(RequestHandler):

@@ -7,11 +7,14 @@ import os
 import shutil
 import socket
 import subprocess
+import time
 from urllib.parse import urlencode, urlsplit
 
 import asyncpg
 import pytest
+import structlog.testing
 
+from authbackend.broker import listener
 from tests.service.conftest import HASH, POLICY, apply, running, until
 
 
@@ -280,3 +283,59 @@ async def test_nothing_of_a_request_with_a_password_is_logged(service, capfd):
     await asyncio.to_thread(raw, service, b"GET /auth/user?password=hunter2 BROKEN\r\n\r\n")
     captured = capfd.readouterr()
     assert "hunter2" not in captured.out + captured.err
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/api/auth/topic", "/auth/topic"),
+        ("/auth/topic/", "/auth/topic"),
+        ("/AUTH/user", "/auth/user"),
+        ("/", "/auth/user, /auth/vhost, /auth/resource, /auth/topic"),
+        (
+            "http://ops:hunter2@backend/auth/users?password=hunter2",
+            "/auth/user, /auth/vhost, /auth/resource, /auth/topic",
+        ),
+    ],
+)
+async def test_a_wrong_path_is_counted_and_the_log_says_what_is_expected(service, path, expected):
+    with structlog.testing.capture_logs() as lines:
+        for _ in range(3):
+            request = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+            assert (await asyncio.to_thread(raw, service, request.encode())).startswith(b"HTTP/1.1 404 ")
+    (line,) = [line for line in lines if line["event"] == "broker.unknown_path"]
+    assert line["expected"] == expected
+    assert "auth_http" in line["fix"]
+    assert "hunter2" not in str(lines)
+    assert await service.metric("authbackend_unknown_paths_total") == 3
+
+
+async def test_a_wrong_path_is_logged_once_a_minute(service, monkeypatch):
+    began = time.monotonic()
+    with structlog.testing.capture_logs() as lines:
+        for passed in (0, 59, 59, 61, 62):
+            monkeypatch.setattr(listener.time, "monotonic", lambda passed=passed: began + passed)
+            async with service.http.post(f"{service.broker}/topic", data=b"") as response:
+                assert response.status == 404
+    found = [line for line in lines if line["event"] == "broker.unknown_path"]
+    assert [line["unlogged"] for line in found] == [0, 2]
+
+
+async def test_a_client_that_waits_to_be_told_may_send_its_body(service):
+    """curl asks so before a large body."""
+    where = urlsplit(service.broker)
+    form = b"username=APM0001"
+    reader, writer = await asyncio.open_connection(where.hostname, where.port)
+    for _ in range(2):
+        writer.write(
+            b"POST /auth/user HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(form)
+        )
+        assert await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(form)
+        assert (await asyncio.wait_for(reader.readuntil(b"allow"), 30)).startswith(b"HTTP/1.1 200 OK\r\n")
+    writer.write(b"POST /auth/user HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 300000\r\n\r\n")
+    refused = await asyncio.wait_for(reader.read(), 30)
+    assert refused.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert refused.endswith(b"deny")
+    writer.close()
+    await writer.wait_closed()
