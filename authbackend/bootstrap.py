@@ -228,10 +228,13 @@ async def answering(
     port: int,
     on_end: OnEnd,
     collected: CollectorRegistry | None = None,
+    reload: asyncio.Event | None = None,
 ) -> AsyncIterator[int]:
     """
     Answer RabbitMQ for the time of the block and yield the port; what each worker does.
 
+    Args:
+        reload: Set to have the certificates read again at once.
     Raises:
         ConfigurationError: The address or the certificates cannot be used.
     """
@@ -244,7 +247,7 @@ async def answering(
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(passwords.close)
         if tls is not None:
-            await stack.enter_async_context(_background("certificates", watch(tls), on_end))
+            await stack.enter_async_context(_background("certificates", watch(tls, reload or asyncio.Event()), on_end))
         port = await stack.enter_async_context(
             listening(
                 server,

@@ -114,7 +114,7 @@ class TLS(_Section):
     """Certificates of a listener; all three together are mutual TLS."""
 
     certificate_file: Path | None = Field(None, description="Server certificate with its chain, PEM.")
-    key_file: Path | None = Field(None, description="Private key of the server certificate, PEM.")
+    key_file: Path | None = Field(None, description="Private key of the server certificate, PEM, not encrypted.")
     client_ca_file: Path | None = Field(
         None, description="Authority whose client certificates are let in, PEM. Not the authority of the devices."
     )

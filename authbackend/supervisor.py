@@ -45,11 +45,12 @@ LIVED_LONG_S = 10.0
 _PREFIX = "authbackend-"
 _READY = signal.SIGRTMIN
 """A child to its parent, when it serves. Two of SIGUSR1 at once would be one; signals of this kind queue."""
-_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, _READY}
+_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGHUP, _READY}
 _REGISTRY = "registry"
 _GARBAGE = 10_000  # containers until a collection; requests leave no cycles behind, so there is little to find
 
-Part = Callable[[Store, bootstrap.OnEnd], AbstractAsyncContextManager[object]]
+Part = Callable[[Store, bootstrap.OnEnd, asyncio.Event], AbstractAsyncContextManager[object]]
+"""A part of the service; the event is set when certificates are to be read again."""
 
 
 @dataclass(slots=True)
@@ -87,6 +88,16 @@ def serve(settings: Settings, started: Callable[[dict[str, str]], object]) -> No
             Supervisor(settings, ground, admin, broker.getsockname()[1]).run(started)
 
 
+def survive_hangups(on_hangup: Callable[[], object] = lambda: None) -> None:
+    """
+    Do something at SIGHUP, or nothing; never end by it.
+
+    A handler of Python's own: an event loop that closes would leave the signal to end the process, and one that is
+    ignored would stay so in every program that is started.
+    """
+    signal.signal(signal.SIGHUP, lambda *_: on_hangup())
+
+
 class Supervisor:
     """Starts, watches and ends the children."""
 
@@ -96,11 +107,13 @@ class Supervisor:
         self._where = bootstrap.urls(settings, port, admin)
         self._life, self._lifeline = os.pipe()  # read end for children: its end is the parent's
 
-        def follow(store: Store, on_end: bootstrap.OnEnd) -> AbstractAsyncContextManager[object]:
+        def follow(store: Store, on_end: bootstrap.OnEnd, _: asyncio.Event) -> AbstractAsyncContextManager[object]:
             return bootstrap.following(settings, ground, store, admin, on_end)
 
         def answer(worker: int) -> Part:
-            return lambda store, on_end: bootstrap.answering(settings, ground, store, worker, port, on_end)
+            return lambda store, on_end, reload: bootstrap.answering(
+                settings, ground, store, worker, port, on_end, reload=reload
+            )
 
         self._registry = _Process(_REGISTRY, follow)
         self._workers = [_Process(f"worker-{n}", answer(n), n) for n in range(settings.replica.workers)]
@@ -137,6 +150,8 @@ class Supervisor:
             if received.si_signo in (signal.SIGTERM, signal.SIGINT):
                 log.info("service.stopping")
                 return
+            if received.si_signo == signal.SIGHUP:
+                self._tell_hangup()
             if received.si_signo == _READY:
                 for process in everybody:
                     process.ready = process.ready or process.process_id == received.si_pid
@@ -145,6 +160,13 @@ class Supervisor:
                 told = True
                 log.info("service.listening", **self._where, workers=len(self._workers))
                 started(self._where)
+
+    def _tell_hangup(self) -> None:
+        """Have the workers read their certificates again."""
+        log.info("service.reloading")
+        for process in self._workers:
+            if process.process_id is not None:
+                os.kill(process.process_id, signal.SIGHUP)
 
     def _reap(self, processes: list[_Process]) -> None:
         for process in processes:
@@ -230,6 +252,7 @@ def _run_child(settings: Settings, ground: Ground, process: _Process, life: int,
 
 async def _child(ground: Ground, process: _Process, life: int, parent: int) -> None:
     stop = asyncio.Event()
+    reload = asyncio.Event()
     ended: list[str] = []
 
     def on_end(name: str) -> None:
@@ -238,15 +261,21 @@ async def _child(ground: Ground, process: _Process, life: int, parent: int) -> N
 
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
+    survive_hangups(lambda: _wake(loop, reload))
     loop.add_reader(life, stop.set)  # readable at its end: the parent is gone
     with contextlib.closing(Store(ground.folder, readonly=process.worker is not None)) as store:
-        async with process.part(store, on_end):
+        async with process.part(store, on_end, reload):
             gc.freeze()  # what is here by now stays: no collection has to look at it again
             gc.set_threshold(_GARBAGE)
             os.kill(parent, _READY)
             await stop.wait()
     if ended:
         raise Unavailable(f"the task {ended[0]} ended by itself; stopped, so that it is started anew")
+
+
+def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    with contextlib.suppress(RuntimeError):  # it has closed
+        loop.call_soon_threadsafe(event.set)
 
 
 @contextlib.contextmanager

@@ -279,12 +279,28 @@ class TLSFiles:
         Raises:
             ConfigurationError: The new files cannot be used; the old certificates stay.
         """
-        stamps = self._look()
-        if stamps == self._stamps:
+        if self._look() == self._stamps:
             return False
+        self.reload()
+        return True
+
+    def reload(self) -> None:
+        """
+        Read the files again.
+
+        Raises:
+            ConfigurationError: The new files cannot be used; the old certificates stay.
+        """
+        stamps = self._look()
         self._current = self._load()
         self._stamps = stamps
-        return True
+
+    def _no_passphrase(self) -> str:
+        """Refuse an encrypted key; without this, OpenSSL would ask at the terminal and stop everything meanwhile."""
+        raise ConfigurationError(
+            f"broker.tls: the key {self._key} is encrypted, and a service has nobody to ask for its passphrase; "
+            f"store it without one, readable by the service only: openssl pkey -in {self._key} -out NEW_FILE"
+        )
 
     def _choose(self, connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
         connection.context = self._current
@@ -302,7 +318,7 @@ class TLSFiles:
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.num_tickets = 0
         try:
-            context.load_cert_chain(self._certificate, self._key)
+            context.load_cert_chain(self._certificate, self._key, self._no_passphrase)
             if self._client_ca is not None:
                 context.verify_mode = ssl.CERT_REQUIRED
                 context.load_verify_locations(self._client_ca)
@@ -312,12 +328,22 @@ class TLSFiles:
         return context
 
 
-async def watch(files: TLSFiles) -> None:
-    """Look at the certificate files every two seconds until cancelled."""
+async def watch(files: TLSFiles, reload: asyncio.Event) -> None:
+    """
+    Look at the certificate files every two seconds until cancelled.
+
+    Args:
+        reload: Set to have them read at once, changed or not.
+    """
     while True:
-        await asyncio.sleep(_RELOAD_LOOK_S)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(reload.wait(), _RELOAD_LOOK_S)
         try:
-            if files.reload_if_changed():
+            if reload.is_set():
+                reload.clear()
+                files.reload()
+                log.info("broker.certificates_reloaded")
+            elif files.reload_if_changed():
                 log.info("broker.certificates_reloaded")
         except ConfigurationError as error:
             log.error("broker.certificates_not_reloaded", fault=error.detail)

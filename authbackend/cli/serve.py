@@ -40,6 +40,7 @@ def serve(context: click.Context, folder: Path | None, sample: bool, workers: in
 
     Starts without a database too: it answers 503 and is not ready until the registry could be loaded.
     """
+    supervisor.survive_hangups()
     settings = settings_of(context)
     if workers is not None:
         settings = settings.model_copy(update={"replica": settings.replica.model_copy(update={"workers": workers})})

@@ -17,6 +17,7 @@ import pytest
 from authbackend.postgres import editor, replicas
 from authbackend.postgres.connection import Target
 from tests.service.conftest import HASH, PATIENT, POLICY, Running, apply, memory, until
+from tests.service.test_tls import Bench
 
 
 def children(process_id):
@@ -185,6 +186,64 @@ async def test_sigterm_ends_everything_and_leaves_nothing(dsn, policy, folder):
     connection = await asyncpg.connect(dsn)
     assert await connection.fetchval("select count(*) from replica_state where may_answer") == 0
     await connection.close()
+
+
+def hears_hangups(process_id):
+    """Whether a process has a handler for SIGHUP."""
+    for line in Path(f"/proc/{process_id}/status").read_text().splitlines():
+        if line.startswith("SigCgt:"):
+            return int(line.split()[1], 16) >> (signal.SIGHUP - 1) & 1 == 1
+    return False
+
+
+async def hang_up(process_id):
+    """Send SIGHUP to a service and all its processes, as fast as that goes, until it has ended."""
+    while not hears_hangups(process_id):  # the interpreter itself is still starting
+        await asyncio.sleep(0)
+    sent = 0
+    with contextlib.suppress(OSError, asyncio.CancelledError):
+        while True:
+            for each in [process_id, *children(process_id)]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(each, signal.SIGHUP)
+            sent += 1
+            await asyncio.sleep(0.001)
+    return sent
+
+
+async def test_no_hangup_ends_any_process_while_it_starts_runs_or_stops(dsn, policy, monkeypatch):
+    started = asyncio.create_subprocess_exec
+    storms = []
+
+    async def in_a_storm(*arguments, **others):
+        process = await started(*arguments, **others)
+        storms.append(asyncio.create_task(hang_up(process.pid)))
+        return process
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", in_a_storm)
+    async with replica(dsn) as running:
+        assert await running.login("APM0001") == "allow"
+        assert await running.end() == 0
+        (storm,) = storms
+        storm.cancel()
+        assert await storm > 100
+        assert not running.logged("process.died")
+        assert running.logged("service.stopped")
+
+
+async def test_a_hangup_has_every_worker_read_its_certificates_again(dsn, policy, tmp_path):
+    bench = Bench(tmp_path)
+    async with replica(dsn, **bench.environment) as running:
+        running.process.send_signal(signal.SIGHUP)
+
+        async def everybody_did():
+            return len({line["process"] for line in running.logged("broker.certificates_reloaded")}) == 2
+
+        await until(everybody_did, "both workers have read them")
+        assert running.logged("service.reloading")
+        form = {"username": "APM0001"}
+        assert await running.ask("user", form, ssl=bench.context(bench.client_ca)) == (200, "allow")
+        assert await running.end() == 0
 
 
 async def test_a_replica_that_starts_without_the_database_decides_by_its_disk(dsn, policy, tmp_path):

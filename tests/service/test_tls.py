@@ -1,11 +1,19 @@
 """The listener's TLS: mutual, and its files can be exchanged while it runs."""
 
 import asyncio
+import contextlib
+import os
+import pty
+import signal
 import ssl
+import sys
 
 import aiohttp
 import pytest
+import structlog.testing
+from cryptography.hazmat.primitives import serialization
 
+from authbackend.broker import listener
 from authbackend.broker.listener import TLSFiles
 from authbackend.errors import ConfigurationError
 from authbackend.pki.authority import Authority
@@ -99,6 +107,79 @@ async def test_files_that_do_not_fit_are_refused_and_the_old_ones_stay(bench):
         assert await reader.read() == b"hello"
         writer.close()
         await writer.wait_closed()
+
+
+def encrypted(key):
+    """The same key, with a passphrase."""
+    loaded = serialization.load_pem_private_key(key, None)
+    return loaded.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(b"hunter2")
+    )
+
+
+def test_an_encrypted_key_is_refused_with_words_and_nobody_is_asked(bench):
+    """OpenSSL asks at the terminal of the process, if it has one, and everything waits for the answer."""
+    key = bench.folder / "server.key"
+    key.write_bytes(encrypted(key.read_bytes()))
+    code = (
+        "import sys, pathlib; from authbackend.broker.listener import TLSFiles\n"
+        "try: TLSFiles(*map(pathlib.Path, sys.argv[1:]), None)\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execv(sys.executable, [sys.executable, "-c", code, str(bench.folder / "server.pem"), str(key)])
+    said = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while b"pass phrase" not in said and (data := os.read(terminal, 65536)):
+            said += data
+    if b"pass phrase" in said:
+        os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    os.close(terminal)
+    assert b"pass phrase" not in said
+    assert said.startswith(b"ConfigurationError broker.tls: the key ")
+    assert b"is encrypted" in said
+    assert b"openssl pkey -in" in said
+
+
+async def test_an_encrypted_key_that_is_rotated_in_is_refused_and_the_old_one_stays(dsn, bench):
+    await apply(dsn, POLICY.replace("HASH", f'"{HASH}"'))
+    with structlog.testing.capture_logs() as lines:
+        async with running(dsn, **bench.environment) as service:
+            key = bench.folder / "server.key"
+            key.write_bytes(encrypted(key.read_bytes()))
+
+            async def told():
+                return [line for line in lines if line["event"] == "broker.certificates_not_reloaded"]
+
+            assert "is encrypted" in (await until(told, "the key is refused"))[0]["fault"]
+            form = {"username": "APM0001"}
+            assert await service.ask("user", form, ssl=bench.context(bench.client_ca)) == (200, "allow")
+
+
+async def test_files_are_read_at_once_when_that_is_asked_for(bench, monkeypatch):
+    monkeypatch.setattr(listener, "_RELOAD_LOOK_S", 3600.0)
+    files = TLSFiles(*(bench.folder / name for name in ("server.pem", "server.key", "client-ca.pem")))
+    asked = asyncio.Event()
+    watching = asyncio.create_task(listener.watch(files, asked))
+    with structlog.testing.capture_logs() as lines:
+        for number in (1, 2):
+            asked.set()  # whether they changed or not
+
+            async def told(number=number):
+                return len(lines) == number
+
+            await until(told, "they are read")
+        (bench.folder / "server.key").unlink()
+        asked.set()
+
+        async def refused():
+            return lines[-1]["event"] == "broker.certificates_not_reloaded"
+
+        await until(refused, "the fault is told")
+    assert {line["event"] for line in lines[:2]} == {"broker.certificates_reloaded"}
+    watching.cancel()
 
 
 async def _greet(_, writer):
