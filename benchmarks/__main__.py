@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from authbackend_load.run import machine
-from benchmarks import report
+from benchmarks import report, topics
 from benchmarks.measurements import ALL, QUICK, Extent, staged
 from benchmarks.namespaces import CannotRun, run_inside
 from benchmarks.scene import BenchmarkError
@@ -21,7 +21,7 @@ from benchmarks.storm import Options
 from benchmarks.storm import run as storm
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = (*ALL, "storm", "faults", "httpc", "revocation", "lanes")
+PARTS = (*ALL, "storm", "faults", "httpc", "revocation", "lanes", "topics")
 
 
 def _say(text: str) -> None:
@@ -98,6 +98,10 @@ def _measure(parts: tuple[str, ...], quick: bool) -> None:
         started = time.monotonic()
         small = {"registered": 5000, "mass": 2000, "swept": 3000}
         _keep("lanes", run_inside("benchmarks.revocation.lanes", small if quick else {}), started, quick)
+    if "topics" in parts:
+        _say("--- topics")
+        started = time.monotonic()
+        _keep("topics", topics.measure(3 if quick else 30), started, quick)
 
 
 def _keep(name: str, found: dict[str, Any], started: float, quick: bool) -> None:

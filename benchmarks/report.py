@@ -62,6 +62,7 @@ def _page(found: dict[str, Any]) -> Iterator[str]:
             "httpc",
             "revocation",
             "lanes",
+            "topics",
         )
         if name not in found
     ]
@@ -181,16 +182,16 @@ def _rows(found: dict[str, Any]) -> Iterator[Row]:
                 value <= most,
             )
     yield from _change_rows(found)
-    if part := found.get("apply"):
-        yield from _apply_rows(part)
-    if part := found.get("storm"):
-        yield from _storm_rows(part)
-    if part := found.get("faults"):
-        yield from _fault_rows(part)
-    if part := found.get("revocation"):
-        yield from _revocation_rows(part)
-    if part := found.get("lanes"):
-        yield from _lane_rows(part)
+    for name, rows in (
+        ("apply", _apply_rows),
+        ("storm", _storm_rows),
+        ("faults", _fault_rows),
+        ("revocation", _revocation_rows),
+        ("lanes", _lane_rows),
+        ("topics", _topic_rows),
+    ):
+        if part := found.get(name):
+            yield from rows(part)
     for name, one in found.get("httpc", {}).items():
         rates = one["rounds"]["summary"]["authbackend"]
         text = f"{rates['cycles_per_s']['median']:.0f} devices/s, broker {rates['cpu_ms_per_device']['broker']:.1f} ms CPU a device"
@@ -332,6 +333,13 @@ def _revocation_rows(part: dict[str, Any]) -> Iterator[Row]:
 
 
 _MASS_LIMITS_S = {"mass_100": (12, 20), "mass_1000": (4, 12)}
+
+
+def _topic_rows(part: dict[str, Any]) -> Iterator[Row]:
+    for name, values in part["ms"].items():
+        yield name, "reported", f"{statistics.median(values):.2f} ms", None
+    first, later = (statistics.median(part["own_rules_ms"][name]) for name in ("first question", "later"))
+    yield "2,000 rules of one device: after a change, and later", "reported", f"{first:.1f} ms, {later:.3f} ms", None
 
 
 def _lane_rows(part: dict[str, Any]) -> Iterator[Row]:

@@ -93,7 +93,7 @@ class TopicRule:
     """
 
     __slots__ = (
-        *("_levels", "_names", "_static"),
+        *("_levels", "_names", "_static", "_valueless"),
         *("effect", "exchange", "expected", "has_tail", "owner", "permission", "rule_id", "topic"),
     )
 
@@ -121,6 +121,7 @@ class TopicRule:
             self.has_tail = False
             return
         self._levels = tuple((level, placeholders_of(level)) for level in topic.split("/"))
+        self._valueless: Pattern | None = None
         self._names = tuple(dict.fromkeys(name for _, names in self._levels for name in names))
         self._static = None if self._names else Pattern(self._words({}))
         self.expected, self.has_tail = self._word_by_word()
@@ -141,6 +142,10 @@ class TopicRule:
                 known[name] = value
             elif self.effect is Effect.ALLOW:
                 return None
+        if not known:
+            if self._valueless is None:
+                self._valueless = Pattern(self._words({}))
+            return self._valueless
         if self.expected is None or len(known) < len(self._names):
             return Pattern(self._words(known))
         words = [ONE if one is None else known[one[0]] if one[1] else one[0] for one in self.expected]

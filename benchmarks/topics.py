@@ -1,0 +1,62 @@
+"""Milliseconds that the most expensive topic questions take a worker: decided in this process, without HTTP."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+from authbackend.policy import decide
+from authbackend.policy.rules import Effect, Permission, RuleSet, TopicRule, Values
+from authbackend.policy.topics import MOST_WORDS_WITH_MANY
+from authbackend.registry.compiled import CompiledDevices
+
+LONG = 32_000
+_SAME = ".".join(["a"] * LONG)
+_DEEP = ".".join(["#"] + ["a"] * (MOST_WORDS_WITH_MANY - 1))
+"""Overlaps no rule below, so that all of them are asked."""
+_DENIED = ("fleet/{client_id}/secret/%d", "{client_id}/a/{client_id}/a/a/b%d", "dev-{client_id}/+/%d")
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    """Return the milliseconds of each round, by what is asked."""
+    return {
+        "ms": {
+            f"{words}, {rules} deny rules, client id {'usable' if client_id else 'unusable'}": _milliseconds(
+                rounds, _question(permission, key, rules, client_id)
+            )
+            for words, permission, key in (
+                ("subscription of 32,000 levels", Permission.READ, _SAME),
+                ("subscription of 4,096 levels with #", Permission.READ, _DEEP),
+                ("topic of 4,096 levels", Permission.WRITE, _SAME[: 2 * MOST_WORDS_WITH_MANY - 1]),
+            )
+            for rules in (50, 2000)
+            for client_id in ("c1", None)
+        },
+        "own_rules_ms": {"first question": _own_rules(rounds, kept=False), "later": _own_rules(rounds, kept=True)},
+    }
+
+
+def _question(permission: Permission, key: str, number: int, client_id: str | None) -> Callable[[], object]:
+    deny = [TopicRule(Effect.DENY, permission, _DENIED[n % len(_DENIED)] % n) for n in range(number)]
+    rules = (RuleSet([*deny, TopicRule(Effect.ALLOW, permission, "#")]),)
+    return lambda: decide.by_rules(rules, Values({"client_id": client_id}), permission, key)
+
+
+def _own_rules(rounds: int, *, kept: bool) -> list[float]:
+    rules = json.dumps([[n, "allow", "publish", f"fleet/{{device_id}}/{n}/#", None] for n in range(2000)])
+    record = f"aT\t\t\t\t{rules}\t".encode()
+    known = CompiledDevices()
+    known.device("D1", record)
+    return _milliseconds(rounds, lambda: (known if kept else CompiledDevices()).device("D1", record))
+
+
+def _milliseconds(rounds: int, ask: Callable[[], object]) -> list[float]:
+    ask()  # indexes are made at the first question
+    found = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        ask()
+        found.append(round(1000 * (time.perf_counter() - began), 3))
+    return found
