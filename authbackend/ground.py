@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import structlog
 
@@ -16,6 +16,7 @@ from authbackend import clocks
 from authbackend.board import Board
 from authbackend.credentials import read_dsn
 from authbackend.postgres.connection import Target
+from authbackend.postgres.uri import parse
 from authbackend.registry.disk import DiskCopy, Refused, Restored
 from authbackend.registry.store import Store, in_memory
 from authbackend.settings import Settings
@@ -51,10 +52,12 @@ def target(settings: Settings, application_name: str = "authbackend") -> Target:
     Return where the database is.
 
     Raises:
-        ConfigurationError: No connection URI is set.
+        ConfigurationError: No connection URI is set, or it is not valid.
     """
     database = settings.database
-    return Target(read_dsn(database), database.connect_timeout_s, database.statement_timeout_s, application_name)
+    dsn = read_dsn(database)
+    parse(dsn)
+    return Target(dsn, database.connect_timeout_s, database.statement_timeout_s, application_name)
 
 
 @contextlib.contextmanager
@@ -99,9 +102,10 @@ def _restore(store: Store, restored: Restored) -> None:
 
 
 def _database_name(database: Target) -> str:
-    """Return host and name of a database, without role and password."""
+    """Return hosts and name of a database, without role, password and how to connect."""
     parts = urlsplit(database.dsn)
-    return f"{parts.netloc.rpartition('@')[2]}{parts.path}?{parts.query}"
+    place = {k: v for k, v in parse(database.dsn).parameters.items() if k in ("host", "port", "dbname", "service")}
+    return f"{parts.netloc.rpartition('@')[2]}{parts.path}?{urlencode(place, safe='/,')}"
 
 
 def memory_fault(settings: Settings) -> str | None:

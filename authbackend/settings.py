@@ -101,7 +101,12 @@ class Database(_Section):
     password_file: Path | None = Field(
         None, description="File that holds the password of the connection URI's role; the last newline is dropped."
     )
-    connect_timeout_s: float = Field(5.0, ge=0.01, le=300, description="Longest wait for a connection.")
+    connect_timeout_s: float = Field(
+        5.0,
+        ge=0.01,
+        le=300,
+        description="Longest wait for a connection to a host; `connect_timeout` of the connection URI wins.",
+    )
     statement_timeout_s: float = Field(
         10.0,
         ge=0.1,  # PostgreSQL counts milliseconds, and takes 0 as no limit at all

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import asyncpg
 
-from authbackend.errors import Conflict, Forbidden, InvalidInput, Unavailable
+from authbackend.errors import AuthbackendError, Conflict, Forbidden, InvalidInput, Unavailable
+from authbackend.postgres.faults import connection_fault
+from authbackend.postgres.uri import ConnectionURI, parse, tls_context
 
 Connection = asyncpg.Connection
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where the database is; the URI may hold a password and is never shown."""
+    """
+    Where the database is; the URI may hold a password and is never shown.
+
+    Args:
+        connect_timeout_s: For each host, unless the URI says another.
+    """
 
     dsn: str = field(repr=False)
     connect_timeout_s: float = 5.0
@@ -54,18 +64,20 @@ def translated_errors() -> Iterator[None]:
         ) from error
     except (asyncpg.LockNotAvailableError, asyncpg.QueryCanceledError, asyncpg.DeadlockDetectedError) as error:
         raise Unavailable(_waited(error)) from error
+    except asyncpg.ConnectionDoesNotExistError as error:
+        raise Unavailable(connection_fault(error)) from error
     except asyncpg.PostgresError as error:
         raise Unavailable(f"PostgreSQL: {error.args[0]}") from error
     except TimeoutError as error:
         if error.errno is not None:  # the network's own, not that of a statement
-            raise Unavailable(f"PostgreSQL cannot be reached: {type(error).__name__}") from error
+            raise Unavailable(connection_fault(error)) from error
         raise Unavailable(
             "PostgreSQL did not answer a statement in time (database.statement_timeout_s): it is stuck or overloaded, or the "
             "network lost the answer. Whether the change was made is not known; look before you try again"
         ) from error
     except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
         # The last is what asyncpg makes of a server that says goodbye in the middle of an answer.
-        raise Unavailable(f"PostgreSQL cannot be reached: {type(error).__name__}") from error
+        raise Unavailable(connection_fault(error)) from error
 
 
 _WHO = "select pid, application_name, usename, state, xact_start from pg_stat_activity order by xact_start"
@@ -89,35 +101,104 @@ def _waited(error: asyncpg.PostgresError) -> str:
     )
 
 
+NEXT_HOST_S = 0.5
+"""How long a host may be silent before the next of the URI is tried beside it."""
+
+
 async def connect(target: Target) -> Connection:
     """
-    Open a connection.
+    Open a connection, to the first host of the URI that answers and is what ``target_session_attrs`` asks for.
 
     Raises:
-        Unavailable: The server cannot be reached or refuses the role.
+        ConfigurationError: The URI is not valid.
+        Unavailable: No server can be reached, or each refuses; each cause in words of its own.
     """
+    uri = parse(target.dsn)
+    options: dict[str, Any] = {}
+    if context := tls_context(uri):
+        options["ssl"] = context
+    if len(uri.hosts) <= 1:
+        where = dict(zip(("host", "port"), uri.hosts[0], strict=True)) if uri.hosts else {}
+        return await _connect_one(target, uri, {**options, **where})
+    return await _connect_any(target, uri, options)
+
+
+async def _connect_any(target: Target, uri: ConnectionURI, options: dict[str, Any]) -> Connection:
+    faults: dict[str, str] = {}
+    opening: dict[asyncio.Task[Connection], str] = {}
+    left = list(uri.hosts)
+    try:
+        while left or opening:
+            if left:
+                host, port = left.pop(0)
+                task = asyncio.create_task(_connect_one(target, uri, {**options, "host": host, "port": port}))
+                opening[task] = f"{host}:{port}"
+            done, _ = await asyncio.wait(
+                opening, timeout=NEXT_HOST_S if left else None, return_when=asyncio.FIRST_COMPLETED
+            )
+            for task in [task for task in opening if task in done]:  # in the order of the URI
+                error = task.exception()
+                if error is None:
+                    del opening[task]
+                    return task.result()
+                if not isinstance(error, AuthbackendError):
+                    raise error
+                faults[opening.pop(task)] = error.detail
+    finally:
+        for task in opening:
+            task.cancel()
+            task.add_done_callback(_drop)
+    named = "; ".join(f"{host}: {fault}" for host, fault in faults.items())
+    raise Unavailable(f"no host of the connection URI can be used: {named}")
+
+
+def _drop(task: asyncio.Task[Connection]) -> None:
+    if not task.cancelled() and task.exception() is None:
+        task.result().terminate()
+
+
+async def _connect_one(target: Target, uri: ConnectionURI, options: dict[str, Any]) -> Connection:
+    timeout_s = uri.connect_timeout_s or target.connect_timeout_s
+    if uri.session is not None:
+        options["target_session_attrs"] = uri.session
+    named = f"{uri.application_name} ({target.application_name})" if uri.application_name else target.application_name
+    settings = {
+        "application_name": named,
+        "statement_timeout": str(int(target.statement_timeout_s * 1000)),
+        "timezone": "UTC",  # the epoch of the change feed holds a timestamp as text
+    }
+    if uri.options:
+        settings["options"] = uri.options
     with translated_errors():
         try:
-            return await asyncpg.connect(
-                target.dsn,
-                timeout=target.connect_timeout_s,
+            connection: Connection = await asyncpg.connect(
+                uri.dsn,
+                timeout=timeout_s,
                 command_timeout=target.statement_timeout_s + 1,  # later than the server's own, which says why
-                server_settings={
-                    "application_name": target.application_name,
-                    "statement_timeout": str(int(target.statement_timeout_s * 1000)),
-                    "timezone": "UTC",  # the epoch of the change feed holds a timestamp as text
-                },
+                server_settings=settings,
+                **options,
             )
         except (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidPasswordError) as error:
             raise Unavailable(f"PostgreSQL refuses the role: {error.args[0]}") from error
         except TimeoutError as error:
-            raise Unavailable(
-                f"PostgreSQL cannot be reached: no connection within {target.connect_timeout_s:g} s"
-            ) from error
+            if error.errno is not None:
+                raise
+            raise Unavailable(f"PostgreSQL cannot be reached: no connection within {timeout_s:g} s") from error
+        except OSError:  # also those of TLS that are ValueErrors
+            raise
         except ValueError as error:
             raise Unavailable(
                 "the connection URI is not valid; expected postgresql://role@host:port/database"
             ) from error
+    _set_socket_options(connection, uri.socket_options)
+    return connection
+
+
+def _set_socket_options(connection: Connection, options: tuple[tuple[int, int, int], ...]) -> None:
+    found = connection._transport.get_extra_info("socket") if options else None  # type: ignore[attr-defined]  # noqa: SLF001 - asyncpg does not give its socket away
+    if found is not None and found.family != socket.AF_UNIX:
+        for option in options:
+            found.setsockopt(*option)
 
 
 async def name_actor(connection: Connection, name: str) -> None:
