@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
+import asyncpg
 import structlog
 
 from authbackend.errors import Unavailable
@@ -22,6 +23,7 @@ from authbackend.postgres.connection import Connection, Target, connect, transla
 from authbackend.postgres.fit import require_fit
 from authbackend.postgres.replicas import Identity, introduce
 from authbackend.postgres.statements import load_statements
+from authbackend.postgres.waiting import locked_out
 from authbackend.registry.mark import Mark
 from authbackend.registry.records import DeviceRow, Patch
 from authbackend.registry.store import Store
@@ -234,15 +236,18 @@ class ChangeFeed:
                 await introduce(connection, self._identity)
                 self._introduced = True
             for _ in range(2):
-                async with connection.transaction(isolation="repeatable_read", readonly=True):
-                    await connection.execute(f"set local lock_timeout = '{LOCK_TIMEOUT}'")
-                    await connection.execute(self._statements.lock_registry.sql)
-                    look, floor = self._position(
-                        await connection.fetchrow(self._statements.position.sql, WATCHED_TABLES)
-                    )
-                    if look is not None:
-                        yield connection, look, floor
-                        return
+                try:
+                    async with connection.transaction(isolation="repeatable_read", readonly=True):
+                        await connection.execute(f"set local lock_timeout = '{LOCK_TIMEOUT}'")
+                        await connection.execute(self._statements.lock_registry.sql)
+                        look, floor = self._position(
+                            await connection.fetchrow(self._statements.position.sql, WATCHED_TABLES)
+                        )
+                        if look is not None:
+                            yield connection, look, floor
+                            return
+                except asyncpg.LockNotAvailableError as error:
+                    raise Unavailable(await locked_out(connection, LOCK_TIMEOUT)) from error
                 # Empty after a crash recovery: a new one tells every reader to load anew.
                 await connection.fetchval(self._statements.renew_incarnation.sql)
             raise Unavailable("the incarnation of the server cannot be renewed")

@@ -19,6 +19,7 @@ import asyncpg
 
 from authbackend.errors import Unavailable
 from authbackend.postgres.connection import Connection, Target, connected
+from authbackend.postgres.statements import load_statements
 
 LOOK_EVERY_S = 0.025
 LOCK_TIMEOUT_S = 5.0
@@ -45,6 +46,8 @@ _ADVISORY = f"""
     select s.pid, null as held, a.*
     from (select pid from pg_locks where locktype = 'advisory' and granted and objsubid = 1 and classid = 0 and objid = $1
             and database = (select oid from pg_database where datname = current_database())) as s {_SESSION}"""
+
+_END = "Wait until it ends; who may, ends it with: select pg_terminate_backend({})"
 
 _KEYS = {
     "device_type": "name",
@@ -74,6 +77,32 @@ class Session:
             else "since when, this role may not see"
         )
         return f"pid {self.pid} (application {json.dumps(self.application)}, role {self.role}; {since})"
+
+
+async def locked_out(connection: Connection, waited: str) -> str:
+    """
+    Return who keeps the registry's tables from being read, for a session that has just given up waiting.
+
+    Args:
+        waited: For how long, for people.
+    """
+    statements = load_statements("registry")
+    rows = await connection.fetch(statements.locked_by.sql)
+    told = f"the registry cannot be read: its tables were locked for {waited}"
+    if not rows:
+        return f"{told}, and are free again"
+    first = rows[0]
+    holders = "; ".join(str(_session(row)) for row in rows if row["exclusive"] == first["exclusive"])
+    if first["pid"] == first["exclusive"]:
+        return f"{told}. {holders} has table {first['held']} for itself alone. {_END.format(first['pid'])}"
+    activity = await connection.fetchrow(statements.application.sql, first["exclusive"])
+    since = first["waits_since"]
+    began = f" since {since.isoformat(sep=' ', timespec='seconds')}" if since else ""
+    named = f"pid {first['exclusive']} (application {json.dumps(activity and activity['application'])})"
+    return (
+        f"{told}. {named} waits{began} to have table {first['held']} for itself alone, everybody else waits behind it, and "
+        f"it waits for {holders}, whose transaction is older than that. {_END.format(first['exclusive'])}"
+    )
 
 
 class GaveWay(Exception):

@@ -5,6 +5,24 @@
 -- would look like an empty table.
 lock table device_type, client_id_move, device, device_hold, account, topic_rule, change, change_floor, incarnation in access share mode;
 
+-- name: locked_by
+-- Who keeps lock_registry waiting: who has a table for itself alone or waits for that, and who does not let it.
+-- row: table, exclusive pid, since when it waits, and of the session that everybody waits for: pid, role, application, since, state
+select l.relation::regclass::text as held, l.pid as exclusive, l.waitstart as waits_since, b.pid, a.*
+from pg_locks l
+cross join lateral (select unnest(pg_blocking_pids(l.pid)) as pid where not l.granted union all select l.pid where l.granted) as b
+left join lateral (select usesysid::regrole::text as role, application_name as application, xact_start as since, state
+                   from pg_stat_get_activity(b.pid)) as a on true
+where l.locktype = 'relation' and l.mode = 'AccessExclusiveLock'
+  and l.database = (select oid from pg_database where datname = current_database())
+  and (l.relation in ('public.change'::regclass, 'public.change_floor'::regclass, 'public.incarnation'::regclass)
+       or l.relation in (select tgrelid from pg_trigger where tgfoid = 'public.change_note'::regproc))
+order by l.granted desc, l.waitstart, b.pid;
+
+-- name: application^
+-- params: 1 pid
+select usesysid::regrole::text as role, application_name as application, xact_start as since, state from pg_stat_get_activity($1);
+
 -- name: position^
 -- Where the reader stands. params: 1 names of the watched tables that the reader knows; row: snapshot text, the server's clock, floor text, incarnation text or null, epoch text,
 -- triggers bigint, oldest program text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import shutil
 import socket
 import statistics
@@ -21,6 +22,7 @@ from authbackend.policy.requests import LoginRequest
 from authbackend.postgres import migrate as migrations
 from authbackend.postgres.connection import Target
 from authbackend.postgres.feed import ChangeFeed
+from authbackend.postgres.statements import SQL
 from authbackend.registry.mark import Mark
 from authbackend.registry.sync import SyncTimes
 from tests.support.postgres import Server, connected, run, until
@@ -221,12 +223,50 @@ async def test_a_table_locked_for_long_is_a_fault_that_keeps_the_copy(
         transaction = altering.transaction()
         await transaction.start()
         await altering.execute("lock table device in access exclusive mode")
-        with pytest.raises(Unavailable, match="lock timeout"):
+        pid = altering.get_server_pid()
+        with pytest.raises(
+            Unavailable, match=rf"^the registry cannot be read: .*pid {pid} .* has table device for itself"
+        ):
             await follower.copy.refresh()
         assert len(follower.devices()) == 3
         await transaction.rollback()
     await follower.copy.refresh()
     assert await follower.agrees()
+
+
+@pytest.mark.parametrize("role", ["postgres", "authbackend_service"])
+async def test_a_dump_with_a_change_of_the_schema_behind_it_is_told_with_who_holds(
+    postgres: Server, database: str, dsn: str, connection: asyncpg.Connection, role: str
+) -> None:
+    await fleet(connection)
+    postgres.psql(database, (SQL / "roles.sql").read_text(encoding="utf-8") + "alter role authbackend_service login;")
+    dumping = {"server_settings": {"application_name": "pg_dump"}}
+    altering = {"server_settings": {"application_name": "migration"}}
+    async with (
+        in_background(postgres.dsn(database, role)) as follower,
+        connected(dsn, **dumping) as dump,
+        connected(dsn, **altering) as alter,
+    ):
+        transaction = dump.transaction()
+        await transaction.start()
+        await dump.execute("lock table device in access share mode")
+        change = asyncio.create_task(alter.execute("alter table device add column note text"))
+        await until(lambda: _is(follower.copy.fault is not None), "the fault is told")
+        told = follower.copy.fault
+        assert told is not None
+        wants, holds = f"pid {alter.get_server_pid()} ", f"pid {dump.get_server_pid()} "
+        assert re.search(
+            wants + r'\(application "migration"\) waits since 20[0-9-]+ [0-9:+]+ to have table device', told
+        )
+        assert re.search("it waits for " + holds + r'\(application "pg_dump", role postgres; ', told)
+        assert ("its transaction began at 20" in told) == (role == "postgres")
+        assert f"select pg_terminate_backend({alter.get_server_pid()})" in told
+        assert len(follower.devices()) == 3
+        await transaction.rollback()
+        await change
+        await connection.execute("update device set status = 'revoked'")
+        await until(lambda: _is({s for *_, s in follower.devices().values()} == {"revoked"}), "the change is followed")
+        await until(lambda: _is(follower.copy.fault is None), "the fault is over")
 
 
 async def test_a_changed_column_type_is_followed(dsn: str, connection: asyncpg.Connection) -> None:
