@@ -39,6 +39,7 @@ from authbackend.postgres.replicas import Announcer, Identity
 from authbackend.registry.presence import Presence
 from authbackend.registry.store import Store
 from authbackend.registry.sync import Look, Refreshed, RegistryCopy, SyncTimes
+from authbackend.registry.writability import Writability
 from authbackend.revocation import Keeper, open_authority
 from authbackend.settings import TLS, Broker, Settings, host_and_port, is_loopback
 
@@ -103,11 +104,8 @@ async def following(
     )
     registry = settings.registry
     database = target(settings)
-    identity = _identity(settings, ground)
-    feed = ChangeFeed(database, registry.change_retention_s, identity, counted.ignored)
     reachability = Reachability()
-    presence = Presence(Announcer(database, identity), counted, reachability, comes_back=ground.disk is not None)
-    copy = RegistryCopy(feed, store, _Observers(counted, presence), _times(settings), ground.disk, reachability)
+    feed, presence, copy = _registry_parts(settings, ground, store, counted, reachability)
     keeper = Keeper(database, open_authority(settings.pki), settings.pki.crl_lifetime_s, reachability)
     parts = [("registry", copy.run), ("presence", presence.run), ("crl", keeper.run)]
     if leader := _leader(settings, store, collected, reachability):
@@ -128,6 +126,23 @@ async def following(
             await stack.enter_async_context(_background(name, run(), on_end))
         await stack.enter_async_context(_application_listening(app, admin))
         yield
+
+
+def _registry_parts(
+    settings: Settings, ground: Ground, store: Store, counted: RegistryMetrics, reachability: Reachability
+) -> tuple[ChangeFeed, Presence, RegistryCopy]:
+    database, identity, writability = target(settings), _identity(settings, ground), Writability()
+    feed = ChangeFeed(database, settings.registry.change_retention_s, identity, counted.ignored, writability)
+    presence = Presence(
+        Announcer(database, identity),
+        counted,
+        reachability,
+        comes_back=ground.disk is not None,
+        writability=writability,
+    )
+    observers = _Observers(counted, presence)
+    copy = RegistryCopy(feed, store, observers, _times(settings), ground.disk, reachability, writability)
+    return feed, presence, copy
 
 
 def _leader(

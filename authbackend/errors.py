@@ -10,7 +10,8 @@ Errors of this project; a refusal by policy is never one of them but a value (``
     ├── Conflict             what was given collides with what is there
     ├── Forbidden            the database role lacks the right
     ├── Unavailable          the database or a peer cannot be reached now, or somebody else holds what is needed
-    │   └── NoRoom           there is no memory for the registry
+    │   ├── NoRoom           there is no memory for the registry
+    │   └── Unwritable       the database can be read and not written
     └── Unconfirmed          a change is committed, and not everybody is known to decide by it
 
 Each has a ``detail`` that is safe to show to the person who asked; the cause is chained for the log.
@@ -63,6 +64,10 @@ class Unavailable(AuthbackendError):
 
 class NoRoom(Unavailable):
     """There is no memory for the registry; trying again soon does not help."""
+
+
+class Unwritable(Unavailable):
+    """The database can be read and not written: it is read-only, or its disk is full."""
 
 
 class Forbidden(AuthbackendError):

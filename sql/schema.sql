@@ -1412,18 +1412,23 @@ CREATE VIEW public.replica_state AS
     r.stopped_at,
     r.comes_back,
         CASE
-            WHEN ((r.stopped_at IS NOT NULL) AND (NOT r.comes_back)) THEN 'stopped'::text
-            WHEN (u.counts_until < clock_timestamp()) THEN 'gone'::text
-            WHEN (r.stopped_at IS NOT NULL) THEN 'stopped'::text
+            WHEN ((r.stopped_at IS NOT NULL) AND (NOT r.comes_back) AND (NOT c.connected)) THEN 'stopped'::text
+            WHEN ((u.counts_until < clock_timestamp()) AND (NOT c.connected)) THEN 'gone'::text
+            WHEN ((r.stopped_at IS NOT NULL) AND (NOT c.connected)) THEN 'stopped'::text
             WHEN (r.snapshot IS NULL) THEN 'starting'::text
             WHEN (s.seen_at < (clock_timestamp() - '00:00:10'::interval)) THEN 'silent'::text
             ELSE 'live'::text
         END AS state,
-    (((r.stopped_at IS NULL) OR r.comes_back) AND (u.counts_until >= clock_timestamp())) AS may_answer,
+    (c.connected OR (((r.stopped_at IS NULL) OR r.comes_back) AND (u.counts_until >= clock_timestamp()))) AS may_answer,
     u.counts_until
-   FROM ((public.replica r
+   FROM (((public.replica r
      CROSS JOIN LATERAL ( SELECT GREATEST(r.introduced_at, r.confirmed_at) AS seen_at) s)
-     CROSS JOIN LATERAL ( SELECT (s.seen_at + make_interval(secs => (r.longest_staleness_s + (5)::double precision))) AS counts_until) u);
+     CROSS JOIN LATERAL ( SELECT (s.seen_at + make_interval(secs => (r.longest_staleness_s + (5)::double precision))) AS counts_until) u)
+     CROSS JOIN LATERAL ( SELECT (EXISTS ( SELECT
+                   FROM pg_locks
+                  WHERE ((pg_locks.locktype = 'advisory'::text) AND (pg_locks.classid = (724005)::oid) AND (pg_locks.objsubid = 2) AND pg_locks.granted AND ((pg_locks.objid)::bigint = ((hashtext((r.id)::text))::bigint & '4294967295'::bigint)) AND (pg_locks.database = ( SELECT pg_database.oid
+                           FROM pg_database
+                          WHERE (pg_database.datname = current_database())))))) AS connected) c);
 
 CREATE TABLE public.schema_migrations (
     version character varying NOT NULL
@@ -2096,4 +2101,5 @@ insert into public.schema_migrations (version) values
   ('20261125120000'),
   ('20261125122000'),
   ('20261125122010'),
-  ('20261125124000');
+  ('20261125124000'),
+  ('20261125125000');

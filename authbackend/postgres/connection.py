@@ -11,7 +11,7 @@ from typing import Any
 
 import asyncpg
 
-from authbackend.errors import AuthbackendError, Conflict, Forbidden, InvalidInput, Unavailable
+from authbackend.errors import AuthbackendError, Conflict, Forbidden, InvalidInput, Unavailable, Unwritable
 from authbackend.postgres.faults import connection_fault
 from authbackend.postgres.uri import ConnectionURI, parse, tls_context
 
@@ -42,6 +42,7 @@ def translated_errors() -> Iterator[None]:
         InvalidInput: A constraint refused a row; the detail is the database's own message.
         Conflict: Something of that name exists, or is still referred to.
         Forbidden: The role lacks the right.
+        Unwritable: The database is read-only or its disk is full.
         Unavailable: No connection, the server is stopping, or something took too long, each in words of its own;
             nothing of the URI is shown.
     """
@@ -64,6 +65,8 @@ def translated_errors() -> Iterator[None]:
         ) from error
     except (asyncpg.LockNotAvailableError, asyncpg.QueryCanceledError, asyncpg.DeadlockDetectedError) as error:
         raise Unavailable(_waited(error)) from error
+    except (asyncpg.ReadOnlySQLTransactionError, asyncpg.DiskFullError) as error:
+        raise Unwritable(_unwritable(error)) from error
     except asyncpg.ConnectionDoesNotExistError as error:
         raise Unavailable(connection_fault(error)) from error
     except asyncpg.PostgresError as error:
@@ -78,6 +81,16 @@ def translated_errors() -> Iterator[None]:
     except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
         # The last is what asyncpg makes of a server that says goodbye in the middle of an answer.
         raise Unavailable(connection_fault(error)) from error
+
+
+def _unwritable(error: asyncpg.PostgresError) -> str:
+    if isinstance(error, asyncpg.DiskFullError):
+        return f"nothing was changed: the disk of the database is full ({error.args[0]}). Make room there; who can read goes on"
+    return (
+        f"nothing was changed: the database is read-only ({error.args[0]}). It is a standby or was demoted, or "
+        "default_transaction_read_only is on, which some providers set when its disk is full. Connect to the primary, "
+        "or end that; who can read goes on"
+    )
 
 
 _WHO = "select pid, application_name, usename, state, xact_start from pg_stat_activity order by xact_start"

@@ -52,6 +52,9 @@ def connection_fault(error: BaseException) -> str:
         return "the server is a standby or read-only, which target_session_attrs of the connection URI excludes. Connect to the primary"
     if isinstance(error, OSError):
         return f"PostgreSQL cannot be reached: {_network(error)}"
+    if isinstance(error, (asyncpg.InternalClientError, asyncpg.InterfaceError)):
+        # What asyncpg makes of a server that says goodbye, or of a connection that is gone.
+        return f"PostgreSQL cannot be reached: it ended the connection ({type(error).__name__})"
     return f"PostgreSQL cannot be reached: {type(error).__name__}"
 
 

@@ -18,7 +18,8 @@ from typing import Any
 import asyncpg
 import structlog
 
-from authbackend.errors import Unavailable
+from authbackend.errors import Unavailable, Unwritable
+from authbackend.postgres import locks
 from authbackend.postgres.connection import Connection, Target, connect, translated_errors
 from authbackend.postgres.fit import require_fit
 from authbackend.postgres.replicas import Identity, introduce
@@ -28,6 +29,7 @@ from authbackend.registry.mark import Mark
 from authbackend.registry.records import DeviceRow, Patch
 from authbackend.registry.store import Store
 from authbackend.registry.sync import Confirmation, Look
+from authbackend.registry.writability import Writability
 
 log = structlog.get_logger(__name__)
 
@@ -52,6 +54,7 @@ class ChangeFeed:
         change_retention_s: How long change rows are kept by :meth:`prune`.
         identity: Who reads, made known on each new connection before the first look; None: somebody who answers nobody.
         on_ignored: Is told how many changes were of an entity that this program does not know.
+        writability: Shared with whatever else in this process writes to the database.
     """
 
     def __init__(
@@ -60,11 +63,14 @@ class ChangeFeed:
         change_retention_s: float = 3600.0,
         identity: Identity | None = None,
         on_ignored: Callable[[int], object] | None = None,
+        writability: Writability | None = None,
     ) -> None:
         self._identity = identity
         self._on_ignored = on_ignored
         self._unknown: set[str] = set()
         self._introduced = False
+        self._vouches = False
+        self._writability = writability or Writability()
         self._target = target
         self._retention_s = change_retention_s
         self._connection: Connection | None = None
@@ -217,7 +223,7 @@ class ChangeFeed:
     async def _connected(self) -> Connection:
         if self._connection is None or self._connection.is_closed():
             self._connection = await connect(self._target)
-            self._introduced = False
+            self._introduced = self._vouches = False
         return self._connection
 
     @contextlib.asynccontextmanager
@@ -232,9 +238,8 @@ class ChangeFeed:
                 raise Unavailable(
                     "the server is a standby; its snapshots do not show running transactions, so changes could be missed. Connect to the primary"
                 )
-            if self._identity is not None and not self._introduced:
-                await introduce(connection, self._identity)
-                self._introduced = True
+            if self._identity is not None:
+                await self._make_known(connection, self._identity)
             for _ in range(2):
                 try:
                     async with connection.transaction(isolation="repeatable_read", readonly=True):
@@ -251,6 +256,26 @@ class ChangeFeed:
                 # Empty after a crash recovery: a new one tells every reader to load anew.
                 await connection.fetchval(self._statements.renew_incarnation.sql)
             raise Unavailable("the incarnation of the server cannot be renewed")
+
+    async def _make_known(self, connection: Connection, identity: Identity) -> None:
+        """See to it that whoever waits for the replicas waits for this one."""
+        statements = load_statements("replicas")
+        if not self._introduced:
+            try:
+                with translated_errors():
+                    await introduce(connection, identity)
+                self._introduced = True
+            except Unwritable as error:
+                self._writability.failed(error.detail)
+                if not await connection.fetchval(statements.known.sql, identity.id):
+                    raise Unavailable(
+                        "the database does not know this replica, and cannot note it, so that nobody would wait for it "
+                        f"when something is revoked: {error.detail}"
+                    ) from error
+        if self._vouches != (self._writability.fault is not None):
+            statement = statements.no_vouch if self._vouches else statements.vouch
+            await connection.fetchval(statement.sql, locks.REPLICA, identity.id)
+            self._vouches = not self._vouches
 
     def _position(self, row: Any) -> tuple[Look | None, int]:
         require_fit(row["oldest_program"])  # again: the schema may have changed before the locks were taken

@@ -8,3 +8,5 @@ numbers where revocation lists are signed.
 MIGRATE = 724001
 ENFORCE = 724003
 APPLY = 724004
+REPLICA = 724005
+"""The first of two numbers; the second is that of a replica which follows and cannot announce itself."""

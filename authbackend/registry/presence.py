@@ -12,9 +12,10 @@ from typing import Protocol
 import structlog
 
 from authbackend.backoff import Backoff, Reachability
-from authbackend.errors import AuthbackendError
+from authbackend.errors import AuthbackendError, Unwritable
 from authbackend.registry.mark import Mark
 from authbackend.registry.sync import Look
+from authbackend.registry.writability import Writability
 
 log = structlog.get_logger(__name__)
 
@@ -65,20 +66,28 @@ class Presence:
     Announces the newest version, at most fifty times a second and at least once a second.
 
     A fault of the database is not told here: the copy's own look meets it too, and this replica then counts as one
-    that may still be serving what it had.
+    that may still be serving what it had. Except one that only a writer meets.
 
     Args:
         comes_back: Whether this replica can start again by itself, from a copy on disk.
         reachability: Shared with whatever else in this process needs the database.
+        writability: Is told whether the announcement could be written.
     """
 
     def __init__(
-        self, announcer: Announcer, observer: Observer, reachability: Reachability, *, comes_back: bool
+        self,
+        announcer: Announcer,
+        observer: Observer,
+        reachability: Reachability,
+        *,
+        comes_back: bool,
+        writability: Writability | None = None,
     ) -> None:
         self._announcer = announcer
         self._observer = observer
         self._reachability = reachability
         self._comes_back = comes_back
+        self._writability = writability or Writability()
         self._newest: Look | None = None
         self._fault: str | None = None
         self._next_peers = 0.0  # monotonic
@@ -112,11 +121,14 @@ class Presence:
         """Announce once; False if it failed."""
         try:
             await self._announcer.announce(newest.mark, newest.confirmed_at)
+            self._writability.succeeded()
             if time.monotonic() >= self._next_peers:
                 self._next_peers = time.monotonic() + LONGEST_PAUSE_S
                 found = await self._announcer.peers()
                 self._observer.peers(found.states, found.ages_s)
         except AuthbackendError as error:
+            if isinstance(error, Unwritable):
+                self._writability.failed(error.detail)
             if self._fault != error.detail:
                 log.debug("replica.not_announced", fault=error.detail)
             self._fault = error.detail

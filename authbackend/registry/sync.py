@@ -20,11 +20,12 @@ import structlog
 from authbackend import clocks
 from authbackend.backoff import Backoff, Reachability
 from authbackend.clocks import Instant
-from authbackend.errors import AuthbackendError, NoRoom
+from authbackend.errors import AuthbackendError, NoRoom, Unwritable
 from authbackend.registry.disk import DiskCopy, Entry
 from authbackend.registry.mark import Mark
 from authbackend.registry.records import Patch
 from authbackend.registry.store import Store
+from authbackend.registry.writability import Writability
 
 log = structlog.get_logger(__name__)
 
@@ -137,6 +138,7 @@ class RegistryCopy:
 
     Args:
         reachability: Shared with whatever else in this process needs the database.
+        writability: Shared with whatever else in this process writes to it; its fault is noted in the store.
     """
 
     def __init__(
@@ -147,6 +149,7 @@ class RegistryCopy:
         times: SyncTimes | None = None,
         disk: DiskCopy | None = None,
         reachability: Reachability | None = None,
+        writability: Writability | None = None,
     ) -> None:
         self.store = store
         self.fault: str | None = "the registry has not been loaded yet"
@@ -157,6 +160,7 @@ class RegistryCopy:
         self._on_disk_until = 0.0  # monotonic: when the disk must be told again that the copy is true
         self._wake = asyncio.Event()
         self._reachability = reachability or Reachability()
+        self._writability = writability or Writability()
         self._backoff = Backoff()
         self._no_room = Backoff(NO_ROOM_S, NO_ROOM_S)
         self._looking = asyncio.Lock()  # one look at a time: an older result must never follow a newer one
@@ -221,7 +225,8 @@ class RegistryCopy:
         if len(patch):
             self.store.apply(patch, look.mark, began.uptime, time_there)
         else:
-            self.store.note(mark=look.mark, synced_at=began.uptime, database_time=time_there)
+            fault = self._writability.fault
+            self.store.note(mark=look.mark, synced_at=began.uptime, fault=fault, database_time=time_there)
         refreshed = Refreshed(False, len(patch), clocks.uptime() - began.uptime)
         if len(patch):
             log.info("registry.changed", rows=len(patch), duration_s=round(refreshed.duration_s, 4))
@@ -233,6 +238,8 @@ class RegistryCopy:
             log.info("registry.following")
             self._reachability.succeeded()
         self.fault = None
+        if self._writability.fault is not None and (len(entry.patch) or refreshed.full):
+            self.store.note(fault=self._writability.fault)
         lasting = await self._written(entry, new_image=refreshed.full)
         self._observer.refreshed(look, refreshed, lasting=lasting)
 
@@ -286,7 +293,10 @@ class RegistryCopy:
         self.store.forget_dead_readers()
         if now >= self._next_prune:
             self._next_prune = now + self._times.prune_s
-            await self._feed.prune()
+            try:
+                await self._feed.prune()
+            except Unwritable as error:
+                self._writability.failed(error.detail)
 
     async def _compare_regularly(self) -> None:
         while True:

@@ -7,6 +7,19 @@ insert into replica (id, name, program_version, workers, longest_staleness_s) va
 on conflict (id) do update set name = excluded.name, program_version = excluded.program_version, workers = excluded.workers,
   longest_staleness_s = excluded.longest_staleness_s, introduced_at = clock_timestamp(), stopped_at = null, comes_back = false;
 
+-- name: known$
+-- params: 1 id
+select exists (select from replica where id = $1);
+
+-- name: vouch$
+-- Held until the connection ends: whoever waits for the replicas waits for this one, although it cannot announce itself.
+-- params: 1 lock, 2 id
+select pg_advisory_lock_shared($1, hashtext($2::uuid::text))::text;
+
+-- name: no_vouch$
+-- params: as vouch
+select pg_advisory_unlock_shared($1, hashtext($2::uuid::text));
+
 -- name: announce!
 -- params: 1 to 5 as introduce, 6 epoch, 7 incarnation, 8 snapshot text, 9 start of the look
 insert into replica (id, name, program_version, workers, longest_staleness_s, epoch, incarnation, snapshot, confirmed_at)
