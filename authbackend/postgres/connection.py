@@ -13,6 +13,7 @@ import asyncpg
 
 from authbackend.errors import AuthbackendError, Conflict, Forbidden, InvalidInput, Unavailable, Unwritable
 from authbackend.postgres.faults import connection_fault
+from authbackend.postgres.pooling import check_pooling
 from authbackend.postgres.uri import ConnectionURI, parse, tls_context
 
 Connection = asyncpg.Connection
@@ -123,7 +124,7 @@ async def connect(target: Target) -> Connection:
     Open a connection, to the first host of the URI that answers and is what ``target_session_attrs`` asks for.
 
     Raises:
-        ConfigurationError: The URI is not valid.
+        ConfigurationError: The URI is not valid, or leads to a pooler that does not keep a session together.
         Unavailable: No server can be reached, or each refuses; each cause in words of its own.
     """
     uri = parse(target.dsn)
@@ -171,26 +172,38 @@ def _drop(task: asyncio.Task[Connection]) -> None:
 
 
 async def _connect_one(target: Target, uri: ConnectionURI, options: dict[str, Any]) -> Connection:
+    connection = await _open(target, uri, options)
+    try:
+        with translated_errors():
+            if await check_pooling(connection, target.dsn, lambda: _open(target, uri, options)):
+                # A pooler passes no such setting on when a session begins.
+                await connection.execute(f"set statement_timeout = {_statement_timeout_ms(target)}")
+    except BaseException:
+        connection.terminate()
+        raise
+    _set_socket_options(connection, uri.socket_options)
+    return connection
+
+
+def _statement_timeout_ms(target: Target) -> int:
+    return int(target.statement_timeout_s * 1000)
+
+
+async def _open(target: Target, uri: ConnectionURI, options: dict[str, Any]) -> Connection:
     timeout_s = uri.connect_timeout_s or target.connect_timeout_s
     if uri.session is not None:
-        options["target_session_attrs"] = uri.session
+        options = {**options, "target_session_attrs": uri.session}
     named = f"{uri.application_name} ({target.application_name})" if uri.application_name else target.application_name
     settings = {
         "application_name": named,
-        "statement_timeout": str(int(target.statement_timeout_s * 1000)),
+        "statement_timeout": str(_statement_timeout_ms(target)),
         "timezone": "UTC",  # the epoch of the change feed holds a timestamp as text
     }
     if uri.options:
         settings["options"] = uri.options
     with translated_errors():
         try:
-            connection: Connection = await asyncpg.connect(
-                uri.dsn,
-                timeout=timeout_s,
-                command_timeout=target.statement_timeout_s + 1,  # later than the server's own, which says why
-                server_settings=settings,
-                **options,
-            )
+            return await _asyncpg_connection(target, uri, timeout_s, settings, options)
         except (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidPasswordError) as error:
             raise Unavailable(f"PostgreSQL refuses the role: {error.args[0]}") from error
         except TimeoutError as error:
@@ -203,8 +216,28 @@ async def _connect_one(target: Target, uri: ConnectionURI, options: dict[str, An
             raise Unavailable(
                 "the connection URI is not valid; expected postgresql://role@host:port/database"
             ) from error
-    _set_socket_options(connection, uri.socket_options)
-    return connection
+
+
+async def _asyncpg_connection(
+    target: Target, uri: ConnectionURI, timeout_s: float, settings: dict[str, str], options: dict[str, Any]
+) -> Connection:
+    async def attempt(settings: dict[str, str]) -> Connection:
+        found: Connection = await asyncpg.connect(
+            uri.dsn,
+            timeout=timeout_s,
+            command_timeout=target.statement_timeout_s + 1,  # later than the server's own, which says why
+            server_settings=settings,
+            **options,
+        )
+        return found
+
+    try:
+        return await attempt(settings)
+    except asyncpg.ProtocolViolationError as error:
+        if "startup parameter: statement_timeout" not in error.args[0]:
+            raise
+        # PgBouncer, without ignore_startup_parameters.
+        return await attempt({name: value for name, value in settings.items() if name != "statement_timeout"})
 
 
 def _set_socket_options(connection: Connection, options: tuple[tuple[int, int, int], ...]) -> None:

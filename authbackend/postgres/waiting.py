@@ -233,4 +233,4 @@ async def watching(target: Target, connection: Connection) -> AsyncIterator[Watc
     await connection.execute(f"set lock_timeout = {int(LOCK_TIMEOUT_S * 1000)}")
     name = f"{target.application_name} looking who waits"
     async with connected(replace(target, application_name=name)) as eyes:
-        yield Watch(eyes, connection.get_server_pid())
+        yield Watch(eyes, await connection.fetchval("select pg_backend_pid()"))  # a pooler tells another one

@@ -1,0 +1,96 @@
+"""A pooler for each transaction is refused at the start; one for sessions works."""
+
+import asyncio
+import os
+import sys
+
+import asyncpg
+import pytest
+
+from authbackend.errors import ConfigurationError
+from authbackend.postgres import pooling
+from authbackend.postgres.connection import Target, connected
+from tests.service.conftest import HASH, POLICY, apply, running, until
+from tests.support.pgbouncer import pgbouncer
+
+
+def pooled(folder, database):
+    return f"postgresql://postgres@/{database}?host={folder}&port=6432"
+
+
+async def serve(dsn):
+    """Run the command until it ends; its exit status and what it said."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AUTHBACKEND_")}
+    environment |= {"AUTHBACKEND_DATABASE__DSN": dsn, "AUTHBACKEND_ADMIN__LISTEN": "127.0.0.1:0"}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "authbackend", "serve"), env=environment, stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        _, told = await asyncio.wait_for(process.communicate(), 30)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        raise AssertionError("it started") from None
+    return process.returncode, told.decode()
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered(monkeypatch):
+    monkeypatch.setattr(pooling, "_session_pooling", set())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pool_mode": "transaction"},
+        {"pool_mode": "transaction", "server_round_robin": "1"},
+        {"pool_mode": "transaction", "default_pool_size": "1"},
+        {"pool_mode": "statement"},
+        {"pool_mode": "transaction", "ignore_startup_parameters": "statement_timeout"},
+    ],
+    ids=lambda settings: " ".join(map("=".join, settings.items())),
+)
+async def test_a_pooler_of_transactions_is_refused_at_the_start(postgres, database, dsn, settings):
+    with pgbouncer(postgres, **settings) as folder:
+        target = pooled(folder, database)
+        busy = [await asyncpg.connect(target, statement_cache_size=0) for _ in range(2)]  # idle servers in the pool
+        for other in busy:
+            await other.execute("select 1")
+        try:
+            code, told = await serve(target)
+        finally:
+            for other in busy:
+                other.terminate()
+    assert code == 2
+    assert "pooler that gives a server connection to each transaction" in told
+    assert "connect to PostgreSQL directly, or to a pool with pool_mode = session" in told
+
+
+async def test_a_service_that_started_without_the_database_tells_it(postgres, database, dsn):
+    await apply(dsn, POLICY.replace("HASH", f'"{HASH}"'))
+    with pgbouncer(postgres, pool_mode="transaction") as folder:
+        async with running(pooled(folder, database), wait=False) as service:
+
+            async def told():
+                return "pool_mode = session" in (await service.get("/health/ready"))[1]
+
+            with pytest.raises(ConfigurationError, match="pool_mode = session"):
+                async with connected(Target(pooled(folder, database))):
+                    pass
+            assert not await service.ready()
+
+
+async def test_a_pooler_of_sessions_is_worked_with(postgres, database, dsn, connection):
+    with pgbouncer(postgres, pool_mode="session") as folder:
+        target = pooled(folder, database)
+        await apply(target, POLICY.replace("HASH", f'"{HASH}"'))
+        async with running(target, REGISTRY__POLL_INTERVAL_S="60") as service:
+            assert await service.login("APM0001") == "allow"
+            await connection.execute("update device set status = 'suspended' where device_id = 'APM0001'")
+
+            async def denied():
+                return await service.login("APM0001") == "deny"
+
+            await until(denied, "the notification came through")
+        async with connected(Target(target, statement_timeout_s=7)) as found:
+            assert await found.fetchval("show statement_timeout") == "7s"
