@@ -212,6 +212,7 @@ class _Observers:
         self._counted = counted
         self.refresh_failed = counted.refresh_failed
         self.compared = counted.compared
+        self.served_changes_gone = counted.served_changes_gone
 
     def refreshed(self, look: Look, refreshed: Refreshed, *, lasting: bool) -> None:
         self._counted.refreshed(look, refreshed, lasting=lasting)

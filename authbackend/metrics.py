@@ -204,6 +204,12 @@ class RegistryMetrics(Collector):
         """Changes were of an entity that a newer schema has."""
         self._ignored.inc(changes)
 
+        self._gone = Counter(
+            "authbackend_registry_served_changes_gone",
+            "Entries that were served in a state which the database lost, in a fail-over, a crash or a restore; the log names them.",
+            registry=registry,
+        )
+
     def refreshed(self, look: Look, refreshed: Refreshed, *, lasting: bool) -> None:
         """A look at the database succeeded."""
         self._sync_duration.labels("full" if refreshed.full else "changes").observe(refreshed.duration_s)
@@ -220,6 +226,10 @@ class RegistryMetrics(Collector):
         """The copy was compared with the database row by row."""
         self._comparisons.inc()
         self._differences.inc(differences)
+
+    def served_changes_gone(self, number: int) -> None:
+        """A database in another life lacks changes that were served."""
+        self._gone.inc(number)
 
     def peers(self, states: dict[str, int], ages_s: dict[str, float]) -> None:
         """Take what the database knows of the replicas."""

@@ -168,6 +168,24 @@ class ChangeFeed:
             assert sizes is not None
             return Confirmation(patch, present, dict(sizes), look)
 
+    async def later_changes(self, mark: Mark) -> set[tuple[str, str]] | None:
+        """
+        Return the keys of what was changed after a mark of an earlier life of the database; None if it cannot be told.
+
+        A standby that was promoted goes on with the transaction ids of its primary; another cluster or database does not,
+        and there no change is later.
+
+        Raises:
+            Unavailable: As :meth:`load`.
+        """
+        async with self._look() as (connection, look, floor):
+            if mark.epoch.split("/")[:2] != look.mark.epoch.split("/")[:2]:  # system and database
+                return set()
+            if mark.xmin < floor:
+                return None
+            rows = await connection.fetch(self._statements.changes_since.sql, str(mark.xmax), mark.running)
+            return {(row["entity"], row["key"]) for row in rows}
+
     async def prune(self) -> None:
         """Delete change rows that every reader of the retention time has seen."""
         with translated_errors():
@@ -340,9 +358,4 @@ class ChangeFeed:
 
 def _follows(old: Mark, new: Mark, floor: int) -> bool:
     """Return whether the change feed can lead from one mark to another."""
-    return (
-        (old.epoch, old.incarnation) == (new.epoch, new.incarnation)
-        and old.xmin >= floor
-        and new.xmin >= old.xmin
-        and new.xmax >= old.xmax
-    )
+    return old.same_life(new) and old.xmin >= floor and new.xmin >= old.xmin and new.xmax >= old.xmax

@@ -36,6 +36,10 @@ class Mark:
         text = self.snapshot.split(":")[2]
         return text.split(",") if text else []
 
+    def same_life(self, other: Mark) -> bool:
+        """Return whether transaction ids mean the same in both."""
+        return (self.epoch, self.incarnation) == (other.epoch, other.incarnation)
+
     def serves(self, transaction: int) -> bool:
         """Return whether a change made by this transaction of the same epoch is part of the copy."""
         return transaction < self.xmin or (transaction < self.xmax and str(transaction) not in self.running)

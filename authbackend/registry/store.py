@@ -389,10 +389,16 @@ class Reader:
         )
 
     def record(self, entity: str, name: str) -> bytes | None:
-        """Return what is kept of a device type or an account."""
-        table = {"device_type": self._types, "account": self._accounts}[entity]
+        """Return what is kept of a device type, an account, or a device by its common name."""
+        table = {"device_type": self._types, "account": self._accounts, "device": self._devices}[entity]
         found: bytes | None = self._transaction.get(name.encode(), db=table)
         return found
+
+    def entries(self, entity: str) -> Iterator[tuple[str, bytes]]:
+        """Yield name, or common name, and what is kept of each device type, account or device."""
+        table = {"device_type": self._types, "account": self._accounts, "device": self._devices}[entity]
+        for name, record in self._transaction.cursor(table):
+            yield bytes(name).decode(), bytes(record)
 
     def rows(self) -> Iterator[tuple[bytes, bytes]]:
         """Yield every device's common name and record."""

@@ -21,10 +21,11 @@ from authbackend import clocks
 from authbackend.backoff import Backoff, Reachability
 from authbackend.clocks import Instant
 from authbackend.errors import AuthbackendError, NoRoom, Unwritable
+from authbackend.registry import served
 from authbackend.registry.disk import DiskCopy, Entry
 from authbackend.registry.mark import Mark
 from authbackend.registry.records import Patch
-from authbackend.registry.store import Store
+from authbackend.registry.store import Reader, Store
 from authbackend.registry.writability import Writability
 
 log = structlog.get_logger(__name__)
@@ -32,6 +33,7 @@ log = structlog.get_logger(__name__)
 NO_ROOM_S = 10.0
 """How long to wait when the registry does not fit: each attempt reads all of it from the database, in vain."""
 CONFIRM_ON_DISK_S = 10.0
+_AT_ONCE = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,13 @@ class Feed(Protocol):
     async def confirm(self, mark: Mark, devices: int, suspects: Patch) -> Confirmation | None:
         """Look at suspects again, together with what changed since a mark; None if all must be loaded anew anyway."""
 
+    async def later_changes(self, mark: Mark) -> set[served.Key] | None:
+        """
+        Return what was changed after a mark of an earlier life of the database, as far as its change feed tells.
+
+        None if it does not reach back so far.
+        """
+
     async def prune(self) -> None:
         """Delete change rows that every reader has seen."""
 
@@ -121,6 +130,9 @@ class Observer(Protocol):
 
     def compared(self, differences: int) -> None:
         """The copy was compared with the database row by row."""
+
+    def served_changes_gone(self, number: int) -> None:
+        """A database in another life lacks changes that were served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,12 +225,29 @@ class RegistryCopy:
             found = await self._feed.changes(state.mark, self.store.sizes()["device"])
         if found is not None:
             return await self._apply(*found, began)
-        look = await self._feed.load(self.store, began.uptime)
-        sizes = self.store.sizes()
-        refreshed = Refreshed(True, sum(sizes.values()), clocks.uptime() - began.uptime)
-        log.info("registry.loaded", **sizes, duration_s=round(refreshed.duration_s, 3))
-        await self._succeeded(look, refreshed, Entry(began, look.mark, Patch(), look.confirmed_at.timestamp()))
+        with self.store.reader() as before:  # what was served stays readable until it has been compared
+            look = await self._feed.load(self.store, began.uptime)
+            sizes = self.store.sizes()
+            refreshed = Refreshed(True, sum(sizes.values()), clocks.uptime() - began.uptime)
+            log.info("registry.loaded", **sizes, duration_s=round(refreshed.duration_s, 3))
+            await self._succeeded(look, refreshed, Entry(began, look.mark, Patch(), look.confirmed_at.timestamp()))
+            if state is not None and not look.mark.same_life(state.mark):
+                await self._compare_with_served(before, state.mark)
         return refreshed
+
+    async def _compare_with_served(self, before: Reader, mark: Mark) -> None:
+        try:
+            later = await self._feed.later_changes(mark)
+        except AuthbackendError:
+            later = None
+        found = set()
+        with self.store.reader() as after:
+            for number, key in enumerate(served.differing(before, after)):
+                if key is not None:
+                    found.add(key)
+                if number % _AT_ONCE == 0:
+                    await asyncio.sleep(0)
+        self._observer.served_changes_gone(served.report(found, later))
 
     async def _apply(self, patch: Patch, look: Look, began: Instant) -> Refreshed:
         time_there = look.confirmed_at.timestamp()

@@ -45,6 +45,7 @@ class Observed:
     lasting: list[bool] = field(default_factory=list)
     failures: int = 0
     comparisons: list[int] = field(default_factory=list)
+    gone: list[int] = field(default_factory=list)
 
     def refreshed(self, look: Look, refreshed: Refreshed, *, lasting: bool) -> None:
         self.looks.append(look)
@@ -56,6 +57,9 @@ class Observed:
 
     def compared(self, differences: int) -> None:
         self.comparisons.append(differences)
+
+    def served_changes_gone(self, number: int) -> None:
+        self.gone.append(number)
 
 
 class CheckedFeed(ChangeFeed):

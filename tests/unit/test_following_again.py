@@ -88,6 +88,9 @@ class Feed:
         self.server.answer("copy")
         return Patch(), self.server.look()
 
+    async def later_changes(self, mark):
+        return set()
+
     async def prune(self):
         pass
 
