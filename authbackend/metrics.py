@@ -199,16 +199,15 @@ class RegistryMetrics(Collector):
             "Changes of an entity that a newer schema has and this version does not know: upgrade the replica.",
             registry=registry,
         )
-
-    def ignored(self, changes: int) -> None:
-        """Changes were of an entity that a newer schema has."""
-        self._ignored.inc(changes)
-
         self._gone = Counter(
             "authbackend_registry_served_changes_gone",
             "Entries that were served in a state which the database lost, in a fail-over, a crash or a restore; the log names them.",
             registry=registry,
         )
+
+    def ignored(self, changes: int) -> None:
+        """Changes were of an entity that a newer schema has."""
+        self._ignored.inc(changes)
 
     def refreshed(self, look: Look, refreshed: Refreshed, *, lasting: bool) -> None:
         """A look at the database succeeded."""

@@ -57,13 +57,8 @@ def translated_errors() -> Iterator[None]:
         raise Forbidden(f"the database role may not do this: {error.args[0]}") from error
     except asyncpg.SerializationError as error:
         raise Conflict("somebody else changed the registry at the same time; try again") from error
-    except asyncpg.UndefinedTableError as error:
-        raise Unavailable("the database has no registry yet; run: authbackend migrate") from error
-    except (asyncpg.UndefinedFunctionError, asyncpg.UndefinedColumnError) as error:
-        raise Unavailable(
-            f"the database has no registry of this version ({error.args[0]}); run: authbackend migrate. If its schema is "
-            "newer, upgrade authbackend"
-        ) from error
+    except (asyncpg.UndefinedTableError, asyncpg.UndefinedFunctionError, asyncpg.UndefinedColumnError) as error:
+        raise Unavailable(_unfit(error)) from error
     except (asyncpg.LockNotAvailableError, asyncpg.QueryCanceledError, asyncpg.DeadlockDetectedError) as error:
         raise Unavailable(_waited(error)) from error
     except (asyncpg.ReadOnlySQLTransactionError, asyncpg.DiskFullError) as error:
@@ -82,6 +77,15 @@ def translated_errors() -> Iterator[None]:
     except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
         # The last is what asyncpg makes of a server that says goodbye in the middle of an answer.
         raise Unavailable(connection_fault(error)) from error
+
+
+def _unfit(error: asyncpg.PostgresError) -> str:
+    if isinstance(error, asyncpg.UndefinedTableError):
+        return "the database has no registry yet; run: authbackend migrate"
+    return (
+        f"the database has no registry of this version ({error.args[0]}); run: authbackend migrate. If its schema is newer, "
+        "upgrade authbackend"
+    )
 
 
 def _unwritable(error: asyncpg.PostgresError) -> str:
