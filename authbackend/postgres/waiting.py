@@ -92,7 +92,7 @@ async def locked_out(connection: Connection, waited: str) -> str:
     if not rows:
         return f"{told}, and are free again"
     first = rows[0]
-    holders = "; ".join(str(_session(row)) for row in rows if row["exclusive"] == first["exclusive"])
+    holders = "; ".join(dict.fromkeys(str(_session(row)) for row in rows if row["exclusive"] == first["exclusive"]))
     if first["pid"] == first["exclusive"]:
         return f"{told}. {holders} has table {first['held']} for itself alone. {_END.format(first['pid'])}"
     activity = await connection.fetchrow(statements.application.sql, first["exclusive"])
