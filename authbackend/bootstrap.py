@@ -227,7 +227,7 @@ def _times(settings: Settings) -> SyncTimes:
 
 def _identity(settings: Settings, ground: Ground) -> Identity:
     return Identity(
-        id=ground.replica_id,
+        boot=ground.boot,
         name=settings.replica.name or socket.gethostname(),
         program_version=__version__,
         workers=settings.replica.workers,

@@ -17,6 +17,7 @@ from authbackend.board import Board
 from authbackend.credentials import read_dsn
 from authbackend.postgres.connection import Target
 from authbackend.postgres.uri import parse
+from authbackend.registry.boots import Boot
 from authbackend.registry.disk import DiskCopy, Refused, Restored
 from authbackend.registry.store import Store, in_memory
 from authbackend.settings import Settings
@@ -38,7 +39,7 @@ class Ground:
     folder: Path
     board: Board
     shared: bool
-    replica_id: uuid.UUID
+    boot: Boot
     disk: DiskCopy | None = None
 
     @property
@@ -89,8 +90,8 @@ def prepared(settings: Settings, folder: Path, *, shared: bool) -> Iterator[Grou
         finally:
             store.close()
         board = Board(settings.replica.workers)
-        replica_id = disk.replica_id() if disk else uuid.uuid4()
-        yield Ground(folder, board, shared, replica_id, disk)
+        boot = disk.begin_boot() if disk else Boot(uuid.uuid4())
+        yield Ground(folder, board, shared, boot, disk)
 
 
 def _restore(store: Store, restored: Restored) -> None:

@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 
 from authbackend import __version__, clocks
 from authbackend.policy.decide import Decision
+from authbackend.registry.presence import Peers
 from authbackend.registry.store import State
 from authbackend.registry.sync import Look, Refreshed
 
@@ -172,7 +173,7 @@ class RegistryMetrics(Collector):
         self._look: Look | None = None
         self._changed_at: float | None = None
         self._lasting = False
-        self._peers: tuple[dict[str, int], dict[str, float]] = ({}, {})
+        self._peers: Peers | None = None
         self._sync_metrics(registry)
 
     def _sync_metrics(self, registry: CollectorRegistry) -> None:
@@ -230,15 +231,15 @@ class RegistryMetrics(Collector):
         """A database in another life lacks changes that were served."""
         self._gone.inc(number)
 
-    def peers(self, states: dict[str, int], ages_s: dict[str, float]) -> None:
+    def peers(self, peers: Peers) -> None:
         """Take what the database knows of the replicas."""
-        self._peers = states, ages_s
+        self._peers = peers
 
     def collect(self) -> Iterator[Metric]:
         """Yield the gauges, for one scrape."""
         now = self._present()
         state = now.state
-        states, ages_s = self._peers
+        peers = self._peers or Peers({}, {})
         yield _gauge(
             "registry_version",
             "Upper end of the transactions that the copy contains (PostgreSQL transaction id).",
@@ -254,9 +255,17 @@ class RegistryMetrics(Collector):
         yield _gauge("registry_on_disk", "1 if the copy on disk holds what the one in memory does.", self._lasting)
         yield _gauges("workers", "Workers by state: serving, starting, hanging.", "state", now.workers)
         yield _gauge("worker_restarts", "How often a worker had to be started again.", now.restarts)
-        yield _gauges("replicas", "Replicas by state: live, silent, stopped.", "state", states)
+        yield _gauges("replicas", "Replicas by state: live, silent, stopped.", "state", peers.states)
         yield _gauges(
-            "replica_sync_age_seconds", "How far each replica is behind, by the database's clock.", "replica", ages_s
+            "replica_sync_age_seconds",
+            "How far each replica is behind, by the database's clock.",
+            "replica",
+            peers.ages_s,
+        )
+        yield _gauge(
+            "replicas_of_a_shared_folder",
+            "Replicas that run from a folder (registry.snapshot_dir) from which another one runs as well: it was copied.",
+            None if self._peers is None else peers.twins,
         )
         info = GaugeMetricFamily(
             "authbackend_build_info", "Always 1; labels tell what runs.", labels=["version", "python"]

@@ -21,11 +21,12 @@ def list_(context: click.Context, as_json: bool) -> None:
     List the replicas: their state, the version they serve and how long ago they were in step.
 
     States: starting, live, silent (no word for 10 s; may still be answering), stopped (signed off), gone (its copy is
-    too old to decide by). MAY_ANSWER tells whom `authbackend wait` waits for.
+    too old to decide by). MAY_ANSWER tells whom `authbackend wait` waits for. ID is new at each start, FOLDER stays; TWINS
+    are how many others run from a folder with the same id now: one was copied, and needs an empty folder of its own.
     """
     found = run(store.list_replicas(target_of(context)))
     shown = [{**one, "age_s": None if one["age_s"] is None else round(one["age_s"], 1)} for one in found]
-    columns = ("name", "id", "program_version", "workers", "state", "version", "age_s", "may_answer")
+    columns = ("name", "id", "folder", "twins", "program_version", "workers", "state", "version", "age_s", "may_answer")
     show(found, as_json, lambda: table(shown, columns))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-import uuid
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -15,6 +14,7 @@ import asyncpg
 from authbackend.errors import InvalidInput, NotFound, Unconfirmed
 from authbackend.postgres.connection import Connection, Target, connect, connected, name_actor, translated_errors
 from authbackend.postgres.statements import load_statements
+from authbackend.registry.boots import Boot
 from authbackend.registry.mark import Mark
 from authbackend.registry.presence import Peers
 
@@ -28,12 +28,12 @@ class Identity:
     Who a replica is.
 
     Args:
-        id: The same after a restart, if the replica keeps a copy on disk.
+        boot: This start of it, and which others it takes the place of.
         name: For people.
         longest_staleness_s: How long it goes on answering without the database.
     """
 
-    id: uuid.UUID
+    boot: Boot
     name: str
     program_version: str
     workers: int
@@ -41,12 +41,13 @@ class Identity:
 
     def values(self) -> tuple[Any, ...]:
         """Return the first parameters of the statements."""
-        return (self.id, self.name, self.program_version, self.workers, self.longest_staleness_s)
+        return (self.boot.id, self.boot.folder, self.name, self.program_version, self.workers, self.longest_staleness_s)
 
 
 async def introduce(connection: Connection, identity: Identity) -> None:
     """Make a replica known; commit it before its first look, so that no later change misses it."""
-    await connection.execute(load_statements("replicas").introduce.sql, *identity.values())
+    values = (*identity.values(), identity.boot.former, identity.boot.former_ended)
+    await connection.execute(load_statements("replicas").introduce.sql, *values)
 
 
 class Announcer:
@@ -75,7 +76,7 @@ class Announcer:
         Raises:
             AuthbackendError: The database cannot be reached or refuses.
         """
-        await self._execute(self._statements.sign_off.sql, self._identity.id, comes_back)
+        await self._execute(self._statements.sign_off.sql, self._identity.boot.id, comes_back)
 
     async def peers(self) -> Peers:
         """
@@ -91,8 +92,11 @@ class Announcer:
         for row in rows:
             state = {"starting": "live", "gone": "stopped"}.get(row["state"], row["state"])
             states[state] += 1
-        ages = {r["name"]: r["age_s"] for r in rows if r["may_answer"] and r["age_s"] is not None}
-        return Peers(states, ages)
+        ages: dict[str, float] = {}
+        for row in rows:
+            if row["may_answer"] and row["age_s"] is not None:
+                ages[row["name"]] = max(row["age_s"], ages.get(row["name"], 0.0))
+        return Peers(states, ages, sum(row["twins"] > 0 for row in rows))
 
     async def close(self) -> None:
         """Drop the connection; the next call opens one."""

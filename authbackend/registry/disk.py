@@ -6,7 +6,8 @@ the change is in the journal: whatever a revocation was confirmed to, holds afte
 
 Files, in a folder of mode 700 that belongs to one replica, each of mode 600::
 
-    replica-id      who this replica is, across restarts
+    replica-id      the folder's id
+    boots           who ran here, and under which lock (see ``boots``)
     manifest.json   names image and journal, with the image's digest; replaced as a whole, last
     image-X         the store, as LMDB copies it
     journal-X       entries: a header, then the payload as JSON. The header: 4 bytes length of the payload, 32 bytes BLAKE2b
@@ -36,6 +37,8 @@ from typing import Any
 from authbackend import clocks
 from authbackend.clocks import Instant
 from authbackend.errors import ConfigurationError
+from authbackend.registry import boots
+from authbackend.registry.boots import Boot
 from authbackend.registry.mark import Mark
 from authbackend.registry.records import DeviceRow, Patch
 from authbackend.registry.store import DATA_FILE, Store
@@ -118,8 +121,24 @@ class DiskCopy:
                 f"registry.snapshot_dir {folder} is in use by another replica; each needs a folder of its own"
             ) from None
 
-    def replica_id(self) -> uuid.UUID:
-        """Return who this replica is; made at the first call, the same ever after."""
+    def begin_boot(self) -> Boot:
+        """
+        Return who this replica is; to be called once.
+
+        Raises:
+            ConfigurationError: It cannot be written down.
+        """
+        record = None
+        with contextlib.suppress(FileNotFoundError):
+            record = (self._folder / "boots").read_bytes()
+        try:
+            boot, record = boots.begin(self._id(), record, self._lock)
+            self._replace(self._folder / "boots", record)
+        except OSError as error:
+            raise ConfigurationError(f"registry.snapshot_dir {self._folder}: {error.strerror}") from error
+        return boot
+
+    def _id(self) -> uuid.UUID:
         file = self._folder / "replica-id"
         with contextlib.suppress(OSError, ValueError):
             return uuid.UUID(file.read_text(encoding="ascii").strip())
@@ -188,6 +207,7 @@ class DiskCopy:
             "format": FORMAT,
             "machine": platform.machine(),
             "registry": self._registry,
+            "lock": os.fstat(self._lock).st_ino,
             "image": image.name,
             "journal": journal.name,
             "sha256": digest.hex(),
@@ -259,6 +279,11 @@ class DiskCopy:
             raise Refused(f"{file} was written by another version or on another kind of machine. {_REMEDY}")
         if manifest["registry"] != self._registry:
             raise Refused(f"{file} is a copy of another database than the one that is set. {_REMEDY}")
+        if manifest.get("lock", lock := os.fstat(self._lock).st_ino) != lock:
+            raise Refused(
+                f"{self._folder} was copied from another replica's, and what is in it may be older than what that one "
+                f"has told since. {_REMEDY}"
+            )
         return manifest
 
     def _check_owner(self, file: Path) -> None:

@@ -31,11 +31,13 @@ class Peers:
 
     Args:
         states: How many are ``live``, ``silent`` and ``stopped``.
-        ages_s: By name, how long ago each was in step, by the database's clock.
+        ages_s: By name, how long ago each was in step, by the database's clock; of several, the longest.
+        twins: How many run from a folder from which another runs as well.
     """
 
     states: dict[str, int]
     ages_s: dict[str, float]
+    twins: int = 0
 
 
 class Announcer(Protocol):
@@ -57,8 +59,8 @@ class Announcer(Protocol):
 class Observer(Protocol):
     """Is told about the replicas, for metrics."""
 
-    def peers(self, states: dict[str, int], ages_s: dict[str, float]) -> None:
-        """How many there are in each state, and how old each one's copy is."""
+    def peers(self, peers: Peers) -> None:
+        """Take what the database knows of the replicas."""
 
 
 class Presence:
@@ -124,8 +126,7 @@ class Presence:
             self._writability.succeeded()
             if time.monotonic() >= self._next_peers:
                 self._next_peers = time.monotonic() + LONGEST_PAUSE_S
-                found = await self._announcer.peers()
-                self._observer.peers(found.states, found.ages_s)
+                self._observer.peers(await self._announcer.peers())
         except AuthbackendError as error:
             if isinstance(error, Unwritable):
                 self._writability.failed(error.detail)

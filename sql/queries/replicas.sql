@@ -1,9 +1,12 @@
 -- The replicas and what they serve.
 
 -- name: introduce!
--- Committed before a replica's first look, so that whatever is committed later waits for it.
--- params: 1 id, 2 name, 3 program version, 4 workers, 5 longest staleness in seconds
-insert into replica (id, name, program_version, workers, longest_staleness_s) values ($1, $2, $3, $4, $5)
+-- Committed before a replica's first look, so that whatever is committed later waits for it. It takes the place of those
+-- that ran from the same folder before and have ended.
+-- params: 1 id of this start, 2 id of the folder, 3 name, 4 program version, 5 workers, 6 longest staleness in seconds,
+-- 7 the starts before uuid[], 8 whether all of them have ended
+with ended as (delete from replica where id = any ($7::uuid[]) and ($8 or stopped_at is not null))
+insert into replica (id, folder, name, program_version, workers, longest_staleness_s) values ($1, $2, $3, $4, $5, $6)
 on conflict (id) do update set name = excluded.name, program_version = excluded.program_version, workers = excluded.workers,
   longest_staleness_s = excluded.longest_staleness_s, introduced_at = clock_timestamp(), stopped_at = null, comes_back = false;
 
@@ -21,9 +24,9 @@ select pg_advisory_lock_shared($1, hashtext($2::uuid::text))::text;
 select pg_advisory_unlock_shared($1, hashtext($2::uuid::text));
 
 -- name: announce!
--- params: 1 to 5 as introduce, 6 epoch, 7 incarnation, 8 snapshot text, 9 start of the look
-insert into replica (id, name, program_version, workers, longest_staleness_s, epoch, incarnation, snapshot, confirmed_at)
-values ($1, $2, $3, $4, $5, $6, $7, $8::text::pg_snapshot, least($9, clock_timestamp()))
+-- params: 1 to 6 as introduce, 7 epoch, 8 incarnation, 9 snapshot text, 10 start of the look
+insert into replica (id, folder, name, program_version, workers, longest_staleness_s, epoch, incarnation, snapshot, confirmed_at)
+values ($1, $2, $3, $4, $5, $6, $7, $8, $9::text::pg_snapshot, least($10, clock_timestamp()))
 on conflict (id) do update set epoch = excluded.epoch, incarnation = excluded.incarnation, snapshot = excluded.snapshot,
   confirmed_at = excluded.confirmed_at, stopped_at = null;
 
@@ -39,7 +42,7 @@ select replica_forget($1);
 delete from replica where greatest(introduced_at, confirmed_at) + make_interval(secs => longest_staleness_s) < clock_timestamp() - interval '1 day';
 
 -- name: replicas
-select id::text as id, name, program_version, workers, state, may_answer, introduced_at, confirmed_at, counts_until,
+select id::text as id, folder::text as folder, twins, name, program_version, workers, state, may_answer, introduced_at, confirmed_at, counts_until,
        extract(epoch from clock_timestamp() - confirmed_at)::float8 as age_s,
        pg_snapshot_xmax(snapshot)::text as version,
        coalesce(epoch = registry_epoch() and incarnation = (select id::text from incarnation), false) as same_life

@@ -23,7 +23,8 @@ from authbackend.policy.decide import DecisionSettings
 from authbackend.postgres.connection import Target
 from authbackend.postgres.enforcement import leading, open_store
 from authbackend.postgres.replicas import Announcer, Identity
-from authbackend.registry.presence import Presence
+from authbackend.registry.boots import Boot
+from authbackend.registry.presence import Peers, Presence
 from authbackend.registry.store import Store
 from tests.support.memory_cluster import Broker, MemoryCluster
 from tests.support.registry import Following, following
@@ -185,7 +186,7 @@ async def rig(
 @contextlib.asynccontextmanager
 async def announced(copy: Following, dsn: str) -> AsyncIterator[None]:
     """Let the other parts know which version the copy serves, as a replica does."""
-    identity = Identity(uuid.uuid4(), "me", "0", 1, 600.0)
+    identity = Identity(Boot(uuid.uuid4()), "me", "0", 1, 600.0)
     copy.feed._identity = identity
     presence = Presence(Announcer(Target(dsn), identity), Nobody(), Reachability(), comes_back=False)
     copy.observed.refreshed = lambda look, _refreshed, *, lasting: presence.serves(look)  # type: ignore[method-assign]
@@ -201,5 +202,5 @@ async def announced(copy: Following, dsn: str) -> AsyncIterator[None]:
 class Nobody:
     """Is not interested in the other replicas."""
 
-    def peers(self, states: dict[str, int], ages_s: dict[str, float]) -> None:
+    def peers(self, peers: Peers) -> None:
         pass

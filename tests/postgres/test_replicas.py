@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import shutil
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -16,6 +19,8 @@ from authbackend.postgres import editor, replicas
 from authbackend.postgres.connection import Target
 from authbackend.postgres.feed import ChangeFeed
 from authbackend.postgres.replicas import Announcer, Identity
+from authbackend.registry.boots import Boot
+from authbackend.registry.disk import DiskCopy
 from tests.postgres.test_roles import ADMIN, READER, SERVICE, give_roles
 from tests.support.postgres import Server, connected, until
 from tests.support.registry import Following, fleet
@@ -24,8 +29,9 @@ from tests.support.registry import Following, fleet
 class Replica:
     """A replica refreshed and announced by hand."""
 
-    def __init__(self, dsn: str, name: str, longest_staleness_s: float = 900.0) -> None:
-        self.identity = Identity(uuid.uuid4(), name, "0", 2, longest_staleness_s)
+    def __init__(self, dsn: str, name: str, longest_staleness_s: float = 900.0, disk: DiskCopy | None = None) -> None:
+        boot = disk.begin_boot() if disk else Boot(uuid.uuid4())
+        self.identity = Identity(boot, name, "0", 2, longest_staleness_s)
         self.announcer = Announcer(Target(dsn), self.identity)
         self.follower = Following(dsn, ChangeFeed(Target(dsn), identity=self.identity))
 
@@ -211,6 +217,115 @@ async def test_a_forgotten_replica_that_still_runs_comes_back(dsn: str, connecti
         assert await state_of(dsn, "north") == "live"
     with pytest.raises(NotFound):
         await replicas.forget_replica(Target(dsn), "ann", "nobody")
+
+
+@contextlib.contextmanager
+def folder(path: Path) -> Iterator[DiskCopy]:
+    """A data folder in use for the time of the block, as that of a service is while one of its processes lives."""
+    disk = DiskCopy(path, "registry", 900.0)
+    try:
+        yield disk
+    finally:
+        disk.close()
+
+
+async def test_two_that_run_from_copies_of_one_folder_are_two_and_both_are_waited_for(
+    dsn: str, connection: asyncpg.Connection, tmp_path: Path
+) -> None:
+    await fleet(connection)
+    with folder(tmp_path / "a") as disk:
+        async with replica(dsn, "north", disk=disk) as first:
+            await first.look()
+            await first.announce()
+            shutil.copytree(tmp_path / "a", tmp_path / "b")  # its lock is free, and the first one lives
+            with folder(tmp_path / "b") as copied:
+                async with replica(dsn, "north", disk=copied) as second:
+                    await second.look()
+                    await second.announce()
+                    version = await revoke(dsn)
+                    await second.look()
+                    await second.announce()
+                    assert str(first.identity.boot.id) in await unconfirmed(dsn, version)
+                    rows = await replicas.list_replicas(Target(dsn))
+                    assert [row["twins"] for row in rows] == [1, 1]
+                    assert len({row["id"] for row in rows}) == 2
+                    assert len({row["folder"] for row in rows}) == 1
+                    peers = await second.announcer.peers()
+                    assert (peers.twins, peers.states["live"]) == (2, 2)
+                    await first.look()
+                    await first.announce()
+                    assert len(await replicas.wait(Target(dsn), version, 0)) == 2
+
+
+async def test_a_killed_one_that_is_started_again_takes_its_own_place_at_once(
+    dsn: str, connection: asyncpg.Connection, tmp_path: Path
+) -> None:
+    await fleet(connection)
+    with folder(tmp_path / "a") as disk:
+        async with replica(dsn, "north", disk=disk) as killed:
+            await killed.look()
+            await killed.announce()
+    with folder(tmp_path / "a") as disk:
+        disk.begin_boot()  # and killed again, before it reached the database
+    with folder(tmp_path / "a") as disk:
+        async with replica(dsn, "north", disk=disk) as again:
+            version = await revoke(dsn)
+            assert str(killed.identity.boot.id) in await unconfirmed(dsn, version)
+            await again.look()
+            await again.announce()
+            (row,) = await replicas.wait(Target(dsn), version, 0)
+            assert row["id"] == str(again.identity.boot.id)
+            assert (await again.announcer.peers()).twins == 0
+
+
+@pytest.mark.parametrize("signed_off", [True, False])
+async def test_on_a_kernel_that_was_started_anew_only_what_signed_off_is_known_to_have_ended(
+    dsn: str, connection: asyncpg.Connection, tmp_path: Path, signed_off: bool
+) -> None:
+    await fleet(connection)
+    with folder(tmp_path / "a") as disk:
+        async with replica(dsn, "north", disk=disk) as before:
+            await before.look()
+            await before.announce()
+            if signed_off:
+                await before.announcer.sign_off(comes_back=True)
+    kept = json.loads((tmp_path / "a/boots").read_text())
+    kept["lock"]["kernel"] = "of another start"
+    (tmp_path / "a/boots").write_text(json.dumps(kept))
+    with folder(tmp_path / "a") as disk:
+        async with replica(dsn, "north", disk=disk) as again:
+            version = await revoke(dsn)
+            await again.look()
+            await again.announce()
+            if signed_off:
+                assert len(await replicas.wait(Target(dsn), version, 0)) == 1
+            else:
+                assert str(before.identity.boot.id) in await unconfirmed(dsn, version)
+    with folder(tmp_path / "a") as disk:
+        async with replica(dsn, "north", disk=disk) as third:
+            await third.look()
+            await third.announce()
+            left = {row["id"] for row in await replicas.list_replicas(Target(dsn))}
+            assert left - {str(third.identity.boot.id)} == (set() if signed_off else {str(before.identity.boot.id)})
+
+
+async def test_one_of_the_version_before_that_signed_off_is_replaced(
+    dsn: str, connection: asyncpg.Connection, tmp_path: Path
+) -> None:
+    await fleet(connection)
+    (tmp_path / "a").mkdir(mode=0o700)
+    old = uuid.uuid4()
+    (tmp_path / "a/replica-id").write_text(f"{old}\n")
+    await connection.execute(
+        "insert into replica (id, name, program_version, workers, longest_staleness_s, stopped_at, comes_back) "
+        "values ($1, 'north', '0', 1, 900, clock_timestamp(), true)",
+        old,
+    )
+    with folder(tmp_path / "a") as disk:
+        async with replica(dsn, "north", disk=disk) as new:
+            await new.look()
+            await new.announce()
+            assert [row["folder"] for row in await replicas.list_replicas(Target(dsn))] == [str(old)]
 
 
 async def test_nobody_is_in_step_in_the_future(dsn: str, connection: asyncpg.Connection) -> None:

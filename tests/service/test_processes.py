@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -269,6 +270,40 @@ async def test_a_replica_that_starts_without_the_database_decides_by_its_disk(ds
             assert await running.login("APM0002") == "deny"
             assert (await running.status())[0] == 503
             assert await running.end() == 0
+
+
+def kill(running):
+    """SIGKILL to all processes of a replica at once, as when a machine's memory is full."""
+    everybody = [running.process.pid, *children(running.process.pid)]
+    for process_id in everybody:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process_id, signal.SIGKILL)
+
+
+async def test_a_killed_replica_that_is_started_again_is_one_and_copies_of_its_folder_are_two(dsn, policy, tmp_path):
+    disk = {"REGISTRY__SNAPSHOT_DIR": str(tmp_path / "disk")}
+
+    async def serving():
+        """The replicas that confirm a change made now."""
+        version = await editor.set_device_status(Target(dsn), "ann", "APM0001", "suspended", "")
+        version = version or await editor.set_device_status(Target(dsn), "ann", "APM0001", "active", "")
+        return await replicas.wait(Target(dsn), version, 60)
+
+    async with replica(dsn, **disk) as running:
+        assert len(await serving()) == 1
+        kill(running)
+        await running.process.wait()
+    async with replica(dsn, **disk) as first:
+        assert len(await serving()) == 1
+        shutil.copytree(tmp_path / "disk", tmp_path / "copied")
+        async with replica(dsn, REGISTRY__SNAPSHOT_DIR=str(tmp_path / "copied")) as second:
+            assert "was copied" in second.logged("registry.disk_copy_refused")[0]["fault"]
+            assert len(await serving()) == 2
+
+            async def alarmed():
+                return await first.metric("authbackend_replicas_of_a_shared_folder") == 2
+
+            await until(alarmed, "the copy is alarmed")
 
 
 async def test_a_damaged_copy_is_refused_and_the_replica_waits_for_the_database(dsn, policy, tmp_path):

@@ -2,8 +2,8 @@
 
 import json
 import os
+import shutil
 import time
-import uuid
 
 import pytest
 
@@ -279,14 +279,52 @@ def test_two_replicas_cannot_share_a_folder(tmp_path):
     disk(tmp_path).close()
 
 
-def test_a_replica_is_the_same_after_a_restart(tmp_path):
-    first = disk(tmp_path)
-    name = first.replica_id()
-    first.close()
-    second = disk(tmp_path)
-    assert second.replica_id() == name
-    assert isinstance(name, uuid.UUID)
-    second.close()
+def boot(path):
+    """Start and end once in a folder."""
+    copy = DiskCopy(path, "here/db", 900.0)
+    try:
+        return copy.begin_boot()
+    finally:
+        copy.close()
+
+
+def test_a_restart_knows_which_boots_have_ended(tmp_path):
+    first, second, third = (boot(tmp_path / "disk") for _ in range(3))
+    assert first.folder == second.folder == third.folder
+    assert len({first.id, second.id, third.id}) == 3
+    assert third.former == (first.id, second.id)
+    assert third.former_ended
+
+
+@pytest.mark.parametrize("record", ["", "nonsense", "[]", '{"lock": {}}', '{"lock": {"kernel": "x"}, "boots": ["y"]}'])
+def test_a_record_of_boots_that_cannot_be_read_proves_nothing(tmp_path, record):
+    folder = boot(tmp_path / "disk").folder
+    (tmp_path / "disk/boots").write_text(record)
+    found = boot(tmp_path / "disk")
+    assert (found.folder, found.former, found.former_ended) == (folder, (), False)
+
+
+def test_the_record_of_boots_does_not_grow_without_end(tmp_path):
+    for _ in range(103):
+        last = boot(tmp_path / "disk")
+    assert len(last.former) == 100
+
+
+def test_a_copied_folder_proves_nothing_and_its_image_is_not_used(tmp_path, written):
+    first = boot(tmp_path / "disk")
+    copied = tmp_path / "copied"
+    shutil.copytree(tmp_path / "disk", copied)
+    found = boot(copied)
+    assert (found.folder, found.former, found.former_ended) == (first.folder, (), False)
+    copy = DiskCopy(copied, "here/db", 900.0)
+    with pytest.raises(Refused, match="was copied from another replica's"):
+        copy.restore(new_store().folder)
+    copy.save(store_of("d9"), MARK, time.time())  # what it writes itself is its own
+    copy.close()
+    copy = DiskCopy(copied, "here/db", 900.0)
+    assert copy.restore(new_store().folder) is not None
+    copy.close()
+    assert restored(tmp_path)[1] is not None
 
 
 def test_a_new_image_leaves_nothing_of_the_old_one(tmp_path, written):

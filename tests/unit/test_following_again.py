@@ -135,7 +135,7 @@ class Observer(Observed):
         super().refreshed(look, refreshed, lasting=lasting)
         self.presence.serves(look)
 
-    def peers(self, states, ages_s):
+    def peers(self, peers):
         pass
 
 
