@@ -99,9 +99,7 @@ async def following(
     """
     collected = collected or CollectorRegistry()
     board = ground.board
-    counted = RegistryMetrics(
-        collected, lambda: metrics.Present(store.state(), store.sizes(), board.states(), board.restarts)
-    )
+    counted = RegistryMetrics(collected, lambda: _present(store, board))
     registry = settings.registry
     database = target(settings)
     reachability = Reachability()
@@ -143,6 +141,10 @@ def _registry_parts(
     observers = _Observers(counted, presence)
     copy = RegistryCopy(feed, store, observers, _times(settings), ground.disk, reachability, writability)
     return feed, presence, copy
+
+
+def _present(store: Store, board: Board) -> metrics.Present:
+    return metrics.Present(store.state(), store.sizes(), board.states(), board.restarts, store.memory_bytes())
 
 
 def _leader(

@@ -12,7 +12,7 @@ from urllib.parse import urlencode, urlsplit
 
 import structlog
 
-from authbackend import clocks
+from authbackend import clocks, metric_files
 from authbackend.board import Board
 from authbackend.credentials import read_dsn
 from authbackend.postgres.connection import Target
@@ -23,6 +23,14 @@ from authbackend.registry.store import Store, in_memory
 from authbackend.settings import Settings
 
 log = structlog.get_logger(__name__)
+
+FOLLOWER = "registry"
+"""The process that follows the database."""
+
+
+def worker_names(settings: Settings) -> list[str]:
+    """Return the names of the workers, by place."""
+    return [f"worker-{place}" for place in range(settings.replica.workers)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +80,7 @@ def prepared(settings: Settings, folder: Path, *, shared: bool) -> Iterator[Grou
     """
     registry = settings.registry
     if shared:
-        (folder / "metrics").mkdir(mode=0o700)
+        metric_files.reserve(folder / "metrics", (FOLLOWER, *worker_names(settings)))
     with contextlib.ExitStack() as stack:
         disk = None
         restored = None

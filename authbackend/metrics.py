@@ -2,20 +2,19 @@
 Prometheus metrics. The number of series depends on device types and reasons, never on the number of devices.
 
 Names and meaning are part of the interface: docs/metrics.md lists them, and a test holds the two together. The
-processes of a replica share them through files in memory (prometheus_client's multiprocess mode): a worker that is
-started again goes on with the counters of the one that died, and the gauges of one that is gone are forgotten.
+processes of a replica share them through files in memory (``metric_files``): a worker that is started again goes on with
+the counters of the one that died, and the gauges of one that is gone are forgotten.
 """
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, multiprocess, values
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, multiprocess
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
@@ -29,24 +28,6 @@ from authbackend.registry.sync import Look, Refreshed
 REQUEST_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 SYNC_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 STALL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
-
-_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
-
-
-def share(folder: Path, process: str) -> None:
-    """
-    Keep the metrics made from now on in a folder that several processes share; ``process`` names this one.
-
-    Source: prometheus_client, "Multiprocess Mode". Named after the worker's place rather than its process id, a file
-    is taken over by the next worker in that place, so counters never go back and files do not pile up.
-    """
-    os.environ[_FOLDER] = str(folder)
-    values.ValueClass = values.MultiProcessValue(lambda: process)  # type: ignore[no-untyped-call]
-
-
-def forget_gauges(folder: Path, process: str) -> None:
-    """Drop what a process that is gone said about its present state."""
-    multiprocess.mark_process_dead(process, str(folder))  # type: ignore[no-untyped-call]
 
 
 def exposition(registry: CollectorRegistry, folder: Path | None, *present: Collector) -> bytes:
@@ -246,6 +227,13 @@ class RegistryMetrics(Collector):
             None if state is None else state.mark.xmax,
         )
         yield _gauges("registry_entries", "Entries of the copy in memory.", "entity", now.sizes)
+        taken, available = now.memory_bytes
+        yield _gauge("registry_memory_bytes", "Memory that the copy has, what it can use again included.", taken)
+        yield _gauge(
+            "registry_memory_available_bytes",
+            "Memory that is left in the file system of registry.memory_dir.",
+            available,
+        )
         yield _gauge("registry_changed_timestamp_seconds", "When the copy last changed.", self._changed_at)
         yield _gauge(
             "registry_sync_age_seconds",
@@ -322,12 +310,13 @@ class CertificateMetrics(Collector):
 
 @dataclass(frozen=True, slots=True)
 class Present:
-    """What is true at this moment; ``workers`` by state, ``sizes`` by entity."""
+    """What is true at this moment; ``workers`` by state, ``sizes`` by entity, ``memory_bytes`` taken and left."""
 
     state: State | None
     sizes: dict[str, int]
     workers: dict[str, int]
     restarts: int
+    memory_bytes: tuple[int, int]
 
 
 def _gauge(name: str, text: str, value: float | None) -> Metric:

@@ -28,10 +28,10 @@ from pathlib import Path
 import structlog
 import uvloop
 
-from authbackend import bootstrap, logs, metrics
+from authbackend import bootstrap, logs, metric_files
 from authbackend.backoff import Backoff
 from authbackend.errors import AuthbackendError, ConfigurationError, Unavailable
-from authbackend.ground import Ground, memory_fault, prepared
+from authbackend.ground import FOLLOWER, Ground, memory_fault, prepared, worker_names
 from authbackend.registry.store import Store
 from authbackend.settings import Settings
 
@@ -46,7 +46,6 @@ _PREFIX = "authbackend-"
 _READY = signal.SIGRTMIN
 """A child to its parent, when it serves. Two of SIGUSR1 at once would be one; signals of this kind queue."""
 _SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGHUP, _READY}
-_REGISTRY = "registry"
 _GARBAGE = 10_000  # containers until a collection; requests leave no cycles behind, so there is little to find
 
 Part = Callable[[Store, bootstrap.OnEnd, asyncio.Event], AbstractAsyncContextManager[object]]
@@ -115,8 +114,8 @@ class Supervisor:
                 settings, ground, store, worker, port, on_end, reload=reload
             )
 
-        self._registry = _Process(_REGISTRY, follow)
-        self._workers = [_Process(f"worker-{n}", answer(n), n) for n in range(settings.replica.workers)]
+        self._registry = _Process(FOLLOWER, follow)
+        self._workers = [_Process(name, answer(n), n) for n, name in enumerate(worker_names(settings))]
 
     def run(self, started: Callable[[dict[str, str]], object]) -> None:
         """Run until a signal; see :func:`serve`."""
@@ -196,7 +195,7 @@ class Supervisor:
         if process.worker is not None:
             self._ground.board.gone(process.worker)
         if self._ground.metrics is not None:
-            metrics.forget_gauges(self._ground.metrics, process.name)
+            metric_files.forget_gauges(self._ground.metrics, process.name)
 
     def _start(self, process: _Process) -> None:
         process.started = time.monotonic()
@@ -238,7 +237,7 @@ class Supervisor:
 def _run_child(settings: Settings, ground: Ground, process: _Process, life: int, parent: int) -> int:
     logs.configure(settings.log.format, settings.log.level, process.name)
     assert ground.metrics is not None
-    metrics.share(ground.metrics, process.name)
+    metric_files.share(ground.metrics, process.name)
     try:
         uvloop.run(_child(ground, process, life, parent))
     except AuthbackendError as error:

@@ -114,6 +114,23 @@ begin
   return null;
 end $_$;
 
+CREATE FUNCTION public.acting_person() RETURNS text
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  named text := nullif(current_setting('authbackend.actor', true), '');
+  speakers oid := to_regrole('authbackend_speaks_for_others');
+begin
+  if current_setting('authbackend.scheduled', true) = 'yes' then
+    return coalesce((select person from public.acting_for where backend = pg_backend_pid()), session_user);
+  elsif named is not null and pg_has_role(session_user, speakers, 'MEMBER')
+    and exists (select from pg_auth_members m join pg_roles r on r.oid = m.member where m.roleid = speakers and r.rolname = session_user) then
+    return named;
+  end if;
+  return session_user;
+end $$;
+
 CREATE FUNCTION public.attributes_fault(attributes jsonb) RETURNS text
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -136,23 +153,24 @@ CREATE FUNCTION public.audit_note() RETURNS trigger
     SET search_path TO 'public', 'pg_temp'
     AS $_$
 declare
-  acting text := nullif(current_setting('authbackend.actor', true), '');
+  person text := acting_person();
+  claimed text := nullif(current_setting('authbackend.actor', true), '');
   rows text := case tg_op
     when 'INSERT' then 'select null::jsonb as b, to_jsonb(n) as a, n.%1$I::text as k from new_rows n'
     when 'DELETE' then 'select to_jsonb(o) as b, null::jsonb as a, o.%1$I::text as k from old_rows o'
     else 'select to_jsonb(o) as b, to_jsonb(n) as a, coalesce(n.%1$I, o.%1$I)::text as k from old_rows o full join new_rows n on o.%1$I = n.%1$I' end;
 begin
   if tg_op = 'TRUNCATE' then
-    insert into audit (actor, operation, entity) values (acting, tg_op, tg_argv[0]);
+    insert into audit (actor, claimed_by, operation, entity) values (person, claimed, tg_op, tg_argv[0]);
     return null;
   end if;
   execute format(
-    'insert into audit (actor, operation, entity, key, before, after)
-     select $1, $2, $3, k, audit_row($3, b),
+    'insert into audit (actor, claimed_by, operation, entity, key, before, after)
+     select $1, $4, $2, $3, k, audit_row($3, b),
             case when $3 = ''account'' and b ->> ''password_hash'' is distinct from a ->> ''password_hash'' and a ->> ''password_hash'' is not null
               then a || ''{"password_hash": "changed"}'' else audit_row($3, a) end
      from (' || rows || ') as t', tg_argv[1])
-  using acting, tg_op, tg_argv[0];
+  using person, tg_op, tg_argv[0], claimed;
   return null;
 end $_$;
 
@@ -427,17 +445,30 @@ begin
     perform from public.device where device_id = due.device_id for no key update skip locked;
     continue when not found; -- enforcement_overdue() names who has it
     begin
-      perform set_config('authbackend.actor', due.actor, true);
+      insert into public.acting_for (person) values (coalesce(due.actor, session_user));
+      perform set_config('authbackend.actor', coalesce(due.claimed_by, ''), true), set_config('authbackend.scheduled', 'yes', true);
       update public.device set status = due.status, status_reason = due.reason
       where device_id = due.device_id and status <> due.status
         and (due.status = 'revoked' or (due.status = 'suspended' and status = 'active') or (due.status = 'active' and status = 'suspended'));
       delete from public.device_schedule where device_id = due.device_id and at = due.at;
+      delete from public.acting_for where backend = pg_backend_pid();
       made := made + 1;
     exception
       when others then
         fault := coalesce(fault, format('%s of device %s, scheduled for %s: %s', due.status, due.device_id, due.at, sqlerrm));
     end;
   end loop;
+  perform set_config('authbackend.actor', '', true), set_config('authbackend.scheduled', '', true);
+end $$;
+
+CREATE FUNCTION public.device_schedule_person() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  new.actor := public.acting_person();
+  new.claimed_by := nullif(current_setting('authbackend.actor', true), '');
+  return new;
 end $$;
 
 CREATE FUNCTION public.device_status_changed() RETURNS trigger
@@ -534,6 +565,23 @@ begin
   where o.state = 'active' and n.state = 'revoked' and n.not_after > now();
   perform pg_notify('enforcement', '');
   return null;
+end $$;
+
+CREATE FUNCTION public.enforcement_cluster_forget(cluster_name text, OUT clusters bigint, OUT tasks bigint) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  delete from public.enforcement_cluster where name = cluster_name;
+  get diagnostics clusters = row_count;
+  with seen as (
+    select * from public.enforcement where cluster = cluster_name and finished_at is null order by id for update),
+  closed as (
+    update public.enforcement e set state = 'superseded', finished_at = clock_timestamp(),
+      receipt = coalesce(e.receipt, '{}') || '{"superseded": "the cluster was forgotten; what is connected there was not looked at again"}'
+    from seen s where e.id = s.id returning e.id, to_jsonb(s) as before, to_jsonb(e) as after)
+  insert into public.audit (operation, entity, key, before, after) select 'UPDATE', 'enforcement', id::text, before, after from closed;
+  get diagnostics tasks = row_count;
 end $$;
 
 CREATE FUNCTION public.enforcement_concerns(of_device text, of_status text) RETURNS boolean
@@ -636,6 +684,21 @@ begin
   return null;
 end $$;
 
+CREATE FUNCTION public.enforcement_disable(OUT holds bigint, OUT moves bigint) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  delete from public.enforcement_setup;
+  delete from public.enforcement_cluster;
+  with gone as (delete from public.device_hold returning *)
+  insert into public.audit (operation, entity, key, before) select 'DELETE', 'device_hold', device_id, to_jsonb(gone) from gone;
+  get diagnostics holds = row_count;
+  with gone as (delete from public.client_id_move returning *)
+  insert into public.audit (operation, entity, key, before) select 'DELETE', 'client_id_move', device_type, to_jsonb(gone) from gone;
+  get diagnostics moves = row_count;
+end $$;
+
 CREATE FUNCTION public.enforcement_hold(device_ids text[]) RETURNS void
     LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -714,6 +777,40 @@ CREATE FUNCTION public.enforcement_overdue() RETURNS TABLE(device_id text, at ti
   where s.at < clock_timestamp() - interval '1 second'
   order by s.at, s.device_id
 $$;
+
+CREATE FUNCTION public.enforcement_pause_begin(of_scope text) RETURNS void
+    LANGUAGE sql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+  insert into public.enforcement_pause (scope) values (of_scope)
+  on conflict (one) do update set scope = excluded.scope, since = excluded.since, until = excluded.until,
+    role = excluded.role, actor = excluded.actor, claimed_by = excluded.claimed_by
+$$;
+
+CREATE FUNCTION public.enforcement_pause_end() RETURNS boolean
+    LANGUAGE sql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+  with gone as (delete from public.enforcement_pause returning 1) select exists (select from gone)
+$$;
+
+CREATE FUNCTION public.enforcement_retry(task bigint) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  n bigint;
+begin
+  with seen as (
+    select * from public.enforcement where case when task is null then finished_at is null else id = task end order by id for update),
+  again as (
+    update public.enforcement e set due_at = clock_timestamp(), state = case when e.finished_at is null then e.state else 'waiting' end, finished_at = null
+    from seen s where e.id = s.id returning e.id, to_jsonb(s) as before, to_jsonb(e) as after)
+  insert into public.audit (operation, entity, key, before, after) select 'UPDATE', 'enforcement', id::text, before, after from again;
+  get diagnostics n = row_count;
+  perform pg_notify('enforcement', '');
+  return n;
+end $$;
 
 CREATE FUNCTION public.enforcement_topic_rule() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER
@@ -854,6 +951,11 @@ CREATE FUNCTION public.registry_life() RETURNS text
   select left(encode(sha256(convert_to(public.registry_epoch() || '/' || coalesce((select id::text from public.incarnation), ''), 'UTF8')), 'hex'), 8)
 $$;
 
+CREATE FUNCTION public.registry_oldest_program() RETURNS text
+    LANGUAGE sql STABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$ select '0.1.0' $$;
+
 CREATE FUNCTION public.registry_version() RETURNS text
     LANGUAGE sql
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -861,6 +963,19 @@ CREATE FUNCTION public.registry_version() RETURNS text
   select public.incarnation_renew();
   select pg_current_xact_id()::text || '@' || public.registry_life();
 $$;
+
+CREATE FUNCTION public.replica_forget(which text) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  n bigint;
+begin
+  with gone as (delete from public.replica where id::text = which or name = which returning *)
+  insert into public.audit (operation, entity, key, before) select 'DELETE', 'replica', id::text, to_jsonb(gone) from gone;
+  get diagnostics n = row_count;
+  return n;
+end $$;
 
 CREATE FUNCTION public.resource_pattern_matches(pattern text, name text) RETURNS boolean
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
@@ -925,19 +1040,25 @@ begin
   return null;
 end $$;
 
+CREATE TABLE public.acting_for (
+    backend integer DEFAULT pg_backend_pid() NOT NULL,
+    person text NOT NULL
+);
+
 CREATE TABLE public.audit (
     id bigint NOT NULL,
     at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
     version xid8 DEFAULT pg_current_xact_id() NOT NULL,
     role name DEFAULT SESSION_USER NOT NULL,
-    actor text,
+    claimed_by text DEFAULT NULLIF(current_setting('authbackend.actor'::text, true), ''::text),
     application text DEFAULT current_setting('application_name'::text) NOT NULL,
     address inet DEFAULT inet_client_addr(),
     operation text NOT NULL,
     entity text NOT NULL,
     key text,
     before jsonb,
-    after jsonb
+    after jsonb,
+    actor text DEFAULT public.acting_person()
 );
 
 ALTER TABLE public.audit ALTER COLUMN id ADD GENERATED ALWAYS AS IDENTITY (
@@ -1120,7 +1241,8 @@ CREATE TABLE public.device_schedule (
     at timestamp with time zone NOT NULL,
     status text NOT NULL,
     reason text DEFAULT ''::text NOT NULL,
-    actor text DEFAULT COALESCE(NULLIF(current_setting('authbackend.actor'::text, true), ''::text), (SESSION_USER)::text) NOT NULL,
+    claimed_by text DEFAULT NULLIF(current_setting('authbackend.actor'::text, true), ''::text),
+    actor text,
     CONSTRAINT device_schedule_at CHECK (
 CASE
     WHEN ((at >= '1970-01-01 00:00:00+00'::timestamp with time zone) AND (at < '9999-12-31 00:00:00+00'::timestamp with time zone)) THEN true
@@ -1177,7 +1299,7 @@ CREATE TABLE public.enforcement (
     details jsonb DEFAULT '{}'::jsonb NOT NULL,
     parent bigint,
     role name DEFAULT SESSION_USER NOT NULL,
-    actor text DEFAULT NULLIF(current_setting('authbackend.actor'::text, true), ''::text),
+    claimed_by text DEFAULT NULLIF(current_setting('authbackend.actor'::text, true), ''::text),
     noted_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
     due_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
     state text DEFAULT 'waiting'::text NOT NULL,
@@ -1187,6 +1309,11 @@ CREATE TABLE public.enforcement (
     finished_at timestamp with time zone,
     cluster text NOT NULL,
     lane text DEFAULT 'mass'::text NOT NULL,
+    actor text DEFAULT 
+CASE
+    WHEN ((current_setting('authbackend.scheduled'::text, true) = 'yes'::text) OR pg_has_role(SESSION_USER, (to_regrole('authbackend_speaks_for_others'::text))::oid, 'MEMBER'::text)) THEN public.acting_person()
+    ELSE (SESSION_USER)::text
+END,
     CONSTRAINT enforcement_kind_check CHECK ((kind = ANY (ARRAY['device'::text, 'device_type'::text, 'account'::text, 'certificate'::text]))),
     CONSTRAINT enforcement_lane_check CHECK ((lane = ANY (ARRAY['urgent'::text, 'small'::text, 'mass'::text]))),
     CONSTRAINT enforcement_state_check CHECK ((state = ANY (ARRAY['waiting'::text, 'checking'::text, 'done'::text, 'superseded'::text])))
@@ -1218,7 +1345,8 @@ CREATE TABLE public.enforcement_pause (
     since timestamp with time zone DEFAULT now() NOT NULL,
     until timestamp with time zone DEFAULT (now() + '01:00:00'::interval) NOT NULL,
     role name DEFAULT SESSION_USER NOT NULL,
-    actor text DEFAULT NULLIF(current_setting('authbackend.actor'::text, true), ''::text),
+    claimed_by text DEFAULT NULLIF(current_setting('authbackend.actor'::text, true), ''::text),
+    actor text DEFAULT public.acting_person(),
     CONSTRAINT enforcement_pause_one_check CHECK (one),
     CONSTRAINT enforcement_pause_scope_check CHECK ((scope = ANY (ARRAY['bulk'::text, 'all'::text]))),
     CONSTRAINT enforcement_pause_until CHECK (
@@ -1285,21 +1413,26 @@ CREATE VIEW public.replica_state AS
     r.stopped_at,
     r.comes_back,
     d.state,
-    (((r.stopped_at IS NULL) OR r.comes_back) AND (u.counts_until >= clock_timestamp())) AS may_answer,
+    (c.connected OR (((r.stopped_at IS NULL) OR r.comes_back) AND (u.counts_until >= clock_timestamp()))) AS may_answer,
     u.counts_until,
     r.folder,
         CASE
             WHEN h.heard THEN (count(*) FILTER (WHERE h.heard) OVER (PARTITION BY COALESCE(r.folder, r.id)) - 1)
             ELSE (0)::bigint
         END AS twins
-   FROM ((((public.replica r
+   FROM (((((public.replica r
      CROSS JOIN LATERAL ( SELECT GREATEST(r.introduced_at, r.confirmed_at) AS seen_at) s)
      CROSS JOIN LATERAL ( SELECT (s.seen_at + make_interval(secs => (r.longest_staleness_s + (5)::double precision))) AS counts_until) u)
+     CROSS JOIN LATERAL ( SELECT (EXISTS ( SELECT
+                   FROM pg_locks
+                  WHERE ((pg_locks.locktype = 'advisory'::text) AND (pg_locks.classid = (724005)::oid) AND (pg_locks.objsubid = 2) AND pg_locks.granted AND ((pg_locks.objid)::bigint = ((hashtext((r.id)::text))::bigint & '4294967295'::bigint)) AND (pg_locks.database = ( SELECT pg_database.oid
+                           FROM pg_database
+                          WHERE (pg_database.datname = current_database())))))) AS connected) c)
      CROSS JOIN LATERAL ( SELECT
                 CASE
-                    WHEN ((r.stopped_at IS NOT NULL) AND (NOT r.comes_back)) THEN 'stopped'::text
-                    WHEN (u.counts_until < clock_timestamp()) THEN 'gone'::text
-                    WHEN (r.stopped_at IS NOT NULL) THEN 'stopped'::text
+                    WHEN ((r.stopped_at IS NOT NULL) AND (NOT r.comes_back) AND (NOT c.connected)) THEN 'stopped'::text
+                    WHEN ((u.counts_until < clock_timestamp()) AND (NOT c.connected)) THEN 'gone'::text
+                    WHEN ((r.stopped_at IS NOT NULL) AND (NOT c.connected)) THEN 'stopped'::text
                     WHEN (r.snapshot IS NULL) THEN 'starting'::text
                     WHEN (s.seen_at < (clock_timestamp() - '00:00:10'::interval)) THEN 'silent'::text
                     ELSE 'live'::text
@@ -1358,6 +1491,9 @@ ALTER TABLE public.topic_rule ALTER COLUMN id ADD GENERATED BY DEFAULT AS IDENTI
 
 ALTER TABLE ONLY public.account
     ADD CONSTRAINT account_pkey PRIMARY KEY (name);
+
+ALTER TABLE ONLY public.acting_for
+    ADD CONSTRAINT acting_for_pkey PRIMARY KEY (backend);
 
 ALTER TABLE ONLY public.audit
     ADD CONSTRAINT audit_pkey PRIMARY KEY (id);
@@ -1519,6 +1655,10 @@ CREATE TRIGGER audit_d AFTER DELETE ON public.enforcement_pause REFERENCING OLD 
 
 ALTER TABLE public.enforcement_pause ENABLE ALWAYS TRIGGER audit_d;
 
+CREATE TRIGGER audit_d AFTER DELETE ON public.enforcement_setup REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('enforcement_setup', 'one');
+
+ALTER TABLE public.enforcement_setup ENABLE ALWAYS TRIGGER audit_d;
+
 CREATE TRIGGER audit_d AFTER DELETE ON public.topic_rule REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('topic_rule', 'id');
 
 ALTER TABLE public.topic_rule ENABLE ALWAYS TRIGGER audit_d;
@@ -1558,6 +1698,10 @@ ALTER TABLE public.enforcement_cluster ENABLE ALWAYS TRIGGER audit_i;
 CREATE TRIGGER audit_i AFTER INSERT ON public.enforcement_pause REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('enforcement_pause', 'scope');
 
 ALTER TABLE public.enforcement_pause ENABLE ALWAYS TRIGGER audit_i;
+
+CREATE TRIGGER audit_i AFTER INSERT ON public.enforcement_setup REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('enforcement_setup', 'one');
+
+ALTER TABLE public.enforcement_setup ENABLE ALWAYS TRIGGER audit_i;
 
 CREATE TRIGGER audit_i AFTER INSERT ON public.topic_rule REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('topic_rule', 'id');
 
@@ -1599,6 +1743,10 @@ CREATE TRIGGER audit_t AFTER TRUNCATE ON public.enforcement_pause FOR EACH STATE
 
 ALTER TABLE public.enforcement_pause ENABLE ALWAYS TRIGGER audit_t;
 
+CREATE TRIGGER audit_t AFTER TRUNCATE ON public.enforcement_setup FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('enforcement_setup', 'one');
+
+ALTER TABLE public.enforcement_setup ENABLE ALWAYS TRIGGER audit_t;
+
 CREATE TRIGGER audit_t AFTER TRUNCATE ON public.topic_rule FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('topic_rule', 'id');
 
 ALTER TABLE public.topic_rule ENABLE ALWAYS TRIGGER audit_t;
@@ -1638,6 +1786,10 @@ ALTER TABLE public.enforcement_cluster ENABLE ALWAYS TRIGGER audit_u;
 CREATE TRIGGER audit_u AFTER UPDATE ON public.enforcement_pause REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('enforcement_pause', 'scope');
 
 ALTER TABLE public.enforcement_pause ENABLE ALWAYS TRIGGER audit_u;
+
+CREATE TRIGGER audit_u AFTER UPDATE ON public.enforcement_setup REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('enforcement_setup', 'one');
+
+ALTER TABLE public.enforcement_setup ENABLE ALWAYS TRIGGER audit_u;
 
 CREATE TRIGGER audit_u AFTER UPDATE ON public.topic_rule REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('topic_rule', 'id');
 
@@ -1859,6 +2011,10 @@ CREATE TRIGGER lane AFTER INSERT ON public.enforcement REFERENCING NEW TABLE AS 
 
 ALTER TABLE public.enforcement ENABLE ALWAYS TRIGGER lane;
 
+CREATE TRIGGER person BEFORE INSERT OR UPDATE OF at, status, reason, actor, claimed_by ON public.device_schedule FOR EACH ROW EXECUTE FUNCTION public.device_schedule_person();
+
+ALTER TABLE public.device_schedule ENABLE ALWAYS TRIGGER person;
+
 CREATE TRIGGER status_changed BEFORE UPDATE ON public.device FOR EACH ROW WHEN ((old.status IS DISTINCT FROM new.status)) EXECUTE FUNCTION public.device_status_changed();
 
 ALTER TABLE public.device ENABLE ALWAYS TRIGGER status_changed;
@@ -1905,9 +2061,13 @@ REVOKE ALL ON FUNCTION public.enforcement_account() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.enforcement_certificate() FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION public.enforcement_cluster_forget(cluster_name text, OUT clusters bigint, OUT tasks bigint) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION public.enforcement_device() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.enforcement_device_type() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.enforcement_disable(OUT holds bigint, OUT moves bigint) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.enforcement_hold(device_ids text[]) FROM PUBLIC;
 
@@ -1917,6 +2077,12 @@ REVOKE ALL ON FUNCTION public.enforcement_note_expired() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.enforcement_overdue() FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION public.enforcement_pause_begin(of_scope text) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.enforcement_pause_end() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.enforcement_retry(task bigint) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION public.enforcement_topic_rule() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.identity_check() FROM PUBLIC;
@@ -1924,6 +2090,8 @@ REVOKE ALL ON FUNCTION public.identity_check() FROM PUBLIC;
 REVOKE ALL ON FUNCTION public.identity_guard_take() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.incarnation_renew() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.replica_forget(which text) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.row_lock_holders(xmax_ xid) FROM PUBLIC;
 
@@ -1940,4 +2108,8 @@ insert into public.schema_migrations (version) values
   ('20261125100000'),
   ('20261125110000'),
   ('20261125120000'),
-  ('20261125123000');
+  ('20261125122000'),
+  ('20261125122010'),
+  ('20261125123000'),
+  ('20261125124000'),
+  ('20261125125000');

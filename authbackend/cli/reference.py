@@ -121,7 +121,7 @@ def _collected() -> Iterator[tuple[Metric, tuple[str, ...]]]:
     registry = CollectorRegistry()
     BrokerMetrics(registry)
     EnforcementMetrics(registry)
-    registry.register(RegistryMetrics(registry, lambda: Present(None, {}, {}, 0)))
+    registry.register(RegistryMetrics(registry, lambda: Present(None, {}, {}, 0, (0, 0))))
     registry.register(CertificateMetrics())
     for collector in dict.fromkeys(registry._collector_to_names):  # noqa: SLF001 - the only list there is
         for metric in collector.describe() if hasattr(collector, "describe") else collector.collect():

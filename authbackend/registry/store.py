@@ -8,6 +8,7 @@ killed, or the writer in the middle of a change, leaves it whole. Why LMDB: docs
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import time
@@ -28,6 +29,8 @@ from authbackend.registry.mark import Mark
 from authbackend.registry.records import DeviceRow, Patch
 
 DATA_FILE = "data.mdb"
+LOCK_FILE = "lock.mdb"
+SPARE_FILE = "spare"
 LARGEST_BYTES = 64 * 1024**3
 """Address space, not memory: some 600 million devices."""
 
@@ -35,6 +38,9 @@ _MOST_READERS = 512
 _LONGEST_NAME_BYTES = 500  # LMDB's keys are at most 511 bytes; no name of the registry is longer than 128
 _TABLES = (b"device", b"device_id", b"device_type", b"account", b"state")
 _STATE = b"state"
+_NO_ROOM = {errno.ENOSPC, errno.EIO}  # a write that got only some of its pages is the second
+_SPARE_BYTES = 1024**2
+_SPARE_FILE_BYTES = 128 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +80,7 @@ class Store:
     """
 
     def __init__(self, folder: Path, *, readonly: bool = False) -> None:
+        self.folder = folder
         try:
             self._env = lmdb.open(
                 str(folder),
@@ -93,7 +100,23 @@ class Store:
             )
         except lmdb.Error as error:
             raise Unavailable(f"the registry in {folder} cannot be opened: {error}") from error
-        self.folder = folder
+        if not readonly:
+            self._reserve_readers(folder)
+            self._reserve_spare()
+
+    def _reserve_readers(self, folder: Path) -> None:
+        """Give the table of readers its memory now; a worker that got none for its place later would be killed."""
+        try:
+            with (folder / LOCK_FILE).open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        except OSError as error:
+            self._env.close()
+            raise NoRoom(_no_room(folder, str(error.strerror))) from error
+
+    def _reserve_spare(self) -> None:
+        """Set memory aside in which to note that there is none; if there is none for it now, at the next occasion."""
+        with contextlib.suppress(OSError), (self.folder / SPARE_FILE).open("ab") as file:
+            os.posix_fallocate(file.fileno(), 0, _SPARE_FILE_BYTES)
 
     def close(self) -> None:
         """Close it; a reader of it must not be used any more."""
@@ -110,6 +133,11 @@ class Store:
         tables = {"device": self._devices, "device_type": self._types, "account": self._accounts}
         with self._env.begin() as transaction:
             return {name: transaction.stat(table)["entries"] for name, table in tables.items()}
+
+    def memory_bytes(self) -> tuple[int, int]:
+        """Return how much memory the file of the store has, and how much is left beside it."""
+        here = os.statvfs(self.folder)
+        return (self.folder / DATA_FILE).stat().st_blocks * 512, here.f_bavail * here.f_frsize
 
     def forget_dead_readers(self) -> None:
         """Free what a worker that was killed had been reading."""
@@ -150,6 +178,13 @@ class Store:
         )
 
     def _note(self, change: Callable[[State], State]) -> None:
+        try:
+            self._noted(change)
+        except NoRoom:
+            (self.folder / SPARE_FILE).unlink(missing_ok=True)
+            self._noted(change)
+
+    def _noted(self, change: Callable[[State], State]) -> None:
         with self._writing() as transaction:
             state = _state(transaction.get(_STATE, db=self._states))
             if state is not None:
@@ -177,6 +212,7 @@ class Store:
                     if row.other_id is not None:
                         transaction.put(row.other_id, row.name, db=self._ids)
             self._finish(transaction, mark, synced_at, database_time)
+        self._reserve_spare()
 
     @contextlib.contextmanager
     def loading(self, mark: Mark, synced_at: float, database_time: float | None = None) -> Iterator[Loader]:
@@ -187,23 +223,48 @@ class Store:
             NoRoom: The version stays what it was.
         """
         with self._writing() as transaction:
+            before_bytes = self._bytes(transaction)
             for table in (self._devices, self._ids, self._types, self._accounts):
                 transaction.drop(table, delete=False)
             yield Loader(transaction, self._devices, self._ids, self._types, self._accounts)
+            self._check_room(transaction, before_bytes)
             self._finish(transaction, mark, synced_at, database_time)
+        self._reserve_spare()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[Any]:
         try:
             with self._env.begin(write=True) as transaction:
                 yield transaction
-        except (lmdb.MapFullError, lmdb.DiskError) as error:
-            raise NoRoom(
-                f"the registry does not fit into the memory at {self.folder}: give that file system more room "
-                f"(registry.memory_dir; in a container, shm_size). {error}"
-            ) from error
         except lmdb.Error as error:
+            self._give_back()
+            if isinstance(error, lmdb.MapFullError) or getattr(error, "code", None) in _NO_ROOM:
+                raise NoRoom(_no_room(self.folder, str(error))) from error
             raise Unavailable(f"the registry in {self.folder} cannot be written: {error}") from error
+
+    def _give_back(self) -> None:
+        """Return the memory beyond the newest version, which a change that failed had taken; nobody reads it."""
+        used = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+        with contextlib.suppress(OSError), (self.folder / DATA_FILE).open("r+b") as file:
+            if os.fstat(file.fileno()).st_size > used:
+                os.ftruncate(file.fileno(), used)
+
+    def _check_room(self, transaction: Any, before_bytes: int) -> None:
+        """Refuse what would fill the file system, before it is written: others need room there as well."""
+        taken, available = self.memory_bytes()
+        missing = before_bytes + self._bytes(transaction) - taken - available + _SPARE_BYTES
+        if missing > 0:
+            raise NoRoom(
+                _no_room(self.folder, f"{missing / 2**20:.1f} MiB more are needed to load all of it beside it")
+            )
+
+    def _bytes(self, transaction: Any) -> int:
+        """Return how much a version takes."""
+        tables = (self._devices, self._ids, self._types, self._accounts)
+        found = [transaction.stat(table) for table in tables]
+        return int(
+            sum((one["branch_pages"] + one["leaf_pages"] + one["overflow_pages"]) * one["psize"] for one in found)
+        )
 
     def _finish(self, transaction: Any, mark: Mark, synced_at: float, database_time: float | None) -> None:
         before = _state(transaction.get(_STATE, db=self._states))
@@ -403,6 +464,13 @@ class Reader:
     def rows(self) -> Iterator[tuple[bytes, bytes]]:
         """Yield every device's common name and record."""
         yield from self._transaction.cursor(self._devices)
+
+
+def _no_room(folder: Path, cause: str) -> str:
+    return (
+        f"the registry does not fit into the memory at {folder}: give that file system more room (registry.memory_dir; in a "
+        f"container, shm_size). {cause}"
+    )
 
 
 def _key(name: str) -> bytes | None:

@@ -2,15 +2,13 @@
 
 -- A replica that follows a database which it cannot write to keeps its word with an advisory lock for as long as it is connected.
 create or replace view replica_state as
-select r.*,
-       case when stopped_at is not null and not comes_back and not connected then 'stopped'
-            when counts_until < clock_timestamp() and not connected then 'gone'
-            when stopped_at is not null and not connected then 'stopped'
-            when snapshot is null then 'starting'
-            when seen_at < clock_timestamp() - interval '10 s' then 'silent'
-            else 'live' end as state,
+select r.id, r.name, r.program_version, r.workers, r.longest_staleness_s, r.introduced_at, r.epoch, r.incarnation,
+       r.snapshot, r.confirmed_at, r.stopped_at, r.comes_back, d.state,
        connected or ((stopped_at is null or comes_back) and counts_until >= clock_timestamp()) as may_answer,
-       counts_until
+       counts_until,
+       r.folder,
+       -- How many others run from a folder with this id, as far as was heard in the last 10 s.
+       case when heard then count(*) filter (where heard) over (partition by coalesce(folder, id)) - 1 else 0 end as twins
 from replica r
 cross join lateral (select greatest(introduced_at, confirmed_at) as seen_at) as s
 cross join lateral (select seen_at + make_interval(secs => longest_staleness_s + 5) as counts_until) as u
@@ -18,6 +16,13 @@ cross join lateral (select exists (
     select from pg_locks
     where locktype = 'advisory' and classid = 724005 and objsubid = 2 and granted
       and objid::bigint = hashtext(r.id::text)::bigint & 4294967295
-      and database = (select oid from pg_database where datname = current_database())) as connected) as c;
+      and database = (select oid from pg_database where datname = current_database())) as connected) as c
+cross join lateral (select case when stopped_at is not null and not comes_back and not connected then 'stopped'
+            when counts_until < clock_timestamp() and not connected then 'gone'
+            when stopped_at is not null and not connected then 'stopped'
+            when snapshot is null then 'starting'
+            when seen_at < clock_timestamp() - interval '10 s' then 'silent'
+            else 'live' end as state) as d
+cross join lateral (select stopped_at is null and seen_at >= clock_timestamp() - interval '10 s' as heard) as h;
 
 -- migrate:down

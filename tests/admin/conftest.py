@@ -53,7 +53,13 @@ class Replica:
         self.collected = CollectorRegistry()
         self.counted = RegistryMetrics(
             self.collected,
-            lambda: metrics.Present(self.store.state(), self.store.sizes(), self.board.states(), self.board.restarts),
+            lambda: metrics.Present(
+                self.store.state(),
+                self.store.sizes(),
+                self.board.states(),
+                self.board.restarts,
+                self.store.memory_bytes(),
+            ),
         )
 
     def application(self, *, loopback=True):
