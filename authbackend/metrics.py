@@ -27,6 +27,10 @@ from authbackend.registry.sync import Look, Refreshed
 
 REQUEST_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 SYNC_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+MOST_DECISIONS = 5_000
+OTHER_TYPES = "(other)"
+"""The device type of decisions counted beyond that many series: no type has this name."""
+
 STALL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 
 
@@ -47,7 +51,7 @@ class BrokerMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self._decisions = Counter(
             "authbackend_decisions",
-            "Answers to RabbitMQ by endpoint, verdict, reason and device type (or account, unknown).",
+            "Answers to RabbitMQ by endpoint, verdict, reason and device type (or account, unknown; (other) beyond 5,000 series).",
             ["endpoint", "verdict", "reason", "device_type"],
             registry=registry,
         )
@@ -129,8 +133,10 @@ class BrokerMetrics:
         child = self._decision_children.get(key)
         if child is None:
             verdict = "allow" if decision.allowed else "deny"
-            child = self._decisions.labels(endpoint, verdict, decision.reason, decision.kind)
-            self._decision_children[key] = child
+            full = len(self._decision_children) >= MOST_DECISIONS
+            child = self._decisions.labels(endpoint, verdict, decision.reason, OTHER_TYPES if full else decision.kind)
+            if not full:
+                self._decision_children[key] = child
         child.inc()
 
     def answered(self, endpoint: str, seconds: float) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
@@ -69,7 +70,8 @@ class ChangeFeed:
         self._on_ignored = on_ignored
         self._unknown: set[str] = set()
         self._introduced = False
-        self._vouches = False
+        self._row: uuid.UUID | None = None
+        self._vouches_for: uuid.UUID | None = None
         self._writability = writability or Writability()
         self._target = target
         self._retention_s = change_retention_s
@@ -241,7 +243,7 @@ class ChangeFeed:
     async def _connected(self) -> Connection:
         if self._connection is None or self._connection.is_closed():
             self._connection = await connect(self._target)
-            self._introduced = self._vouches = False
+            self._introduced, self._vouches_for = False, None
         return self._connection
 
     @contextlib.asynccontextmanager
@@ -282,18 +284,21 @@ class ChangeFeed:
             try:
                 with translated_errors():
                     await introduce(connection, identity)
-                self._introduced = True
+                self._introduced, self._row = True, identity.boot.id
             except Unwritable as error:
                 self._writability.failed(error.detail)
-                if not await connection.fetchval(statements.known.sql, identity.id):
+                # Whoever waits for the boot before this one waits for this one, as long as it cannot take that one's place.
+                ids = [identity.boot.id, *reversed(identity.boot.former)]
+                self._row = await connection.fetchval(statements.known.sql, ids)
+                if self._row is None:
                     raise Unavailable(
                         "the database does not know this replica, and cannot note it, so that nobody would wait for it "
                         f"when something is revoked: {error.detail}"
                     ) from error
-        if self._vouches != (self._writability.fault is not None):
-            statement = statements.no_vouch if self._vouches else statements.vouch
-            await connection.fetchval(statement.sql, locks.REPLICA, identity.id)
-            self._vouches = not self._vouches
+        if (self._vouches_for is not None) != (self._writability.fault is not None):
+            statement = statements.vouch if self._vouches_for is None else statements.no_vouch
+            await connection.fetchval(statement.sql, locks.REPLICA, self._vouches_for or self._row)
+            self._vouches_for = None if self._vouches_for else self._row
 
     def _position(self, row: Any) -> tuple[Look | None, int]:
         require_fit(row["oldest_program"])  # again: the schema may have changed before the locks were taken

@@ -34,6 +34,9 @@ SPARE_FILE = "spare"
 LARGEST_BYTES = 64 * 1024**3
 """Address space, not memory: some 600 million devices."""
 
+MOST_KNOWN = 10_000
+"""Device types, and accounts, that a reader keeps in readable form."""
+
 _MOST_READERS = 512
 _LONGEST_NAME_BYTES = 500  # LMDB's keys are at most 511 bytes; no name of the registry is longer than 128
 _TABLES = (b"device", b"device_id", b"device_type", b"account", b"state")
@@ -353,6 +356,9 @@ class Reader:
         if version != self._seen:
             self._seen = version
             self._types_fresh.clear()
+            for known in (self._types_known, self._accounts_known):  # also who was removed and is asked for no more
+                if len(known) > MOST_KNOWN:
+                    known.clear()
             self.state = _state(transaction.get(_STATE, db=self._states))
         return self
 

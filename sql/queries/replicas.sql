@@ -11,8 +11,8 @@ on conflict (id) do update set name = excluded.name, program_version = excluded.
   longest_staleness_s = excluded.longest_staleness_s, introduced_at = clock_timestamp(), stopped_at = null, comes_back = false;
 
 -- name: known$
--- params: 1 id
-select exists (select from replica where id = $1);
+-- params: 1 ids uuid[]; the first of them that has a row
+select id from replica where id = any ($1) order by array_position($1, id) limit 1;
 
 -- name: vouch$
 -- Held until the connection ends: whoever waits for the replicas waits for this one, although it cannot announce itself.
