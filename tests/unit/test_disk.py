@@ -319,7 +319,7 @@ def test_a_copied_folder_proves_nothing_and_its_image_is_not_used(tmp_path, writ
     copy = DiskCopy(copied, "here/db", 900.0)
     with pytest.raises(Refused, match="was copied from another replica's"):
         copy.restore(new_store().folder)
-    copy.save(store_of("d9"), MARK, time.time())  # what it writes itself is its own
+    copy.save(store_of("d9"), look())  # what it writes itself is its own
     copy.close()
     copy = DiskCopy(copied, "here/db", 900.0)
     assert copy.restore(new_store().folder) is not None
