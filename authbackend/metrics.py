@@ -277,6 +277,7 @@ class CertificateMetrics(Collector):
         self.expired: int | None = None
         self.most_on_a_day: int | None = None
         self.authorities: dict[str, float] = {}
+        self.this_updates: dict[str, float] = {}
         self.next_updates: dict[str, float] = {}
 
     def collect(self) -> Iterator[Metric]:
@@ -305,6 +306,12 @@ class CertificateMetrics(Collector):
             "When the certificate of an authority ends.",
             "authority",
             self.authorities,
+        )
+        yield _gauges(
+            "crl_this_update_timestamp_seconds",
+            "When the revocation list of an authority was signed; while that is in the future, brokers refuse everybody.",
+            "authority",
+            self.this_updates,
         )
         yield _gauges(
             "crl_next_update_timestamp_seconds",

@@ -12,7 +12,7 @@ import asyncio
 import functools
 import time
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import structlog
@@ -94,7 +94,8 @@ async def sign(
     """
     Sign the list of an authority if something revoked is missing from it or half its lifetime has passed.
 
-    In a transaction of the caller's: what that revoked is on the list, and both are committed or neither.
+    In a transaction of the caller's: what that revoked is on the list, and both are committed or neither. The time is the
+    database's, so that a replica whose clock is wrong signs nothing that brokers refuse.
 
     Args:
         anyway: Sign in any case.
@@ -102,16 +103,16 @@ async def sign(
     Returns:
         The new list, or None if the present one is right.
     """
-    now = datetime.now(UTC)
+    now, _ = await lists.fetch_moment(connection, authority.subject)
     if not anyway and not await _due(connection, authority, lifetime, now, known):
         return None
     await lists.lock_list(connection, authority.name)
     if not anyway and not await _due(connection, authority, lifetime, now, known):
         return None  # somebody else did it meanwhile
-    present = await _present(connection, authority.name, known)
+    now, highest = await lists.fetch_moment(connection, authority.subject)
     revoked = await lists.fetch_revoked(connection, authority.subject, now - lifetime)
     entries = [Entry(*row) for row in revoked]
-    number = next_number(None if present is None else present.number, now)
+    number = next_number(highest, now)
     signed = await asyncio.to_thread(authority.sign_list, entries, number, now, lifetime)
     stored = StoredList(number, signed.this_update, signed.next_update, signed.der)
     await lists.keep_list(connection, authority.name, stored)
@@ -131,7 +132,7 @@ async def _due(
     known: Mapping[str, StoredList] | None,
 ) -> bool:
     present = await _present(connection, authority.name, known)
-    if present is None:
+    if present is None or present.this_update > now:  # brokers refuse what is not valid yet
         return True
     if now >= present.this_update + min(lifetime, present.next_update - present.this_update) / 2:
         return True
@@ -236,6 +237,7 @@ class Keeper:
         found = await lists.fetch_authorities(connection, None, self._known)
         self._known = present = {authority.name: authority.list for authority in found if authority.list is not None}
         self.metrics.authorities = {authority.name: authority.not_after.timestamp() for authority in found}
+        self.metrics.this_updates = {name: stored.this_update.timestamp() for name, stored in present.items()}
         self.metrics.next_updates = {name: stored.next_update.timestamp() for name, stored in present.items()}
         self.lists.replace({name: Published(stored.der, stored.this_update) for name, stored in present.items()})
 

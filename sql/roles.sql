@@ -28,7 +28,7 @@ end $$;
 -- Databases that began before PostgreSQL 15 let everybody create functions and tables here.
 revoke create on schema public from public;
 
-revoke all on device_type, device, account, topic_rule, audit, change, change_floor, change_horizon, incarnation, identity_guard, replica, replica_state, certificate, authority, crl, schema_migrations,
+revoke all on device_type, device, account, topic_rule, audit, change, change_floor, change_horizon, incarnation, identity_guard, replica, replica_state, certificate, authority, crl, crl_highest, schema_migrations,
   enforcement, enforcement_setup, enforcement_cluster, enforcement_pause, enforcement_expiry, enforcement_sweep, device_hold, client_id_move, device_schedule, acting_for
   from public, authbackend_service, authbackend_admin, authbackend_reader;
 
@@ -44,11 +44,12 @@ grant select, update, delete on device_hold, client_id_move to authbackend_servi
 grant execute on function enforcement_hold(text[]), enforcement_note_expired(), device_schedule_apply(), enforcement_overdue() to authbackend_service;
 grant execute on function enforcement_overdue() to authbackend_admin, authbackend_reader;
 
-grant select on certificate, authority to authbackend_service;
+grant select on certificate, authority, crl_highest to authbackend_service;
 grant select, insert, update on crl to authbackend_service; -- a list never goes back to an older number
 
 grant select, insert, update, delete on device_type, device, account, topic_rule to authbackend_admin;
 grant select, insert, update, delete on certificate, authority, crl to authbackend_admin;
+grant select on crl_highest to authbackend_admin, authbackend_reader;
 grant select on audit, change, change_floor, incarnation, schema_migrations to authbackend_admin;
 grant select on replica to authbackend_admin;
 grant execute on function incarnation_renew() to authbackend_admin;

@@ -393,15 +393,25 @@ begin
 end $_$;
 
 CREATE FUNCTION public.crl_check() RETURNS trigger
-    LANGUAGE plpgsql
+    LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
+declare
+  named text;
+  highest record;
 begin
-  if new.number < old.number then
-    perform public.refuse(format('revocation list of authority %L: number %s is older than the present number %s', new.authority, new.number, old.number));
-  elsif new.number = old.number and new.der <> old.der then
+  select subject into named from public.authority where name = new.authority;
+  if named is null then
+    return new; -- the foreign key says it
+  end if;
+  select number, digest into highest from public.crl_highest where issuer = named for update;
+  if new.number < highest.number then
+    perform public.refuse(format('revocation list of authority %L: number %s is older than number %s, which its lists have reached', new.authority, new.number, highest.number));
+  elsif new.number = highest.number and sha256(new.der) <> highest.digest then
     perform public.refuse(format('revocation list of authority %L: there is another list with number %s', new.authority, new.number));
   end if;
+  insert into public.crl_highest (issuer, number, digest) values (named, new.number, sha256(new.der))
+  on conflict (issuer) do update set number = excluded.number, digest = excluded.digest;
   return new;
 end $$;
 
@@ -1188,6 +1198,12 @@ CASE
 END)
 );
 
+CREATE TABLE public.crl_highest (
+    issuer text NOT NULL,
+    number numeric(48,0) NOT NULL,
+    digest bytea NOT NULL
+);
+
 CREATE TABLE public.device (
     device_id text NOT NULL,
     common_name text NOT NULL,
@@ -1518,6 +1534,9 @@ ALTER TABLE ONLY public.change_horizon
 
 ALTER TABLE ONLY public.client_id_move
     ADD CONSTRAINT client_id_move_pkey PRIMARY KEY (device_type);
+
+ALTER TABLE ONLY public.crl_highest
+    ADD CONSTRAINT crl_highest_pkey PRIMARY KEY (issuer);
 
 ALTER TABLE ONLY public.crl
     ADD CONSTRAINT crl_pkey PRIMARY KEY (authority);
@@ -1927,7 +1946,7 @@ CREATE TRIGGER client_id_patterns BEFORE INSERT OR UPDATE ON public.device_type 
 
 ALTER TABLE public.device_type ENABLE ALWAYS TRIGGER client_id_patterns;
 
-CREATE TRIGGER crl_check BEFORE UPDATE ON public.crl FOR EACH ROW EXECUTE FUNCTION public.crl_check();
+CREATE TRIGGER crl_check BEFORE INSERT OR UPDATE ON public.crl FOR EACH ROW EXECUTE FUNCTION public.crl_check();
 
 ALTER TABLE public.crl ENABLE ALWAYS TRIGGER crl_check;
 
@@ -2051,6 +2070,8 @@ REVOKE ALL ON FUNCTION public.change_note() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.change_prune(keep interval) FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION public.crl_check() FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION public.device_certificates_revoke() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.device_schedule_apply(OUT made bigint, OUT fault text) FROM PUBLIC;
@@ -2108,6 +2129,7 @@ insert into public.schema_migrations (version) values
   ('20261125100000'),
   ('20261125110000'),
   ('20261125120000'),
+  ('20261125121000'),
   ('20261125122000'),
   ('20261125122010'),
   ('20261125123000'),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,6 @@ def import_(context: click.Context, file: Path, ca_file: Path, name: str, as_jso
     authorities = read_certificates(read_input(ca_file))
     try:
         found, authority = read_list(read_input(file), authorities)
-        if fault := age_fault(found, datetime.now(UTC)):
-            raise PKIError(fault)
     except PKIError as error:
         raise InvalidInput(f"{file}: {error.detail}") from error
     pem = signing.certificate_pem(authority).decode("ascii")
@@ -129,10 +127,12 @@ async def _take_over(
     async with editing(target, actor()) as connection:
         await store.keep_authority(connection, name, found.issuer, pem, ends)
         await lists.lock_list(connection, name)
-        (present,) = await lists.fetch_authorities(connection, name)
-        if present.list is not None and found.number < present.list.number:
+        now, highest = await lists.fetch_moment(connection, found.issuer)
+        if fault := age_fault(found, now):
+            raise InvalidInput(f"the list cannot be used: {fault}")
+        if highest is not None and found.number < highest:
             raise Conflict(
-                f"number {found.number} is older than the present number {present.list.number}; nothing was changed"
+                f"number {found.number} is older than number {highest}, which its lists have reached; nothing was changed"
             )
         await lists.keep_list(
             connection, name, StoredList(found.number, found.this_update, found.next_update, found.der)

@@ -176,13 +176,13 @@ def entries_of(der: bytes) -> Iterator[Entry]:
         yield Entry(f"{revoked.serial_number:x}", reason, revoked.revocation_date_utc)
 
 
-def next_number(present: int | None, now: datetime) -> int:
+def next_number(highest: int | None, now: datetime) -> int:
     """
-    Return the number of the next list: the time in milliseconds, or one more than the present one if that is greater.
+    Return the number of the next list: the time in milliseconds, or one more than the highest so far if that is greater.
 
     So the numbers go on rising after the database was restored from a backup that lacks the latest lists.
     """
-    return max(int(now.timestamp() * 1000), -1 if present is None else present + 1)
+    return max(int(now.timestamp() * 1000), -1 if highest is None else highest + 1)
 
 
 def list_pem(der: bytes) -> bytes:

@@ -84,6 +84,13 @@ async def lock_list(connection: Connection, authority: str) -> None:
     await connection.execute(load_statements("certificates").lock_list.sql, authority)
 
 
+async def fetch_moment(connection: Connection, issuer: str) -> tuple[datetime, int | None]:
+    """Return the database's time, and the highest number that a list of an authority ever had here; None: it had none."""
+    row = await connection.fetchrow(load_statements("certificates").signing.sql, issuer)
+    assert row is not None
+    return row["now"], None if row["number"] is None else int(row["number"])
+
+
 async def fetch_revoked(
     connection: Connection, issuer: str, oldest_end: datetime
 ) -> Sequence[tuple[str, str, datetime]]:

@@ -94,6 +94,11 @@ select subject from authority where name = $1;
 -- params: 1 name
 select pg_advisory_xact_lock(724003, hashtext($1));
 
+-- name: signing^
+-- params: 1 issuer
+-- row: the moment, and the highest number of its lists, null: it has had none
+select clock_timestamp() as now, (select number::text from crl_highest where issuer = $1) as number;
+
 -- name: revoked
 -- What belongs on the list of an authority; uses certificate_revoked.
 -- params: 1 issuer, 2 the oldest end of a certificate that is still listed

@@ -532,7 +532,7 @@ def test_a_list_that_is_not_in_order_changes_nothing(cli, fleet, take_over, exec
     (one,) = outside("D1")
     cli("cert", "import", "-", stdin=pem(one))
     entry = Entry(f"{one.serial_number:x}", "", datetime.now(UTC))
-    assert "older than the present number 5" in take_over(outside_list(4, entry), exit_code=4).stderr
+    assert "older than number 5, which its lists have reached" in take_over(outside_list(4, entry), exit_code=4).stderr
     assert "another list with number 5" in take_over(outside_list(5, entry), exit_code=2).stderr
     old = datetime.now(UTC) - timedelta(days=9)
     assert "too old" in take_over(outside_list(6, entry, now=old), exit_code=2).stderr

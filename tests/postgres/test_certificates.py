@@ -324,7 +324,7 @@ async def test_a_list_never_goes_back(scratch: asyncpg.Connection) -> None:
     await scratch.execute(
         "insert into crl values ('fleet', 5, now(), now() + interval '1 day', '\\x01')",
     )
-    assert "older than the present number 5" in await refused(scratch, LIST.format(4, "01"))
+    assert "older than number 5" in await refused(scratch, LIST.format(4, "01"))
     assert "another list with number 5" in await refused(scratch, LIST.format(5, "02"))
     assert "nextUpdate must be after" in await refused(scratch, "update crl set number = 6, next_update = this_update")
     await scratch.execute(LIST.format(5, "01"))
@@ -332,6 +332,30 @@ async def test_a_list_never_goes_back(scratch: asyncpg.Connection) -> None:
     assert "0 or more" in await refused(
         scratch, "insert into crl values ('other', -1, now(), now() + interval '1 day', '\\x01')"
     )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "delete from crl",
+        "truncate crl",
+        "delete from authority",
+        "update authority set name = 'renamed'; delete from crl",
+    ],
+)
+async def test_numbers_go_on_after_a_list_or_its_authority_was_deleted(
+    scratch: asyncpg.Connection, change: str
+) -> None:
+    await add_authority(scratch)
+    insert_list = "insert into crl values ('{}', {}, now(), now() + interval '1 day', '\\x{}')"
+    await scratch.execute(insert_list.format("fleet", 5, "01"))
+    await scratch.execute(change)
+    await scratch.execute("delete from authority")
+    await add_authority(scratch, "again")
+    assert "older than number 5" in await refused(scratch, insert_list.format("again", 4, "01"))
+    assert "another list with number 5" in await refused(scratch, insert_list.format("again", 5, "02"))
+    assert (await lists.fetch_moment(scratch, "CN=CA"))[1] == 5
+    await scratch.execute(insert_list.format("again", 6, "02"))
 
 
 async def test_the_trail_tells_of_lists_without_their_contents(scratch: asyncpg.Connection) -> None:

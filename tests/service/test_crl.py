@@ -6,14 +6,14 @@ import os
 import shutil
 import sys
 import tempfile
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import aiohttp
 import asyncpg
 import pytest
 
-from authbackend import bootstrap
+from authbackend import bootstrap, revocation
 from authbackend.admin.crl import PublishedLists
 from authbackend.errors import ConfigurationError
 from authbackend.pki.authority_folder import AuthorityFolder, create_authority
@@ -199,6 +199,35 @@ async def test_a_list_half_through_its_lifetime_is_signed_again(dsn, made, revok
         await until(signed_again, "it is signed again")
 
 
+async def test_a_list_from_a_clock_that_was_ahead_is_signed_again_at_once(dsn, made, revoked, connection):
+    async with serving(dsn, made) as asking:
+        await published(asking)
+    ahead = int((await connection.fetchval("select now() + interval '400 days'")).timestamp() * 1000)
+    await connection.execute(
+        "update crl set this_update = now() + interval '400 days', next_update = now() + interval '407 days', number = $1, der = der || '\\x00'",
+        ahead,
+    )
+    async with serving(dsn, made):
+
+        async def in_its_time():
+            return await connection.fetchval("select this_update <= now() and number = $1 from crl", ahead + 1)
+
+        await until(in_its_time, "it is signed again, with a higher number")
+
+
+async def test_a_list_is_signed_by_the_clock_of_the_database(connection, authority, revoked, monkeypatch):
+    class Ahead(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) + timedelta(days=400)
+
+    monkeypatch.setattr(revocation, "datetime", Ahead)
+    async with connection.transaction():
+        signed = await sign(connection, authority, timedelta(days=7))
+    assert signed.this_update <= await connection.fetchval("select now()")
+    assert signed.number <= (await connection.fetchval("select clock_timestamp()")).timestamp() * 1000
+
+
 async def test_lists_are_served_while_the_database_is_away(postgres, database, dsn, made, revoked):
     async with serving(dsn, made) as asking:
         body, _ = await published(asking)
@@ -248,6 +277,7 @@ async def test_metrics_tell_of_lists_and_of_what_ends(dsn, made, revoked, connec
     assert 'authbackend_certificates_expiring{days="7",device_type="unknown"} 1.0' in text
     assert 'authbackend_authority_not_after_timestamp_seconds{authority="fleet"}' in text
     assert 'authbackend_crl_next_update_timestamp_seconds{authority="fleet"}' in text
+    assert 'authbackend_crl_this_update_timestamp_seconds{authority="fleet"}' in text
     assert "authbackend_certificates_expiring_on_one_day 1.0" in text
 
 
