@@ -12,7 +12,7 @@ import asyncio
 import functools
 import time
 from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import structlog
@@ -22,7 +22,7 @@ from authbackend.backoff import Backoff, Reachability
 from authbackend.errors import AuthbackendError, ConfigurationError
 from authbackend.metrics import CertificateMetrics
 from authbackend.pki.authority_folder import AuthorityFolder
-from authbackend.pki.lists import Entry, entries_of, next_number
+from authbackend.pki.lists import Entry, RevocationList, entries_of, next_number
 from authbackend.postgres import certificates as store
 from authbackend.postgres import lists
 from authbackend.postgres.connection import Connection, Target, translated_errors
@@ -103,19 +103,19 @@ async def sign(
     Returns:
         The new list, or None if the present one is right.
     """
-    now, _ = await lists.fetch_moment(connection, authority.subject)
-    if not anyway and not await _due(connection, authority, lifetime, now, known):
+    if not anyway and not await _due(connection, authority, lifetime, known):
         return None
     await lists.lock_list(connection, authority.name)
-    if not anyway and not await _due(connection, authority, lifetime, now, known):
+    if not anyway and not await _due(connection, authority, lifetime, known):
         return None  # somebody else did it meanwhile
-    now, highest = await lists.fetch_moment(connection, authority.subject)
+    moment = await lists.fetch_moment(connection, authority.subject)
+    now = moment.now
     revoked = await lists.fetch_revoked(connection, authority.subject, now - lifetime)
     entries = [Entry(*row) for row in revoked]
-    number = next_number(highest, now)
+    number = next_number(moment.highest, now)
     signed = await asyncio.to_thread(authority.sign_list, entries, number, now, lifetime)
     stored = StoredList(number, signed.this_update, signed.next_update, signed.der)
-    await lists.keep_list(connection, authority.name, stored)
+    await lists.keep_list(connection, authority.name, stored, [entry.serial for entry in entries])
     return stored
 
 
@@ -128,11 +128,14 @@ async def _due(
     connection: Connection,
     authority: AuthorityFolder,
     lifetime: timedelta,
-    now: datetime,
     known: Mapping[str, StoredList] | None,
 ) -> bool:
     present = await _present(connection, authority.name, known)
+    moment = await lists.fetch_moment(connection, authority.subject)
+    now = moment.now
     if present is None or present.this_update > now:  # brokers refuse what is not valid yet
+        return True
+    if (moment.highest or 0) > present.number:  # the database was restored: hosts of brokers have a later list
         return True
     if now >= present.this_update + min(lifetime, present.next_update - present.this_update) / 2:
         return True
@@ -145,6 +148,57 @@ async def _due(
 def _listed(der: bytes) -> frozenset[str]:
     """Return the serial numbers on a list; asked again at every change of a certificate."""
     return frozenset(entry.serial for entry in entries_of(der))
+
+
+class InstallReporter:
+    """
+    Tells the database which lists are installed on the host of a node.
+
+    Args:
+        node: As RabbitMQ calls it: ``rabbit@HOST``.
+    """
+
+    def __init__(self, target: Target, node: str) -> None:
+        self._target = target
+        self._node = node
+        self._present: dict[str, RevocationList] = {}
+        self._reported: dict[str, tuple[int, float]] = {}
+        self._seen = asyncio.Event()
+
+    def seen(self, found: RevocationList) -> None:
+        """Note a list that has just been read from its file."""
+        self._present[found.issuer] = found
+        number, at = self._reported.get(found.issuer, (None, 0.0))
+        if number != found.number or time.monotonic() - at >= CHECK_S:
+            self._seen.set()
+
+    async def report(self) -> None:
+        """
+        Report what was seen.
+
+        Raises:
+            AuthbackendError: The database cannot be reached or refuses.
+        """
+        for issuer, found in list(self._present.items()):
+            await lists.report_list(self._target, self._node, issuer, found.number, found.next_update)
+            self._reported[issuer] = found.number, time.monotonic()
+
+    async def run(self) -> None:
+        """Report until cancelled; a fault is logged once, and the report is tried again."""
+        fault, backoff, reachability = None, Backoff(), Reachability()
+        while True:
+            await self._seen.wait()
+            self._seen.clear()
+            try:
+                await self.report()
+                fault = None
+                backoff.reset()
+            except AuthbackendError as error:
+                if error.detail != fault:
+                    log.warning("crl.not_reported", node=self._node, error=error.detail)
+                fault = error.detail
+                self._seen.set()
+                await reachability.pause(backoff)
 
 
 class Keeper:

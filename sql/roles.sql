@@ -5,6 +5,7 @@
 --   authbackend_service   `authbackend serve`: reads the registry, prunes the change feed, says which version it serves, does the work of enforcement,
 --                         publishes revocation lists, writes nothing else
 --   authbackend_admin     `authbackend policy|device|account|ca|cert|crl`, psql of the security team: edits the registry and the certificates, reads the trail
+--   authbackend_crl_sync  `authbackend crl sync --node` on the hosts of brokers: reports which revocation list is installed, reads nothing
 --   authbackend_reader    dashboards and auditors: reads everything but password hashes
 --   authbackend_speaks_for_others   may do nothing by itself: whoever is granted it names the person in the audit trail (SET
 --                         authbackend.actor) and is believed. For a program that has checked who its users are; nobody else.
@@ -15,7 +16,7 @@ do $$
 declare
   r text;
 begin
-  foreach r in array array['authbackend_service', 'authbackend_admin', 'authbackend_reader', 'authbackend_speaks_for_others'] loop
+  foreach r in array array['authbackend_service', 'authbackend_admin', 'authbackend_reader', 'authbackend_crl_sync', 'authbackend_speaks_for_others'] loop
     if not exists (select from pg_roles where rolname = r) then
       execute format('create role %I nologin nosuperuser nocreatedb nocreaterole', r);
     end if;
@@ -28,9 +29,9 @@ end $$;
 -- Databases that began before PostgreSQL 15 let everybody create functions and tables here.
 revoke create on schema public from public;
 
-revoke all on device_type, device, account, topic_rule, audit, change, change_floor, change_horizon, incarnation, identity_guard, replica, replica_state, certificate, authority, crl, crl_highest, schema_migrations,
+revoke all on device_type, device, account, topic_rule, audit, change, change_floor, change_horizon, incarnation, identity_guard, replica, replica_state, certificate, authority, crl, crl_highest, crl_listed, crl_installed, schema_migrations,
   enforcement, enforcement_setup, enforcement_cluster, enforcement_pause, enforcement_expiry, enforcement_sweep, device_hold, client_id_move, device_schedule, acting_for
-  from public, authbackend_service, authbackend_admin, authbackend_reader;
+  from public, authbackend_service, authbackend_admin, authbackend_reader, authbackend_crl_sync;
 
 grant select on device_type, device, account, topic_rule, change, change_floor, incarnation, schema_migrations to authbackend_service;
 grant select, insert, update, delete on replica to authbackend_service;
@@ -44,12 +45,17 @@ grant select, update, delete on device_hold, client_id_move to authbackend_servi
 grant execute on function enforcement_hold(text[]), enforcement_note_expired(), device_schedule_apply(), enforcement_overdue() to authbackend_service;
 grant execute on function enforcement_overdue() to authbackend_admin, authbackend_reader;
 
-grant select on certificate, authority, crl_highest to authbackend_service;
+grant select on certificate, authority, crl_highest, crl_installed to authbackend_service;
+grant select, insert, update, delete on crl_listed to authbackend_service, authbackend_admin;
+grant execute on function crl_report(text, text, numeric, timestamptz) to authbackend_crl_sync;
 grant select, insert, update on crl to authbackend_service; -- a list never goes back to an older number
 
 grant select, insert, update, delete on device_type, device, account, topic_rule to authbackend_admin;
 grant select, insert, update, delete on certificate, authority, crl to authbackend_admin;
 grant select on crl_highest to authbackend_admin, authbackend_reader;
+grant select on crl_listed to authbackend_reader;
+grant select on crl_installed to authbackend_reader;
+grant select, delete on crl_installed to authbackend_admin;
 grant select on audit, change, change_floor, incarnation, schema_migrations to authbackend_admin;
 grant select on replica to authbackend_admin;
 grant execute on function incarnation_renew() to authbackend_admin;

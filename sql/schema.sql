@@ -415,6 +415,15 @@ begin
   return new;
 end $$;
 
+CREATE FUNCTION public.crl_report(node text, issuer text, number numeric, next_update timestamp with time zone) RETURNS void
+    LANGUAGE sql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+  insert into public.crl_installed (node, issuer, number, next_update) values ($1, $2, $3, $4)
+  on conflict on constraint crl_installed_pkey do update
+  set number = excluded.number, next_update = excluded.next_update, reported_at = excluded.reported_at
+$_$;
+
 CREATE FUNCTION public.device_certificates_revoke() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -1204,6 +1213,30 @@ CREATE TABLE public.crl_highest (
     digest bytea NOT NULL
 );
 
+CREATE TABLE public.crl_installed (
+    node text NOT NULL,
+    issuer text NOT NULL,
+    number numeric(48,0) NOT NULL,
+    next_update timestamp with time zone NOT NULL,
+    reported_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    CONSTRAINT crl_installed_node CHECK (
+CASE
+    WHEN (node ~ '^[^@[:space:]]{1,200}@[^@[:space:]]{1,255}$'::text) THEN true
+    ELSE public.refuse(format('node %L: a node is written as RabbitMQ does, rabbit@HOST'::text, "left"(node, 80)))
+END),
+    CONSTRAINT crl_installed_number CHECK (
+CASE
+    WHEN ((number >= (0)::numeric) AND (number <= '1000000000000000000000000000000'::numeric)) THEN true
+    ELSE public.refuse(format('list of %L on node %s: a number from 0 to 10^30 can be reported'::text, issuer, node))
+END)
+);
+
+CREATE TABLE public.crl_listed (
+    issuer text NOT NULL,
+    serial text NOT NULL,
+    number numeric(48,0) NOT NULL
+);
+
 CREATE TABLE public.device (
     device_id text NOT NULL,
     common_name text NOT NULL,
@@ -1537,6 +1570,12 @@ ALTER TABLE ONLY public.client_id_move
 
 ALTER TABLE ONLY public.crl_highest
     ADD CONSTRAINT crl_highest_pkey PRIMARY KEY (issuer);
+
+ALTER TABLE ONLY public.crl_installed
+    ADD CONSTRAINT crl_installed_pkey PRIMARY KEY (node, issuer);
+
+ALTER TABLE ONLY public.crl_listed
+    ADD CONSTRAINT crl_listed_pkey PRIMARY KEY (issuer, serial);
 
 ALTER TABLE ONLY public.crl
     ADD CONSTRAINT crl_pkey PRIMARY KEY (authority);
@@ -2072,6 +2111,8 @@ REVOKE ALL ON FUNCTION public.change_prune(keep interval) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.crl_check() FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION public.crl_report(node text, issuer text, number numeric, next_update timestamp with time zone) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION public.device_certificates_revoke() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.device_schedule_apply(OUT made bigint, OUT fault text) FROM PUBLIC;
@@ -2130,6 +2171,7 @@ insert into public.schema_migrations (version) values
   ('20261125110000'),
   ('20261125120000'),
   ('20261125121000'),
+  ('20261125121010'),
   ('20261125122000'),
   ('20261125122010'),
   ('20261125123000'),

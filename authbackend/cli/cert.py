@@ -12,7 +12,17 @@ import click
 
 from authbackend.cli import cert_import
 from authbackend.cli.authorities import file_type, folder_type, passphrase_of, passphrase_option
-from authbackend.cli.common import actor, json_option, printable, run, settings_of, show, table, target_of
+from authbackend.cli.common import (
+    actor,
+    json_option,
+    printable,
+    run,
+    settings_of,
+    show,
+    show_enforced,
+    table,
+    target_of,
+)
 from authbackend.errors import InvalidInput
 from authbackend.pki.authority_folder import AuthorityFolder
 from authbackend.pki.lists import HOLD, REASONS
@@ -128,6 +138,19 @@ def show_(context: click.Context, name: str, as_json: bool) -> None:
     "--ca", "directory", type=folder_type, metavar="DIR", help="Sign the new list at once, with this authority."
 )
 @passphrase_option
+@click.option(
+    "--wait",
+    is_flag=True,
+    help="Return when nothing is connected with them and every broker's node has the list that refuses them; exit status 8 if that is not known in time.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0),
+    metavar="SECONDS",
+    default=30.0,
+    show_default=True,
+    help="How long --wait waits.",
+)
 @json_option
 @click.pass_context
 def revoke(
@@ -139,6 +162,8 @@ def revoke(
     reason: str,
     directory: Path | None,
     passphrase_file: Path | None,
+    wait: bool,
+    timeout: float,
     as_json: bool,
 ) -> None:
     """
@@ -152,7 +177,8 @@ def revoke(
     authority = AuthorityFolder.open(directory, passphrase_of(passphrase_file)) if directory else None
     lifetime = timedelta(seconds=settings_of(context).pki.crl_lifetime_s)
     chosen = (name, device_id, 1 if all_but_newest else 0)
-    revoked, signed = run(_revoke(target_of(context), chosen, reason, authority, lifetime))
+    target = target_of(context)
+    revoked, signed, version = run(_revoke(target, chosen, reason, authority, lifetime))
     result = {
         "revoked": revoked,
         "reason": reason,
@@ -168,9 +194,12 @@ def revoke(
         if revoked and authority is None:
             yield "brokers refuse it once it is on a list: signed by the service (pki.authority_dir), else by: authbackend crl sign DIR"
         if signed is not None and authority is not None:
-            yield f"list number {signed.number} of authority {authority.name} is published, until {signed.next_update:%Y-%m-%d %H:%M} UTC"
+            yield f"list number {signed.number} of authority {authority.name} is in the database, until {signed.next_update:%Y-%m-%d %H:%M} UTC; who checks it: authbackend crl hosts"
 
-    show(result, as_json, lines)
+    if wait and revoked:
+        show_enforced(target, version, timeout, result, as_json, lines)
+    else:
+        show(result, as_json, lines)
 
 
 async def _revoke(
@@ -179,7 +208,7 @@ async def _revoke(
     reason: str,
     authority: AuthorityFolder | None,
     lifetime: timedelta,
-) -> tuple[list[dict[str, Any]], StoredList | None]:
+) -> tuple[list[dict[str, Any]], StoredList | None, str]:
     name, device_id, kept = chosen
     async with editing(target, actor()) as connection:
         if device_id is not None:
@@ -193,10 +222,11 @@ async def _revoke(
                 f"issued by {', '.join(map(repr, sorted(others)))}, not by {authority.subject!r}: that authority revokes it"
             )
         revoked = await store.revoke_certificates(connection, [row["fingerprint"] for row in found], reason)
+        version = str(await connection.fetchval("select pg_current_xact_id()::text"))
         if authority is None:
-            return revoked, None
+            return revoked, None, version
         await keep_authority(connection, authority)
-        return revoked, await sign(connection, authority, lifetime)
+        return revoked, await sign(connection, authority, lifetime), version
 
 
 @cert.command("import")

@@ -126,6 +126,37 @@ def show_change(
         click.echo("authbackend: nothing that is connected was closed: no replica has enforcement.clusters", err=True)
 
 
+def show_enforced(
+    target: Target,
+    version: str,
+    wait_s: float,
+    result: dict[str, Any],
+    as_json: bool,
+    lines: Callable[[], Iterable[str]],
+) -> None:
+    """
+    Wait for enforcement, and print a revocation of certificates with its receipts.
+
+    Raises:
+        Unconfirmed: Something may still be connected, or a node may let the certificate in again; it is printed and
+            committed all the same.
+    """
+    tasks = result["enforcement"] = run(enforcement.enforced(target, version, wait_s))
+
+    def all_lines() -> Iterable[str]:
+        yield from lines()
+        for task in tasks or ():
+            yield from receipt_lines(task)
+
+    show(result, as_json, all_lines)
+    if tasks is None:
+        raise Unconfirmed(
+            "committed, but nothing that is connected was closed, and whether a node has the list is not known: no replica has enforcement.clusters"
+        )
+    if fault := unfinished(tasks) or unlisted(tasks):
+        raise fault
+
+
 def unfinished(tasks: list[dict[str, Any]] | None) -> Unconfirmed | None:
     """Return what to raise if what a change took away is not yet known to be taken away everywhere."""
     open_ = [task for task in tasks or () if task["finished_at"] is None]
@@ -141,6 +172,18 @@ def unfinished(tasks: list[dict[str, Any]] | None) -> Unconfirmed | None:
     )
 
 
+def unlisted(tasks: list[dict[str, Any]] | None) -> Unconfirmed | None:
+    """Return what to raise if a node is not known to refuse a revoked certificate at the next login."""
+    nodes = sorted(
+        {node for task in tasks or () for node in ((task["receipt"] or {}).get("lists") or {}).get("unknown", ())}
+    )
+    if not nodes:
+        return None
+    return Unconfirmed(
+        f"committed, but {', '.join(map(printable, nodes))} is not known to check a revocation list: there the certificate can log in again, and only the sweep finds it. Let crl sync report on each node's host (--node); see: authbackend crl hosts"
+    )
+
+
 def why_open(task: dict[str, Any]) -> str:
     """Return why a task is not done, in words."""
     receipt = task["receipt"] or {}
@@ -150,6 +193,11 @@ def why_open(task: dict[str, Any]) -> str:
         return f"replicas that may still answer by an older copy: {', '.join(receipt['unconfirmed'])}"
     if receipt.get("unseen_nodes"):
         return f"nodes that are not seen running, so what is connected there is not known: {', '.join(receipt['unseen_nodes'])}"
+    lists = receipt.get("lists") or {}
+    if behind := lists.get("behind"):
+        if lists["number"] is None:
+            return "it is on no revocation list yet: nobody has signed or imported one since"
+        return f"revocation list number {lists['number']} is not installed yet on {', '.join(behind)}; see: authbackend crl hosts"
     return "still being done" if receipt else "not begun"
 
 
@@ -175,6 +223,7 @@ def receipt_lines(task: dict[str, Any]) -> Iterable[str]:
         yield f"  session deleted: {printable(queue['queue'])} with {queue['messages']} messages ({printable(queue['why'])})"
     for removed in receipt.get("subscriptions_removed", ()):
         yield f"  subscription removed: {printable(removed['filter'])} of {printable(removed['queue'])} ({printable(removed['why'])})"
+    yield from _list_lines(receipt.get("lists") or {})
     if receipt.get("checked_at"):
         untold = receipt.get("untold")
         but = (
@@ -182,7 +231,16 @@ def receipt_lines(task: dict[str, Any]) -> Iterable[str]:
             if untold
             else ""
         )
-        yield f"  nothing left{but} at {receipt['checked_at']}"
+        what = "nothing is connected with it" if task["kind"] == "certificate" else "nothing left"
+        yield f"  {what}{but} at {receipt['checked_at']}"
+
+
+def _list_lines(lists: dict[str, Any]) -> Iterable[str]:
+    """Yield on which nodes a revoked certificate is refused at the next login, as far as that is known."""
+    if lists.get("installed"):
+        yield f"  revocation list number {lists['number']} or a later one is installed on {', '.join(map(printable, lists['installed']))}"
+    if lists.get("unknown"):
+        yield f"  not known to check a revocation list: {', '.join(map(printable, lists['unknown']))}; there it can log in again, and only the sweep finds it"
 
 
 def pause_line(pause: Pause) -> str:

@@ -1,4 +1,4 @@
-"""``crl sign | import | list | export | sync``."""
+"""``crl sign | import | list | export | sync | hosts``."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from authbackend.pki import signing
 from authbackend.pki.authority_folder import AuthorityFolder
 from authbackend.pki.lists import HOLD, RevocationList, age_fault, entries_of, list_pem, read_list
 from authbackend.pki.reading import PKIError, read_certificates
-from authbackend.pki.sync import Sync
+from authbackend.pki.sync import Sync, Synced
 from authbackend.postgres import certificates as store
 from authbackend.postgres import lists
 from authbackend.postgres.connection import Target, connected
 from authbackend.postgres.editor import editing
 from authbackend.postgres.lists import StoredAuthority, StoredList
-from authbackend.revocation import Keeper, keep_authority
+from authbackend.revocation import InstallReporter, Keeper, keep_authority
 from authbackend.revocation import sign as sign_list
 
 
@@ -127,16 +127,15 @@ async def _take_over(
     async with editing(target, actor()) as connection:
         await store.keep_authority(connection, name, found.issuer, pem, ends)
         await lists.lock_list(connection, name)
-        now, highest = await lists.fetch_moment(connection, found.issuer)
-        if fault := age_fault(found, now):
+        moment = await lists.fetch_moment(connection, found.issuer)
+        if fault := age_fault(found, moment.now):
             raise InvalidInput(f"the list cannot be used: {fault}")
-        if highest is not None and found.number < highest:
+        if moment.kept is not None and found.number < moment.kept:
             raise Conflict(
-                f"number {found.number} is older than number {highest}, which its lists have reached; nothing was changed"
+                f"number {found.number} is older than number {moment.kept}, which its lists have reached; nothing was changed"
             )
-        await lists.keep_list(
-            connection, name, StoredList(found.number, found.this_update, found.next_update, found.der)
-        )
+        stored = StoredList(found.number, found.this_update, found.next_update, found.der)
+        await lists.keep_list(connection, name, stored, [serial for serial, _, _ in listed])
         revoked, unknown = await store.revoke_listed(connection, found.issuer, listed)
     return revoked, unknown, len(entries) - len(listed)
 
@@ -199,13 +198,24 @@ def export(context: click.Context, name: str, der: bool) -> None:
     metavar="SECONDS",
     help="Shortest time between two looks.",
 )
+@click.option(
+    "--node",
+    metavar="rabbit@HOST",
+    help="Report to the database (role authbackend_crl_sync) what is installed here, so that revocations of certificates are done only when this node has them.",
+)
 @click.option("--once", is_flag=True, help="Look once; exit status 0 if the list in DIR is in order then.")
 @click.pass_context
 def sync(
-    context: click.Context, urls: tuple[str, ...], ca_file: Path, folder: Path, interval: float, once: bool
+    context: click.Context,
+    urls: tuple[str, ...],
+    ca_file: Path,
+    folder: Path,
+    interval: float,
+    once: bool,
+    node: str | None,
 ) -> None:
     """
-    Keep a revocation list beside a broker up to date; runs on the broker's host and needs no database.
+    Keep a revocation list beside a broker up to date; runs on the broker's host. Only --node needs the database.
 
     What is fetched is used only if the authority signed it, it is in its time and not older than the one there; the
     file is replaced as a whole. The service answers as soon as there is another list, so a revocation takes a moment,
@@ -214,10 +224,11 @@ def sync(
     """
     if wrong := [url for url in urls if not url.startswith(("http://", "https://"))]:
         raise InvalidInput(f"--url {wrong[0]}: write it as http://HOST:PORT/crl/NAME.crl")
-    syncer = Sync(urls, read_certificates(read_input(ca_file)), folder)
+    reporter = InstallReporter(target_of(context), node) if node else None
+    syncer = Sync(urls, read_certificates(read_input(ca_file)), folder, reporter.seen if reporter else None)
     try:
         if once:
-            synced = run(syncer.once())
+            synced = run(_once(syncer, reporter))
             state = "replaced" if synced.new else "up to date"
             click.echo(
                 f"{synced.path} {state}: number {synced.list.number}, until {synced.list.next_update:%Y-%m-%d %H:%M} UTC"
@@ -225,6 +236,44 @@ def sync(
             return
         log = settings_of(context).log
         logs.configure(log.format, log.level)
-        run(_until_interrupted(syncer.run(interval)))
+        run(_until_interrupted(_follow(syncer, interval, reporter)))
     except OSError as error:
         raise InvalidInput(f"{error.filename or folder}: {error.strerror}") from error
+
+
+async def _once(syncer: Sync, reporter: InstallReporter | None) -> Synced:
+    synced = await syncer.once()
+    if reporter is not None:
+        await reporter.report()
+    return synced
+
+
+async def _follow(syncer: Sync, interval: float, reporter: InstallReporter | None) -> None:
+    if reporter is None:
+        await syncer.run(interval)
+        return
+    reporting = asyncio.create_task(reporter.run())
+    try:
+        await syncer.run(interval)
+    finally:
+        reporting.cancel()
+
+
+@crl.command()
+@click.option("--forget", metavar="NODE", help="Forget a node that is gone for good, or reports no more.")
+@json_option
+@click.pass_context
+def hosts(context: click.Context, forget: str | None, as_json: bool) -> None:
+    """List which revocation list each node's host has installed, as its crl sync --node reports."""
+    target = target_of(context)
+    if forget:
+        run(lists.forget_node(target, forget))
+    found = [
+        {
+            **row,
+            "next_update": row["next_update"].isoformat(timespec="seconds"),
+            "reported_at": row["reported_at"].isoformat(timespec="seconds"),
+        }
+        for row in run(lists.list_installed(target))
+    ]
+    show(found, as_json, lambda: table(found, ("node", "issuer", "number", "next_update", "reported_at")))

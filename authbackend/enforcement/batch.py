@@ -21,7 +21,7 @@ from authbackend.enforcement.checks import Checker, SessionQueue, fits
 from authbackend.enforcement.clusters import Actions, ClusterActions, Violation, inspect_session
 from authbackend.enforcement.inventory import Inventory
 from authbackend.enforcement.management_api import Binding, ClusterUnreachable
-from authbackend.enforcement.plans import Plan, PlansByOwner, common_receipt, grouped, plan, receipt, unseen
+from authbackend.enforcement.plans import Plan, PlansByOwner, common_receipt, grouped, lists_on, plan, receipt, unseen
 from authbackend.enforcement.tasks import Confirmation, Task, TaskStore, TaskStoreError
 from authbackend.errors import AuthbackendError, Unavailable
 from authbackend.policy.decide import DecisionSettings
@@ -180,6 +180,7 @@ class Batch:
         for one in plans:
             one.confirmed = not self._confirmed.missing
             one.now = self._enforcer.now
+        await self._look_at_lists([one for one in plans if one.certificate is not None])
         overtaken = [one for one in plans if one.superseded]
         await self._record(overtaken)
         await self._record([one for one in plans if not one.superseded and not (one.users or one.sessions)])
@@ -191,6 +192,15 @@ class Batch:
             await self._end(part)
         await self._rest([one for one in self._present if one.users.isdisjoint(listed)])
 
+    async def _look_at_lists(self, plans: Sequence[Plan]) -> None:
+        """Before connections are looked at: who came before the list was on a node is seen by a look after that."""
+        (nodes,) = self._nodes.values()
+        for part in chunks(plans):
+            keys = {one: (str(one.certificate["issuer"]), one.task.name) for one in part if one.certificate}
+            found = await self._store.lists_of(list(keys.values()))
+            for one, key in keys.items():
+                one.lists = lists_on(nodes, found[key])
+
     async def _rest(self, plans: list[Plan]) -> None:
         """Repair the sessions of those that are not connected, and record all that have none together."""
         if not plans:
@@ -200,7 +210,9 @@ class Batch:
             if self._between is not None and not await self._between():
                 return
             await self._end(part)
-        nothing = [one for one in plans if not sessions.get(one)]
+        for part in chunks([one for one in plans if one.lists and not sessions.get(one)]):
+            await self._record(part)
+        nothing = [one for one in plans if not sessions.get(one) and not one.lists]
         for part in chunks(nothing, 10 * CHUNK):
             await self._nothing_found(part)
 
@@ -364,7 +376,9 @@ class Batch:
             return self._inventory.look_again_s
         if self._confirmed.missing or made["unseen_nodes"]:
             return min(LONGEST_BACK_OFF_S, UNVERIFIED_S * float(made["looks"]))
-        return self._inventory.look_again_s if one.just_confirmed else None
+        if one.lists.get("behind"):
+            return min(LONGEST_BACK_OFF_S, self._inventory.look_again_s * float(made["looks"]))
+        return self._inventory.look_again_s if one.just_confirmed or one.just_listed else None
 
     def _tell(self, one: Plan, made: dict[str, Any], *, finished: bool) -> None:
         if finished and not one.superseded:

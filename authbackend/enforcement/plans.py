@@ -11,7 +11,7 @@ from typing import Any
 from authbackend.enforcement.checks import Checker, fits, narrowed_actions, shows_certificate
 from authbackend.enforcement.clusters import Actions
 from authbackend.enforcement.management_api import LiveConnection
-from authbackend.enforcement.tasks import Task
+from authbackend.enforcement.tasks import Listed, Task
 from authbackend.policy.names import possible_owners
 from authbackend.policy.rules import Device, Effect, Permission, RuleSet
 
@@ -38,6 +38,7 @@ class Plan:
         actions: Which rules narrowed.
         sessions: Device ids and client ids whose sessions are looked at.
         certificate: The record of a revoked certificate: only connections with it end.
+        lists: Of a revoked certificate: what is known of the lists on the nodes; see :func:`lists_on`.
         moved: Client ids that have passed to the device: only connections of its users with them end.
         confirmed: True if every replica decides by the change by now.
         now: Returns the database's clock, seconds since the epoch: what is noted must not hang on the clock of a replica.
@@ -53,6 +54,7 @@ class Plan:
     actions: frozenset[str] = frozenset()
     sessions: list[str] = field(default_factory=list)
     certificate: dict[str, Any] | None = None
+    lists: dict[str, Any] = field(default_factory=dict)
     moved: frozenset[str] = frozenset()
     confirmed: bool = False
     now: Callable[[], float] = time.time
@@ -79,6 +81,11 @@ class Plan:
     def just_confirmed(self) -> bool:
         """True if at the look before, a replica could still let somebody in: what came since may not be seen yet."""
         return bool(self.task.receipt) and not self.task.receipt.get("confirmed_at")
+
+    @property
+    def just_listed(self) -> bool:
+        """True if at the look before, the list was not on every node that reports: what came since may not be seen yet."""
+        return bool((self.task.receipt.get("lists") or {}).get("behind"))
 
     @property
     def selective(self) -> bool:
@@ -260,6 +267,7 @@ def receipt(one: Plan, confirmed: list[str], missing: list[str], nodes: dict[str
         "subscriptions_removed": before.get("subscriptions_removed", []) + now.unbound,
         "sessions_kept": now.kept,
         "untold": now.untold,
+        **({"lists": one.lists} if one.lists else {}),
         "looks": before.get("looks", 0) + 1,
     }
 
@@ -275,6 +283,19 @@ def common_receipt(
         "nodes": nodes,
         "unseen_nodes": unseen(nodes),
     }
+
+
+def lists_on(nodes: Iterable[str], found: Listed) -> dict[str, Any]:
+    """
+    Return what is known of the list with a certificate on a cluster's nodes.
+
+    ``installed``: their host reports that list or a later one; ``behind``: it reports another; ``unknown``: it reports none.
+    """
+    states: dict[str, list[str]] = {"installed": [], "behind": [], "unknown": []}
+    for node in sorted(nodes):
+        has = found.nodes.get(node)
+        states["unknown" if has is None else "installed" if has else "behind"].append(node)
+    return {"number": found.number, **states}
 
 
 def unseen(nodes: dict[str, dict[str, bool]]) -> list[str]:

@@ -71,6 +71,20 @@ class Confirmation:
 
 
 @dataclass(frozen=True, slots=True)
+class Listed:
+    """
+    A revoked certificate on the lists of its authority.
+
+    Args:
+        number: Of the first list with it; None: it is on none.
+        nodes: Those whose host says which list it has installed, and whether that is this one or a later one.
+    """
+
+    number: str | None
+    nodes: dict[str, bool]
+
+
+@dataclass(frozen=True, slots=True)
 class Pause:
     """
     Enforcement is paused.
@@ -200,6 +214,9 @@ class TaskStore(Protocol):
 
     async def retry_failed(self, cluster: str) -> None:
         """Make due at once what failed on a cluster that answers again."""
+
+    async def lists_of(self, certificates: list[tuple[str, str]]) -> dict[tuple[str, str], Listed]:
+        """Return where certificates, issuer and serial number, are listed as revoked."""
 
     async def certificates_on_record(self, serials: list[str], names: list[str]) -> list[dict[str, Any]]:
         """Return the certificates with these serial numbers, and the revoked ones of these common names."""

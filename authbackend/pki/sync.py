@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,9 +52,17 @@ class Sync:
         urls: Where the same list is; the first that answers well is taken.
         authorities: Certificates; the one that signed the list decides the file's name.
         folder: Made if absent, mode 755. The file is mode 644: a list is public.
+        seen: Told at every look what is in the folder, read from its file.
     """
 
-    def __init__(self, urls: Sequence[str], authorities: Sequence[x509.Certificate], folder: Path) -> None:
+    def __init__(
+        self,
+        urls: Sequence[str],
+        authorities: Sequence[x509.Certificate],
+        folder: Path,
+        seen: Callable[[RevocationList], None] | None = None,
+    ) -> None:
+        self._seen = seen
         self._urls = tuple(urls)
         self._authorities = tuple(authorities)
         self._folder = folder
@@ -85,7 +93,9 @@ class Sync:
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         async with aiohttp.ClientSession(timeout=_TIMEOUT) as session:
-            return await self._look(session, wait=False)
+            synced = await self._look(session, wait=False)
+            self._report_age()
+            return synced
 
     async def _look(self, session: aiohttp.ClientSession, *, wait: bool) -> Synced:
         faults: list[AuthbackendError] = []
@@ -170,6 +180,8 @@ class Sync:
             present = self._present(path)
             if present is None:
                 continue
+            if self._seen is not None:
+                self._seen(present)
             left = present.next_update - now
             if left.total_seconds() <= 0:
                 self._tell("crl.expired", level="error", path=str(path), effect="the broker refuses every certificate")

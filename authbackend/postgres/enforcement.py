@@ -12,7 +12,7 @@ from typing import Any
 import asyncpg
 import structlog
 
-from authbackend.enforcement.tasks import Backlog, Confirmation, Overdue, Pause, Task, TaskStoreError
+from authbackend.enforcement.tasks import Backlog, Confirmation, Listed, Overdue, Pause, Task, TaskStoreError
 from authbackend.errors import AuthbackendError, Conflict, NotFound, Unavailable
 from authbackend.postgres.connection import Connection, Target, connect, connected, name_actor, translated_errors
 from authbackend.postgres.locks import ENFORCE
@@ -137,6 +137,11 @@ class PostgresTaskStore:
     async def retry_failed(self, cluster: str) -> None:
         """Make due at once what failed on a cluster that answers again."""
         await self._fetch("retry_failed", cluster)
+
+    async def lists_of(self, certificates: list[tuple[str, str]]) -> dict[tuple[str, str], Listed]:
+        """Return where certificates, issuer and serial number, are listed as revoked."""
+        rows = await self._fetch("lists_of", [one[0] for one in certificates], [one[1] for one in certificates])
+        return {(row["issuer"], row["serial"]): Listed(row["number"], json.loads(row["nodes"])) for row in rows}
 
     async def certificates_on_record(self, serials: list[str], names: list[str]) -> list[dict[str, Any]]:
         """Return the certificates with these serial numbers, and the revoked ones of these common names."""

@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
-from authbackend.postgres.connection import Connection, Target, connect, translated_errors
+from authbackend.errors import NotFound
+from authbackend.postgres.connection import Connection, Target, connect, connected, translated_errors
 from authbackend.postgres.statements import load_statements
 
 CHANNELS = ("certificate", "crl")
@@ -22,6 +24,27 @@ class StoredList:
     this_update: datetime
     next_update: datetime
     der: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """
+    When a list is signed or taken over.
+
+    Args:
+        now: The database's time.
+        kept: The highest number that a list of the authority ever had here; None: it had none.
+        installed: The highest that the host of a node has reported; above ``kept`` after the database was restored.
+    """
+
+    now: datetime
+    kept: int | None
+    installed: int | None
+
+    @property
+    def highest(self) -> int | None:
+        """The number that the next list must exceed."""
+        return max((number for number in (self.kept, self.installed) if number is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +107,41 @@ async def lock_list(connection: Connection, authority: str) -> None:
     await connection.execute(load_statements("certificates").lock_list.sql, authority)
 
 
-async def fetch_moment(connection: Connection, issuer: str) -> tuple[datetime, int | None]:
-    """Return the database's time, and the highest number that a list of an authority ever had here; None: it had none."""
+async def fetch_moment(connection: Connection, issuer: str) -> Moment:
+    """Return the database's time, and the highest numbers of an authority's lists."""
     row = await connection.fetchrow(load_statements("certificates").signing.sql, issuer)
     assert row is not None
-    return row["now"], None if row["number"] is None else int(row["number"])
+    return Moment(row["now"], *(None if row[name] is None else int(row[name]) for name in ("kept", "installed")))
+
+
+async def report_list(target: Target, node: str, issuer: str, number: int, next_update: datetime) -> None:
+    """
+    Note which list of an authority the host of a node has installed.
+
+    Raises:
+        AuthbackendError: The database cannot be reached or refuses.
+    """
+    async with connected(target) as connection:
+        statement = load_statements("certificates").report_list.sql
+        await connection.execute(statement, node, issuer, str(number), next_update)
+
+
+async def list_installed(target: Target) -> list[dict[str, Any]]:
+    """Return which lists the hosts of nodes say that they have installed."""
+    async with connected(target) as connection:
+        return [dict(row) for row in await connection.fetch(load_statements("certificates").installed.sql)]
+
+
+async def forget_node(target: Target, node: str) -> None:
+    """
+    Forget what the host of a node said that it had installed.
+
+    Raises:
+        NotFound: It said nothing.
+    """
+    async with connected(target) as connection:
+        if await connection.execute(load_statements("certificates").forget_node.sql, node) == "DELETE 0":
+            raise NotFound(f"no node {node!r} has reported a revocation list; see: authbackend crl hosts")
 
 
 async def fetch_revoked(
@@ -99,16 +152,21 @@ async def fetch_revoked(
     return [tuple(row) for row in rows]
 
 
-async def keep_list(connection: Connection, authority: str, stored: StoredList) -> None:
+async def keep_list(connection: Connection, authority: str, stored: StoredList, serials: Sequence[str]) -> None:
     """
     Make a list the present one.
 
+    Args:
+        serials: Of the certificates that are on it for good.
     Raises:
         InvalidInput: The present one is newer.
     """
     await connection.execute(
         load_statements("certificates").keep_list.sql,
         *(authority, str(stored.number), stored.this_update, stored.next_update, stored.der),
+    )
+    await connection.execute(
+        load_statements("certificates").keep_listed.sql, authority, str(stored.number), list(serials)
     )
 
 

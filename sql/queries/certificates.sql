@@ -96,8 +96,29 @@ select pg_advisory_xact_lock(724003, hashtext($1));
 
 -- name: signing^
 -- params: 1 issuer
--- row: the moment, and the highest number of its lists, null: it has had none
-select clock_timestamp() as now, (select number::text from crl_highest where issuer = $1) as number;
+-- row: the moment, the highest number of its lists here, and of those that hosts of brokers have; null: there was none
+select clock_timestamp() as now, (select number::text from crl_highest where issuer = $1) as kept,
+       (select max(number)::text from crl_installed where issuer = $1) as installed;
+
+-- name: keep_listed!
+-- params: 1 authority, 2 number text, 3 serials on the list
+with subject as (select subject as issuer from authority where name = $1),
+     listed as (select issuer, serial from subject, unnest($3::text[]) as serial),
+     gone as (delete from crl_listed c using subject s where c.issuer = s.issuer
+              and not exists (select from listed l where l.serial = c.serial))
+insert into crl_listed (issuer, serial, number) select issuer, serial, $2::text::numeric from listed on conflict do nothing;
+
+-- name: report_list!
+-- params: 1 node, 2 issuer, 3 number text, 4 next update
+select crl_report($1, $2, $3::text::numeric, $4);
+
+-- name: installed
+-- row: node, issuer, number, next_update, reported_at
+select node, issuer, number::text as number, next_update, reported_at from crl_installed order by node, issuer;
+
+-- name: forget_node!
+-- params: 1 node
+delete from crl_installed where node = $1;
 
 -- name: revoked
 -- What belongs on the list of an authority; uses certificate_revoked.

@@ -171,6 +171,13 @@ update enforcement e set fault = $4, attempts = attempts + 1, receipt = coalesce
 from unnest($1::bigint[], $2::text[], $3::float8[]) as u (id, receipt, after_s)
 where e.id = u.id and e.id in (select id from enforcement where id = any ($1::bigint[]) and finished_at is null for update skip locked);
 
+-- name: lists_of
+-- params: 1 issuers, 2 serials
+-- row: issuer, serial, number of the first list with it, null: it is on none; nodes whose list is known, and whether it is that or a later one
+select c.issuer, c.serial, l.number::text as number,
+       coalesce((select jsonb_object_agg(i.node, coalesce(i.number >= l.number, false)) from crl_installed i where i.issuer = c.issuer), '{}') as nodes
+from unnest($1::text[], $2::text[]) as c (issuer, serial) left join crl_listed l using (issuer, serial);
+
 -- name: retry_failed!
 -- What waited for a cluster that answers again is due at once. params: 1 cluster
 update enforcement set due_at = clock_timestamp() where id in (

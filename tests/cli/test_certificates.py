@@ -440,6 +440,35 @@ def test_revoking_with_the_authority_publishes_the_list_in_the_same_command(cli,
     assert [r["after"] for r in execute("select after from audit where entity = 'crl' and after ? 'der'")] == []
 
 
+def test_waiting_for_a_revocation_ends_well_only_when_every_node_has_the_list(cli, ca, two_certificates, execute):
+    one, two = two_certificates
+    assert "no replica has enforcement.clusters" in cli("cert", "revoke", one, "--ca", ca, "--wait", exit_code=8).stderr
+    execute("insert into enforcement_setup (hold_limit_s) values (30) returning 1")
+    execute("insert into enforcement_cluster (name) values ('rabbit') returning 1")
+
+    def revoked(lists, exit_code):
+        """Revoke the second, with a receipt that is made in the same moment."""
+        execute(
+            "create or replace function receipt() returns trigger language plpgsql as $$ begin new.finished_at = now(); new.state = 'done';"
+            f"new.receipt = '{json.dumps({'closed': {}, 'looks': 2, 'lists': lists, 'checked_at': 'noon'})}'; return new; end $$;"
+            "create or replace trigger receipt before insert on enforcement for each row execute function receipt()"
+        )
+        return cli("cert", "revoke", two, "--ca", ca, "--wait", "--timeout", "20", exit_code=exit_code)
+
+    told = revoked({"number": "6", "installed": ["rabbit@one"], "behind": [], "unknown": ["rabbit@two"]}, 8)
+    assert "number 6 or a later one is installed on rabbit@one" in told.stdout
+    assert "not known to check a revocation list: rabbit@two; there it can log in again" in told.stdout
+    assert "nothing is connected with it at noon" in told.stdout
+    assert "rabbit@two is not known to check a revocation list" in told.stderr
+
+
+def test_the_hosts_that_report_are_listed_and_forgotten(cli, ca, execute):
+    execute("select crl_report('rabbit@one', 'CN=ca', 7, '2030-01-01Z')")
+    assert [(row["node"], row["number"]) for row in as_json(cli("crl", "hosts", "--json"))] == [("rabbit@one", "7")]
+    assert as_json(cli("crl", "hosts", "--forget", "rabbit@one", "--json")) == []
+    assert "has reported" in cli("crl", "hosts", "--forget", "rabbit@one", exit_code=3).stderr
+
+
 def test_all_but_the_newest_of_a_device_are_revoked(cli, ca, two_certificates, execute):
     execute(f"update certificate set not_before = not_before - interval '1 day' where serial = '{two_certificates[0]}'")
     told = cli("cert", "revoke", "--device", "D1", "--all-but-newest", "--reason", "left in a taxi", "--ca", ca).stdout

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,7 @@ from authbackend.policy.requests import VhostRequest
 from authbackend.postgres import enforcement
 from authbackend.postgres.connection import Target
 from authbackend.postgres.feed import ChangeFeed
+from authbackend.postgres.lists import StoredList, keep_list
 from tests.enforcement.conftest import Rig
 from tests.support.memory_cluster import Broker, MemoryCluster
 from tests.support.postgres import connected
@@ -597,6 +600,62 @@ async def test_a_revoked_certificate_ends_what_certainly_shows_it(
         (task,) = await rig.finished()
     assert (len(rig.broker.closed), task["receipt"]["untold"]) == (closed, untold)
     assert task["lane"] == "urgent"
+
+
+async def list_certificate(rig: Rig, number: int, serials: list[str]) -> None:
+    """Sign the list of the authority."""
+    now = datetime.now(UTC)
+    await rig.sql.execute(
+        "insert into authority values ('fleet', 'CN=ca', '-----BEGIN CERTIFICATE-----', now()) on conflict do nothing"
+    )
+    await keep_list(rig.sql, "fleet", StoredList(number, now, now + timedelta(days=1), str(number).encode()), serials)
+
+
+async def test_a_revoked_certificate_is_done_when_every_node_that_reports_has_the_list(rig: Rig) -> None:
+    await rig.devices("A")
+    await rig.sql.execute(CERTIFICATE)
+    rig.broker.running["rabbit@two"] = True
+    nodes = sorted(rig.broker.running)
+    report = "select crl_report($1, 'CN=ca', $2, now() + interval '1 day')"
+    for node in nodes:
+        await rig.sql.execute(report, node, 5)
+    await list_certificate(rig, 5, [])
+
+    async def looks(number: int) -> dict[str, Any]:
+        async with asyncio.timeout(30):
+            while True:
+                (task,) = await rig.tasks()
+                if task["finished_at"] or (task["receipt"] or {}).get("looks", 0) >= number:
+                    return task
+                await asyncio.sleep(0.02)
+
+    async with rig.enforcing():
+        await rig.sql.execute("update certificate set state = 'revoked'")
+        task = await looks(2)
+        assert task["finished_at"] is None, "it is on no list"
+        assert task["receipt"]["lists"] == {"number": None, "installed": [], "behind": nodes, "unknown": []}
+        await list_certificate(rig, 6, ["ab"])
+        for node in nodes[1:]:
+            await rig.sql.execute(report, node, 6)
+        await rig.sql.execute("update enforcement set due_at = now()")
+        task = await looks(task["receipt"]["looks"] + 1)
+        assert task["finished_at"] is None, "the first node still has the list before"
+        assert task["receipt"]["lists"]["behind"] == nodes[:1]
+        rig.broker.connect("A", certificate_serial="ab", certificate_issuer="CN=ca", certificate_subject="CN=A")
+        await rig.sql.execute(report, nodes[0], 7)  # a later one is as good
+        await rig.sql.execute("update enforcement set due_at = now()")
+        (task,) = await rig.finished()
+    assert not rig.broker.live, "who came back meanwhile is closed before it is done"
+    assert task["receipt"]["lists"] == {"number": "6", "installed": nodes, "behind": [], "unknown": []}
+
+
+async def test_a_node_that_reports_no_list_is_named_in_the_receipt(rig: Rig) -> None:
+    await rig.sql.execute(CERTIFICATE)
+    async with rig.enforcing():
+        await rig.sql.execute("update certificate set state = 'revoked'")
+        (task,) = await rig.finished()
+    lists = task["receipt"]["lists"]
+    assert (lists["installed"], lists["behind"], lists["unknown"]) == ([], [], sorted(rig.broker.running))
 
 
 async def test_a_session_that_could_not_be_deleted_at_once_is_not_taken_for_the_new_owners(rig: Rig) -> None:

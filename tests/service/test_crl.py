@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -182,6 +183,46 @@ async def test_the_command_signs_as_long_as_it_runs(dsn, made, revoked, connecti
         process.terminate()
         await process.wait()
         process._transport.close()
+
+
+async def test_the_host_of_a_node_reports_what_it_has_installed_and_whoever_restores_the_database_signs_above_it(
+    dsn, made, revoked, connection, tmp_path
+):
+    await connection.execute("create role host login password 'x'; grant execute on function crl_report to host")
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("AUTHBACKEND_")},
+        "AUTHBACKEND_DATABASE__DSN": re.sub(r"//[^@/]*@?", "//host:x@", dsn, count=1),
+    }
+    process = None
+    try:
+        async with serving(dsn, made) as asking:
+            await published(asking)
+            number = await connection.fetchval("select number from crl")
+            options = ("--ca", made / "fleet" / "ca.pem", "--dir", tmp_path / "crl", "--node", "rabbit@one")
+            command = [sys.executable, "-m", "authbackend", "crl", "sync", "--url", asking._base_url / "crl/fleet.crl"]
+            process = await asyncio.create_subprocess_exec(*map(str, [*command, *options]), env=environment)
+
+            async def reported():
+                return await connection.fetchval("select number from crl_installed where node = 'rabbit@one'")
+
+            await until(reported, "it has reported")
+            assert await reported() == number
+            assert list((tmp_path / "crl").iterdir())
+            await connection.execute(
+                "select crl_report('rabbit@one', issuer, $1, now()) from crl_installed", number + 10**9
+            )
+            await connection.execute("notify crl")
+
+            async def above():
+                return await connection.fetchval("select number from crl") > number + 10**9
+
+            await until(above, "the next list is above what the host has")
+    finally:
+        if process is not None:
+            process.terminate()
+            await process.wait()
+            process._transport.close()
+        await connection.execute("drop owned by host; drop role host")
 
 
 async def test_a_list_half_through_its_lifetime_is_signed_again(dsn, made, revoked, connection):
