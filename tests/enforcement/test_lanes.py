@@ -611,6 +611,37 @@ async def list_certificate(rig: Rig, number: int, serials: list[str]) -> None:
     await keep_list(rig.sql, "fleet", StoredList(number, now, now + timedelta(days=1), str(number).encode()), serials)
 
 
+async def looked(rig: Rig, number: int) -> dict[str, Any]:
+    """Wait until the only task has had so many looks or is finished, and return it."""
+    async with asyncio.timeout(30):
+        while True:
+            (task,) = await rig.tasks()
+            if task["finished_at"] or (task["receipt"] or {}).get("looks", 0) >= number:
+                return task
+            await asyncio.sleep(0.02)
+
+
+REPORT = "select crl_report('rabbit@one', 'CN=ca', {}, now() + interval '1 day')"
+
+
+async def test_a_node_that_begins_to_report_while_a_revocation_is_open_is_waited_for(rig: Rig) -> None:
+    """And the look at which all have the list is not the last one: who came a moment before it may not be seen yet."""
+    await rig.sql.execute(CERTIFICATE)
+    async with rig.enforcing():
+        await rig.sql.execute("update certificate set state = 'revoked'")
+        task = await looked(rig, 1)
+        while not task["receipt"]["confirmed_at"]:
+            task = await looked(rig, task["receipt"]["looks"] + 1)
+        await rig.sql.execute(REPORT.format(5))
+        await list_certificate(rig, 6, ["ab"])
+        task = await looked(rig, task["receipt"]["looks"] + 1)
+        looks = task["receipt"]["looks"]
+        assert (task["finished_at"], task["receipt"]["lists"]["behind"]) == (None, ["rabbit@one"])
+        await rig.sql.execute(REPORT.format(6) + "; update enforcement set due_at = now()")
+        (task,) = await rig.finished()
+    assert task["receipt"]["looks"] == looks + 2
+
+
 async def test_a_revoked_certificate_is_done_when_every_node_that_reports_has_the_list(rig: Rig) -> None:
     await rig.devices("A")
     await rig.sql.execute(CERTIFICATE)
@@ -621,24 +652,16 @@ async def test_a_revoked_certificate_is_done_when_every_node_that_reports_has_th
         await rig.sql.execute(report, node, 5)
     await list_certificate(rig, 5, [])
 
-    async def looks(number: int) -> dict[str, Any]:
-        async with asyncio.timeout(30):
-            while True:
-                (task,) = await rig.tasks()
-                if task["finished_at"] or (task["receipt"] or {}).get("looks", 0) >= number:
-                    return task
-                await asyncio.sleep(0.02)
-
     async with rig.enforcing():
         await rig.sql.execute("update certificate set state = 'revoked'")
-        task = await looks(2)
+        task = await looked(rig, 2)
         assert task["finished_at"] is None, "it is on no list"
         assert task["receipt"]["lists"] == {"number": None, "installed": [], "behind": nodes, "unknown": []}
         await list_certificate(rig, 6, ["ab"])
         for node in nodes[1:]:
             await rig.sql.execute(report, node, 6)
         await rig.sql.execute("update enforcement set due_at = now()")
-        task = await looks(task["receipt"]["looks"] + 1)
+        task = await looked(rig, task["receipt"]["looks"] + 1)
         assert task["finished_at"] is None, "the first node still has the list before"
         assert task["receipt"]["lists"]["behind"] == nodes[:1]
         rig.broker.connect("A", certificate_serial="ab", certificate_issuer="CN=ca", certificate_subject="CN=A")
