@@ -136,8 +136,13 @@ async def record(connection: Connection, signed: Sequence[tuple[Signed, str | No
     Args:
         signed: Each with the device that it is of.
     Raises:
+        InvalidInput: A certificate with the same key was revoked as compromised.
         Conflict: The authority used a serial number twice.
     """
+    keys = {one.record.key_fingerprint: one.record.common_name for one, _ in signed if one.record.key_fingerprint}
+    if refused := await store.compromised_keys(connection, list(keys)):
+        names = ", ".join(sorted(repr(keys[key]) for key in refused)[:_SHOWN_FAULTS])
+        raise InvalidInput(f"{names}: its key was revoked as compromised (keyCompromise); make a new key")
     rows = [
         CertificateRow(
             one.record.fingerprint,
@@ -148,6 +153,7 @@ async def record(connection: Connection, signed: Sequence[tuple[Signed, str | No
             one.record.not_before,
             one.record.not_after,
             device_id,
+            key_fingerprint=one.record.key_fingerprint,
         )
         for one, device_id in signed
     ]

@@ -1120,6 +1120,7 @@ CREATE TABLE public.certificate (
     reason text DEFAULT ''::text NOT NULL,
     revoked_at timestamp with time zone,
     added_at timestamp with time zone DEFAULT now() NOT NULL,
+    key_fingerprint text,
     CONSTRAINT certificate_fingerprint CHECK (
 CASE
     WHEN (fingerprint ~ '^[0-9a-f]{64}$'::text) THEN true
@@ -1634,6 +1635,8 @@ ALTER TABLE ONLY public.topic_rule
 CREATE INDEX audit_key ON public.audit USING btree (entity, key, id);
 
 CREATE INDEX certificate_common_name ON public.certificate USING btree (common_name) WHERE (device_id IS NULL);
+
+CREATE INDEX certificate_compromised_key ON public.certificate USING btree (key_fingerprint) WHERE ((state = 'revoked'::text) AND (reason = 'keyCompromise'::text));
 
 CREATE INDEX certificate_device_id ON public.certificate USING btree (device_id, not_after);
 
@@ -2172,6 +2175,7 @@ insert into public.schema_migrations (version) values
   ('20261125120000'),
   ('20261125121000'),
   ('20261125121010'),
+  ('20261125121020'),
   ('20261125122000'),
   ('20261125122010'),
   ('20261125123000'),

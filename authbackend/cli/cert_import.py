@@ -143,6 +143,7 @@ def _stream(name: str, lines: Iterable[bytes], report: Report) -> Iterator[Certi
                 found.common_name,
                 found.not_before,
                 found.not_after,
+                key_fingerprint=found.key_fingerprint,
             )
     except PKIError as error:
         report.fault(f"{name}: after certificate {number}: {error.detail}")

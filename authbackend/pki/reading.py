@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
@@ -39,6 +41,7 @@ class Record:
         issuer: RFC 4514.
         subject: RFC 4514.
         common_name: as RabbitMQ reads it, several joined with a comma; empty if there is none.
+        key_fingerprint: SHA-256 of its public key (SubjectPublicKeyInfo, DER), hexadecimal digits; None: a kind that is not known.
     """
 
     fingerprint: str
@@ -48,6 +51,16 @@ class Record:
     common_name: str
     not_before: datetime
     not_after: datetime
+    key_fingerprint: str | None
+
+
+def _key_fingerprint(certificate: x509.Certificate) -> str | None:
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    try:
+        key = certificate.public_key().public_bytes(serialization.Encoding.DER, form)
+    except (ValueError, UnsupportedAlgorithm):  # another authority's, of a kind that is never signed here
+        return None
+    return hashlib.sha256(key).hexdigest()
 
 
 def record_of(certificate: x509.Certificate) -> Record:
@@ -69,6 +82,7 @@ def record_of(certificate: x509.Certificate) -> Record:
             ",".join(name if isinstance(name, str) else name.decode("latin-1") for name in names),
             certificate.not_valid_before_utc,
             certificate.not_valid_after_utc,
+            _key_fingerprint(certificate),
         )
     except (ValueError, OverflowError) as error:
         raise PKIError(f"the certificate cannot be read: {error}") from error

@@ -32,6 +32,7 @@ class CertificateRow(NamedTuple):
     state: str = "active"
     reason: str = ""
     revoked_at: datetime | None = None
+    key_fingerprint: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,12 @@ async def insert_certificates(connection: Connection, rows: Sequence[Certificate
         len(present),
         [row.serial for row in others if row.fingerprint not in present],
     )
+
+
+async def compromised_keys(connection: Connection, fingerprints: Sequence[str]) -> set[str]:
+    """Return those of these keys that a certificate was revoked for as compromised."""
+    rows = await connection.fetch(load_statements("certificates").compromised_keys.sql, list(fingerprints))
+    return {row["key_fingerprint"] for row in rows}
 
 
 async def link_devices(connection: Connection, fingerprints: Sequence[str]) -> int:

@@ -3,13 +3,17 @@
 -- name: insert_certificates
 -- Those that are there already are left as they are.
 -- params: 1 fingerprints, 2 serials, 3 issuers, 4 subjects, 5 common names, 6 beginnings, 7 ends, 8 device ids (null: by the
---   common name), 9 states, 10 reasons, 11 times of revocation
+--   common name), 9 states, 10 reasons, 11 times of revocation, 12 fingerprints of keys
 -- row: fingerprint and device id of each that is new
-insert into certificate (fingerprint, serial, issuer, subject, common_name, not_before, not_after, device_id, state, reason, revoked_at)
+insert into certificate (fingerprint, serial, issuer, subject, common_name, not_before, not_after, device_id, state, reason, revoked_at, key_fingerprint)
 select * from unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::timestamptz[], $7::timestamptz[],
-                     $8::text[], $9::text[], $10::text[], $11::timestamptz[])
+                     $8::text[], $9::text[], $10::text[], $11::timestamptz[], $12::text[])
 on conflict do nothing
 returning fingerprint, device_id;
+
+-- name: compromised_keys
+-- params: 1 fingerprints of keys
+select key_fingerprint from certificate where key_fingerprint = any ($1::text[]) and state = 'revoked' and reason = 'keyCompromise';
 
 -- name: present_fingerprints
 -- params: 1 fingerprints

@@ -218,6 +218,20 @@ def test_a_revoked_device_gets_no_certificate(cli, ca, fleet):
     assert "device reinstate D1" in cli("device", "enroll", "D1", "--ca", ca, "--generate", exit_code=2).stderr
 
 
+def test_a_key_that_was_revoked_as_compromised_gets_no_certificate_again(cli, ca, fleet, execute, tmp_path):
+    (tmp_path / "one.csr").write_bytes(request("D1"))
+    (tmp_path / "two.csr").write_bytes(request("two"))
+    cli("device", "enroll", "D1", "--ca", ca, "--csr", "one.csr")
+    cli("cert", "revoke", "--device", "D1", "--all", "--ca", ca, "--reason", "superseded")
+    cli("device", "enroll", "D1", "--ca", ca, "--csr", "one.csr", "--out", "again.pem")
+    cli("cert", "revoke", "--device", "D1", "--all", "--ca", ca, "--reason", "keyCompromise")
+    for device, file in (("D1", "one.csr"), ("D2", "two.csr")):  # the same key, under whatever name
+        told = cli("device", "enroll", device, "--ca", ca, "--csr", file, "--out", "more.pem", exit_code=2)
+        assert "revoked as compromised" in told.stderr
+    assert not (tmp_path / "more.pem").exists()
+    assert execute("select count(*) as n from certificate where state = 'active'") == [{"n": 0}]
+
+
 def test_a_bench_device_is_registered_and_gets_a_key(cli, ca, fleet, execute, tmp_path):
     cli("device", "enroll", "D3", "--ca", ca, "--generate", "--type", "APM", "--profile", "device-rsa")
     key = read_key((tmp_path / "D3.key").read_bytes())
