@@ -20,9 +20,11 @@ from authbackend.admin.health import Health
 from authbackend.admin.listener import application
 from authbackend.backoff import Reachability
 from authbackend.board import Board
+from authbackend.bounds import BoundedServer, Bounds, accepting
 from authbackend.broker.endpoints import Endpoints, Limits
 from authbackend.broker.listener import BrokerServer, TLSFiles, listening, watch
 from authbackend.broker.passwords import PasswordChecker
+from authbackend.broker.wire import LONGEST_REQUEST_LINE_BYTES
 from authbackend.credentials import read_password
 from authbackend.enforcement.leader import Leader, LeaderSettings
 from authbackend.enforcement.management_api import Access, ManagementAPI
@@ -31,7 +33,7 @@ from authbackend.enforcement.sweep import SweepSettings
 from authbackend.errors import ConfigurationError
 from authbackend.ground import Ground, prepared, target
 from authbackend.logs import Sampler
-from authbackend.metrics import BrokerMetrics, RegistryMetrics
+from authbackend.metrics import AdminMetrics, BrokerMetrics, RegistryMetrics
 from authbackend.policy.decide import DecisionSettings
 from authbackend.postgres.enforcement import leading, open_store
 from authbackend.postgres.feed import ChangeFeed
@@ -41,11 +43,13 @@ from authbackend.registry.store import Store
 from authbackend.registry.sync import Look, Refreshed, RegistryCopy, SyncTimes
 from authbackend.registry.writability import Writability
 from authbackend.revocation import Keeper, open_authority
-from authbackend.settings import TLS, Broker, Settings, host_and_port, is_loopback
+from authbackend.settings import TLS, Admin, Broker, Settings, host_and_port, is_loopback
 
 log = structlog.get_logger(__name__)
 
 BEAT_S = 0.1
+ADMIN_KEEPALIVE_S = 75.0
+ADMIN_DRAIN_S = 2.0
 
 
 def broker_tls(broker: Broker) -> TLSFiles | None:
@@ -122,7 +126,7 @@ async def following(
         stack.push_async_callback(presence.leave)
         for name, run in parts:
             await stack.enter_async_context(_background(name, run(), on_end))
-        await stack.enter_async_context(_application_listening(app, admin))
+        await stack.enter_async_context(_application_listening(app, admin, settings.admin, AdminMetrics(collected)))
         yield
 
 
@@ -299,9 +303,12 @@ def _broker_server(
         endpoints,
         {"/health/live": health.live, "/health/ready": health.ready},
         counted,
-        keepalive_timeout_s=broker.keepalive_timeout_s,
-        request_timeout_s=broker.request_timeout_s,
-        max_connections=broker.max_connections,
+        Bounds(
+            broker.keepalive_timeout_s,
+            broker.request_timeout_s,
+            broker.max_connections,
+            line_bytes=LONGEST_REQUEST_LINE_BYTES,
+        ),
     )
 
 
@@ -412,14 +419,19 @@ def bound_socket(setting: str, listen: str, port: int | None = None, *, shared: 
 
 
 @contextlib.asynccontextmanager
-async def _application_listening(app: web.Application, opened: socket.socket) -> AsyncIterator[None]:
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=2)
+async def _application_listening(
+    app: web.Application, opened: socket.socket, admin: Admin, counted: AdminMetrics
+) -> AsyncIterator[None]:
+    runner = web.AppRunner(app)
     await runner.setup()
-    try:
-        await web.SockSite(runner, opened).start()
+    made = runner.server
+    assert made is not None
+    bounds = Bounds(ADMIN_KEEPALIVE_S, admin.request_timeout_s, admin.max_connections)
+    server = BoundedServer(made.request_handler, bounds, counted, request_factory=made.request_factory)
+    async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(accepting(server, ADMIN_DRAIN_S, sock=opened))
+        stack.push_async_callback(runner.cleanup)  # first: whoever waits for a list is answered
         yield
-    finally:
-        await runner.cleanup()
 
 
 @contextlib.asynccontextmanager

@@ -127,6 +127,14 @@ class BrokerMetrics:
             multiprocess_mode="livesum",
         )
 
+    def connections_open(self, number: int) -> None:
+        """So many connections of RabbitMQ are open."""
+        self.connections.set(number)
+
+    def connection_closed(self, cause: str) -> None:
+        """A connection of RabbitMQ was closed by this side."""
+        self.connections_closed.labels(cause).inc()
+
     def decided(self, endpoint: str, decision: Decision) -> None:
         """Count an answer."""
         key = (endpoint, decision.allowed, decision.reason, decision.kind)
@@ -145,6 +153,32 @@ class BrokerMetrics:
         if child is None:
             child = self._durations[endpoint] = self._duration.labels(endpoint)
         child.observe(seconds)
+
+
+class AdminMetrics:
+    """What the listener for people counts of its connections."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._connections = Gauge(
+            "authbackend_admin_connections",
+            "Open connections of people and Prometheus.",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self._closed = Counter(
+            "authbackend_admin_connections_closed",
+            "Connections of people and Prometheus closed by this side, by cause: too_many, slow.",
+            ["cause"],
+            registry=registry,
+        )
+
+    def connections_open(self, number: int) -> None:
+        """So many are open."""
+        self._connections.set(number)
+
+    def connection_closed(self, cause: str) -> None:
+        """One was closed by this side."""
+        self._closed.labels(cause).inc()
 
 
 class RegistryMetrics(Collector):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from aiohttp import web
 from aiohttp.http import HttpVersion11, RawRequestMessage
 from aiohttp.web_protocol import RequestHandler
 
+from authbackend.bounds import BoundedConnection, BoundedServer, Bounds, accepting
 from authbackend.broker import wire
 from authbackend.broker.endpoints import QUESTIONS, Endpoints
 from authbackend.broker.responses import write
@@ -25,76 +25,30 @@ from authbackend.metrics import BrokerMetrics
 log = structlog.get_logger(__name__)
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
-HANDSHAKE_TIMEOUT_S = 5.0
 _RELOAD_LOOK_S = 2.0
 _UNKNOWN_PATH_LOG_S = 60.0
 _LONGEST_LOGGED_PATH = 256
 
 
-class BrokerServer(web.Server):
+class BrokerServer(BoundedServer):
     """
     aiohttp's low-level server, answering what its parser refuses with ``deny`` instead of an error page.
 
-    Bounded: connections, sizes, and the time from a request's first byte to its last.
-
-    Args:
-        request_timeout_s: Longest time that a client may take to send a request.
+    The time to send a body is bounded by its endpoint.
     """
 
     def __init__(
-        self,
-        endpoints: Endpoints,
-        others: Mapping[str, Handler],
-        metrics: BrokerMetrics,
-        *,
-        keepalive_timeout_s: float,
-        request_timeout_s: float,
-        max_connections: int,
+        self, endpoints: Endpoints, others: Mapping[str, Handler], metrics: BrokerMetrics, bounds: Bounds
     ) -> None:
-        super().__init__(
-            self._dispatch,
-            access_log=None,
-            keepalive_timeout=keepalive_timeout_s,
-            max_line_size=wire.LONGEST_REQUEST_LINE_BYTES,
-            max_field_size=wire.LONGEST_REQUEST_LINE_BYTES,
-            lingering_time=0,
-            auto_decompress=False,  # RabbitMQ does not compress; a small body must not become a large one
-        )
+        super().__init__(self._dispatch, bounds, metrics)
         self.endpoints = endpoints
         self._others = others
-        self._metrics = metrics
-        self._request_timeout_s = request_timeout_s
-        self._max_connections = max_connections
-        self._open: set[_Protocol] = set()
         self._unknown_paths = _UnknownPaths(metrics)
         self.request_factory = self._limited_request
 
     def __call__(self) -> RequestHandler:
         """Return the protocol of a new connection."""
         return _Protocol(self, loop=self._loop, **self._kwargs)
-
-    def admit(self, protocol: _Protocol) -> bool:
-        """Return whether there is room for one more connection."""
-        if len(self._open) >= self._max_connections:
-            self._metrics.connections_closed.labels("too_many").inc()
-            return False
-        self._open.add(protocol)
-        self._metrics.connections.set(len(self._open))
-        return True
-
-    def forget(self, protocol: _Protocol) -> None:
-        """Note that a connection has ended."""
-        self._open.discard(protocol)
-        self._metrics.connections.set(len(self._open))
-
-    async def cut_slow_senders(self) -> None:
-        """Close connections that have begun a request, or nothing at all, and do not finish it; until cancelled."""
-        while True:
-            await asyncio.sleep(self._request_timeout_s / 2)
-            latest = time.monotonic() - self._request_timeout_s
-            for protocol in [protocol for protocol in self._open if protocol.sending_since(latest)]:
-                self._metrics.connections_closed.labels("slow").inc()
-                protocol.force_close()
 
     def _limited_request(self, message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> web.BaseRequest:
         return web.BaseRequest(
@@ -104,7 +58,6 @@ class BrokerServer(web.Server):
     async def _dispatch(self, request: web.BaseRequest) -> web.StreamResponse:
         protocol = request.protocol
         assert isinstance(protocol, _Protocol)
-        protocol.answered = True
         path = request.raw_path.partition("?")[0]
         question = QUESTIONS.get(path)
         if question is not None:
@@ -144,50 +97,30 @@ class _UnknownPaths:
         )
 
 
-class _Protocol(RequestHandler):
+class _Protocol(BoundedConnection):
     """
-    One connection; times are of the monotonic clock.
+    One connection.
 
     Args:
         form: A request's payload and what was read of it, before it was known that its answer has to wait.
     """
 
-    __slots__ = ("_began", "answered", "form", "received")
+    __slots__ = ("form",)
 
     def __init__(self, manager: BrokerServer, **kwargs: Any) -> None:
         super().__init__(manager, **kwargs)
-        self.received = self._began = time.monotonic()
-        self.answered = False
         self.form: tuple[Any, bytes] = (None, b"")
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin, if there is room."""
-        server = self._manager
-        assert isinstance(server, BrokerServer)
-        super().connection_made(transport)
-        if not server.admit(self):
-            self.force_close()
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        """End."""
-        server = self._manager
-        if isinstance(server, BrokerServer):
-            server.forget(self)
-        super().connection_lost(exc)
-
     def data_received(self, data: bytes) -> None:
-        """Note when a request began and how far it has come."""
-        self.received = time.monotonic()
-        if self.answered:
-            self.answered = False
-            self._began = self.received
+        """Answer at once what can be; aiohttp does the rest."""
+        self.arrived()
         waiter = self._waiter
         if waiter is None or self._messages:  # aiohttp is at work on this connection: one after the other
-            super().data_received(data)
+            RequestHandler.data_received(self, data)
             return
         self._waiter = None  # nobody is woken up before it is known that it cannot be answered here
         try:
-            super().data_received(data)
+            RequestHandler.data_received(self, data)
         finally:
             self._waiter = waiter
         if self._messages and not self._answered_at_once() and not waiter.done():
@@ -226,10 +159,6 @@ class _Protocol(RequestHandler):
         if self._keepalive_handle is None:
             self._keepalive_handle = self._loop.call_at(self._next_keepalive_close_time, self._process_keepalive)
         return True
-
-    def sending_since(self, latest: float) -> bool:
-        """Return whether the client has been sending a request's head since before a time."""
-        return not self.answered and self._began < latest and not self._messages and self._current_request is None
 
     def handle_error(
         self,
@@ -369,26 +298,16 @@ async def listening(
     Raises:
         ConfigurationError: The address cannot be listened on.
     """
-    loop = asyncio.get_running_loop()
     try:
-        listener = await loop.create_server(
+        async with accepting(
             server,
-            host,
-            port,
-            ssl=tls.context if tls else None,
+            drain_s,
+            tls=tls.context if tls else None,
+            host=host,
+            port=port,
             backlog=backlog,
             reuse_port=shared or None,
-            ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if tls else None,
-            ssl_shutdown_timeout=1.0 if tls else None,
-        )
+        ) as found:
+            yield found
     except OSError as error:
         raise ConfigurationError(f"broker.listen: cannot listen on {host}:{port}: {error.strerror}") from error
-    slow = asyncio.create_task(server.cut_slow_senders())
-    try:
-        yield listener.sockets[0].getsockname()[1]
-    finally:
-        slow.cancel()
-        listener.close()
-        server.pre_shutdown()
-        await asyncio.sleep(0)
-        await server.shutdown(drain_s)

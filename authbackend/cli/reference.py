@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Metric
 from pydantic import BaseModel, SecretStr
 
 from authbackend.enforcement.metrics import EnforcementMetrics
-from authbackend.metrics import BrokerMetrics, CertificateMetrics, Present, RegistryMetrics
+from authbackend.metrics import AdminMetrics, BrokerMetrics, CertificateMetrics, Present, RegistryMetrics
 from authbackend.policy.reasons import Reason
 from authbackend.settings import Settings, setting_names, variable
 
@@ -121,6 +121,7 @@ def _collected() -> Iterator[tuple[Metric, tuple[str, ...]]]:
     registry = CollectorRegistry()
     BrokerMetrics(registry)
     EnforcementMetrics(registry)
+    AdminMetrics(registry)
     registry.register(RegistryMetrics(registry, lambda: Present(None, {}, {}, 0, (0, 0))))
     registry.register(CertificateMetrics())
     for collector in dict.fromkeys(registry._collector_to_names):  # noqa: SLF001 - the only list there is

@@ -1,6 +1,7 @@
 """Whole requests are answered without a task of their own; whatever is not one takes the long way, with the same answer."""
 
 import asyncio
+import dataclasses
 import socket
 from urllib.parse import urlsplit
 
@@ -95,8 +96,8 @@ async def test_many_requests_one_after_the_other_on_one_connection(service, long
 async def test_an_idle_connection_is_closed_after_its_time(dsn, monkeypatch):
     original = BrokerServer.__init__
 
-    def impatient(self, *args, **kwargs):
-        original(self, *args, **{**kwargs, "keepalive_timeout_s": 0.2})
+    def impatient(self, *args):
+        original(self, *args[:-1], dataclasses.replace(args[-1], keepalive_timeout_s=0.2))
 
     monkeypatch.setattr(BrokerServer, "__init__", impatient)
     await apply(dsn, POLICY.replace("HASH", f'"{HASH}"'))

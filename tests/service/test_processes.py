@@ -4,12 +4,14 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
 import sys
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import aiohttp
 import asyncpg
@@ -50,8 +52,8 @@ class Replica(Running):
 
 
 @contextlib.asynccontextmanager
-async def replica(dsn, *, workers=2, ready=True, **environment):
-    """Run a replica for the time of the block."""
+async def replica(dsn, *, workers=2, ready=True, files=None, **environment):
+    """Run a replica for the time of the block; ``files``: how many each of its processes may have open."""
     others = {name: value for name, value in os.environ.items() if not name.startswith("AUTHBACKEND")}
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "authbackend", "serve", "--workers", str(workers)),
@@ -63,6 +65,7 @@ async def replica(dsn, *, workers=2, ready=True, **environment):
             **{f"AUTHBACKEND_{name}": value for name, value in {**PATIENT, **environment}.items()},
         },
         stderr=asyncio.subprocess.PIPE,
+        preexec_fn=files and (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))),
     )
     lines = []
 
@@ -150,6 +153,41 @@ async def test_the_killed_process_that_follows_the_database_goes_on_where_it_was
             return await running.login("APM0001") == "deny"
 
         await until(denied, "the revocation is decided by")
+        assert await running.end() == 0
+
+
+def flood(stack, url, number):
+    """Open connections that each begin a request and never end it."""
+    where = urlsplit(url)
+    for _ in range(number):
+        opened = stack.enter_context(contextlib.closing(socket.create_connection((where.hostname, where.port))))
+        opened.setblocking(False)
+        with contextlib.suppress(OSError):  # closed already
+            opened.send(b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Endless: ")
+
+
+async def test_half_sent_requests_of_people_are_cut_off_and_changes_are_followed_meanwhile(dsn, policy, sql):
+    limits = {}
+    async with replica(dsn, workers=1, files=96, **limits) as running:
+        with contextlib.ExitStack() as stack:
+            flood(stack, running.admin, 120)
+            await sql(
+                "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+            )
+            await sql("update device set status = 'revoked' where device_id = 'APM0001'")
+
+            async def denied():
+                return await running.login("APM0001") == "deny"
+
+            await until(denied, "the revocation is decided by, over a connection opened during the flood")
+
+            async def answered():
+                with contextlib.suppress(aiohttp.ClientError):
+                    return await running.metric("authbackend_admin_connections_closed_total", cause="slow") >= 1
+
+            await until(answered, "people are answered when the slow ones have been cut off")
+            assert await running.metric("authbackend_admin_connections_closed_total", cause="too_many") >= 1
+        assert not running.logged("process.died")
         assert await running.end() == 0
 
 

@@ -1,0 +1,192 @@
+"""Bounds of a listener: connections, the size of a request's head, and the time to send it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import resource
+import ssl
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from socket import socket
+from typing import Any, Protocol
+
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+
+HANDSHAKE_TIMEOUT_S = 5.0
+LONGEST_LINE_BYTES = 8190
+"""Of a request line and of a header; aiohttp limits their number to 128."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """
+    What clients of a listener may take up.
+
+    Args:
+        keepalive_timeout_s: How long an idle connection stays open.
+        request_timeout_s: Longest time that a client may take to send a request's head.
+        max_connections: One more is closed at once; fewer if the process may open few files.
+        line_bytes: Longest request line and longest header.
+    """
+
+    keepalive_timeout_s: float
+    request_timeout_s: float
+    max_connections: int
+    line_bytes: int = LONGEST_LINE_BYTES
+
+
+class Observer(Protocol):
+    """Is told about connections, for metrics."""
+
+    def connections_open(self, number: int) -> None:
+        """So many are open."""
+
+    def connection_closed(self, cause: str) -> None:
+        """One was closed by this side: too_many, slow."""
+
+
+class BoundedServer(web.Server):
+    """aiohttp's low-level server with bounds."""
+
+    def __init__(
+        self,
+        handler: Callable[[Any], Awaitable[web.StreamResponse]],
+        bounds: Bounds,
+        observer: Observer,
+        **options: Any,
+    ) -> None:
+        async def handle(request: web.BaseRequest) -> web.StreamResponse:
+            protocol = request.protocol
+            assert isinstance(protocol, BoundedConnection)
+            protocol.answered = True
+            return await handler(request)
+
+        super().__init__(
+            handle,
+            access_log=None,
+            keepalive_timeout=bounds.keepalive_timeout_s,
+            max_line_size=bounds.line_bytes,
+            max_field_size=bounds.line_bytes,
+            lingering_time=0,
+            auto_decompress=False,  # a small body must not become a large one
+            **options,
+        )
+        self._observer = observer
+        self._request_timeout_s = bounds.request_timeout_s
+        self._max_connections = min(bounds.max_connections, _room_for_connections())
+        self._open: set[BoundedConnection] = set()
+
+    def __call__(self) -> RequestHandler:
+        """Return the protocol of a new connection."""
+        return BoundedConnection(self, loop=self._loop, **self._kwargs)
+
+    def admit(self, connection: BoundedConnection) -> bool:
+        """Return whether there is room for one more connection."""
+        if len(self._open) >= self._max_connections:
+            self._observer.connection_closed("too_many")
+            return False
+        self._open.add(connection)
+        self._observer.connections_open(len(self._open))
+        return True
+
+    def forget(self, connection: BoundedConnection) -> None:
+        """Note that a connection has ended."""
+        self._open.discard(connection)
+        self._observer.connections_open(len(self._open))
+
+    async def cut_slow_senders(self) -> None:
+        """Close connections that have begun a request, or nothing at all, and do not finish it; until cancelled."""
+        while True:
+            await asyncio.sleep(self._request_timeout_s / 2)
+            latest = time.monotonic() - self._request_timeout_s
+            for connection in [connection for connection in self._open if connection.sending_since(latest)]:
+                self._observer.connection_closed("slow")
+                connection.force_close()
+
+
+class BoundedConnection(RequestHandler):
+    """One connection; times are of the monotonic clock."""
+
+    __slots__ = ("_began", "answered", "received")
+
+    def __init__(self, manager: BoundedServer, **kwargs: Any) -> None:
+        super().__init__(manager, **kwargs)
+        self.received = self._began = time.monotonic()
+        self.answered = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin, if there is room."""
+        server = self._manager
+        assert isinstance(server, BoundedServer)
+        super().connection_made(transport)
+        if not server.admit(self):
+            self.force_close()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """End."""
+        server = self._manager
+        if isinstance(server, BoundedServer):
+            server.forget(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Note when a request began and how far it has come."""
+        self.arrived()
+        super().data_received(data)
+
+    def arrived(self) -> None:
+        """Note that something has come: the first of a request, or more of it."""
+        self.received = time.monotonic()
+        if self.answered:
+            self.answered = False
+            self._began = self.received
+
+    def sending_since(self, latest: float) -> bool:
+        """Return whether the client has been sending a request's head since before a time."""
+        return not self.answered and self._began < latest and not self._messages and self._current_request is None
+
+
+@contextlib.asynccontextmanager
+async def accepting(
+    server: BoundedServer,
+    drain_s: float,
+    *,
+    sock: socket | None = None,
+    tls: ssl.SSLContext | None = None,
+    **where: Any,
+) -> AsyncIterator[int]:
+    """
+    Serve for the time of the block and yield the port; then stop accepting and finish what is in flight.
+
+    Args:
+        drain_s: Longest time for what is in flight.
+        sock: Listens already; else ``where`` is what ``create_server`` of the event loop takes.
+    Raises:
+        OSError: The address cannot be listened on.
+    """
+    listener = await asyncio.get_running_loop().create_server(
+        server,
+        sock=sock,
+        ssl=tls,
+        ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if tls else None,
+        ssl_shutdown_timeout=1.0 if tls else None,
+        **where,
+    )
+    slow = asyncio.create_task(server.cut_slow_senders())
+    try:
+        yield listener.sockets[0].getsockname()[1]
+    finally:
+        slow.cancel()
+        listener.close()
+        server.pre_shutdown()
+        await asyncio.sleep(0)
+        await server.shutdown(drain_s)
+
+
+def _room_for_connections() -> int:
+    """Return half of the files that this process may have open; what it needs besides must always find room."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 2**31 if files == resource.RLIM_INFINITY else max(1, files // 2)
