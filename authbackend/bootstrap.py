@@ -16,6 +16,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from authbackend import __version__, metrics
+from authbackend.admin.crl import PublishedLists, as_note, of_note
 from authbackend.admin.health import Health
 from authbackend.admin.listener import application
 from authbackend.backoff import Reachability
@@ -33,7 +34,8 @@ from authbackend.enforcement.sweep import SweepSettings
 from authbackend.errors import ConfigurationError
 from authbackend.ground import Ground, prepared, target
 from authbackend.logs import Sampler
-from authbackend.metrics import AdminMetrics, BrokerMetrics, RegistryMetrics
+from authbackend.metrics import AdminMetrics, BrokerMetrics, CertificateMetrics, RegistryMetrics, ReplicaMetrics
+from authbackend.notes import Note
 from authbackend.policy.decide import DecisionSettings
 from authbackend.postgres.enforcement import leading, open_store
 from authbackend.postgres.feed import ChangeFeed
@@ -50,6 +52,7 @@ log = structlog.get_logger(__name__)
 BEAT_S = 0.1
 ADMIN_KEEPALIVE_S = 75.0
 ADMIN_DRAIN_S = 2.0
+LISTS_LOOK_S = 0.05
 
 
 def broker_tls(broker: Broker) -> TLSFiles | None:
@@ -87,46 +90,41 @@ async def following(
     settings: Settings,
     ground: Ground,
     store: Store,
-    admin: socket.socket,
     on_end: OnEnd,
     collected: CollectorRegistry | None = None,
 ) -> AsyncIterator[None]:
     """
-    Follow the database and answer people, for the time of the block; what one process of a replica does.
+    Follow the database and enforce, for the time of the block; what one process of a replica does.
 
     Args:
-        admin: The listening socket for people and Prometheus.
         collected: The metrics of this process; those of others come from files.
         on_end: Is told the name of a background task that ended by itself, which it never should.
     Raises:
         ConfigurationError: ``pki.authority_dir`` cannot be taken up.
     """
     collected = collected or CollectorRegistry()
-    board = ground.board
-    counted = RegistryMetrics(collected, lambda: _present(store, board))
-    registry = settings.registry
+    counted = RegistryMetrics(collected, ground.replica_note.write)
     database = target(settings)
     reachability = Reachability()
     feed, presence, copy = _registry_parts(settings, ground, store, counted, reachability)
-    keeper = Keeper(database, open_authority(settings.pki), settings.pki.crl_lifetime_s, reachability)
+    certificates, lists = ground.certificates_note, ground.lists_note
+    keeper = Keeper(
+        database,
+        open_authority(settings.pki),
+        settings.pki.crl_lifetime_s,
+        reachability,
+        lambda found: lists.write(as_note(found)),
+        lambda found: certificates.write(found.told()),
+    )
     parts = [("registry", copy.run), ("presence", presence.run), ("crl", keeper.run)]
     if leader := _leader(settings, store, collected, reachability):
         parts.append(("enforcement", leader.run))
 
-    app = application(
-        store.reader(),
-        lambda: metrics.exposition(collected, ground.metrics, counted, keeper.metrics),
-        Health(store.reader(), board, registry.max_staleness_s),
-        DecisionSettings(mqtt_exchange=settings.broker.mqtt_exchange),
-        keeper.lists,
-        loopback=is_loopback(settings.admin.listen),
-    )
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(feed.close)
         stack.push_async_callback(presence.leave)
         for name, run in parts:
             await stack.enter_async_context(_background(name, run(), on_end))
-        await stack.enter_async_context(_application_listening(app, admin, settings.admin, AdminMetrics(collected)))
         yield
 
 
@@ -149,6 +147,54 @@ def _registry_parts(
 
 def _present(store: Store, board: Board) -> metrics.Present:
     return metrics.Present(store.state(), store.sizes(), board.states(), board.restarts, store.memory_bytes())
+
+
+@contextlib.asynccontextmanager
+async def answering_people(
+    settings: Settings,
+    ground: Ground,
+    store: Store,
+    admin: socket.socket,
+    on_end: OnEnd,
+    collected: CollectorRegistry | None = None,
+) -> AsyncIterator[None]:
+    """
+    Answer people and Prometheus for the time of the block; what one process of a replica does.
+
+    Args:
+        admin: The listening socket.
+        collected: The metrics of this process; those of others come from files.
+        on_end: Is told the name of a background task that ended by itself, which it never should.
+    """
+    collected = collected or CollectorRegistry()
+    board = ground.board
+    replica = ReplicaMetrics(lambda: _present(store, board), ground.replica_note.read)
+    certificates = CertificateMetrics(ground.certificates_note.read)
+    lists = PublishedLists()
+    app = application(
+        store.reader(),
+        lambda: metrics.exposition(collected, ground.metrics, replica, certificates),
+        Health(store.reader(), board, settings.registry.max_staleness_s),
+        DecisionSettings(mqtt_exchange=settings.broker.mqtt_exchange),
+        lists,
+        loopback=is_loopback(settings.admin.listen),
+    )
+    async with (
+        _background("lists", _take_lists(ground.lists_note, lists), on_end),
+        _application_listening(app, admin, settings.admin, AdminMetrics(collected)),
+    ):
+        yield
+
+
+async def _take_lists(note: Note, lists: PublishedLists) -> None:
+    """Serve the revocation lists as the process that follows the database publishes them."""
+    seen = None
+    while True:
+        known = note.read()
+        if known is not None and known is not seen:
+            seen = known
+            lists.replace(of_note(known))
+        await asyncio.sleep(LISTS_LOOK_S)
 
 
 def _leader(
@@ -363,7 +409,8 @@ async def service(settings: Settings, folder: Path, on_end: OnEnd = log.error) -
         admin = listening_socket("admin.listen", settings.admin.listen)
         collected = CollectorRegistry()
         async with (
-            following(settings, made, store, admin, on_end, collected),
+            following(settings, made, store, on_end, collected),
+            answering_people(settings, made, store, admin, on_end, collected),
             answering(settings, made, store, 0, port, on_end, collected) as found,
         ):
             where = urls(settings, found, admin)

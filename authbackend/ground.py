@@ -15,6 +15,7 @@ import structlog
 from authbackend import clocks, metric_files
 from authbackend.board import Board
 from authbackend.credentials import read_dsn
+from authbackend.notes import Note
 from authbackend.postgres.connection import Target
 from authbackend.postgres.uri import parse
 from authbackend.registry.boots import Boot
@@ -25,6 +26,7 @@ from authbackend.settings import Settings
 log = structlog.get_logger(__name__)
 
 FOLLOWER = "registry"
+ADMIN = "admin"
 """The process that follows the database."""
 
 
@@ -49,6 +51,21 @@ class Ground:
     shared: bool
     boot: Boot
     disk: DiskCopy | None = None
+
+    @property
+    def replica_note(self) -> Note:
+        """What the process that follows the database knows of its copy and of the other replicas."""
+        return Note(self.folder / "notes", "replica")
+
+    @property
+    def certificates_note(self) -> Note:
+        """What it counts of certificates."""
+        return Note(self.folder / "notes", "certificates")
+
+    @property
+    def lists_note(self) -> Note:
+        """The revocation lists that are served."""
+        return Note(self.folder / "notes", "lists")
 
     @property
     def metrics(self) -> Path | None:
@@ -79,8 +96,9 @@ def prepared(settings: Settings, folder: Path, *, shared: bool) -> Iterator[Grou
         Unavailable: There is no room in memory.
     """
     registry = settings.registry
+    (folder / "notes").mkdir(mode=0o700)
     if shared:
-        metric_files.reserve(folder / "metrics", (FOLLOWER, *worker_names(settings)))
+        metric_files.reserve(folder / "metrics", (FOLLOWER, ADMIN, *worker_names(settings)))
     with contextlib.ExitStack() as stack:
         disk = None
         restored = None

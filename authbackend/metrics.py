@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, multiprocess
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -181,20 +182,17 @@ class AdminMetrics:
         self._closed.labels(cause).inc()
 
 
-class RegistryMetrics(Collector):
+class RegistryMetrics:
     """
-    What the process that follows the database counts, and what it knows of its replica and the others.
+    What the process that follows the database counts.
 
     Args:
-        present: Returns what is true at this moment; asked at each scrape.
+        tell: Takes what it knows of its copy and of the other replicas, for :class:`ReplicaMetrics`.
     """
 
-    def __init__(self, registry: CollectorRegistry, present: Callable[[], Present]) -> None:
-        self._present = present
-        self._look: Look | None = None
-        self._changed_at: float | None = None
-        self._lasting = False
-        self._peers: Peers | None = None
+    def __init__(self, registry: CollectorRegistry, tell: Callable[[dict[str, Any]], object]) -> None:
+        self._tell = tell
+        self._known: dict[str, Any] = {}
         self._sync_metrics(registry)
 
     def _sync_metrics(self, registry: CollectorRegistry) -> None:
@@ -231,13 +229,13 @@ class RegistryMetrics(Collector):
         """Changes were of an entity that a newer schema has."""
         self._ignored.inc(changes)
 
-    def refreshed(self, look: Look, refreshed: Refreshed, *, lasting: bool) -> None:
+    def refreshed(self, _: Look, refreshed: Refreshed, *, lasting: bool) -> None:
         """A look at the database succeeded."""
         self._sync_duration.labels("full" if refreshed.full else "changes").observe(refreshed.duration_s)
-        self._look = look
-        self._lasting = lasting
+        known = {**self._known, "lasting": lasting}
         if refreshed.changed or refreshed.full:
-            self._changed_at = time.time()
+            known["changed_at"] = time.time()
+        self._learn(known)
 
     def refresh_failed(self) -> None:
         """A look at the database failed."""
@@ -254,13 +252,32 @@ class RegistryMetrics(Collector):
 
     def peers(self, peers: Peers) -> None:
         """Take what the database knows of the replicas."""
-        self._peers = peers
+        self._learn({**self._known, "states": peers.states, "ages_s": peers.ages_s, "twins": peers.twins})
+
+    def _learn(self, known: dict[str, Any]) -> None:
+        if known != self._known:
+            self._known = known
+            self._tell(known)
+
+
+class ReplicaMetrics(Collector):
+    """
+    What is true of the replica and what it knows of the others.
+
+    Args:
+        present: Returns what is true at this moment; asked at each scrape.
+        known: Returns what the process that follows the database told last, None if there is no such process.
+    """
+
+    def __init__(self, present: Callable[[], Present], known: Callable[[], dict[str, Any] | None]) -> None:
+        self._present = present
+        self._known = known
 
     def collect(self) -> Iterator[Metric]:
         """Yield the gauges, for one scrape."""
         now = self._present()
         state = now.state
-        peers = self._peers or Peers({}, {})
+        known = self._known() or {}
         yield _gauge(
             "registry_version",
             "Upper end of the transactions that the copy contains (PostgreSQL transaction id).",
@@ -274,26 +291,28 @@ class RegistryMetrics(Collector):
             "Memory that is left in the file system of registry.memory_dir.",
             available,
         )
-        yield _gauge("registry_changed_timestamp_seconds", "When the copy last changed.", self._changed_at)
+        yield _gauge("registry_changed_timestamp_seconds", "When the copy last changed.", known.get("changed_at"))
         yield _gauge(
             "registry_sync_age_seconds",
             "Time since the start of the last look at the database that succeeded; NaN before the first.",
             float("nan") if state is None else clocks.uptime() - state.synced_at,
         )
-        yield _gauge("registry_on_disk", "1 if the copy on disk holds what the one in memory does.", self._lasting)
+        yield _gauge(
+            "registry_on_disk", "1 if the copy on disk holds what the one in memory does.", known.get("lasting", False)
+        )
         yield _gauges("workers", "Workers by state: serving, starting, hanging.", "state", now.workers)
         yield _gauge("worker_restarts", "How often a worker had to be started again.", now.restarts)
-        yield _gauges("replicas", "Replicas by state: live, silent, stopped.", "state", peers.states)
+        yield _gauges("replicas", "Replicas by state: live, silent, stopped.", "state", known.get("states", {}))
         yield _gauges(
             "replica_sync_age_seconds",
             "How far each replica is behind, by the database's clock.",
             "replica",
-            peers.ages_s,
+            known.get("ages_s", {}),
         )
         yield _gauge(
             "replicas_of_a_shared_folder",
             "Replicas that run from a folder (registry.snapshot_dir) from which another one runs as well: it was copied.",
-            None if self._peers is None else peers.twins,
+            known.get("twins"),
         )
         info = GaugeMetricFamily(
             "authbackend_build_info", "Always 1; labels tell what runs.", labels=["version", "python"]
@@ -303,9 +322,15 @@ class RegistryMetrics(Collector):
 
 
 class CertificateMetrics(Collector):
-    """What the process that follows the database knows of certificates, authorities and revocation lists."""
+    """
+    What the process that follows the database knows of certificates, authorities and revocation lists.
 
-    def __init__(self) -> None:
+    Args:
+        known: What :meth:`told` returned in another process.
+    """
+
+    def __init__(self, known: Callable[[], dict[str, Any] | None] = lambda: None) -> None:
+        self._known = known
         self.within: dict[str, tuple[int, int, int]] = {}
         """By device type, ending within 7, 30 and 90 days."""
         self.expired: int | None = None
@@ -314,8 +339,15 @@ class CertificateMetrics(Collector):
         self.this_updates: dict[str, float] = {}
         self.next_updates: dict[str, float] = {}
 
+    def told(self) -> dict[str, Any]:
+        """Return what is known, as JSON values."""
+        names = ("within", "expired", "most_on_a_day", "authorities", "this_updates", "next_updates")
+        return {name: getattr(self, name) for name in names}
+
     def collect(self) -> Iterator[Metric]:
         """Yield the gauges, for one scrape."""
+        for name, value in (self._known() or {}).items():
+            setattr(self, name, value)
         expiring = GaugeMetricFamily(
             "authbackend_certificates_expiring",
             "Active certificates that end within so many days (7, 30, 90; each counts those before) and have no successor, by device type (unknown: of no device).",

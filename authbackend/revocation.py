@@ -11,13 +11,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 
 import structlog
 
-from authbackend.admin.crl import Published, PublishedLists
+from authbackend.admin.crl import Published
 from authbackend.backoff import Backoff, Reachability
 from authbackend.errors import AuthbackendError, ConfigurationError
 from authbackend.metrics import CertificateMetrics
@@ -209,6 +209,8 @@ class Keeper:
         authority: Whose list this replica signs; None: it signs none.
         lifetime_s: From thisUpdate to nextUpdate of what it signs.
         reachability: Shared with whatever else in this process needs the database.
+        publish: Takes the lists of all authorities, to be served; they stay while the database is away.
+        tell: Takes what is counted.
     """
 
     def __init__(
@@ -217,9 +219,11 @@ class Keeper:
         authority: AuthorityFolder | None,
         lifetime_s: float,
         reachability: Reachability | None = None,
+        publish: Callable[[dict[str, Published]], object] = lambda _: None,
+        tell: Callable[[CertificateMetrics], object] = lambda _: None,
     ) -> None:
-        self.lists = PublishedLists()
-        """What is served; it stays while the database is away."""
+        self._publish_lists = publish
+        self._tell_metrics = tell
         self.metrics = CertificateMetrics()
         self._target = target
         self._authority = authority
@@ -264,6 +268,7 @@ class Keeper:
                         await self._sign(connection, self._authority)
                 await self._publish(connection)
                 await self._count(connection)
+                self._tell_metrics(self.metrics)
                 self._tell(fault)
                 self._backoff.reset()
                 await listener.changed(CHECK_S)
@@ -293,7 +298,7 @@ class Keeper:
         self.metrics.authorities = {authority.name: authority.not_after.timestamp() for authority in found}
         self.metrics.this_updates = {name: stored.this_update.timestamp() for name, stored in present.items()}
         self.metrics.next_updates = {name: stored.next_update.timestamp() for name, stored in present.items()}
-        self.lists.replace({name: Published(stored.der, stored.this_update) for name, stored in present.items()})
+        self._publish_lists({name: Published(each.der, each.this_update) for name, each in present.items()})
 
     async def _count(self, connection: Connection) -> None:
         if self._counted_at is not None and time.monotonic() - self._counted_at < EXPIRY_S:

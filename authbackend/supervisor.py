@@ -1,5 +1,6 @@
 """
-The processes of a replica: a small parent, one process that follows the database, and the workers.
+The processes of a replica: a small parent, one process that follows the database and enforces, one that answers people,
+and the workers.
 
 The parent has no event loop and opens nothing but sockets, so that it can fork at any time. It starts again what dies,
 with back-off, and drains on SIGTERM: workers stop accepting, finish what is in flight and end; then the replica signs
@@ -31,7 +32,7 @@ import uvloop
 from authbackend import bootstrap, logs, metric_files
 from authbackend.backoff import Backoff
 from authbackend.errors import AuthbackendError, ConfigurationError, Unavailable
-from authbackend.ground import FOLLOWER, Ground, memory_fault, prepared, worker_names
+from authbackend.ground import ADMIN, FOLLOWER, Ground, memory_fault, prepared, worker_names
 from authbackend.registry.store import Store
 from authbackend.settings import Settings
 
@@ -107,7 +108,10 @@ class Supervisor:
         self._life, self._lifeline = os.pipe()  # read end for children: its end is the parent's
 
         def follow(store: Store, on_end: bootstrap.OnEnd, _: asyncio.Event) -> AbstractAsyncContextManager[object]:
-            return bootstrap.following(settings, ground, store, admin, on_end)
+            return bootstrap.following(settings, ground, store, on_end)
+
+        def people(store: Store, on_end: bootstrap.OnEnd, _: asyncio.Event) -> AbstractAsyncContextManager[object]:
+            return bootstrap.answering_people(settings, ground, store, admin, on_end)
 
         def answer(worker: int) -> Part:
             return lambda store, on_end, reload: bootstrap.answering(
@@ -115,6 +119,7 @@ class Supervisor:
             )
 
         self._registry = _Process(FOLLOWER, follow)
+        self._admin = _Process(ADMIN, people)
         self._workers = [_Process(name, answer(n), n) for n, name in enumerate(worker_names(settings))]
 
     def run(self, started: Callable[[dict[str, str]], object]) -> None:
@@ -123,7 +128,7 @@ class Supervisor:
         try:
             self._watch(started)
         finally:
-            overdue = self._end(self._workers) + self._end([self._registry])
+            overdue = self._end([self._admin, *self._workers]) + self._end([self._registry])
             os.close(self._lifeline)
             os.close(self._life)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -136,7 +141,7 @@ class Supervisor:
 
     def _watch(self, started: Callable[[dict[str, str]], object]) -> None:
         told = False
-        everybody = [self._registry, *self._workers]
+        everybody = [self._registry, self._admin, *self._workers]
         while True:
             now = time.monotonic()
             for process in everybody:
@@ -194,6 +199,8 @@ class Supervisor:
         process.process_id = None
         if process.worker is not None:
             self._ground.board.gone(process.worker)
+        if process.name == FOLLOWER:
+            self._ground.replica_note.forget()
         if self._ground.metrics is not None:
             metric_files.forget_gauges(self._ground.metrics, process.name)
 
@@ -262,7 +269,7 @@ async def _child(ground: Ground, process: _Process, life: int, parent: int) -> N
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     survive_hangups(lambda: _wake(loop, reload))
     loop.add_reader(life, stop.set)  # readable at its end: the parent is gone
-    with contextlib.closing(Store(ground.folder, readonly=process.worker is not None)) as store:
+    with contextlib.closing(Store(ground.folder, readonly=process.name != FOLLOWER)) as store:
         async with process.part(store, on_end, reload):
             gc.freeze()  # what is here by now stays: no collection has to look at it again
             gc.set_threshold(_GARBAGE)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import format_datetime
+from typing import Any
 
 from aiohttp import web
 
@@ -30,6 +32,22 @@ class Published:
     def etag(self) -> str:
         """The same for the same list on every replica."""
         return f'"{hashlib.sha256(self.der).hexdigest()[:32]}"'
+
+
+def as_note(lists: Mapping[str, Published]) -> dict[str, Any]:
+    """Return lists as JSON values."""
+    return {
+        name: {"der": base64.b64encode(each.der).decode("ascii"), "this_update": each.this_update.isoformat()}
+        for name, each in lists.items()
+    }
+
+
+def of_note(note: Mapping[str, Any]) -> dict[str, Published]:
+    """Return the lists that :func:`as_note` wrote."""
+    return {
+        name: Published(base64.b64decode(each["der"]), datetime.fromisoformat(each["this_update"]))
+        for name, each in note.items()
+    }
 
 
 class PublishedLists:

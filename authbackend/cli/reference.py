@@ -10,7 +10,14 @@ from prometheus_client import CollectorRegistry, Metric
 from pydantic import BaseModel, SecretStr
 
 from authbackend.enforcement.metrics import EnforcementMetrics
-from authbackend.metrics import AdminMetrics, BrokerMetrics, CertificateMetrics, Present, RegistryMetrics
+from authbackend.metrics import (
+    AdminMetrics,
+    BrokerMetrics,
+    CertificateMetrics,
+    Present,
+    RegistryMetrics,
+    ReplicaMetrics,
+)
 from authbackend.policy.reasons import Reason
 from authbackend.settings import Settings, setting_names, variable
 
@@ -122,7 +129,8 @@ def _collected() -> Iterator[tuple[Metric, tuple[str, ...]]]:
     BrokerMetrics(registry)
     EnforcementMetrics(registry)
     AdminMetrics(registry)
-    registry.register(RegistryMetrics(registry, lambda: Present(None, {}, {}, 0, (0, 0))))
+    RegistryMetrics(registry, lambda _: None)
+    registry.register(ReplicaMetrics(lambda: Present(None, {}, {}, 0, (0, 0)), lambda: None))
     registry.register(CertificateMetrics())
     for collector in dict.fromkeys(registry._collector_to_names):  # noqa: SLF001 - the only list there is
         for metric in collector.describe() if hasattr(collector, "describe") else collector.collect():

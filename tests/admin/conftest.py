@@ -13,7 +13,7 @@ from authbackend.admin.crl import PublishedLists
 from authbackend.admin.health import Health
 from authbackend.admin.listener import application
 from authbackend.board import Board
-from authbackend.metrics import CertificateMetrics, RegistryMetrics
+from authbackend.metrics import CertificateMetrics, RegistryMetrics, ReplicaMetrics
 from authbackend.policy.decide import DecisionSettings
 from authbackend.registry.mark import Mark
 from authbackend.registry.records import DeviceRow, Patch
@@ -51,8 +51,9 @@ class Replica:
         self.lists = PublishedLists()
         self.certificates = CertificateMetrics()
         self.collected = CollectorRegistry()
-        self.counted = RegistryMetrics(
-            self.collected,
+        self.known = None
+        self.counted = RegistryMetrics(self.collected, lambda known: setattr(self, "known", known))
+        self.present = ReplicaMetrics(
             lambda: metrics.Present(
                 self.store.state(),
                 self.store.sizes(),
@@ -60,13 +61,14 @@ class Replica:
                 self.board.restarts,
                 self.store.memory_bytes(),
             ),
+            lambda: self.known,
         )
 
     def application(self, *, loopback=True):
         """The listener's application."""
         return application(
             self.store.reader(),
-            lambda: metrics.exposition(self.collected, None, self.counted, self.certificates),
+            lambda: metrics.exposition(self.collected, None, self.present, self.certificates),
             Health(self.store.reader(), self.board, MAX_STALENESS_S),
             DecisionSettings(),
             self.lists,

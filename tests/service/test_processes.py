@@ -156,6 +156,30 @@ async def test_the_killed_process_that_follows_the_database_goes_on_where_it_was
         assert await running.end() == 0
 
 
+async def test_the_killed_process_that_answers_people_is_started_again_and_nothing_else_notices(dsn, policy, sql):
+    async with replica(dsn) as running:
+        registry, admin, *workers = children(running.process.pid)
+        await until(lambda: running.metric("authbackend_replicas", state="live"), "the replicas are told")
+        os.kill(admin, signal.SIGKILL)
+        assert await running.login("APM0001") == "allow"
+        await sql("update device set status = 'revoked' where device_id = 'APM0001'")
+
+        async def denied():
+            return await running.login("APM0001") == "deny"
+
+        await until(denied, "the revocation is decided by")
+
+        async def answered():
+            with contextlib.suppress(aiohttp.ClientError):
+                return await running.ready() and await running.metric("authbackend_replicas", state="live") == 1
+
+        await until(answered, "people are answered again")
+        after = children(running.process.pid)
+        assert admin not in after and {registry, *workers} < set(after)
+        assert [line["name"] for line in running.logged("process.died")] == ["admin"]
+        assert await running.end() == 0
+
+
 def flood(stack, url, number):
     """Open connections that each begin a request and never end it."""
     where = urlsplit(url)
@@ -201,7 +225,7 @@ async def folder():
 async def test_nothing_is_left_when_the_parent_is_killed(dsn, policy, folder):
     async with replica(dsn, REGISTRY__MEMORY_DIR=str(folder)) as running:
         everybody = children(running.process.pid)
-        assert len(everybody) == 3
+        assert len(everybody) == 4
         running.process.kill()
 
         async def gone():
