@@ -161,11 +161,12 @@ class Admin(_Section):
 
     listen: Listen = Field("127.0.0.1:8081", description="Where people and Prometheus ask, host:port.")
     request_timeout_s: float = Field(
-        5.0, gt=0, le=60, description="Longest time to send a request; who takes longer is cut off and counted."
+        5.0, ge=0.01, le=60, description="Longest time to send a request; who takes longer is cut off and counted."
     )
     max_connections: int = Field(
         256,
         ge=4,
+        le=100000,
         description="Connections at once, at most half of the files that the process may open; one more is closed at once and counted.",
     )
 
