@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from authbackend.document.model import DeviceEntry, Problem
@@ -13,6 +14,8 @@ from authbackend.policy import names
 from authbackend.policy.rules import Status
 
 _COLUMNS = ("device_id", "common_name", "type", "status", "status_reason", "expires_at")
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_NO_DEVICES = "[]"
 _MOST_PROBLEMS = 100
 
 
@@ -21,60 +24,99 @@ def read_devices(path: Path) -> tuple[dict[str, DeviceEntry], list[Problem]]:
     Read devices, one a line.
 
     CSV has a header of ``device_id``, ``common_name``, ``type``, ``status``, ``status_reason``, ``expires_at`` and
-    ``attr.NAME`` for attributes; an empty cell is absent. JSON lines (``.jsonl``, ``.ndjson``) have the keys of the
+    ``attr.NAME`` for attributes; an empty cell is absent. A file without the header, or JSON lines without a line, is a
+    problem and not a list without devices: with ``--prune`` it would remove them all. No devices: the header alone, or
+    ``[]`` as JSON. JSON lines (``.jsonl``, ``.ndjson``) have the keys of the
     policy file, without ``rules``: rules of devices, and attributes that the file does not speak of, are left alone.
     Reading stops after 100 problems.
     """
+    text, fault = _text(path)
+    if fault is not None:
+        return {}, [fault]
     devices: dict[str, DeviceEntry] = {}
     problems: list[Problem] = []
     common_names: dict[str, str] = {}
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = _json_lines(file) if path.suffix in (".jsonl", ".ndjson", ".json") else _csv_lines(file)
-        try:
-            for number, row in lines:
-                faults = _faults(row) or _add(row, devices, common_names)
-                problems += [Problem(str(path), number, 1, message) for message in faults]
-                if len(problems) >= _MOST_PROBLEMS:
-                    break
-        except (UnicodeDecodeError, csv.Error) as error:
-            problems.append(Problem(str(path), 0, 0, f"cannot be read: {error}"))
+    for number, row in (_json_lines if path.suffix in _JSON_SUFFIXES else _csv_lines)(text):
+        faults = [row] if isinstance(row, str) else _faults(row) or _add(row, devices, common_names)
+        problems += [Problem(str(path), number, 1, message) for message in faults]
+        if len(problems) >= _MOST_PROBLEMS:
+            break
     return devices, problems
 
 
-def _csv_lines(file: Iterable[str]) -> Iterator[tuple[int, Mapping[str, object]]]:
-    reader = csv.DictReader(file, strict=True)
-    twice = [name for name in reader.fieldnames or () if (reader.fieldnames or []).count(name) > 1]
-    if twice:
-        yield 1, {f"the column {twice[0]} twice": ""}
-        return
-    attributes_told = any(name.startswith("attr.") for name in reader.fieldnames or ())
-    for row in reader:
-        found: dict[str, object] = {}
-        attributes = {}
-        for name, value in row.items():
-            if name is None or value is None:
-                found["a cell too many or too few"] = ""
-            elif name.startswith("attr."):
-                if value != "":
-                    attributes[name[5:]] = value
-            elif value != "":
+def _text(path: Path) -> tuple[str, Problem | None]:
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig"), None
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        column = error.start - content.rfind(b"\n", 0, error.start)
+        return "", Problem(str(path), line, column, f"not UTF-8: {error.reason}; save the file as UTF-8")
+
+
+def _csv_lines(text: str) -> Iterator[tuple[int, Mapping[str, object] | str]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = list(reader.fieldnames or ())
+        if fault := _header_fault(header):
+            yield 1, fault
+            return
+        attributes_told = any(name.startswith("attr.") for name in header)
+        for row in reader:
+            yield reader.line_num, _csv_row(row, attributes_told)
+    except csv.Error as error:
+        yield reader.line_num, f"not CSV: {error}"
+
+
+def _header_fault(header: list[str]) -> str | None:
+    """Return why the first line is no header. Without this, an error page would be a list without devices."""
+    for separator, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+        if len(header) == 1 and separator in header[0]:
+            return f"the columns are separated by {name}; save the file with commas between them"
+    if "device_id" not in header or "type" not in header:
+        first = repr(",".join(header)[:60]) if header else "nothing"
+        return f"not a list of devices: the first line must name the columns, device_id and type among them, but is {first}"
+    if repeated := [name for name in header if header.count(name) > 1]:
+        return f"the column {repeated[0]} twice"
+    if unknown := [name for name in header if name not in _COLUMNS and not name.startswith("attr.")]:
+        return f"unknown: {', '.join(unknown)}; possible columns are {', '.join(_COLUMNS)} and attr.NAME"
+    return None
+
+
+def _csv_row(row: Mapping[str | None, str | None], attributes_told: bool) -> Mapping[str, object] | str:
+    if None in row or None in row.values():
+        return "a cell too many or too few"
+    found: dict[str, object] = {}
+    attributes: dict[str, object] = {}
+    for name, value in row.items():
+        if name is not None and value:
+            if name.startswith("attr."):
+                attributes[name[5:]] = value
+            else:
                 found[name] = value
-        if attributes_told:
-            found["attributes"] = attributes
-        yield reader.line_num, found
+    if attributes_told:
+        found["attributes"] = attributes
+    return found
 
 
-def _json_lines(file: Iterable[str]) -> Iterator[tuple[int, Mapping[str, object]]]:
-    for number, line in enumerate(file, 1):
+def _json_lines(text: str) -> Iterator[tuple[int, Mapping[str, object] | str]]:
+    if text.strip() == _NO_DEVICES:
+        return
+    rows = 0
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
+        rows += 1
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            row = {f"JSON: {error.msg}": ""}
-        except RecursionError:
-            row = {"JSON: nested too deeply": ""}
-        yield number, row if isinstance(row, dict) else {"not a JSON object": ""}
+            yield number, f"not JSON: {error.msg}"
+        except (RecursionError, ValueError):  # ValueError: a number of more than 4,300 digits
+            yield number, "not JSON that can be read: nested too deeply, or a number too long"
+        else:
+            yield number, row if isinstance(row, dict) else "not a JSON object; write one device on each line"
+    if rows == 0:
+        yield 1, f"not a list of devices: the file is empty; if no device is meant, write {_NO_DEVICES}"
 
 
 def _faults(row: Mapping[str, object]) -> list[str]:
