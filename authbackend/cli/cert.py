@@ -247,10 +247,11 @@ def import_(
     context: click.Context, paths: tuple[Path, ...], index: Path | None, issuer: Path | None, as_json: bool
 ) -> None:
     """
-    Put certificates of another authority on record: PEM files, chains, folders (*.pem, *.crt, *.cer), or a stream.
+    Put certificates of another authority on record: PEM or DER files, chains, folders, or a stream.
 
     Can be repeated: what is on record stays as it is. Certificates of authorities are skipped; devices are found by the
-    common name. Written in batches; what cannot be read is named, the rest imported, and the exit status is 2.
+    common name. Written in batches; what of a file or a folder is not taken is named, the rest imported, and the exit
+    status is 2. Of a folder, files named *.pem, *.crt, *.cer and *.der are taken.
     """
     if not paths and index is None:
         raise InvalidInput("name files, folders or - for standard input")

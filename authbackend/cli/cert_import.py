@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -13,9 +14,10 @@ import click
 
 from authbackend.cli.authorities import read_input
 from authbackend.cli.common import printable
+from authbackend.pki.bundle import blocks, read_record
 from authbackend.pki.lists import HOLD
 from authbackend.pki.openssl_index import revoked_in
-from authbackend.pki.reading import PKIError, is_authority, pem_blocks, read_certificate, record_of
+from authbackend.pki.reading import PKIError, read_certificate
 from authbackend.postgres import certificates as store
 from authbackend.postgres.certificates import CertificateRow
 from authbackend.postgres.connection import Connection, Target, connected, name_actor
@@ -23,7 +25,7 @@ from authbackend.postgres.connection import Connection, Target, connected, name_
 BATCH = 2000
 _SHOWN = 20
 _PROGRESS_S = 2.0
-_SUFFIXES = {".pem", ".crt", ".cer"}
+_SUFFIXES = {".pem", ".crt", ".cer", ".der"}
 
 
 @dataclass(slots=True)
@@ -33,6 +35,7 @@ class Report:
     new: int = 0
     present: int = 0
     authorities: int = 0
+    keys: int = 0
     unknown: int = 0
     unknown_names: list[str] = field(default_factory=list)
     linked: int = 0
@@ -54,6 +57,8 @@ class Report:
     def lines(self) -> Iterator[str]:
         """Yield it for a person."""
         yield f"{self.new} new, {self.present} on record already, {self.authorities} of authorities skipped"
+        if self.keys:
+            yield f"{self.keys} keys beside them are not read"
         if self.unknown:
             names = ", ".join(map(printable, self.unknown_names))
             yield f"{self.unknown} of no registered device: {names}{' ...' if self.unknown > _SHOWN else ''}"
@@ -106,11 +111,32 @@ def _rows(paths: Iterable[Path], report: Report) -> Iterator[CertificateRow]:
         if str(path) == "-":
             yield from _stream("standard input", sys.stdin.buffer, report)
         elif path.is_dir():
-            for file in sorted(path.rglob("*")):
-                if file.suffix.lower() in _SUFFIXES and file.is_file():
-                    yield from _file(file, report)
+            for file in _files(path, report):
+                yield from _file(file, report)
         else:
             yield from _file(path, report)
+
+
+def _files(folder: Path, report: Report) -> Iterator[Path]:
+    """Yield the files of a folder that may hold certificates, and note everything else that is in it."""
+    unreadable: list[OSError] = []
+    for parent, folders, names in os.walk(folder, onerror=unreadable.append):
+        folders.sort()
+        for name in sorted(names):
+            file = Path(parent, name)
+            if file.suffix.lower() == ".key":
+                report.keys += 1
+            elif file.suffix.lower() not in _SUFFIXES:
+                report.fault(f"{file}: not named {', '.join(sorted(f'*{suffix}' for suffix in _SUFFIXES))}")
+            elif file.exists() and not file.is_file():
+                report.fault(f"{file}: not a file")
+            else:
+                yield file
+        for name in folders:
+            if (link := Path(parent, name)).is_symlink():
+                report.fault(f"{link}: a link to a folder; name the folder itself")
+    for error in unreadable:
+        report.fault(f"{error.filename}: {error.strerror}")
 
 
 def _file(path: Path, report: Report) -> Iterator[CertificateRow]:
@@ -123,17 +149,21 @@ def _file(path: Path, report: Report) -> Iterator[CertificateRow]:
 
 def _stream(name: str, lines: Iterable[bytes], report: Report) -> Iterator[CertificateRow]:
     number = 0
-    try:
-        for block in pem_blocks(lines):
+    before = report.faults
+    for block in blocks(lines):
+        if block.fault is not None:
+            report.fault(f"{name}:{block.line}: {block.fault}")
+        elif block.der is None:
+            report.keys += 1
+        else:
             number += 1
             try:
-                certificate = read_certificate(block)
-                if is_authority(certificate):
-                    report.authorities += 1
-                    continue
-                found = record_of(certificate)
+                found, is_authority = read_record(block.der)
             except PKIError as error:
-                report.fault(f"{name}: certificate {number}: {error.detail}")
+                report.fault(f"{name}:{block.line}: certificate {number}: {error.detail}")
+                continue
+            if is_authority:
+                report.authorities += 1
                 continue
             yield CertificateRow(
                 found.fingerprint,
@@ -145,10 +175,8 @@ def _stream(name: str, lines: Iterable[bytes], report: Report) -> Iterator[Certi
                 found.not_after,
                 key_fingerprint=found.key_fingerprint,
             )
-    except PKIError as error:
-        report.fault(f"{name}: after certificate {number}: {error.detail}")
-    if number == 0:
-        report.fault(f"{name}: no PEM certificate in it")
+    if number == 0 and report.faults == before:
+        report.fault(f"{name}: no certificate in it")
 
 
 async def import_index(target: Target, actor: str, index: Path, issuer: Path, report: Report) -> None:

@@ -11,6 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import ExtensionOID
 
+from authbackend.pki.der import element, elements, encode
 from authbackend.pki.reading import PKIError, PrivateKey, PublicKey, is_authority
 
 REASONS = {flag.value: flag for flag in x509.ReasonFlags if flag is not x509.ReasonFlags.remove_from_crl}
@@ -197,47 +198,24 @@ def issuer_hash(authority: x509.Certificate) -> str:
     Source: X509_NAME_hash_ex of OpenSSL: SHA-1 over the name's relative distinguished names, strings as UTF-8, in lower
     case (ASCII only), spaces trimmed and each run of them one. A file name, not a protection.
     """
-    _, content, _ = _element(authority.subject.public_bytes())
-    canonical = b"".join(_canonical_rdn(rdn) for _, rdn in _elements(content))
+    _, content, _ = element(authority.subject.public_bytes())
+    canonical = b"".join(_canonical_rdn(rdn) for _, rdn in elements(content))
     digest = hashlib.sha1(canonical, usedforsecurity=False).digest()
     return digest[3::-1].hex()
 
 
 def _canonical_rdn(rdn: bytes) -> bytes:
     attributes = []
-    for _, attribute in _elements(rdn):
-        (oid_tag, oid), (tag, value) = _elements(attribute)
+    for _, attribute in elements(rdn):
+        (oid_tag, oid), (tag, value) = elements(attribute)
         encoding = _STRINGS.get(tag) or _WIDE_STRINGS.get(tag)
         if encoding is not None:
             tag, value = 0x0C, _canonical_text(value.decode(encoding)).encode("utf-8")
-        attributes.append(_encode(0x30, _encode(oid_tag, oid) + _encode(tag, value)))
-    return _encode(0x31, b"".join(sorted(attributes)))  # DER sorts the members of a SET OF
+        attributes.append(encode(0x30, encode(oid_tag, oid) + encode(tag, value)))
+    return encode(0x31, b"".join(sorted(attributes)))  # DER sorts the members of a SET OF
 
 
 def _canonical_text(text: str) -> str:
     words = "".join(" " if letter in _SPACES else letter for letter in text).split(" ")
     joined = " ".join(word for word in words if word)
     return "".join(letter.lower() if letter.isascii() else letter for letter in joined)
-
-
-def _element(der: bytes) -> tuple[int, bytes, bytes]:
-    """Split the first DER element from what follows: tag, content, rest."""
-    length, begin = der[1], 2
-    if length & 0x80:
-        begin += length & 0x7F
-        length = int.from_bytes(der[2:begin], "big")
-    return der[0], der[begin : begin + length], der[begin + length :]
-
-
-def _elements(der: bytes) -> Iterator[tuple[int, bytes]]:
-    while der:
-        tag, content, der = _element(der)
-        yield tag, content
-
-
-def _encode(tag: int, content: bytes) -> bytes:
-    size = len(content)
-    if size < 0x80:
-        return bytes([tag, size]) + content
-    octets = size.to_bytes((size.bit_length() + 7) // 8, "big")
-    return bytes([tag, 0x80 | len(octets)]) + octets + content

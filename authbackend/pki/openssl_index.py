@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
 
+from authbackend.pki import der
 from authbackend.pki.lists import REASONS, Entry
 from authbackend.pki.reading import PKIError
 
@@ -39,14 +39,7 @@ def revoked_in(text: str, name: str) -> Iterator[Entry]:
         reason = reason.partition(",")[0].lower()
         try:
             serial = f"{int(fields[3], 16):x}"
-            revoked_at = _time(moment)
+            revoked_at = der.time(moment)
         except ValueError:
             raise PKIError(f"{name}:{number}: the time of the revocation or the serial number cannot be read") from None
         yield Entry(serial, _REASONS.get(reason, "unspecified"), revoked_at)
-
-
-def _time(text: str) -> datetime:
-    """Parse a UTCTime or a GeneralizedTime (RFC 5280 4.1.2.5: two-digit years are 1950 to 2049)."""
-    if len(text) == 13:
-        text = ("19" if text[:2] >= "50" else "20") + text
-    return datetime.strptime(text, "%Y%m%d%H%M%SZ").replace(tzinfo=UTC)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -12,6 +11,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.x509.oid import NameOID
 
 from authbackend.errors import InvalidInput
@@ -22,8 +22,18 @@ PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 KEY_KINDS = ("ec-p256", "ec-p384", "rsa-2048", "rsa-3072", "rsa-4096")
 """Kinds of keys that are made and signed for; the first is the default."""
 
-_LONGEST_PEM_BYTES = 65536
 _CURVES: tuple[type[ec.EllipticCurve], ...] = (ec.SECP256R1, ec.SECP384R1)
+
+
+LIBRARY_FAULTS = (
+    ValueError,
+    OverflowError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
+"""What the library raises for something that was given to it; some of these are no ValueError."""
 
 
 class PKIError(InvalidInput):
@@ -55,12 +65,23 @@ class Record:
 
 
 def _key_fingerprint(certificate: x509.Certificate) -> str | None:
-    form = serialization.PublicFormat.SubjectPublicKeyInfo
     try:
-        key = certificate.public_key().public_bytes(serialization.Encoding.DER, form)
-    except (ValueError, UnsupportedAlgorithm):  # another authority's, of a kind that is never signed here
+        return _fingerprint_of(certificate.public_key())
+    except LIBRARY_FAULTS:  # another authority's, of a kind that is never signed here
         return None
-    return hashlib.sha256(key).hexdigest()
+
+
+def key_fingerprint(key_info: bytes) -> str | None:
+    """Return the fingerprint of a public key (SubjectPublicKeyInfo, DER); None: a kind that is not known."""
+    try:
+        return _fingerprint_of(serialization.load_der_public_key(key_info))
+    except LIBRARY_FAULTS:
+        return None
+
+
+def _fingerprint_of(key: PublicKeyTypes) -> str:
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    return hashlib.sha256(key.public_bytes(serialization.Encoding.DER, form)).hexdigest()
 
 
 def record_of(certificate: x509.Certificate) -> Record:
@@ -84,9 +105,19 @@ def record_of(certificate: x509.Certificate) -> Record:
             certificate.not_valid_after_utc,
             _key_fingerprint(certificate),
         )
-    except (ValueError, OverflowError) as error:
+    except LIBRARY_FAULTS as error:
         raise PKIError(f"the certificate cannot be read: {error}") from error
-    if not 0 < serial < 2**159:
+    return recordable(record)
+
+
+def recordable(record: Record) -> Record:
+    """
+    Return a record that can be kept.
+
+    Raises:
+        PKIError: Its serial number or its names cannot.
+    """
+    if not 0 < int(record.serial, 16) < 2**159:
         raise PKIError("its serial number is not a positive number of at most 20 octets (RFC 5280 4.1.2.2)")
     if "\x00" in record.issuer + record.subject + record.common_name:
         raise PKIError("a zero byte in a name cannot be kept")
@@ -104,7 +135,7 @@ def is_authority(certificate: x509.Certificate) -> bool:
         return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     except x509.ExtensionNotFound:
         return False
-    except ValueError as error:
+    except LIBRARY_FAULTS as error:
         raise PKIError(f"the certificate's extensions cannot be read: {error}") from error
 
 
@@ -117,8 +148,8 @@ def read_certificate(certificate_pem: bytes) -> x509.Certificate:
     """
     try:
         return x509.load_pem_x509_certificate(certificate_pem)
-    except ValueError as error:
-        raise PKIError(f"not a PEM certificate: {error}") from error
+    except LIBRARY_FAULTS as error:
+        raise PKIError(f"not a PEM certificate that can be read: {plain(error)}") from error
 
 
 def read_certificates(certificates_pem: bytes) -> list[x509.Certificate]:
@@ -130,8 +161,8 @@ def read_certificates(certificates_pem: bytes) -> list[x509.Certificate]:
     """
     try:
         return x509.load_pem_x509_certificates(certificates_pem)
-    except ValueError as error:
-        raise PKIError(f"not PEM certificates: {error}") from error
+    except LIBRARY_FAULTS as error:
+        raise PKIError(f"not PEM certificates that can be read: {plain(error)}") from error
 
 
 def read_key(key_pem: bytes, passphrase: bytes | None = None) -> PrivateKey:
@@ -146,10 +177,12 @@ def read_key(key_pem: bytes, passphrase: bytes | None = None) -> PrivateKey:
     except TypeError as error:  # encrypted and no passphrase, or the other way round
         wanted = "is encrypted: give its passphrase" if passphrase is None else "is not encrypted"
         raise PKIError(f"the private key {wanted}") from error
+    except UnsupportedAlgorithm as error:
+        raise PKIError(f"the private key is of a kind that is not supported: {error}") from None
     except ValueError as error:
         if passphrase is not None:
             raise PKIError("the private key cannot be read: the passphrase is wrong, or it is not PEM") from None
-        raise PKIError(f"not a PEM private key: {error}") from error
+        raise PKIError(f"not a PEM private key: {plain(error)}") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
         raise PKIError("the private key is neither EC nor RSA")
     return key
@@ -180,52 +213,54 @@ def usable_key(key: object, whose: str) -> PublicKey:
 
 def read_request(request_pem: bytes) -> tuple[str, PublicKey]:
     """
-    Parse a certificate request (PKCS #10) and return its common name and its public key.
+    Parse a certificate request (PKCS #10, PEM or DER) and return its common name and its public key.
 
     The signature is checked, which shows that whoever asks holds the key (RFC 2986 3). Everything else in it, the
     extensions it asks for above all, is ignored: profiles say what is signed.
 
     Raises:
-        PKIError: Not PEM, a wrong signature, not exactly one common name, or a key that is too weak.
+        PKIError: Not a request, a kind that is not supported, a wrong signature, not exactly one common name, or a key that is too weak.
     """
     try:
-        request = x509.load_pem_x509_csr(request_pem)
+        if request_pem[:1] == b"\x30":
+            request = x509.load_der_x509_csr(request_pem)
+        else:
+            request = x509.load_pem_x509_csr(request_pem.removeprefix(b"\xef\xbb\xbf"))
         names = request.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    except x509.InvalidVersion as error:
+        raise PKIError(f"the certificate request says version {error.parsed_version + 1}; only 1 is known") from None
+    except LIBRARY_FAULTS as error:
+        raise PKIError(f"not a certificate request that can be read: {plain(error)}") from error
+    try:
+        key = usable_key(request.public_key(), "the certificate request")
+        digest = request.signature_hash_algorithm
+        if not isinstance(digest, hashes.SHA256 | hashes.SHA384 | hashes.SHA512):
+            name = digest.name.upper() if digest else "no hash"
+            raise PKIError(
+                f"the certificate request is signed with {name}, which is not accepted; sign it with SHA-256"
+            )
         valid = request.is_signature_valid
-        key = request.public_key()
-    except ValueError as error:
-        raise PKIError(f"not a PEM certificate request: {error}") from error
+    except LIBRARY_FAULTS as error:
+        raise PKIError(
+            f"the certificate request's key or signature is of a kind that is not supported: {error}"
+        ) from None
     if not valid:
         raise PKIError("the certificate request's signature is wrong: it was not made with the key it asks for")
     if len(names) != 1 or not isinstance(names[0].value, str):
         raise PKIError(f"the certificate request has {len(names)} common names; it needs exactly one")
-    return names[0].value, usable_key(key, "the certificate request")
+    return names[0].value, key
 
 
-def pem_blocks(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """
-    Yield the certificates of a PEM stream of any length, one by one; everything between them is skipped.
-
-    Raises:
-        PKIError: One is longer than 64 KiB, or the stream ends inside one.
-    """
-    block: list[bytes] = []
-    size = 0
-    for line in lines:
-        stripped = line.strip()
-        if stripped == b"-----BEGIN CERTIFICATE-----":
-            block, size = [], 0
-        elif not block:
-            continue
-        block.append(stripped)
-        size += len(stripped) + 1
-        if size > _LONGEST_PEM_BYTES:
-            raise PKIError("a certificate is longer than 64 KiB: this is no stream of PEM certificates")
-        if stripped == b"-----END CERTIFICATE-----":
-            yield b"\n".join(block) + b"\n"
-            block = []
-    if block:
-        raise PKIError("the stream ends in the middle of a certificate")
+def plain(error: Exception) -> str:
+    """Return what the library says of an input, for somebody who does not know the library."""
+    text = str(error)
+    if "PEM" in text:
+        return "there is no PEM of this kind in it"
+    if "PrintableString" in text:
+        return (
+            "a PrintableString in a name holds a character that this type does not have, such as _ or !; use UTF8String"
+        )
+    return text or type(error).__name__
 
 
 def server_names(certificate_pem: bytes) -> frozenset[str]:

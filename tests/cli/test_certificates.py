@@ -131,7 +131,7 @@ def test_a_device_is_enrolled_by_its_request_and_is_on_record(cli, ca, fleet, ex
         (("D9", "--csr", "two.csr"), "no device has the id 'D9'"),
         (("D9", "--generate", "--type", "nosuch"), "device_type"),
         (("D1", "--generate", "--type", "Other"), "exists, with the type APM"),
-        (("D1", "--csr", "garbage.csr"), "not a PEM certificate request"),
+        (("D1", "--csr", "garbage.csr"), "not a certificate request"),
         (("D1", "--csr", "nowhere.csr"), "No such file"),
         (("D1", "--generate", "--profile", "server"), "no profile 'server' for a client"),
         (("D1",), "give either --csr FILE"),
@@ -312,8 +312,9 @@ def test_folders_are_imported_and_what_cannot_be_read_is_named(cli, fleet, tmp_p
     (folder / "empty.pem").write_text("")
     told = cli("cert", "import", folder, exit_code=2).stdout
     assert "2 new" in told
-    assert "bad.pem: certificate 1: not a PEM certificate" in told
-    assert "empty.pem: no PEM certificate in it" in told
+    assert "bad.pem:1: certificate 1: this is no certificate" in told
+    assert "empty.pem: no certificate in it" in told
+    assert "notes.txt: not named" in told
 
 
 def test_a_second_certificate_with_the_same_serial_number_is_named(cli, fleet, execute):

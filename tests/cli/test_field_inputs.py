@@ -51,3 +51,84 @@ def test_a_list_that_is_not_utf_8_is_told_with_its_place(cli, tmp_path):
     (tmp_path / "latin.csv").write_bytes("device_id,type,status_reason\nA,T,gestört\n".encode("latin-1"))
     refused = cli("policy", "check", FIELD / "csv/base.yaml", "--devices", "latin.csv", exit_code=2)
     assert "latin.csv:2:9: " in refused.stdout
+
+
+# --- certificates --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("nonewline.pem", 3), ("bommid.pem", 2), ("mixhdr.pem", 1), ("der.cer", 1)]
+)
+def test_every_certificate_of_a_file_is_taken(cli, fleet, name, number):
+    found = as_json(cli("cert", "import", FIELD / "pem" / name, "--json"))
+    assert (found["new"], found["faults"]) == (number, 0)
+    assert found["new"] + found["present"] + found["authorities"] >= number
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("trusted.pem", "TRUSTED CERTIFICATE: it is openssl's own form"),
+        ("utf16.pem", "UTF-16"),
+        ("version4.pem", "version 4 is not supported"),
+        ("x-zero.pem", "serial number"),
+        ("x-neg.pem", "serial number"),
+    ],
+)
+def test_what_is_not_taken_is_called_what_it_is(cli, fleet, name, fault):
+    told = cli("cert", "import", FIELD / "pem" / name, exit_code=2).stdout
+    assert f"not imported: {FIELD / 'pem' / name}:1: " in told
+    assert fault in told
+
+
+def test_what_a_broker_lets_in_can_be_put_on_record_and_revoked(cli, fleet, execute):
+    told = as_json(cli("cert", "import", FIELD / "pem", "--json", exit_code=2))
+    assert told["faults"] == 5
+    names = {row["common_name"] for row in execute("select common_name from certificate")}
+    assert names >= {"BIP0001", "BCF0001", "DUP0001", "EDI0001", "TEL\xc9X001", "edge_001"}
+    for row in execute("select serial, issuer from certificate"):
+        assert row["issuer"] == "CN=Example Intermediate CA,O=Example"
+        cli("cert", "revoke", row["serial"])
+    assert {row["state"] for row in execute("select state from certificate")} == {"revoked"}
+
+
+def test_what_lies_beside_certificates_is_told(cli, fleet, tmp_path):
+    folder = tmp_path / "certs"
+    folder.mkdir()
+    block = (FIELD / "pem/nonewline.pem").read_text().split("-----END")[0]
+    end = "-----END CERTIFICATE-----\n"
+    key = "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"
+    (folder / "cut.pem").write_text(block + "\n" + block + end + key)
+    (folder / "chain.p7b").write_text("")
+    (folder / "beside.key").write_text(key)
+    (folder / "elsewhere").symlink_to(FIELD / "pem")
+    told = cli("cert", "import", folder, exit_code=2).stdout
+    assert "1 new" in told
+    assert "2 keys beside them are not read" in told
+    assert "cut.pem:1: CERTIFICATE has no end: line 10 begins or ends another" in told
+    assert "chain.p7b: not named" in told
+    assert "elsewhere: a link to a folder" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("v1.csr", "says version 2"),
+        ("v2signed.csr", "says version 3"),
+        ("sm2.csr", "not supported"),
+        ("oddcurve.csr", "not supported"),
+        ("sha1b.csr", "signed with SHA1, which is not accepted"),
+        ("pr-underscore.csr", "PrintableString"),
+        ("pr-bang.csr", "PrintableString"),
+    ],
+)
+def test_a_request_that_is_not_signed_is_called_what_it_is(cli, ca, fleet, name, fault):
+    told = cli("device", "enroll", "D1", "--ca", ca, "--csr", FIELD / "csr" / name, exit_code=2).stderr
+    assert fault in told
+    assert len(told.splitlines()) == 1
+    assert "cryptography.io" not in told
+
+
+def test_a_request_in_der_is_signed(cli, ca, fleet, tmp_path):
+    cli("device", "enroll", "APM0001", "--type", "APM", "--ca", ca, "--csr", FIELD / "csr/der.csr")
+    assert (tmp_path / "APM0001.pem").exists()

@@ -13,7 +13,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from authbackend.pki import signing
 from authbackend.pki.authority_folder import AuthorityFolder, create_authority, renew_intermediate
-from authbackend.pki.reading import PKIError, new_key, pem_blocks, read_certificate, read_request, record_of, usable_key
+from authbackend.pki.bundle import blocks, read_record
+from authbackend.pki.reading import PKIError, new_key, read_certificate, read_request, record_of, usable_key
 
 PASSPHRASE = b"correct horse battery"
 
@@ -228,7 +229,7 @@ NONE = x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Acme")])
 @pytest.mark.parametrize(
     ("pem", "fault"),
     [
-        (b"nonsense", "not a PEM certificate request"),
+        (b"nonsense", "not a certificate request"),
         (forged(), "signature is wrong"),
         (request(subject=TWO), "2 common names"),
         (request(subject=NONE), "0 common names"),
@@ -254,20 +255,21 @@ def test_a_stream_is_read_one_by_one_whatever_is_between(authority):
     key = new_key("ec-p256").public_key()
     pems = [authority.sign(f"D{n}", key, authority.profiles["device"]).certificate_pem for n in range(3)]
     text = b"subject=CN=D0\r\n" + pems[0].replace(b"\n", b"\r\n") + b"\n# junk\n" + pems[1] + pems[2].rstrip()
-    blocks = list(pem_blocks(text.splitlines(keepends=True)))
-    assert [record_of(read_certificate(block)).common_name for block in blocks] == ["D0", "D1", "D2"]
+    found = list(blocks(text.splitlines(keepends=True)))
+    assert [read_record(block.der)[0] for block in found] == [record_of(read_certificate(pem)) for pem in pems]
 
 
 @pytest.mark.parametrize(
     ("lines", "fault"),
     [
-        ([b"-----BEGIN CERTIFICATE-----\n", b"MIIB\n"], "in the middle"),
+        ([b"-----BEGIN CERTIFICATE-----\n", b"MIIB\n"], "no end: the file ends"),
         ([b"-----BEGIN CERTIFICATE-----\n", *[b"A" * 64 + b"\n"] * 2000], "longer than 64 KiB"),
     ],
 )
 def test_a_stream_that_never_ends_a_certificate_is_refused(lines, fault):
-    with pytest.raises(PKIError, match=fault):
-        list(pem_blocks(lines))
+    (found,) = blocks(lines)
+    assert found.der is None
+    assert fault in found.fault
 
 
 def test_two_common_names_are_kept_as_rabbitmq_joins_them():
