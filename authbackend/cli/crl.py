@@ -17,8 +17,8 @@ from authbackend.cli.common import actor, json_option, run, settings_of, show, t
 from authbackend.errors import Conflict, InvalidInput, NotFound
 from authbackend.pki import signing
 from authbackend.pki.authority_folder import AuthorityFolder
-from authbackend.pki.lists import HOLD, RevocationList, age_fault, entries_of, list_pem, read_list
-from authbackend.pki.reading import PKIError, read_certificates
+from authbackend.pki.lists import HOLD, RevocationList, age_fault, check_entries, entries_of, list_pem, read_list
+from authbackend.pki.reading import Certificate, PKIError, read_certificates
 from authbackend.pki.sync import Sync, Synced
 from authbackend.postgres import certificates as store
 from authbackend.postgres import lists
@@ -27,6 +27,12 @@ from authbackend.postgres.editor import editing
 from authbackend.postgres.lists import StoredAuthority, StoredList
 from authbackend.revocation import InstallReporter, Keeper, keep_authority
 from authbackend.revocation import sign as sign_list
+
+_distribution_point = click.option(
+    "--distribution-point",
+    metavar="URL",
+    help="For a list that names a distribution point: the one that all certificates of this authority name. Brokers refuse those that do not.",
+)
 
 
 @click.group()
@@ -84,18 +90,23 @@ async def _until_interrupted(work: Any) -> None:
 @click.argument("file", metavar="FILE", type=file_type)
 @click.option("--ca", "ca_file", type=file_type, required=True, metavar="CA.pem", help="The authority that signed it.")
 @click.option("--name", required=True, metavar="NAME", help="How the authority is called here: /crl/NAME.crl.")
+@_distribution_point
 @json_option
 @click.pass_context
-def import_(context: click.Context, file: Path, ca_file: Path, name: str, as_json: bool) -> None:
+def import_(
+    context: click.Context, file: Path, ca_file: Path, name: str, distribution_point: str | None, as_json: bool
+) -> None:
     """
     Take over the list of an outside authority: serve it, and mark what it lists as revoked.
 
-    Refused, without any change: a list that the authority did not sign, one that is too old, and one older than the
-    present one. Run it whenever the authority has signed another, well before nextUpdate.
+    Refused, without any change: a list that the authority did not sign, one that is too old, one older than the
+    present one, and one with which brokers would refuse devices that are not on it. Run it whenever the authority has
+    signed another, well before nextUpdate.
     """
-    authorities = read_certificates(read_input(ca_file))
+    authorities = _certificates(ca_file)
     try:
-        found, authority = read_list(read_input(file), authorities)
+        found, authority = read_list(read_input(file), authorities, distribution_point)
+        check_entries(found.der)
     except PKIError as error:
         raise InvalidInput(f"{file}: {error.detail}") from error
     pem = signing.certificate_pem(authority).decode("ascii")
@@ -117,6 +128,13 @@ def import_(context: click.Context, file: Path, ca_file: Path, name: str, as_jso
             yield f"{held} on hold: brokers refuse them while they are listed; on record they stay active"
 
     show(result, as_json, lines)
+
+
+def _certificates(file: Path) -> list[Certificate]:
+    try:
+        return read_certificates(read_input(file))
+    except PKIError as error:
+        raise InvalidInput(f"{file}: {error.detail}") from error
 
 
 async def _take_over(
@@ -203,6 +221,7 @@ def export(context: click.Context, name: str, der: bool) -> None:
     metavar="rabbit@HOST",
     help="Report to the database (role authbackend_crl_sync) what is installed here, so that revocations of certificates are done only when this node has them.",
 )
+@_distribution_point
 @click.option("--once", is_flag=True, help="Look once; exit status 0 if the list in DIR is in order then.")
 @click.pass_context
 def sync(
@@ -211,6 +230,7 @@ def sync(
     ca_file: Path,
     folder: Path,
     interval: float,
+    distribution_point: str | None,
     once: bool,
     node: str | None,
 ) -> None:
@@ -225,7 +245,8 @@ def sync(
     if wrong := [url for url in urls if not url.startswith(("http://", "https://"))]:
         raise InvalidInput(f"--url {wrong[0]}: write it as http://HOST:PORT/crl/NAME.crl")
     reporter = InstallReporter(target_of(context), node) if node else None
-    syncer = Sync(urls, read_certificates(read_input(ca_file)), folder, reporter.seen if reporter else None)
+    seen = reporter.seen if reporter else None
+    syncer = Sync(urls, _certificates(ca_file), folder, seen=seen, distribution_point=distribution_point)
     try:
         if once:
             synced = run(_once(syncer, reporter))

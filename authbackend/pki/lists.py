@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.x509.oid import ExtensionOID
+from cryptography.x509.oid import CRLEntryExtensionOID, ExtensionOID
 
 from authbackend.pki.der import element, elements, encode
-from authbackend.pki.reading import PKIError, PrivateKey, PublicKey, is_authority
+from authbackend.pki.reading import LIBRARY_FAULTS, PKIError, PrivateKey, PublicKey, is_authority, plain
 
 REASONS = {flag.value: flag for flag in x509.ReasonFlags if flag is not x509.ReasonFlags.remove_from_crl}
 """Reason names of RFC 5280 5.3.1 as they are kept; every other text is listed as unspecified."""
@@ -22,6 +23,7 @@ HOLD = "certificateHold"
 
 CLOCK_SKEW = timedelta(minutes=5)
 _UNDERSTOOD = {ExtensionOID.CRL_NUMBER, ExtensionOID.AUTHORITY_KEY_IDENTIFIER}
+_UNDERSTOOD_OF_ENTRIES = {CRLEntryExtensionOID.CRL_REASON, CRLEntryExtensionOID.INVALIDITY_DATE}
 _STRINGS = {0x0C: "utf-8", 0x13: "latin-1", 0x14: "latin-1", 0x16: "latin-1", 0x1A: "latin-1"}
 _WIDE_STRINGS = {0x1C: "utf-32-be", 0x1E: "utf-16-be"}
 _SPACES = " \t\n\v\f\r"
@@ -105,7 +107,9 @@ def _revoked(entry: Entry, now: datetime) -> x509.RevokedCertificate:
     return builder.build()
 
 
-def read_list(content: bytes, authorities: Iterable[x509.Certificate]) -> tuple[RevocationList, x509.Certificate]:
+def read_list(
+    content: bytes, authorities: Iterable[x509.Certificate], distribution_point: str | None = None
+) -> tuple[RevocationList, x509.Certificate]:
     """
     Parse a list, DER or PEM, and return it with the authority that signed it.
 
@@ -113,16 +117,22 @@ def read_list(content: bytes, authorities: Iterable[x509.Certificate]) -> tuple[
 
     Args:
         authorities: Who may have signed it.
+        distribution_point: The address that every certificate of the authority names. A list that names one is taken
+            only with it: Erlang refuses each certificate that does not name the same.
     Raises:
-        PKIError: It is no list, none of the authorities signed it, or it is of a kind that RabbitMQ and this service do
-            not understand: a delta, an indirect one, one without nextUpdate.
+        PKIError: It is no list, none of the authorities signed it, it does not cover all certificates of devices, or it
+            is of a kind that RabbitMQ and this service do not understand: a delta, an indirect one, one without
+            nextUpdate.
     """
     parsed = _parse(content)
     authority = _signer(parsed, authorities)
     for extension in parsed.extensions:
         if extension.oid == ExtensionOID.DELTA_CRL_INDICATOR:
             raise PKIError("it is a delta list; a complete one is needed")
-        if extension.critical and extension.oid not in _UNDERSTOOD:
+        if isinstance(extension.value, x509.IssuingDistributionPoint):
+            if fault := _scope_fault(extension.value, distribution_point):
+                raise PKIError(fault)
+        elif extension.critical and extension.oid not in _UNDERSTOOD:
             raise PKIError(f"it has the critical extension {extension.oid.dotted_string}, which is not understood here")
     if parsed.next_update_utc is None:
         raise PKIError("it has no nextUpdate, so nobody could tell when it is too old")
@@ -135,22 +145,68 @@ def read_list(content: bytes, authorities: Iterable[x509.Certificate]) -> tuple[
     return found, authority
 
 
+def _scope_fault(scope: x509.IssuingDistributionPoint, distribution_point: str | None) -> str | None:
+    """Return why a list does not cover every certificate of a device (RFC 5280 5.2.5), critical or not."""
+    if scope.only_contains_ca_certs or scope.only_contains_attribute_certs:
+        return "it is for other certificates than those of devices (its issuing distribution point says so)"
+    if scope.indirect_crl or scope.only_some_reasons:
+        return "it is an indirect list or one for some reasons only; a complete one is needed"
+    if scope.relative_name is not None:
+        return "it names its distribution point relative to the issuer, which is not supported"
+    names = [str(name.value) for name in scope.full_name or ()]
+    if not names or distribution_point in names:
+        return None
+    return (
+        f"it names the distribution point {', '.join(names)}: brokers then refuse every certificate that does not name "
+        f"it too; if all certificates of this authority do, give --distribution-point {names[0]}"
+    )
+
+
+def check_entries(der: bytes) -> None:
+    """
+    Make sure that brokers can read what is on a list; a broker that cannot would refuse everybody.
+
+    Raises:
+        PKIError: An entry is not such.
+    """
+    for revoked in x509.load_der_x509_crl(der):
+        try:
+            odd = [one for one in revoked.extensions if one.critical and one.oid not in _UNDERSTOOD_OF_ENTRIES]
+        except LIBRARY_FAULTS as error:
+            raise PKIError(f"its entry for serial number {revoked.serial_number:x} cannot be read: {error}") from None
+        if odd:
+            raise PKIError(
+                f"its entry for serial number {revoked.serial_number:x} has the critical extension {odd[0].oid.dotted_string}, which is not understood here"
+            )
+
+
 def _parse(content: bytes) -> x509.CertificateRevocationList:
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise PKIError("it is UTF-16 text; save it as ASCII, or take the DER form")
     try:
-        pem = content.lstrip().startswith(b"-----BEGIN")
+        pem = b"-----BEGIN" in content and content[:1] != b"\x30"
         parsed = x509.load_pem_x509_crl(content) if pem else x509.load_der_x509_crl(content)
         list(parsed.extensions)
         return parsed
-    except ValueError as error:
-        raise PKIError(f"it is no certificate revocation list, neither DER nor PEM: {error}") from error
+    except LIBRARY_FAULTS as error:
+        raise PKIError(
+            f"it is no certificate revocation list that can be read, neither DER nor PEM: {plain(error)}"
+        ) from error
 
 
 def _signer(parsed: x509.CertificateRevocationList, authorities: Iterable[x509.Certificate]) -> x509.Certificate:
     for authority in authorities:
         if authority.subject == parsed.issuer and is_authority(authority):
-            key = authority.public_key()
-            if isinstance(key, PublicKey) and parsed.is_signature_valid(key):
-                return authority
+            try:
+                key = authority.public_key()
+                if not isinstance(key, PublicKey):
+                    raise UnsupportedAlgorithm("possible are EC and RSA keys")
+                if parsed.is_signature_valid(key):
+                    return authority
+            except UnsupportedAlgorithm as error:
+                raise PKIError(
+                    f"the kind of signature of {_name(parsed.issuer)} is not supported, so it cannot be checked: {error}"
+                ) from None
     raise PKIError(f"it is signed by none of the authorities given here; it says to be of {_name(parsed.issuer)}")
 
 

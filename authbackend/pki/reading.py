@@ -16,6 +16,7 @@ from cryptography.x509.oid import NameOID
 
 from authbackend.errors import InvalidInput
 
+Certificate = x509.Certificate
 PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 

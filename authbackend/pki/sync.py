@@ -21,7 +21,7 @@ from cryptography import x509
 
 from authbackend.errors import AuthbackendError, Unavailable
 from authbackend.pki.files import write_file
-from authbackend.pki.lists import RevocationList, age_fault, issuer_hash, list_pem, read_list
+from authbackend.pki.lists import RevocationList, age_fault, check_entries, issuer_hash, list_pem, read_list
 from authbackend.pki.reading import PKIError
 
 log = structlog.get_logger(__name__)
@@ -51,6 +51,7 @@ class Sync:
     Args:
         urls: Where the same list is; the first that answers well is taken.
         authorities: Certificates; the one that signed the list decides the file's name.
+        distribution_point: See :func:`read_list`.
         folder: Made if absent, mode 755. The file is mode 644: a list is public.
         seen: Told at every look what is in the folder, read from its file.
     """
@@ -60,12 +61,15 @@ class Sync:
         urls: Sequence[str],
         authorities: Sequence[x509.Certificate],
         folder: Path,
+        *,
         seen: Callable[[RevocationList], None] | None = None,
+        distribution_point: str | None = None,
     ) -> None:
         self._seen = seen
         self._urls = tuple(urls)
         self._authorities = tuple(authorities)
         self._folder = folder
+        self._distribution_point = distribution_point
         self._etags: dict[str, tuple[str, bytes]] = {}
         self._told: dict[str, float] = {}
 
@@ -127,7 +131,7 @@ class Sync:
 
     def _is_there(self, content: bytes) -> bool:
         try:
-            found, authority = read_list(content, self._authorities)
+            found, authority = read_list(content, self._authorities, self._distribution_point)
             return self._path(authority).read_bytes() == list_pem(found.der)
         except (OSError, PKIError):
             return False
@@ -137,7 +141,7 @@ class Sync:
 
     def _take(self, url: str, content: bytes) -> Synced:
         try:
-            found, authority = read_list(content, self._authorities)
+            found, authority = read_list(content, self._authorities, self._distribution_point)
             if fault := age_fault(found, datetime.now(UTC)):
                 raise PKIError(fault)
             path = self._path(authority)
@@ -147,6 +151,7 @@ class Sync:
             if present is not None and found.number <= present.number:
                 how = "older than" if found.number < present.number else "another one with"
                 raise PKIError(f"its number {found.number} is {how} the number {present.number} of the list in {path}")
+            check_entries(found.der)
         except PKIError as error:
             raise PKIError(f"what {url} serves is not used: {error.detail}") from error
         write_file(path, list_pem(found.der), 0o644)
@@ -154,7 +159,7 @@ class Sync:
 
     def _present(self, path: Path) -> RevocationList | None:
         try:
-            return read_list(path.read_bytes(), self._authorities)[0]
+            return read_list(path.read_bytes(), self._authorities, self._distribution_point)[0]
         except FileNotFoundError:
             return None
         except PKIError as error:  # half of a list, or another's: what was checked is better in any case

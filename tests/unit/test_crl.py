@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from aiohttp import web
@@ -12,7 +13,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.name import _ASN1Type
-from cryptography.x509.oid import NameOID
+from cryptography.x509.oid import CRLEntryExtensionOID, NameOID
 
 from authbackend.admin.crl import Published, PublishedLists
 from authbackend.admin.listener import _errors
@@ -21,6 +22,7 @@ from authbackend.pki import signing
 from authbackend.pki.lists import (
     Entry,
     age_fault,
+    check_entries,
     entries_of,
     issuer_hash,
     list_pem,
@@ -34,6 +36,7 @@ from authbackend.pki.sync import Sync
 
 NOW = datetime.now(UTC)
 WEEK = timedelta(days=7)
+FIELD = Path(__file__).parent.parent / "cases" / "field"
 openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
 
 
@@ -147,13 +150,90 @@ def extended(extension, *, critical=True, next_update=NOW + WEEK):
                     only_contains_attribute_certs=False,
                 )
             ),
-            "critical extension 2.5.29.28",
+            "other certificates than those of devices",
         ),
     ],
 )
 def test_what_is_no_complete_list_of_the_authority_is_refused(content, fault):
     with pytest.raises(PKIError, match=fault):
         read_list(content, [CA])
+
+
+def extended_entry(reason):
+    """A list with an entry for a reason that RFC 5280 does not have."""
+    oid = CRLEntryExtensionOID.CRL_REASON
+    entry = (
+        x509.RevokedCertificateBuilder()
+        .serial_number(7)
+        .revocation_date(NOW)
+        .add_extension(x509.UnrecognizedExtension(oid, bytes([0x0A, 1, reason])), critical=False)
+        .build()
+    )
+    builder = x509.CertificateRevocationListBuilder(CA.subject, revoked_certificates=[entry])
+    signed_list = builder.last_update(NOW).next_update(NOW + WEEK).sign(KEY, hashes.SHA256())
+    return signed_list.public_bytes(serialization.Encoding.DER)
+
+
+def point(name=None, *, user=False, ca=False, reasons=None, indirect=False):
+    names = [x509.UniformResourceIdentifier(name)] if name else None
+    return x509.IssuingDistributionPoint(names, None, user, ca, reasons, indirect, False)
+
+
+POINT = "https://ca.example.test:8443/1.0/crl"
+
+
+@pytest.mark.parametrize("critical", [True, False])
+@pytest.mark.parametrize(
+    ("scope", "fault"),
+    [
+        (point(ca=True), "other certificates"),
+        (point(indirect=True), "indirect"),
+        (point(reasons=frozenset([x509.ReasonFlags.key_compromise])), "some reasons"),
+        (point(POINT), f"--distribution-point {POINT}"),
+        (point(POINT, user=True), f"--distribution-point {POINT}"),
+    ],
+)
+def test_a_list_is_judged_by_its_scope_critical_or_not(scope, fault, critical):
+    with pytest.raises(PKIError, match=fault):
+        read_list(extended(scope, critical=critical), [CA])
+
+
+@pytest.mark.parametrize("critical", [True, False])
+def test_a_list_with_a_distribution_point_is_taken_if_every_certificate_names_it(critical):
+    der = extended(point(POINT), critical=critical)
+    assert read_list(der, [CA], POINT)[0].der == der
+    with pytest.raises(PKIError, match="brokers then refuse every certificate"):
+        read_list(der, [CA], "https://elsewhere.example.test/crl")
+
+
+def field(name):
+    return (FIELD / "crl" / name).read_bytes()
+
+
+FIELD_CA = x509.load_pem_x509_certificate(field("ca.pem"))
+
+
+@pytest.mark.parametrize("name", ["text-first.pem", "bom.pem"])
+def test_a_list_in_pem_may_have_something_before_it(name):
+    assert read_list(field(name), [FIELD_CA])[0].issuer == "CN=Example Intermediate CA,O=Example"
+
+
+@pytest.mark.parametrize("name", ["stepca.crl", "boulder.crl", "idp-noncritical.crl", "idp-noncritical-hashdir.pem"])
+def test_no_list_is_taken_that_locks_out_who_does_not_name_its_distribution_point(name):
+    with pytest.raises(PKIError, match="--distribution-point http"):
+        read_list(field(name), [FIELD_CA])
+
+
+@pytest.mark.parametrize("name", ["reason7.crl", "reason11.crl"])
+def test_an_entry_that_brokers_cannot_read_is_named(name):
+    found, _ = read_list(field(name), [FIELD_CA])
+    with pytest.raises(PKIError, match="serial number 1002 cannot be read"):
+        check_entries(found.der)
+
+
+def test_what_is_not_supported_is_not_called_forged():
+    with pytest.raises(PKIError, match="not supported"):
+        read_list(field("ed.crl"), [x509.load_pem_x509_certificate(field("ed-ca.pem"))])
 
 
 def test_a_leaf_signs_no_list():
@@ -328,6 +408,8 @@ async def test_a_list_is_written_as_pem_for_all_to_read(source, sync, file):
         (signed(number=9, now=NOW - 2 * WEEK).der, "too old"),
         (signed(number=9, now=NOW + timedelta(days=1)).der, "clock is wrong"),
         (signed(number=9).der[:100], "neither DER nor PEM"),
+        (extended(point(POINT), critical=False), "brokers then refuse every certificate that does not name it"),
+        (extended_entry(11), "cannot be read: Unsupported reason code: 11"),
     ],
 )
 async def test_what_is_not_in_order_leaves_the_list_there(source, sync, file, body, fault):
