@@ -16,7 +16,7 @@ from authbackend.cli.authorities import read_input
 from authbackend.cli.common import printable
 from authbackend.pki.bundle import blocks, read_record
 from authbackend.pki.lists import HOLD
-from authbackend.pki.openssl_index import revoked_in
+from authbackend.pki.openssl_index import index_of
 from authbackend.pki.reading import PKIError, read_certificate
 from authbackend.postgres import certificates as store
 from authbackend.postgres.certificates import CertificateRow
@@ -186,12 +186,22 @@ async def import_index(target: Target, actor: str, index: Path, issuer: Path, re
     Raises:
         InvalidInput: A file cannot be read, or is no such database; nothing was changed.
     """
-    revoked = list(revoked_in(read_input(index).decode("utf-8", "replace"), str(index)))
+    text = read_input(index).decode("utf-8-sig", "replace")
+    found = list(index_of(text, str(index)))
+    revoked = [entry for _, entry in found if entry is not None]
     for entry in revoked:
         if entry.reason == HOLD:
             report.fault(f"serial number {entry.serial} is on hold: a revocation is final here, so it is left as it is")
-    subject = read_certificate(read_input(issuer)).subject.rfc4514_string()
+    try:
+        subject = read_certificate(read_input(issuer)).subject.rfc4514_string()
+    except PKIError as error:
+        raise PKIError(f"{issuer}: {error.detail}") from error
+    serials = {serial for serial, _ in found}
     async with connected(target) as connection, connection.transaction():
         await name_actor(connection, actor)
         listed = [(entry.serial, entry.reason, entry.revoked_at) for entry in revoked if entry.reason != HOLD]
         report.revoked, report.revoked_unknown = await store.revoke_listed(connection, subject, listed)
+        if not await store.count_on_record(connection, subject, serials):
+            report.fault(
+                f"{index}: none of its {len(serials)} certificates is on record as issued by {subject!r}: --issuer is another authority, or they must be imported first"
+            )

@@ -15,12 +15,12 @@ _REASONS = {name.lower(): name for name in REASONS} | {
 }
 
 
-def revoked_in(text: str, name: str) -> Iterator[Entry]:
+def index_of(text: str, name: str) -> Iterator[tuple[str, Entry | None]]:
     """
-    Yield what is revoked in an index.
+    Yield the serial number of each certificate in an index, with its revocation if it is revoked.
 
     Source: apps/openssl.h of OpenSSL: tab-separated type (V, R or E), end, ``time[,reason[,extra]]`` of the revocation,
-    serial number, file, subject.
+    serial number, file, subject; an empty subject is trimmed with its tab by editors.
 
     Args:
         name: Of the file, for messages.
@@ -31,15 +31,19 @@ def revoked_in(text: str, name: str) -> Iterator[Entry]:
         if not line.strip():
             continue
         fields = line.split("\t")
-        if len(fields) != 6 or fields[0] not in {"V", "R", "E"}:
+        if len(fields) not in (5, 6) or fields[0] not in {"V", "R", "E"}:
             raise PKIError(f"{name}:{number}: not a line of openssl's index.txt (six fields with tabs between them)")
+        try:
+            serial = f"{int(fields[3], 16):x}"
+        except ValueError:
+            raise PKIError(f"{name}:{number}: the serial number {fields[3]!r} cannot be read") from None
         if fields[0] != "R":
+            yield serial, None
             continue
         moment, _, reason = fields[2].partition(",")
         reason = reason.partition(",")[0].lower()
         try:
-            serial = f"{int(fields[3], 16):x}"
             revoked_at = der.time(moment)
         except ValueError:
-            raise PKIError(f"{name}:{number}: the time of the revocation or the serial number cannot be read") from None
-        yield Entry(serial, _REASONS.get(reason, "unspecified"), revoked_at)
+            raise PKIError(f"{name}:{number}: the time of the revocation cannot be read") from None
+        yield serial, Entry(serial, _REASONS.get(reason, "unspecified"), revoked_at)

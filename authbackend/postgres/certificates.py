@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from typing import Any, NamedTuple
@@ -195,8 +195,13 @@ async def revoke_listed(
     statements = load_statements("certificates")
     columns = [list(column) for column in zip(*listed, strict=True)] or [[], [], []]
     changed = await connection.fetch(statements.revoke_listed.sql, issuer, *columns)
-    known = int(await connection.fetchval(statements.known_serials.sql, issuer, columns[0]))
+    known = await count_on_record(connection, issuer, columns[0])
     return len(changed), len(set(columns[0])) - known
+
+
+async def count_on_record(connection: Connection, issuer: str, serials: Collection[str]) -> int:
+    """Return how many of an issuer's serial numbers are on record."""
+    return int(await connection.fetchval(load_statements("certificates").known_serials.sql, issuer, list(serials)))
 
 
 async def keep_authority(

@@ -132,3 +132,25 @@ def test_a_request_that_is_not_signed_is_called_what_it_is(cli, ca, fleet, name,
 def test_a_request_in_der_is_signed(cli, ca, fleet, tmp_path):
     cli("device", "enroll", "APM0001", "--type", "APM", "--ca", ca, "--csr", FIELD / "csr/der.csr")
     assert (tmp_path / "APM0001.pem").exists()
+
+
+# --- revocations of openssl's index --------------------------------------------------------------------------------
+
+INDEXES = {"scep": ["1001"], "trimmed": ["1002"], "bom": ["1003"]}
+
+
+@pytest.mark.parametrize("name", INDEXES)
+def test_an_index_is_read_however_it_was_saved(cli, fleet, execute, name):
+    cli("cert", "import", FIELD / "pem/nonewline.pem")
+    cli("cert", "import", "--openssl-index", FIELD / "index" / name, "--issuer", FIELD / "pem/ca.pem")
+    revoked = execute("select serial from certificate where state = 'revoked'")
+    assert [row["serial"] for row in revoked] == INDEXES[name]
+
+
+@pytest.mark.parametrize("name", INDEXES)
+def test_an_index_of_another_authority_is_told(cli, fleet, execute, name):
+    cli("cert", "import", FIELD / "pem/nonewline.pem")
+    index = ("--openssl-index", FIELD / "index" / name, "--issuer", FIELD / "crl/ed-ca.pem")
+    told = cli("cert", "import", *index, exit_code=2).stdout
+    assert "is on record as issued by 'CN=Example Ed25519 CA,O=Example': --issuer is another authority" in told
+    assert {row["state"] for row in execute("select state from certificate")} == {"active"}
