@@ -48,7 +48,14 @@ def main() -> None:
 @click.argument("directory", metavar="DIR", type=_directory)
 @click.option("--count", type=click.IntRange(1, 999_999), required=True, help="How many devices.")
 @click.option("--prefix", metavar="TEXT", default="APM", help="Device ids are PREFIX000001 and so on.")
-@click.option("--type", "device_type", metavar="NAME", default="APM", help="Their device type in authbackend.")
+@click.option(
+    "--type",
+    "device_type",
+    metavar="NAME",
+    default="authbackend-load",
+    show_default=True,
+    help="Their device type in authbackend; applying the policy file replaces a type of this name.",
+)
 @click.option("--revoked", type=click.IntRange(0), default=0, help="Register this many at the end as revoked.")
 @click.option("--processes", type=click.IntRange(1), default=_CORES, help="Make certificates in this many processes.")
 def certificates(directory: Path, count: int, prefix: str, device_type: str, revoked: int, processes: int) -> None:

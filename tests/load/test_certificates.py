@@ -45,6 +45,13 @@ def test_what_is_there_is_kept(tmp_path: Path) -> None:
     assert (tmp_path / "policy.yaml").read_text() == "# mine\n"
 
 
+def test_no_real_device_type_is_replaced_by_default(tmp_path: Path) -> None:
+    assert _make(tmp_path, "--count", "1").exit_code == 0
+    document, _ = read((tmp_path / "policy.yaml").read_text(), "policy.yaml")
+    assert list(document.device_types or {}) == ["authbackend-load"]
+    assert {entry.type for entry in read_devices(tmp_path / "devices.csv")[0].values()} == {"authbackend-load"}
+
+
 def test_authbackend_takes_the_files(tmp_path: Path) -> None:
     assert _make(tmp_path, "--count", "4", "--revoked", "1", "--type", "CART").exit_code == 0
     document, problems = read((tmp_path / "policy.yaml").read_text(), "policy.yaml")
