@@ -47,7 +47,7 @@ def _read(file: Path, devices: Path | None) -> tuple[Document, list[Problem]]:
         document.speaks_of_device_rules = False
         problems += more
     if not problems:
-        problems = [Problem(str(file), 0, 0, message, warning=True) for message in lint(document)]
+        problems = lint(document, str(file))
     return document, problems
 
 

@@ -87,12 +87,15 @@ class Document:
 
     Args:
         speaks_of_device_rules: False where the devices come from a file that cannot say them: they are left alone.
+        places: Line and column, from 1, of what warnings speak of: ("device type T",), ("device type T", value),
+            ("device type T", "rule", effect, action, topic), and the same of devices and accounts.
     """
 
     device_types: dict[str, DeviceTypeEntry] | None = None
     devices: dict[str, DeviceEntry] | None = None
     accounts: dict[str, AccountEntry] | None = None
     speaks_of_device_rules: bool = True
+    places: dict[tuple[str, ...], tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
 
     def rules(self) -> Iterator[tuple[str, str, RuleEntry]]:
         """Yield (column of the owner, owner, rule)."""

@@ -69,6 +69,12 @@ class _Reader:
     def __init__(self, file: str) -> None:
         self.file = file
         self.problems: list[Problem] = []
+        self.places: dict[tuple[str, ...], tuple[int, int]] = {}
+        self.where = ""
+
+    def place(self, node: Node, *key: str) -> None:
+        """Note where something of the present entry stands, for warnings."""
+        self.places.setdefault((self.where, *key), (node.start_mark.line + 1, node.start_mark.column + 1))
 
     def fault(self, node: Any, message: str) -> None:
         mark = node.start_mark
@@ -80,7 +86,7 @@ class _Reader:
             self.fault(root, f"schema is missing; the file begins with: schema: {SCHEMA}")
         elif self.text(found["schema"]) != SCHEMA:
             self.fault(found["schema"], f"this version reads schema {SCHEMA}")
-        document = Document()
+        document = Document(places=self.places)
         if "device_types" in found:
             document.device_types = self.section(found["device_types"], self.device_type)
         if "devices" in found:
@@ -117,6 +123,8 @@ class _Reader:
     def device_type(self, node: Node, name: str) -> DeviceTypeEntry:
         if fault := names.device_type_fault(name):
             self.fault(node, f"device type {name!r}: {fault}")
+        self.where = f"device type {name}"
+        self.place(node)
         found = self.mapping(node, f"device type {name}", _names(DeviceTypeEntry, "name"))
         return DeviceTypeEntry(
             name,
@@ -132,6 +140,8 @@ class _Reader:
     def device(self, node: Node) -> DeviceEntry | None:
         found = self.mapping(node, "a device", _names(DeviceEntry))
         device_id = self.checked(found.get("device_id"), names.device_id_fault, "device id", node)
+        self.where = f"device {device_id}"
+        self.place(node)
         common_name = device_id
         if "common_name" in found:
             common_name = self.checked(found["common_name"], names.common_name_fault, "common name", node)
@@ -154,6 +164,8 @@ class _Reader:
     def account(self, node: Node) -> AccountEntry | None:
         found = self.mapping(node, "an account", (*_names(AccountEntry, "configure", "write", "read"), "permissions"))
         name = self.checked(found.get("name"), names.common_name_fault, "account", node)
+        self.where = f"account {name}"
+        self.place(node)
         login = self.text(found["login"]) if "login" in found else ""
         if login not in ("password", "certificate"):
             self.fault(found.get("login", node), f"account {name}: login is password or certificate")
@@ -186,6 +198,7 @@ class _Reader:
             if (key := (rule.effect, rule.action, rule.topic, rule.exchange)) in rules:
                 self.fault(item, f"the rule {rule.effect} {rule.action} {rule.topic} is there twice")
             rules[key] = rule
+            self.place(item, "rule", rule.effect, rule.action, rule.topic)
         return tuple(rules.values())
 
     def rule(self, node: Node, *, account: bool) -> RuleEntry:
@@ -264,6 +277,7 @@ class _Reader:
             if text in found:
                 self.fault(item, f"{what} {text!r} is there twice")
             found.append(text)
+            self.place(item, text)
         return tuple(found)
 
     def checked(self, node: Node | None, fault_of: Callable[[str], str | None], what: str, outer: Node) -> str:

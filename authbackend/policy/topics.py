@@ -52,7 +52,7 @@ def topic_filter_fault(topic_filter: str) -> str | None:
         return f"it has {size} bytes; at most {LONGEST_FILTER_BYTES} are possible"
     shape = _PLACEHOLDER.sub("x", topic_filter)
     if "{" in shape or "}" in shape:
-        return _brace_fault(shape)
+        return _brace_fault(topic_filter)
     if ONE in shape:
         return '"*" is not possible in a rule; a level "+" is any one level, a final level "#" any number of levels'
     levels = shape.split("/")
@@ -64,8 +64,11 @@ def topic_filter_fault(topic_filter: str) -> str | None:
     return None
 
 
-def _brace_fault(shape: str) -> str:
-    braces = _ANY_BRACES.search(shape)
+def _brace_fault(topic_filter: str) -> str:
+    if "{{" in topic_filter or "}}" in topic_filter:
+        return "double braces are another product's; placeholders are written {device_id}"
+    rest = _PLACEHOLDER.sub("", topic_filter)
+    braces = _ANY_BRACES.search(rest)
     if braces is None:
         return "a brace is unbalanced; placeholders are written {device_id}"
     if braces.group() == "{}":

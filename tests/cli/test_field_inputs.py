@@ -154,3 +154,45 @@ def test_an_index_of_another_authority_is_told(cli, fleet, execute, name):
     told = cli("cert", "import", *index, exit_code=2).stdout
     assert "is on record as issued by 'CN=Example Ed25519 CA,O=Example': --issuer is another authority" in told
     assert {row["state"] for row in execute("select state from certificate")} == {"active"}
+
+
+# --- what other products write -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "warned"),
+    [
+        (
+            "foreign-placeholders.yaml",
+            {"7:9": "%c in dev/%c/up", "8:9": "%u in", "9:9": "no shared subscriptions", "17:9": "$clientid in"},
+        ),
+        (
+            "regex-and-star.yaml",
+            {
+                "5:14": "vhost '*'",
+                "8:9": "<device_id> in",
+                "9:9": "> in dev/>",
+                "10:9": ":device_id in",
+                "11:9": "@deviceId in",
+                "16:14": "vhost '.*'",
+            },
+        ),
+    ],
+)
+def test_what_another_product_would_understand_is_warned_of_with_its_place(cli, name, warned):
+    lines = cli("policy", "check", FIELD / "policy" / name).stdout.splitlines()
+    for place, text in warned.items():
+        assert [line for line in lines if f"{name}:{place}: warning: " in line and text in line], (place, lines)
+    assert not [line for line in lines if ":0:0:" in line]
+
+
+def test_every_regular_expression_among_permissions_is_warned_of(cli):
+    told = cli("policy", "check", FIELD / "policy/regex-and-star.yaml").stdout
+    for value in ("^$", ".*", "^amq\\\\.gen.*$"):
+        assert f"name '{value}' looks like a regular expression" in told
+
+
+def test_double_braces_are_called_what_they_are(cli):
+    told = cli("policy", "check", FIELD / "policy/double-braces.yaml", exit_code=2).stdout
+    assert "double braces" in told
+    assert "{x}" not in told

@@ -151,7 +151,9 @@ accounts: [{name: a, login: certificate, vhosts: ["/"], rules: [{effect: allow, 
 """
     document, problems = read(text, "f")
     assert problems == []
-    warnings = "\n".join(lint(document))
+    found = lint(document)
+    assert all(problem.line > 1 and problem.column > 1 for problem in found)
+    warnings = "\n".join(problem.message for problem in found)
     for part in (
         "topics of every other device",
         "no client_ids",

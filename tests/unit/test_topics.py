@@ -192,7 +192,7 @@ def test_translation_is_the_brokers(topic, key):
         ("a/{}", "is empty"),
         ("a/{device_id", "unbalanced"),
         ("a/device_id}", "unbalanced"),
-        ("{{device_id}}", "unknown"),
+        ("{{device_id}}", "double braces"),
         ("{attr.}", "unknown"),
         ("{attr.a b}", "unknown"),
         ("x" * 1025, "1025 bytes"),
