@@ -31,10 +31,12 @@ def _password(file: Path | None) -> str:
         password: str = click.prompt("Password", hide_input=True, confirmation_prompt=True, err=True)
     else:
         try:
-            with click.open_file(str(file), encoding="utf-8") as stream:
+            with click.open_file(str(file), encoding="utf-8-sig") as stream:
                 password = stream.read().removesuffix("\n")
         except OSError as error:
             raise InvalidInput(f"cannot read {file}: {error.strerror}") from error
+        except UnicodeDecodeError:  # its text holds the bytes
+            raise InvalidInput(f"{file} is not UTF-8; nothing was changed") from None
     if len(password) < _SHORTEST_PASSWORD:
         raise InvalidInput(f"the password is shorter than {_SHORTEST_PASSWORD} characters; nothing was changed")
     return password

@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,7 +35,10 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                if not sys.warnoptions:  # what a library says of a certificate is for who develops with it
+                    warnings.simplefilter("ignore")
+                return super().invoke(ctx)
         except AuthbackendError as error:
             click.echo(f"authbackend: {error.detail}", err=True)
             sys.exit(error.exit_code)

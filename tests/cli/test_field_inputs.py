@@ -1,7 +1,11 @@
 """What people gave to the commands by mistake, or as other products write it: ``tests/cases/field``."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import argon2
 import pytest
 
 from tests.cli.test_certificates import as_json
@@ -196,3 +200,30 @@ def test_double_braces_are_called_what_they_are(cli):
     told = cli("policy", "check", FIELD / "policy/double-braces.yaml", exit_code=2).stdout
     assert "double braces" in told
     assert "{x}" not in told
+
+
+# --- passwords, and what libraries say -----------------------------------------------------------------------------
+
+
+def test_a_password_that_is_not_utf_8_is_refused_without_a_word_of_it(cli, execute):
+    refused = cli("account", "add", "ops", "--password-file", FIELD / "env/password-latin1", exit_code=2)
+    assert f"{FIELD / 'env/password-latin1'} is not UTF-8" in refused.stderr
+    assert "longenou" not in refused.output
+    assert execute("select 1 from account") == []
+
+
+def test_a_byte_order_mark_is_no_part_of_a_password(cli, execute):
+    cli("account", "add", "ops", "--password-file", FIELD / "env/password-with-bom")
+    (row,) = execute("select password_hash from account")
+    assert argon2.PasswordHasher().verify(row["password_hash"], "longenough1")
+
+
+def test_warnings_of_libraries_are_not_shown_to_people(tmp_path):
+    ca = FIELD / "pem/x-neg.pem"
+    sync = ("crl", "sync", "--once", "--url", "http://127.0.0.1:1/crl/a.crl", "--ca", ca, "--dir", tmp_path)
+    command = [sys.executable, "-m", "authbackend", *map(str, sync)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 5
+    assert ended.stderr.startswith("authbackend: http://127.0.0.1:1/crl/a.crl cannot be reached")
+    assert len(ended.stderr.splitlines()) == 1
