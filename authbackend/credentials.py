@@ -18,11 +18,13 @@ def read_password(enforcement: Enforcement) -> str:
     if enforcement.password_file is None:
         raise ConfigurationError("enforcement.clusters needs enforcement.password_file: the password of the account")
     try:
-        return enforcement.password_file.read_text(encoding="utf-8").removesuffix("\n")
+        return enforcement.password_file.read_text(encoding="utf-8-sig").removesuffix("\n")
     except OSError as error:
         raise ConfigurationError(
             f"cannot read enforcement.password_file {enforcement.password_file}: {error.strerror}"
         ) from error
+    except UnicodeDecodeError:  # its text holds the bytes
+        raise ConfigurationError(f"enforcement.password_file {enforcement.password_file} is not UTF-8") from None
 
 
 def read_dsn(database: Database) -> str:
@@ -41,11 +43,13 @@ def read_dsn(database: Database) -> str:
     if database.password_file is None:
         return dsn
     try:
-        password = database.password_file.read_text(encoding="utf-8").removesuffix("\n")
+        password = database.password_file.read_text(encoding="utf-8-sig").removesuffix("\n")
     except OSError as error:
         raise ConfigurationError(
             f"cannot read database.password_file {database.password_file}: {error.strerror}"
         ) from error
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"database.password_file {database.password_file} is not UTF-8") from None
     parts = urlsplit(dsn)
     user, at, rest = parts.netloc.rpartition("@")
     user = user.partition(":")[0]

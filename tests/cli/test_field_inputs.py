@@ -8,6 +8,9 @@ from pathlib import Path
 import argon2
 import pytest
 
+from authbackend.credentials import read_dsn, read_password
+from authbackend.errors import ConfigurationError
+from authbackend.settings import Database, Enforcement
 from tests.cli.test_certificates import as_json
 
 FIELD = Path(__file__).parent.parent / "cases" / "field"
@@ -216,6 +219,25 @@ def test_a_byte_order_mark_is_no_part_of_a_password(cli, execute):
     cli("account", "add", "ops", "--password-file", FIELD / "env/password-with-bom")
     (row,) = execute("select password_hash from account")
     assert argon2.PasswordHasher().verify(row["password_hash"], "longenough1")
+
+
+@pytest.mark.parametrize(
+    ("read", "section", "name"),
+    [
+        (read_password, Enforcement(password_file=FIELD / "env/password-latin1"), "enforcement"),
+        (read_dsn, Database(dsn="postgresql://a@b/c", password_file=FIELD / "env/password-latin1"), "database"),
+    ],
+)
+def test_a_password_of_the_service_that_is_not_utf_8_is_refused_without_a_word_of_it(read, section, name):
+    with pytest.raises(ConfigurationError, match=f"{name}.password_file .* is not UTF-8") as refused:
+        read(section)
+    assert "longenou" not in str(refused.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_password_of_the_service():
+    file = FIELD / "env/password-with-bom"
+    assert read_password(Enforcement(password_file=file)) == "longenough1"
+    assert read_dsn(Database(dsn="postgresql://a@b/c", password_file=file)) == "postgresql://a:longenough1@b/c"
 
 
 def test_warnings_of_libraries_are_not_shown_to_people(tmp_path):
