@@ -106,8 +106,8 @@ def test_a_change_that_does_not_fit_gives_back_what_it_took(folder):
 
 
 def worker_of(running, place):
-    """The process of a worker, as the board of the supervisor started them: the follower first."""
-    return children(running.process.pid)[1 + place]
+    """The process of a worker, as the board of the supervisor started them: the follower first, then who answers people."""
+    return children(running.process.pid)[2 + place]
 
 
 async def test_a_full_file_system_kills_no_worker_and_keeps_no_new_one_from_starting(dsn, sql):
@@ -193,7 +193,7 @@ async def test_the_files_of_metrics_have_all_their_memory_from_the_start(dsn):
     async with small(16) as folder, replica(dsn, REGISTRY__MEMORY_DIR=str(folder)) as running:
         assert await running.login("APM0001") == "allow"
         files = [*folder.glob("authbackend-*/metrics/*.db")]
-        assert len(files) == 9  # of three kinds, for three processes: none was made later
+        assert len(files) == 12  # of three kinds, for four processes: none was made later
         assert all(file.stat().st_blocks * 512 >= FILE_BYTES for file in files)
         (lock,) = folder.glob("authbackend-*/lock.mdb")
         assert lock.stat().st_blocks * 512 >= lock.stat().st_size
