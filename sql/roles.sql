@@ -30,7 +30,7 @@ end $$;
 revoke create on schema public from public;
 
 revoke all on device_type, device, account, topic_rule, audit, change, change_floor, change_horizon, incarnation, identity_guard, replica, replica_state, certificate, authority, crl, crl_highest, crl_listed, crl_installed, schema_migrations,
-  enforcement, enforcement_setup, enforcement_cluster, enforcement_pause, enforcement_expiry, enforcement_sweep, device_hold, client_id_move, device_schedule, acting_for
+  enforcement, enforcement_setup, enforcement_cluster, enforcement_pause, enforcement_expiry, enforcement_sweep, device_hold, client_id_move, device_schedule, acting_for, brake, brake_impact, brake_acceptance
   from public, authbackend_service, authbackend_admin, authbackend_reader, authbackend_crl_sync;
 
 grant select on device_type, device, account, topic_rule, change, change_floor, incarnation, schema_migrations to authbackend_service;
@@ -63,6 +63,8 @@ grant execute on function incarnation_renew() to authbackend_admin;
 grant select on enforcement, enforcement_setup, enforcement_cluster, enforcement_pause, enforcement_sweep, device_hold, client_id_move to authbackend_admin;
 grant execute on function enforcement_retry(bigint), enforcement_pause_begin(text), enforcement_pause_end(), enforcement_cluster_forget(text), enforcement_disable(), replica_forget(text) to authbackend_admin;
 grant select, insert, delete, update (at, status, reason) on device_schedule to authbackend_admin;
+grant select on brake to authbackend_admin, authbackend_reader; -- the owner sets it
+grant execute on function accept_impact(bigint) to authbackend_admin;
 
 grant select on device_type, device, topic_rule, audit, incarnation, certificate, authority, crl, schema_migrations, enforcement, enforcement_setup, enforcement_cluster, enforcement_pause, enforcement_sweep, device_hold, client_id_move, device_schedule to authbackend_reader;
 grant select (name, login, tags, vhosts, networks, client_ids, configure, write, read, unchecked_dead_lettering) on account to authbackend_reader;

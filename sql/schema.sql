@@ -4,6 +4,17 @@
 set check_function_bodies = false;
 select pg_catalog.set_config('search_path', '', false);
 
+CREATE FUNCTION public.accept_impact(number bigint) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if number is null or number < 0 then
+    perform public.refuse('accept_impact() needs the number of devices that may be touched, as the refusal names it');
+  end if;
+  insert into public.brake_acceptance (accepted) values (number) on conflict (version) do update set accepted = excluded.accepted;
+end $$;
+
 CREATE FUNCTION public.account_check() RETURNS trigger
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -203,6 +214,239 @@ begin
   execute format('create trigger audit_d after delete on %s referencing old table as old_rows for each statement execute function audit_note(%L, %L)', watched, entity, key);
   execute format('create trigger audit_t after truncate on %s for each statement execute function audit_note(%L, %L)', watched, entity, key);
   execute format('alter table %s enable always trigger audit_i, enable always trigger audit_u, enable always trigger audit_d, enable always trigger audit_t', watched);
+end $$;
+
+CREATE FUNCTION public.brake_accepted() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  known text[] := string_to_array(current_setting('authbackend.impact', true), ':');
+  number bigint;
+begin
+  delete from public.brake_acceptance where version = new.version returning accepted into number;
+  if number is not null then
+    insert into public.audit (operation, entity, after)
+    values ('ACCEPT', 'impact',
+            jsonb_build_object('accepted', number, 'touched', case when known[1] = new.version::text then known[2]::bigint else 0 end));
+  end if;
+  return null;
+end $$;
+
+CREATE FUNCTION public.brake_account() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  n bigint;
+begin
+  perform public.brake_begin();
+  if tg_op = 'DELETE' then
+    insert into public.brake_impact (kind, name, cause) select 'account', o.name, 'deleted' from old_rows o on conflict do nothing;
+  else
+    insert into public.brake_impact (kind, name, cause)
+    select 'account', o.name, case when n.name is null then 'renamed' else 'narrowed' end
+    from old_rows o left join new_rows n using (name)
+    where n.name is null or not (o.client_ids <@ n.client_ids and o.vhosts <@ n.vhosts and o.tags <@ n.tags)
+       or (n.networks is not null and n.networks is distinct from o.networks)
+       or (n.login, n.password_hash, n.configure, n.write, n.read) is distinct from (o.login, o.password_hash, o.configure, o.write, o.read)
+    on conflict do nothing;
+  end if;
+  get diagnostics n = row_count;
+  perform public.brake_count(n);
+  return null;
+end $$;
+
+CREATE FUNCTION public.brake_begin() RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if split_part(current_setting('authbackend.impact', true), ':', 1) = pg_current_xact_id()::text then
+    return;
+  end if;
+  delete from public.brake_impact where ctid in (
+    select ctid from public.brake_impact
+    where version < pg_snapshot_xmin(pg_current_snapshot()) or version >= pg_snapshot_xmax(pg_current_snapshot()) or version = pg_current_xact_id()
+    limit 100000 for update skip locked);
+  perform set_config('authbackend.impact', pg_current_xact_id()::text || ':0', true);
+end $$;
+
+CREATE FUNCTION public.brake_certificate() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  n bigint;
+begin
+  perform public.brake_begin();
+  insert into public.brake_impact (kind, name, cause)
+  select case when coalesce(n.device_id, o.device_id) is null then 'certificate' else 'device' end, coalesce(n.device_id, o.device_id, o.fingerprint), 'whose certificate is revoked'
+  from old_rows o join new_rows n using (fingerprint) where o.state = 'active' and n.state = 'revoked' and n.not_after > now()
+  on conflict do nothing;
+  get diagnostics n = row_count;
+  perform public.brake_count(n);
+  return null;
+end $$;
+
+CREATE FUNCTION public.brake_count(added bigint) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  mine text := pg_current_xact_id()::text;
+  known text[] := string_to_array(current_setting('authbackend.impact', true), ':');
+  touched bigint := added;
+  registered bigint;
+  allowed record;
+begin
+  if added = 0 then
+    return;
+  end if;
+  if known[1] = mine then
+    touched := touched + known[2]::bigint;
+  end if;
+  perform set_config('authbackend.impact', mine || ':' || touched, true);
+  select coalesce(b.devices, 100) as devices, coalesce(b.percent, 5) as percent, a.version is not null and a.accepted is null as by_time, a.accepted into allowed
+  from (values (true)) as always left join public.brake b on true left join public.brake_acceptance a on a.version = pg_current_xact_id();
+  if touched <= allowed.devices or touched <= allowed.accepted or allowed.by_time then
+    return;
+  end if;
+  registered := (select count(*) from public.device)
+    + (select count(*) from public.brake_impact i where i.version = pg_current_xact_id() and i.kind = 'device'
+       and not exists (select from public.device d where d.device_id = i.name));
+  if touched <= registered * allowed.percent / 100 then
+    return;
+  end if;
+  perform public.refuse(format(
+    'this transaction would take something from %s devices, accounts or certificates, of %s devices: %s. More than %s and more than %s %% is refused unless it is meant: %s in the same transaction, or --accept-impact %s',
+    touched, registered,
+    (select string_agg(format('%s %s (%s)', n, cause, sample), ', ' order by n desc)
+     from (select cause, count(*) as n, left(string_agg(name, ', ' order by name) filter (where place <= 3), 200) || case when count(*) > 3 then ', …' else '' end as sample
+           from (select *, row_number() over (partition by cause order by name) as place from public.brake_impact
+                 where version = pg_current_xact_id() and kind <> 'device_type') as i group by cause) as c),
+    allowed.devices, allowed.percent, format('select accept_impact(%s)', touched), touched));
+end $$;
+
+CREATE FUNCTION public.brake_device() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  n bigint;
+begin
+  perform public.brake_begin();
+  if tg_op = 'DELETE' then
+    insert into public.brake_impact (kind, name, cause) select 'device', o.device_id, 'deleted' from old_rows o on conflict do nothing;
+  else
+    insert into public.brake_impact (kind, name, cause)
+    select 'device', o.device_id, c.cause
+    from old_rows o left join new_rows n using (device_id)
+    cross join lateral (select case
+      when n.device_id is null then 'renamed'
+      when n.status <> o.status and n.status <> 'active' then n.status
+      when n.expires_at < coalesce(o.expires_at, 'infinity') then 'expiring sooner'
+      -- A type that is gone was renamed, with its devices.
+      when n.type <> o.type and exists (select from public.device_type t where t.name = o.type) then 'retyped'
+      when n.common_name <> o.common_name then 'renamed'
+      when n.attributes <> o.attributes and public.enforcement_attributes_used(n.device_id, n.type, o.attributes, n.attributes) then 'with other attributes'
+      end as cause) as c
+    where c.cause is not null on conflict do nothing;
+  end if;
+  get diagnostics n = row_count;
+  perform public.brake_count(n);
+  return null;
+end $$;
+
+CREATE FUNCTION public.brake_device_type() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  perform public.brake_begin();
+  perform public.brake_types(array_agg(n.name), 'of a type that is narrowed') from new_rows n join old_rows o using (name)
+  where not (o.client_ids <@ n.client_ids and o.vhosts <@ n.vhosts)
+     or (n.networks is not null and n.networks is distinct from o.networks)
+     or n.max_staleness_s < o.max_staleness_s or (n.max_staleness_s is not null and o.max_staleness_s is null)
+     or (n.require_known_certificate and not o.require_known_certificate);
+  return null;
+end $$;
+
+CREATE FUNCTION public.brake_schedule() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  n bigint;
+begin
+  perform public.brake_begin();
+  insert into public.brake_impact (kind, name, cause)
+  select 'device', s.device_id, 'scheduled to be ' || s.status from new_rows s where s.status <> 'active' on conflict do nothing;
+  get diagnostics n = row_count;
+  perform public.brake_count(n);
+  return null;
+end $$;
+
+CREATE FUNCTION public.brake_topic_rule() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+  lost text := $q$select device_type, device_id, account, action, topic, exchange, 'allow' from old_rows where effect = 'allow'$q$;
+  gained text := $q$select device_type, device_id, account, action, topic, exchange, 'deny' from new_rows where effect = 'deny'$q$;
+  types text[];
+  devices text[];
+  accounts text[];
+  n bigint;
+begin
+  perform public.brake_begin();
+  execute format('select array_agg(distinct device_type), array_agg(distinct device_id), array_agg(distinct account) from (%s) as narrowed',
+    case tg_op when 'INSERT' then gained when 'DELETE' then lost
+      else format('(%s except all select device_type, device_id, account, action, topic, exchange, %L from new_rows where effect = %L) union all (%s except all select device_type, device_id, account, action, topic, exchange, %L from old_rows where effect = %L)',
+                  lost, 'allow', 'allow', gained, 'deny', 'deny') end)
+  into types, devices, accounts;
+  perform public.brake_types(types, 'whose rules are narrowed');
+  insert into public.brake_impact (kind, name, cause)
+  select 'device', d.device_id, 'whose rules are narrowed' from public.device d where d.device_id = any (devices)
+  union all select 'account', a.name, 'whose rules are narrowed' from public.account a where a.name = any (accounts)
+  on conflict do nothing;
+  get diagnostics n = row_count;
+  perform public.brake_count(n);
+  return null;
+end $_$;
+
+CREATE FUNCTION public.brake_truncate() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  n bigint;
+begin
+  perform public.brake_begin();
+  if tg_table_name = 'account' then
+    insert into public.brake_impact (kind, name, cause) select 'account', name, 'deleted' from public.account on conflict do nothing;
+  else
+    insert into public.brake_impact (kind, name, cause)
+    select 'device', device_id, case tg_table_name when 'topic_rule' then 'whose rules are narrowed' else 'deleted' end from public.device on conflict do nothing;
+  end if;
+  get diagnostics n = row_count;
+  perform public.brake_count(n);
+  return null;
+end $$;
+
+CREATE FUNCTION public.brake_types(types text[], cause text) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  n bigint;
+begin
+  with fresh as (
+    insert into public.brake_impact (kind, name, cause) select 'device_type', x, '' from unnest(types) as x where x is not null on conflict do nothing returning name)
+  insert into public.brake_impact (kind, name, cause)
+  select 'device', d.device_id, brake_types.cause from public.device d where d.type in (select name from fresh) on conflict do nothing;
+  get diagnostics n = row_count;
+  perform public.brake_count(n);
 end $$;
 
 CREATE FUNCTION public.certificate_check() RETURNS trigger
@@ -460,6 +704,8 @@ declare
   due record;
 begin
   made := 0;
+  -- What is scheduled was counted when it was scheduled.
+  insert into public.brake_acceptance (accepted) values (null) on conflict (version) do nothing;
   for due in select * from public.device_schedule where at <= clock_timestamp() order by at, device_id limit 1000 for update skip locked loop
     perform from public.device where device_id = due.device_id for no key update skip locked;
     continue when not found; -- enforcement_overdue() names who has it
@@ -1107,6 +1353,27 @@ CASE
 END)
 );
 
+CREATE TABLE public.brake (
+    one boolean DEFAULT true NOT NULL,
+    devices bigint DEFAULT 100 NOT NULL,
+    percent numeric DEFAULT 5 NOT NULL,
+    CONSTRAINT brake_devices_check CHECK ((devices >= 0)),
+    CONSTRAINT brake_one_check CHECK (one),
+    CONSTRAINT brake_percent_check CHECK (((percent >= (0)::numeric) AND (percent <= (100)::numeric)))
+);
+
+CREATE UNLOGGED TABLE public.brake_acceptance (
+    version xid8 DEFAULT pg_current_xact_id() NOT NULL,
+    accepted bigint
+);
+
+CREATE UNLOGGED TABLE public.brake_impact (
+    version xid8 DEFAULT pg_current_xact_id() NOT NULL,
+    kind text NOT NULL,
+    name text NOT NULL,
+    cause text NOT NULL
+);
+
 CREATE TABLE public.certificate (
     fingerprint text NOT NULL,
     serial text NOT NULL,
@@ -1554,6 +1821,15 @@ ALTER TABLE ONLY public.authority
 ALTER TABLE ONLY public.authority
     ADD CONSTRAINT authority_subject_key UNIQUE (subject);
 
+ALTER TABLE ONLY public.brake_acceptance
+    ADD CONSTRAINT brake_acceptance_pkey PRIMARY KEY (version);
+
+ALTER TABLE ONLY public.brake_impact
+    ADD CONSTRAINT brake_impact_pkey PRIMARY KEY (version, kind, name);
+
+ALTER TABLE ONLY public.brake
+    ADD CONSTRAINT brake_pkey PRIMARY KEY (one);
+
 ALTER TABLE ONLY public.certificate
     ADD CONSTRAINT certificate_issuer_serial UNIQUE (issuer, serial);
 
@@ -1672,6 +1948,10 @@ CREATE INDEX topic_rule_account ON public.topic_rule USING btree (account) WHERE
 
 CREATE INDEX topic_rule_device_id ON public.topic_rule USING btree (device_id) WHERE (device_id IS NOT NULL);
 
+CREATE CONSTRAINT TRIGGER accepted AFTER INSERT ON public.brake_acceptance DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION public.brake_accepted();
+
+ALTER TABLE public.brake_acceptance ENABLE ALWAYS TRIGGER accepted;
+
 CREATE TRIGGER account_check BEFORE INSERT OR UPDATE ON public.account FOR EACH ROW EXECUTE FUNCTION public.account_check();
 
 ALTER TABLE public.account ENABLE ALWAYS TRIGGER account_check;
@@ -1687,6 +1967,10 @@ ALTER TABLE public.account ENABLE ALWAYS TRIGGER audit_d;
 CREATE TRIGGER audit_d AFTER DELETE ON public.authority REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('authority', 'name');
 
 ALTER TABLE public.authority ENABLE ALWAYS TRIGGER audit_d;
+
+CREATE TRIGGER audit_d AFTER DELETE ON public.brake REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('brake', 'one');
+
+ALTER TABLE public.brake ENABLE ALWAYS TRIGGER audit_d;
 
 CREATE TRIGGER audit_d AFTER DELETE ON public.certificate REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('certificate', 'fingerprint');
 
@@ -1732,6 +2016,10 @@ CREATE TRIGGER audit_i AFTER INSERT ON public.authority REFERENCING NEW TABLE AS
 
 ALTER TABLE public.authority ENABLE ALWAYS TRIGGER audit_i;
 
+CREATE TRIGGER audit_i AFTER INSERT ON public.brake REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('brake', 'one');
+
+ALTER TABLE public.brake ENABLE ALWAYS TRIGGER audit_i;
+
 CREATE TRIGGER audit_i AFTER INSERT ON public.certificate REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('certificate', 'fingerprint');
 
 ALTER TABLE public.certificate ENABLE ALWAYS TRIGGER audit_i;
@@ -1775,6 +2063,10 @@ ALTER TABLE public.account ENABLE ALWAYS TRIGGER audit_t;
 CREATE TRIGGER audit_t AFTER TRUNCATE ON public.authority FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('authority', 'name');
 
 ALTER TABLE public.authority ENABLE ALWAYS TRIGGER audit_t;
+
+CREATE TRIGGER audit_t AFTER TRUNCATE ON public.brake FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('brake', 'one');
+
+ALTER TABLE public.brake ENABLE ALWAYS TRIGGER audit_t;
 
 CREATE TRIGGER audit_t AFTER TRUNCATE ON public.certificate FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('certificate', 'fingerprint');
 
@@ -1820,6 +2112,10 @@ CREATE TRIGGER audit_u AFTER UPDATE ON public.authority REFERENCING OLD TABLE AS
 
 ALTER TABLE public.authority ENABLE ALWAYS TRIGGER audit_u;
 
+CREATE TRIGGER audit_u AFTER UPDATE ON public.brake REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('brake', 'one');
+
+ALTER TABLE public.brake ENABLE ALWAYS TRIGGER audit_u;
+
 CREATE TRIGGER audit_u AFTER UPDATE ON public.certificate REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('certificate', 'fingerprint');
 
 ALTER TABLE public.certificate ENABLE ALWAYS TRIGGER audit_u;
@@ -1855,6 +2151,62 @@ ALTER TABLE public.enforcement_setup ENABLE ALWAYS TRIGGER audit_u;
 CREATE TRIGGER audit_u AFTER UPDATE ON public.topic_rule REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('topic_rule', 'id');
 
 ALTER TABLE public.topic_rule ENABLE ALWAYS TRIGGER audit_u;
+
+CREATE TRIGGER brake_d AFTER DELETE ON public.account REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.brake_account();
+
+ALTER TABLE public.account ENABLE ALWAYS TRIGGER brake_d;
+
+CREATE TRIGGER brake_d AFTER DELETE ON public.device REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.brake_device();
+
+ALTER TABLE public.device ENABLE ALWAYS TRIGGER brake_d;
+
+CREATE TRIGGER brake_d AFTER DELETE ON public.topic_rule REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.brake_topic_rule();
+
+ALTER TABLE public.topic_rule ENABLE ALWAYS TRIGGER brake_d;
+
+CREATE TRIGGER brake_i AFTER INSERT ON public.device_schedule REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.brake_schedule();
+
+ALTER TABLE public.device_schedule ENABLE ALWAYS TRIGGER brake_i;
+
+CREATE TRIGGER brake_i AFTER INSERT ON public.topic_rule REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.brake_topic_rule();
+
+ALTER TABLE public.topic_rule ENABLE ALWAYS TRIGGER brake_i;
+
+CREATE TRIGGER brake_t BEFORE TRUNCATE ON public.account FOR EACH STATEMENT EXECUTE FUNCTION public.brake_truncate();
+
+ALTER TABLE public.account ENABLE ALWAYS TRIGGER brake_t;
+
+CREATE TRIGGER brake_t BEFORE TRUNCATE ON public.device FOR EACH STATEMENT EXECUTE FUNCTION public.brake_truncate();
+
+ALTER TABLE public.device ENABLE ALWAYS TRIGGER brake_t;
+
+CREATE TRIGGER brake_t BEFORE TRUNCATE ON public.topic_rule FOR EACH STATEMENT EXECUTE FUNCTION public.brake_truncate();
+
+ALTER TABLE public.topic_rule ENABLE ALWAYS TRIGGER brake_t;
+
+CREATE TRIGGER brake_u AFTER UPDATE ON public.account REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.brake_account();
+
+ALTER TABLE public.account ENABLE ALWAYS TRIGGER brake_u;
+
+CREATE TRIGGER brake_u AFTER UPDATE ON public.certificate REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.brake_certificate();
+
+ALTER TABLE public.certificate ENABLE ALWAYS TRIGGER brake_u;
+
+CREATE TRIGGER brake_u AFTER UPDATE ON public.device REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.brake_device();
+
+ALTER TABLE public.device ENABLE ALWAYS TRIGGER brake_u;
+
+CREATE TRIGGER brake_u AFTER UPDATE ON public.device_schedule REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.brake_schedule();
+
+ALTER TABLE public.device_schedule ENABLE ALWAYS TRIGGER brake_u;
+
+CREATE TRIGGER brake_u AFTER UPDATE ON public.device_type REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.brake_device_type();
+
+ALTER TABLE public.device_type ENABLE ALWAYS TRIGGER brake_u;
+
+CREATE TRIGGER brake_u AFTER UPDATE ON public.topic_rule REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.brake_topic_rule();
+
+ALTER TABLE public.topic_rule ENABLE ALWAYS TRIGGER brake_u;
 
 CREATE TRIGGER certificate_check BEFORE INSERT OR DELETE OR UPDATE ON public.certificate FOR EACH ROW EXECUTE FUNCTION public.certificate_check();
 
@@ -2104,9 +2456,33 @@ ALTER TABLE ONLY public.topic_rule
 ALTER TABLE ONLY public.topic_rule
     ADD CONSTRAINT topic_rule_device_type_fkey FOREIGN KEY (device_type) REFERENCES public.device_type(name) ON UPDATE CASCADE ON DELETE CASCADE;
 
+REVOKE ALL ON FUNCTION public.accept_impact(number bigint) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION public.account_dead_lettering_check() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.audit_note() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.brake_accepted() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.brake_account() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.brake_begin() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.brake_certificate() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.brake_count(added bigint) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.brake_device() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.brake_device_type() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.brake_schedule() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.brake_topic_rule() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.brake_truncate() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.brake_types(types text[], cause text) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.change_note() FROM PUBLIC;
 
@@ -2180,4 +2556,5 @@ insert into public.schema_migrations (version) values
   ('20261125122010'),
   ('20261125123000'),
   ('20261125124000'),
-  ('20261125125000');
+  ('20261125125000'),
+  ('20261125130000');

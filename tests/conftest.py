@@ -42,6 +42,7 @@ def migrated_template(postgres: Server) -> str:
     """The name of a migrated database that nobody connects to: a template for copies."""
     postgres.psql("postgres", f"create database {TEMPLATE}")
     run(migrate(Target(postgres.dsn(TEMPLATE))))
+    postgres.psql(TEMPLATE, "insert into brake (devices) values (1000000000)")  # tests of everything else change what they like
     return TEMPLATE
 
 

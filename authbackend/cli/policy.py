@@ -112,11 +112,23 @@ def plan(context: click.Context, file: Path, devices: Path | None, prune: bool, 
 @_file
 @_devices
 @_prune
+@click.option(
+    "--accept-impact",
+    type=click.IntRange(min=0),
+    metavar="NUMBER",
+    help="Something may be taken from so many devices, accounts and certificates at once; without, as the brake allows.",
+)
 @wait_options
 @json_option
 @click.pass_context
 def apply(
-    context: click.Context, file: Path, devices: Path | None, prune: bool, as_json: bool, wait_s: float | None
+    context: click.Context,
+    file: Path,
+    devices: Path | None,
+    prune: bool,
+    accept_impact: int | None,
+    as_json: bool,
+    wait_s: float | None,
 ) -> None:
     """
     Make the registry as FILE says, all or nothing, and print the registry version that serves it.
@@ -126,7 +138,9 @@ def apply(
     """
     document = _read_or_refuse(file, devices)
     target = target_of(context)
-    applied = run(policy_apply.apply(target, document, actor=actor(), prune=prune, say=_say))
+    applied = run(
+        policy_apply.apply(target, document, actor=actor(), prune=prune, accept_impact=accept_impact, say=_say)
+    )
     end = (
         "nothing to change"
         if applied.version is None

@@ -47,15 +47,22 @@ class _Changed(Exception):
 
 
 async def apply(
-    target: Target, document: Document, *, actor: str, prune: bool = False, say: Say = lambda _: None
+    target: Target,
+    document: Document,
+    *,
+    actor: str,
+    prune: bool = False,
+    accept_impact: int | None = None,
+    say: Say = lambda _: None,
 ) -> Applied:
     """
     Make the registry as the document says, all or nothing; nobody waits for it.
 
     Args:
+        accept_impact: From so many devices, accounts and certificates something may be taken; None: as the brake allows.
         say: Told what an operator would wonder about: for whom this waits, and to whom it gave way.
     Raises:
-        InvalidInput: A constraint refused a row; nothing was changed.
+        InvalidInput: A constraint refused a row, or it would touch more than is accepted; nothing was changed.
         Conflict: Somebody else changed a row meanwhile, or a name is taken or still referred to; nothing was changed.
         Unavailable: There is no connection; a row was held for too long by somebody else; or others wanted the rows
             again and again. Nothing was changed.
@@ -68,7 +75,7 @@ async def apply(
             changes = await work_out(connection, document, prune=prune)
         if not changes:
             return Applied([], None)
-        return Applied(changes, await _Plan(connection, watch, document, actor, say).carry_out())
+        return Applied(changes, await _Plan(connection, watch, document, actor, accept_impact, say).carry_out())
 
 
 async def _take_turn(connection: Connection, watch: Watch, say: Say) -> None:
@@ -94,11 +101,20 @@ async def _take_turn(connection: Connection, watch: Watch, say: Say) -> None:
 class _Plan:
     """The differences that were worked out, in temporary tables of the connection."""
 
-    def __init__(self, connection: Connection, watch: Watch, document: Document, actor: str, say: Say) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        watch: Watch,
+        document: Document,
+        actor: str,
+        accept_impact: int | None,
+        say: Say,
+    ) -> None:
         self._connection = connection
         self._watch = watch
         self._tables = tables(document)
         self._actor = actor
+        self._accept_impact = accept_impact
         self._say = say
         self._planned: Counter[tuple[str, str]] = Counter()
 
@@ -129,6 +145,8 @@ class _Plan:
             self._watch.check()
             await name_actor(self._connection, self._actor)
             await self._lock_and_compare()
+            if self._accept_impact is not None:
+                await self._execute("select accept_impact($1)", self._accept_impact)
             await self._write()
             version = str(await self._fetchval("select registry_version()"))
             self._watch.check()
