@@ -55,7 +55,8 @@ grant select, insert, update, delete on certificate, authority, crl to authbacke
 grant select on crl_highest to authbackend_admin, authbackend_reader;
 grant select on crl_listed to authbackend_reader;
 grant select on crl_installed to authbackend_reader;
-grant select, delete on crl_installed to authbackend_admin;
+grant select on crl_installed to authbackend_admin;
+grant execute on function crl_forget(text) to authbackend_admin;
 grant select on audit, change, change_floor, incarnation, schema_migrations to authbackend_admin;
 grant select on replica to authbackend_admin;
 grant execute on function incarnation_renew() to authbackend_admin;

@@ -659,6 +659,19 @@ begin
   return new;
 end $$;
 
+CREATE FUNCTION public.crl_forget(which text) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  n bigint;
+begin
+  with gone as (delete from public.crl_installed where node = which returning *)
+  insert into public.audit (operation, entity, key, before) select 'DELETE', 'crl_installed', node, to_jsonb(gone) from gone;
+  get diagnostics n = row_count;
+  return n;
+end $$;
+
 CREATE FUNCTION public.crl_report(node text, issuer text, number numeric, next_update timestamp with time zone) RETURNS void
     LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -1980,6 +1993,10 @@ CREATE TRIGGER audit_d AFTER DELETE ON public.crl REFERENCING OLD TABLE AS old_r
 
 ALTER TABLE public.crl ENABLE ALWAYS TRIGGER audit_d;
 
+CREATE TRIGGER audit_d AFTER DELETE ON public.crl_listed REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('crl_listed', 'serial');
+
+ALTER TABLE public.crl_listed ENABLE ALWAYS TRIGGER audit_d;
+
 CREATE TRIGGER audit_d AFTER DELETE ON public.device REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('device', 'device_id');
 
 ALTER TABLE public.device ENABLE ALWAYS TRIGGER audit_d;
@@ -2027,6 +2044,10 @@ ALTER TABLE public.certificate ENABLE ALWAYS TRIGGER audit_i;
 CREATE TRIGGER audit_i AFTER INSERT ON public.crl REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('crl', 'authority');
 
 ALTER TABLE public.crl ENABLE ALWAYS TRIGGER audit_i;
+
+CREATE TRIGGER audit_i AFTER INSERT ON public.crl_listed REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('crl_listed', 'serial');
+
+ALTER TABLE public.crl_listed ENABLE ALWAYS TRIGGER audit_i;
 
 CREATE TRIGGER audit_i AFTER INSERT ON public.device REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('device', 'device_id');
 
@@ -2076,6 +2097,10 @@ CREATE TRIGGER audit_t AFTER TRUNCATE ON public.crl FOR EACH STATEMENT EXECUTE F
 
 ALTER TABLE public.crl ENABLE ALWAYS TRIGGER audit_t;
 
+CREATE TRIGGER audit_t AFTER TRUNCATE ON public.crl_listed FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('crl_listed', 'serial');
+
+ALTER TABLE public.crl_listed ENABLE ALWAYS TRIGGER audit_t;
+
 CREATE TRIGGER audit_t AFTER TRUNCATE ON public.device FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('device', 'device_id');
 
 ALTER TABLE public.device ENABLE ALWAYS TRIGGER audit_t;
@@ -2123,6 +2148,10 @@ ALTER TABLE public.certificate ENABLE ALWAYS TRIGGER audit_u;
 CREATE TRIGGER audit_u AFTER UPDATE ON public.crl REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('crl', 'authority');
 
 ALTER TABLE public.crl ENABLE ALWAYS TRIGGER audit_u;
+
+CREATE TRIGGER audit_u AFTER UPDATE ON public.crl_listed REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('crl_listed', 'serial');
+
+ALTER TABLE public.crl_listed ENABLE ALWAYS TRIGGER audit_u;
 
 CREATE TRIGGER audit_u AFTER UPDATE ON public.device REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('device', 'device_id');
 
@@ -2490,6 +2519,8 @@ REVOKE ALL ON FUNCTION public.change_prune(keep interval) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.crl_check() FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION public.crl_forget(which text) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION public.crl_report(node text, issuer text, number numeric, next_update timestamp with time zone) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.device_certificates_revoke() FROM PUBLIC;
@@ -2557,4 +2588,5 @@ insert into public.schema_migrations (version) values
   ('20261125123000'),
   ('20261125124000'),
   ('20261125125000'),
-  ('20261125130000');
+  ('20261125130000'),
+  ('20261125131000');

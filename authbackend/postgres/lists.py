@@ -140,7 +140,7 @@ async def forget_node(target: Target, node: str) -> None:
         NotFound: It said nothing.
     """
     async with connected(target) as connection:
-        if await connection.execute(load_statements("certificates").forget_node.sql, node) == "DELETE 0":
+        if not await connection.fetchval(load_statements("certificates").forget_node.sql, node):
             raise NotFound(f"no node {node!r} has reported a revocation list; see: authbackend crl hosts")
 
 

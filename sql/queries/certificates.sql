@@ -120,9 +120,9 @@ select crl_report($1, $2, $3::text::numeric, $4);
 -- row: node, issuer, number, next_update, reported_at
 select node, issuer, number::text as number, next_update, reported_at from crl_installed order by node, issuer;
 
--- name: forget_node!
+-- name: forget_node$
 -- params: 1 node
-delete from crl_installed where node = $1;
+select crl_forget($1);
 
 -- name: revoked
 -- What belongs on the list of an authority; uses certificate_revoked.

@@ -230,7 +230,9 @@ async def test_what_people_can_write_is_watched_by_the_trail(fleet: asyncpg.Conn
 
 
 PEOPLES_FUNCTIONS = {
+    "accept_impact",
     "acting_person",
+    "crl_forget",
     "enforcement_cluster_forget",
     "enforcement_disable",
     "enforcement_overdue",

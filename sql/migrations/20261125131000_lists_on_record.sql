@@ -1,0 +1,19 @@
+-- migrate:up
+
+-- Which certificates are on a list decides what a receipt says, so whoever writes that is in the trail.
+call audit_watch('crl_listed', 'crl_listed', 'serial');
+
+-- Forgets what a node's host reported, so that no receipt waits for it. Returns how many lists it had.
+create function crl_forget(which text) returns bigint
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  n bigint;
+begin
+  with gone as (delete from public.crl_installed where node = which returning *)
+  insert into public.audit (operation, entity, key, before) select 'DELETE', 'crl_installed', node, to_jsonb(gone) from gone;
+  get diagnostics n = row_count;
+  return n;
+end $$;
+revoke execute on function crl_forget(text) from public;
+
+-- migrate:down
