@@ -406,9 +406,10 @@ begin
                   lost, 'allow', 'allow', gained, 'deny', 'deny') end)
   into types, devices, accounts;
   perform public.brake_types(types, 'whose rules are narrowed');
+  -- Not looked up in their tables: a lock there until the end of the transaction would be in the way of whoever alters them.
   insert into public.brake_impact (kind, name, cause)
-  select 'device', d.device_id, 'whose rules are narrowed' from public.device d where d.device_id = any (devices)
-  union all select 'account', a.name, 'whose rules are narrowed' from public.account a where a.name = any (accounts)
+  select 'device', x, 'whose rules are narrowed' from unnest(devices) as x where x is not null
+  union all select 'account', x, 'whose rules are narrowed' from unnest(accounts) as x where x is not null
   on conflict do nothing;
   get diagnostics n = row_count;
   perform public.brake_count(n);
@@ -441,6 +442,9 @@ CREATE FUNCTION public.brake_types(types text[], cause text) RETURNS void
 declare
   n bigint;
 begin
+  if not exists (select from unnest(types) as x where x is not null) then
+    return;
+  end if;
   with fresh as (
     insert into public.brake_impact (kind, name, cause) select 'device_type', x, '' from unnest(types) as x where x is not null on conflict do nothing returning name)
   insert into public.brake_impact (kind, name, cause)
