@@ -136,6 +136,7 @@ class Stage:
         """Fill the registry and start the replicas."""
         directory = self.certificates.directory
         self.service.command("migrate")
+        self.database.sql("insert into brake (devices) values (1000000000)")
         self.service.command("policy", "apply", directory / "policy.yaml", "--devices", directory / "devices.csv")
         self.service.command("policy", "apply", accounts_file(directory))
         self.database.sql(

@@ -154,6 +154,7 @@ def registry(workplace: Path, certificates: Certificates, database: Database, po
     """The database migrated, the roles of sql/roles.sql made, the policy file applied; nothing is served yet."""
     service = make_service(workplace, certificates, database)
     service.command("migrate", dsn=database.dsn_of())
+    database.sql("insert into brake (devices) values (1000000000)")  # what is not about the brake changes what it likes
     database.sql((REPOSITORY / "sql/roles.sql").read_text())
     for role in ("authbackend_service", EDITOR, "authbackend_reader"):
         database.sql(f"alter role {role} login")

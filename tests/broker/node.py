@@ -164,8 +164,8 @@ class Broker:
             "LANG": "C.UTF-8",
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "RABBITMQ_NODENAME": f"{self.name}@localhost",
-            # Schedulers that spin while they wait take the cores from the other nodes, and from the service.
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+sbwt none +sbwtdcpu none +sbwtdio none",
+            # Added to what rabbitmq-env.conf says. Schedulers that spin while they wait take the cores from the other nodes, and from the service.
+            "ERL_ZFLAGS": "+sbwt none +sbwtdcpu none +sbwtdio none",
             "RABBITMQ_DIST_PORT": str(self.doors.distribution),
         }
 
