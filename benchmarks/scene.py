@@ -106,6 +106,7 @@ def registry(server: Server, devices: int) -> str:
         await fill(dsn, devices)
 
     asyncio.run(make())
+    server.psql(name, "insert into brake (devices) values (1000000000)")
     return dsn
 
 

@@ -1299,6 +1299,9 @@ begin
   end if;
   shape := regexp_replace(filter, '\{(device_id|client_id|device_type|vhost|attr\.[A-Za-z_][A-Za-z0-9_-]{0,62})\}', 'x', 'g');
   if shape ~ '[{}]' then
+    if filter ~ '\{\{|\}\}' then
+      return 'double braces are another product''s; placeholders are written {device_id}';
+    end if;
     brace := substring(shape from '\{[^{}]*\}');
     if brace is null then
       return 'a brace is unbalanced; placeholders are written {device_id}';
@@ -2593,4 +2596,5 @@ insert into public.schema_migrations (version) values
   ('20261125124000'),
   ('20261125125000'),
   ('20261125130000'),
-  ('20261125131000');
+  ('20261125131000'),
+  ('20261125132000');

@@ -172,7 +172,7 @@ FILTERS = [
     ("fleet/{attr.1a}/x", "the placeholder {attr.1a} is unknown"),
     ("fleet/{device_id/x", "a brace is unbalanced"),
     ("fleet/device_id}/x", "a brace is unbalanced"),
-    ("fleet/{{device_id}}/x", "the placeholder {x} is unknown"),
+    ("fleet/{{device_id}}/x", "double braces are another product's"),
     ("fleet/}{/x", "a brace is unbalanced"),
     ("x" * 1025, "it has 1025 bytes; at most 1024"),
 ]
