@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from tests.support.postgres import Server, unprivileged_user
 
 
@@ -19,7 +21,7 @@ def pgbouncer(server: Server, **settings: str) -> Iterator[Path]:
     """Run PgBouncer for the time of the block; yields the folder of its Unix socket, where port 6432 is."""
     program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if program is None:
-        raise AssertionError("pgbouncer is missing. Install it:  apt-get install pgbouncer")
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("pgbouncer is not installed (Debian package pgbouncer)")
     with tempfile.TemporaryDirectory(prefix="abpgb-") as name:
         folder = Path(name)
         folder.chmod(0o777)
