@@ -278,6 +278,31 @@ async def test_a_killed_one_that_is_started_again_takes_its_own_place_at_once(
             assert (await again.announcer.peers()).twins == 0
 
 
+async def test_one_that_starts_again_while_nothing_can_be_written_is_waited_for_in_its_former_place(
+    dsn: str, database: str, connection: asyncpg.Connection, postgres: Server, tmp_path: Path
+) -> None:
+    await fleet(connection)
+    with folder(tmp_path / "a") as disk:
+        async with replica(dsn, "north", disk=disk) as killed:
+            await killed.look()
+            await killed.announce()
+    await connection.execute("update replica set introduced_at = '2020-01-01', confirmed_at = '2020-01-01'")
+    assert [row["may_answer"] for row in await replicas.list_replicas(Target(dsn))] == [False]
+    postgres.psql("postgres", f"alter database {database} set default_transaction_read_only = on")
+    with folder(tmp_path / "a") as disk:
+        async with replica(dsn, "north", disk=disk) as again:
+            await again.look()
+            assert await again.follower.agrees()
+            (row,) = await replicas.list_replicas(Target(dsn))
+            assert (row["id"], row["may_answer"]) == (str(killed.identity.boot.id), True)
+            postgres.psql("postgres", f"alter database {database} reset default_transaction_read_only")
+            await again.follower.feed.close()  # a new connection can write
+            await again.look()
+            await again.announce()
+            (row,) = await replicas.list_replicas(Target(dsn))
+            assert row["id"] == str(again.identity.boot.id)
+
+
 @pytest.mark.parametrize("signed_off", [True, False])
 async def test_on_a_kernel_that_was_started_anew_only_what_signed_off_is_known_to_have_ended(
     dsn: str, connection: asyncpg.Connection, tmp_path: Path, signed_off: bool
