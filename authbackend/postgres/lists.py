@@ -35,11 +35,13 @@ class Moment:
         now: The database's time.
         kept: The highest number that a list of the authority ever had here; None: it had none.
         installed: The highest that the host of a node has reported; above ``kept`` after the database was restored.
+        listed: How many certificates are known to be on the present list.
     """
 
     now: datetime
     kept: int | None
     installed: int | None
+    listed: int
 
     @property
     def highest(self) -> int | None:
@@ -111,7 +113,8 @@ async def fetch_moment(connection: Connection, issuer: str) -> Moment:
     """Return the database's time, and the highest numbers of an authority's lists."""
     row = await connection.fetchrow(load_statements("certificates").signing.sql, issuer)
     assert row is not None
-    return Moment(row["now"], *(None if row[name] is None else int(row[name]) for name in ("kept", "installed")))
+    kept, installed = (None if row[name] is None else int(row[name]) for name in ("kept", "installed"))
+    return Moment(row["now"], kept, installed, row["listed"])
 
 
 async def report_list(target: Target, node: str, issuer: str, number: int, next_update: datetime) -> None:

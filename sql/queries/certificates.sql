@@ -102,7 +102,8 @@ select pg_advisory_xact_lock(724003, hashtext($1));
 -- params: 1 issuer
 -- row: the moment, the highest number of its lists here, and of those that hosts of brokers have; null: there was none
 select clock_timestamp() as now, (select number::text from crl_highest where issuer = $1) as kept,
-       (select max(number)::text from crl_installed where issuer = $1) as installed;
+       (select max(number)::text from crl_installed where issuer = $1) as installed,
+       (select count(*) from crl_listed where issuer = $1) as listed;
 
 -- name: keep_listed!
 -- params: 1 authority, 2 number text, 3 serials on the list

@@ -240,6 +240,18 @@ async def test_a_list_half_through_its_lifetime_is_signed_again(dsn, made, revok
         await until(signed_again, "it is signed again")
 
 
+async def test_what_a_version_without_that_record_has_listed_is_put_on_record(dsn, made, revoked, connection):
+    async with serving(dsn, made) as asking:
+        await published(asking)
+    await connection.execute("delete from crl_listed")
+    async with serving(dsn, made):
+
+        async def on_record():
+            return await connection.fetchval("select count(*) from crl_listed") == 1
+
+        await until(on_record, "what is on the list is known")
+
+
 async def test_a_list_from_a_clock_that_was_ahead_is_signed_again_at_once(dsn, made, revoked, connection):
     async with serving(dsn, made) as asking:
         await published(asking)
