@@ -1,9 +1,10 @@
 # make run     a working service with a PostgreSQL of its own and a sample fleet, in .data/
 # make test    everything, against a real PostgreSQL and a real RabbitMQ 4.3
+#              one part: make test ONLY=checks, no-broker, 3.13, broker, a folder of tests/, a path or a test in it
 # make bench   measure everything side by side with its references; writes docs/performance.md (root, about 45 minutes)
 # make mutants change the code that decides in one place at a time; prints the changes that no test notices (10 minutes;
 #              one module: make mutants ONLY=authbackend/policy/decide.py)
-# make check   format, lint, types, layers, and the tests that need no broker
+# make check   format, lint, types, layers, dead code, and the tests that need no broker
 # make format  let the formatter rewrite the code
 # make docs    write the generated parts of docs/ again
 SHELL := /bin/bash
@@ -12,7 +13,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: run test bench mutants check format docs clean
+CHECKS := check-format check-lint check-types check-layers check-dead-code
+.PHONY: run test bench mutants check checks $(CHECKS) format docs clean
 .DEFAULT_GOAL := check
 
 # A missing part of Debian is named with the line that installs it.
@@ -38,18 +40,31 @@ run: $(VENV)/.run
 	@AUTHBACKEND_LOG__FORMAT=$${AUTHBACKEND_LOG__FORMAT:-console} $(BIN)/authbackend serve --embedded .data --sample
 
 test:
-	@[ "$$(id -u)" = 0 ] || { echo "The tests with a broker and those on Python 3.13 need root. Run:  make check && sudo tools/test-python 3.13 && sudo tools/test-broker"; exit 1; }
-	@$(MAKE) --no-print-directory check
-	tools/test-python 3.13 --quiet
-	@PYTHON=$(BIN)/python tools/test-broker
+	@[ -n "$(ONLY)" ] || [ "$$(id -u)" = 0 ] || { echo "The tests with a broker and those on Python 3.13 need root. Run:  make check && sudo tools/test 3.13 && sudo tools/test broker"; exit 1; }
+	@$(MAKE) --no-print-directory $(VENV)/.dev
+	@tools/test $(ONLY)
 
 check: $(VENV)/.dev
+	@tools/test checks
+	@tools/test no-broker
+
+checks: $(VENV)/.dev
+	@$(MAKE) --no-print-directory --jobs 2 --keep-going --output-sync=target $(CHECKS)
+
+check-format:
 	$(BIN)/ruff format --check .
+
+check-lint:
 	$(BIN)/ruff check .
+
+check-types:
 	$(BIN)/mypy
+
+check-layers:
 	$(BIN)/lint-imports
+
+check-dead-code:
 	$(BIN)/vulture
-	$(BIN)/python -m pytest --ignore=tests/broker
 
 bench: $(VENV)/.dev
 	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'

@@ -11,20 +11,38 @@ import pytest
 
 from authbackend.postgres.connection import Target
 from authbackend.postgres.migrate import migrate
-from tests.support.postgres import BinariesMissing, Server, connected, run
+from tests.support.postgres import DEFAULT_VERSION, BinariesMissing, Server, connected, run, unprivileged_user
 
-# Taken out of the environment: the service, which many tests start, refuses a name that is no setting.
-VERSION = os.environ.pop("AUTHBACKEND_TEST_POSTGRES", "18")
 TEMPLATE = "registry_template"
+UNBRAKED = "registry_without_brake"
+_version = pytest.StashKey[str]()
 _numbers = itertools.count(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """
+    Take the version out of the environment: the service, which many tests start, refuses a name that is no setting.
+
+    With ``-n`` this process only starts others that run the tests; they inherit the environment, and make no user at once.
+    """
+    if config.getoption("dist", "no") == "no":
+        config.stash[_version] = os.environ.pop("AUTHBACKEND_TEST_POSTGRES", DEFAULT_VERSION)
+    else:
+        unprivileged_user()
+
+
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[Server]:
-    """A running PostgreSQL of the version in AUTHBACKEND_TEST_POSTGRES (15 to 18, default 18)."""
+def postgres_version(pytestconfig: pytest.Config) -> str:
+    """The version of PostgreSQL in AUTHBACKEND_TEST_POSTGRES (15 to 18, default 18)."""
+    return pytestconfig.stash[_version]
+
+
+@pytest.fixture(scope="session")
+def postgres(postgres_version: str) -> Iterator[Server]:
+    """A running PostgreSQL; with ``-n``, each process has its own."""
     fault = None
     try:
-        server = Server(VERSION)
+        server = Server(postgres_version)
     except BinariesMissing as error:
         fault = str(error)
     if fault is not None:
@@ -53,14 +71,20 @@ def migrated_template(postgres: Server) -> str:
     return TEMPLATE
 
 
+@pytest.fixture(scope="session")
+def unbraked_template(postgres: Server, migrated_template: str) -> str:
+    """The name of a template without a limit on mass changes."""
+    postgres.psql("postgres", f"create database {UNBRAKED} template {migrated_template}")
+    postgres.psql(UNBRAKED, NO_BRAKE)
+    return UNBRAKED
+
+
 @pytest.fixture
-async def database(postgres: Server, migrated_template: str) -> AsyncIterator[str]:
+async def database(postgres: Server, unbraked_template: str) -> AsyncIterator[str]:
     """The name of a fresh, migrated database of this test's own."""
     name = f"test_{next(_numbers)}"
     async with connected(postgres.dsn("postgres")) as admin:
-        await admin.execute(f"create database {name} template {migrated_template}")
-    async with connected(postgres.dsn(name)) as owner:
-        await owner.execute(NO_BRAKE)
+        await admin.execute(f"create database {name} template {unbraked_template} strategy file_copy")
     yield name
     if postgres.running:
         async with connected(postgres.dsn("postgres")) as admin:

@@ -142,9 +142,9 @@ def policy_file() -> Path:
 
 
 @pytest.fixture(scope="session")
-def database() -> Iterator[Database]:
+def database(postgres_version: str) -> Iterator[Database]:
     """An empty PostgreSQL."""
-    database = Database()
+    database = Database(postgres_version)
     yield database
     database.server.remove()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.support.postgres import SUPERUSER, ProgramFailed, Server
+from tests.support.postgres import DEFAULT_VERSION, SUPERUSER, ProgramFailed, Server
 
 from .identities import Certificates
 from .processes import HarnessError, Process, tail
@@ -22,12 +22,12 @@ READY_TIMEOUT_S = 30.0
 
 
 class Database:
-    """A PostgreSQL of the tests' own, on a Unix socket; ``AUTHBACKEND_TEST_POSTGRES`` chooses the version."""
+    """A PostgreSQL of the tests' own, on a Unix socket."""
 
     NAME = "postgres"
 
-    def __init__(self) -> None:
-        self.server = Server(os.environ.get("AUTHBACKEND_TEST_POSTGRES", "18"))
+    def __init__(self, version: str = DEFAULT_VERSION) -> None:
+        self.server = Server(version)
         self.server.create()
         self.server.start()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import socket
 import subprocess
 import sys
@@ -14,10 +16,12 @@ LOCUSTFILE = Path(__file__).resolve().parents[2] / "authbackend_load/locustfile.
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody gets who asks for any free one, between the look and Locust's start."""
+    while True:
+        port = random.randrange(10_000, 25_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def test_a_master_and_two_workers_share_the_devices(directory: Path, tmp_path: Path) -> None:

@@ -7,16 +7,14 @@ from collections.abc import AsyncIterator
 import asyncpg
 import pytest
 
-from tests.conftest import NO_BRAKE
 from tests.support.postgres import Server, connected
 
 
 @pytest.fixture(scope="session")
-def shared_database(postgres: Server, migrated_template: str) -> str:
+def shared_database(postgres: Server, unbraked_template: str) -> str:
     """The name of a migrated database that only tests with ``scratch`` use."""
     name = "shared"
-    postgres.psql("postgres", f"create database {name} template {migrated_template}")
-    postgres.psql(name, NO_BRAKE)
+    postgres.psql("postgres", f"create database {name} template {unbraked_template}")
     return name
 
 

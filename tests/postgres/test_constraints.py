@@ -790,6 +790,7 @@ def holds(database: str, sql: str, python: Callable[..., Any], *strategies: st.S
 def agreeing(request: pytest.FixtureRequest, postgres: Server, migrated_template: str) -> str:
     """A database whose locale classifies every letter, and one that knows ASCII only."""
     name = f"agreeing_{request.param.replace('.', '_').replace('-', '_').lower()}"
+    postgres.psql("postgres", f"drop database if exists {name}")  # a process may come back to this file
     if request.param == "C.UTF-8":
         postgres.psql("postgres", f"create database {name} template {migrated_template}")
     else:

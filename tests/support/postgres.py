@@ -19,6 +19,7 @@ from typing import Any
 import asyncpg
 
 VERSIONS = ("15", "16", "17", "18")
+DEFAULT_VERSION = "18"
 IN_THE_WHEEL = {"16": "pginstall", "18": "pginstall18"}
 SUPERUSER = "postgres"
 DEADLINE_S = 30.0
@@ -100,7 +101,7 @@ class Server:
         settings: Lines of postgresql.conf beside :data:`SETTINGS`.
     """
 
-    def __init__(self, version: str = "18", settings: Mapping[str, str] | None = None) -> None:
+    def __init__(self, version: str = DEFAULT_VERSION, settings: Mapping[str, str] | None = None) -> None:
         self.version = version
         self.bin = binaries(version)
         self.settings = {**SETTINGS, **(settings or {})}
@@ -176,7 +177,11 @@ class Server:
     @property
     def running(self) -> bool:
         """Whether the postmaster lives."""
-        return "no server running" not in self.run("pg_ctl", "status", "-D", self.data, check=False)
+        try:
+            os.kill(int((self.data / "postmaster.pid").read_text(encoding="ascii").split()[0]), 0)
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        return True
 
     async def kill_backend(self, pid: int) -> None:
         """Kill one server process outright and wait until the server has recovered from that."""

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from authbackend.policy import decide
@@ -141,6 +141,7 @@ CHANGES = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(CHANGES, st.integers(0, 5))
 def test_what_is_kept_is_what_the_record_says(changes, most_rules):
     kept = CompiledDevices(most_rules)

@@ -127,6 +127,11 @@ def extended(extension, *, critical=True, next_update=NOW + WEEK):
     )
 
 
+def by_words(value):
+    """Name a case without what is signed anew by every process that runs the tests."""
+    return value if isinstance(value, str) else "list"
+
+
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
@@ -153,6 +158,7 @@ def extended(extension, *, critical=True, next_update=NOW + WEEK):
             "other certificates than those of devices",
         ),
     ],
+    ids=by_words,
 )
 def test_what_is_no_complete_list_of_the_authority_is_refused(content, fault):
     with pytest.raises(PKIError, match=fault):
@@ -356,26 +362,17 @@ class Source:
 
 
 @pytest.fixture
-async def source(aiohttp_unused_port):
+async def source():
     found = Source()
     app = web.Application(middlewares=[_errors])
     app.router.add_get("/crl/{name}.crl", found.answer)
     app.on_shutdown.append(found.lists.close)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=5)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", aiohttp_unused_port).start()
-    found.url = f"http://127.0.0.1:{aiohttp_unused_port}/crl/fleet.crl"
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    found.url = f"http://127.0.0.1:{runner.addresses[0][1]}/crl/fleet.crl"
     yield found
     await runner.cleanup()
-
-
-@pytest.fixture
-def aiohttp_unused_port():
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture
@@ -412,6 +409,7 @@ async def test_a_list_is_written_as_pem_for_all_to_read(source, sync, file):
         (extended(point(POINT), critical=False), "brokers then refuse every certificate that does not name it"),
         (extended_entry(11), "cannot be read: Unsupported reason code: 11"),
     ],
+    ids=by_words,
 )
 async def test_what_is_not_in_order_leaves_the_list_there(source, sync, file, body, fault):
     made = signed(number=7)
@@ -432,7 +430,7 @@ async def test_a_half_written_file_is_replaced(source, sync, file):
     assert file.read_bytes() == list_pem(made.der)
 
 
-async def test_another_address_is_asked_when_the_first_fails(source, file, aiohttp_unused_port):
+async def test_another_address_is_asked_when_the_first_fails(source, file):
     source.publish(signed())
     other = Sync(["http://127.0.0.1:1/crl/fleet.crl", source.url], [CA], file.parent)
     assert (await other.once()).new

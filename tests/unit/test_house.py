@@ -1,9 +1,13 @@
-"""The limits of the house that no linter holds."""
+"""The limits of the house that no linter holds, and what the tests themselves are run by."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent.parent / "authbackend"
+REPO = Path(__file__).parent.parent.parent
+PACKAGE = REPO / "authbackend"
 LONGEST_FUNCTION = 50
 LONGEST_MODULE = 600
 
@@ -20,3 +24,32 @@ def test_no_function_and_no_module_is_too_long():
                 if lines > LONGEST_FUNCTION:
                     too_long.append(f"{path.name}: {node.name} has {lines} lines")
     assert too_long == []
+
+
+def test_tests_in_several_processes_are_of_the_postgresql_that_was_asked_for():
+    """And a version that is not there fails, rather than another one be tested."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "--numprocesses=1",
+            "tests/postgres/test_constraints.py",
+            "-k",
+            "the_tags_agree",
+        ],
+        env={**environment, "AUTHBACKEND_TEST_POSTGRES": "9"},
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout
+    assert "PostgreSQL '9' is not tested; choose one of 15, 16, 17, 18" in done.stdout
+
+
+def test_a_part_of_the_tests_that_there_is_not_fails_and_is_told():
+    done = subprocess.run([REPO / "tools/test", "brokr"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("test: there is no part brokr\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from authbackend.policy import rules as policy_rules
@@ -33,6 +33,7 @@ VALUES = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(TOPICS, max_size=12), VALUES, KEYS, st.sampled_from(list(Effect)))
 def test_it_finds_a_rule_exactly_when_one_matches(topics: list[str], values: Values, key: str, effect: Effect) -> None:
     rules = [TopicRule(effect, Permission.WRITE, topic, rule_id=n) for n, topic in enumerate(topics)]

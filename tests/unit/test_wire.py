@@ -207,6 +207,7 @@ def test_a_denial_never_carries_tags():
     assert wire.answer(Decision(False, Reason.PASSWORD_WRONG, tags=("administrator",))) == "deny"
 
 
+@settings(deadline=None)
 @given(
     st.one_of(
         st.binary(max_size=60),
