@@ -295,3 +295,103 @@ async def test_who_stays_connected_after_a_refused_publish_is_told_only_in_mqtt_
         assert found == {4: 0, 5: 0x87}
     finally:
         broker.control("eval", "application:set_env(rabbitmq_mqtt, disconnect_on_unauthorized, true).")
+
+
+async def test_a_shared_subscription_is_a_topic_of_that_name(mqtt: Clients, fleet: Fleet) -> None:
+    """RabbitMQ has none. With a rule for it, the filter is granted, and gets nothing of what it was meant for."""
+    me = fleet.device()
+    own, shared = f"fleet/{me}/telemetry/x", f"$share/group/fleet/{me}/telemetry/#"
+    asked = fleet.service.denials(endpoint="topic", reason="no_rule_allows")
+    refused = mqtt(me)
+    assert await refused.connect() == 0
+    assert await refused.subscribe(shared) == [0x87]
+    assert fleet.service.denials(endpoint="topic", reason="no_rule_allows") == asked + 1
+    await fleet.change(
+        "insert into topic_rule (device_id, effect, action, topic) values"
+        f" ('{me}', 'allow', 'subscribe', '$share/+/fleet/{me}/#'), ('{me}', 'allow', 'publish', '$share/+/fleet/{me}/#')"
+    )
+    client = mqtt(me)
+    assert await client.connect() == 0
+    assert await client.subscribe(shared) == [1]
+    assert await client.publish(own, b"not shared") == NOBODY_SUBSCRIBED
+    assert await client.publish(f"$share/group/{own}", b"by its whole name") == 0
+    assert (await client.message()).payload == b"by its whole name"
+
+
+@pytest.mark.parametrize(
+    ("sparkplug", "topic", "refused"), [(False, "spBv1.0", "spBv1___0"), (True, "spBv1___0", "spBv1.0")]
+)
+async def test_sparkplug(
+    mqtt: Clients, fleet: Fleet, broker: Broker, sparkplug: bool, topic: str, refused: str
+) -> None:
+    """Rules are written as RabbitMQ asks: with ``mqtt.sparkplug`` the dot of ``spBv1.0`` arrives as ``___``."""
+    me, other = fleet.device(), fleet.device()
+    await fleet.change(
+        "insert into topic_rule (device_id, effect, action, topic) values"
+        f" ('{me}', 'allow', 'publish', '{topic}/plant/+/{me}'), ('{me}', 'allow', 'subscribe', '{topic}/plant/+/{me}'),"
+        f" ('{other}', 'allow', 'publish', '{refused}/plant/+/{other}')"
+    )
+
+    if sparkplug:
+        broker.control(
+            "eval", "application:set_env(rabbitmq_mqtt, sparkplug, true), rabbit_mqtt_util:init_sparkplug()."
+        )
+    try:
+        client, wrong = mqtt(me), mqtt(other)
+        assert await connect_all(client, wrong) == [0, 0]
+        assert await client.subscribe(f"spBv1.0/plant/NCMD/{me}") == [1]
+        assert await client.publish(f"spBv1.0/plant/NCMD/{me}", b"rebirth") == 0
+        message = await client.message()
+        prefix = "spBv1.0" if sparkplug else "spBv1/0"
+        assert (message.topic, message.payload) == (f"{prefix}/plant/NCMD/{me}", b"rebirth")
+        with pytest.raises(Disconnected):
+            await wrong.publish(f"spBv1.0/plant/NDATA/{other}", b"x")
+    finally:
+        terms = ("sparkplug_mp_mqtt_to_amqp", "sparkplug_mp_amqp_to_mqtt")
+        erased = ", ".join(f"persistent_term:erase({term})" for term in terms)
+        broker.control("eval", f"application:set_env(rabbitmq_mqtt, sparkplug, false), {erased}.")
+
+
+async def test_who_may_have_and_end_a_retained_message(mqtt: Clients, fleet: Fleet) -> None:
+    """It goes to who subscribes to its very topic, not to wildcards; who may publish there ends it, with an empty one."""
+    me = fleet.device()
+    topic = f"fleet/{me}/telemetry/retained"
+    writer, reader = mqtt(me, client_id=f"{me}_pub"), mqtt(me)
+    assert await connect_all(writer, reader) == [0, 0]
+    assert await reader.subscribe(f"fleet/{me}/telemetry/#") == [1]
+    assert await writer.publish(topic, b"parked", retain=True) == 0
+    assert (await reader.message()).payload == b"parked"
+
+    async def kept(topic_filter: str) -> list[bytes]:
+        probe = mqtt(me, client_id=f"{me}_probe")
+        assert await probe.connect() == 0
+        assert await probe.subscribe(topic_filter) == [1]
+        assert await probe.alive()
+        found = [message.payload for message in probe.messages() if message.retain]
+        await probe.disconnect()
+        return found
+
+    # RabbitMQ stores it after it has acknowledged it.
+    async with asyncio.timeout(10):
+        while await kept(topic) != [b"parked"]:
+            pass
+    assert await kept(f"fleet/{me}/telemetry/#") == []
+    assert await kept(f"fleet/{me}/telemetry/+") == []
+    stranger = mqtt(fleet.device())
+    assert await stranger.connect() == 0
+    assert await stranger.subscribe(topic) == [0x87]
+    assert stranger.messages() == []
+    with pytest.raises(Disconnected):
+        await _end_retained(mqtt, fleet.device(), topic)
+    assert await kept(topic) == [b"parked"]
+    assert await writer.publish(topic, b"", retain=True) == 0
+    async with asyncio.timeout(10):
+        while await kept(topic) != []:
+            pass
+
+
+async def _end_retained(mqtt: Clients, device: str, topic: str) -> int:
+    """Publish an empty retained message as a device."""
+    client = mqtt(device)
+    assert await client.connect() == 0
+    return await client.publish(topic, b"", retain=True)
