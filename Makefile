@@ -1,7 +1,7 @@
 # make run     a working service with a PostgreSQL of its own and a sample fleet, in .data/
 # make test    everything, against a real PostgreSQL and a real RabbitMQ 4.3
 #              one part: make test ONLY=checks, no-broker, 3.13, broker, a folder of tests/, a path or a test in it
-# make bench   measure everything side by side with its references; writes docs/performance.md (root, about 45 minutes)
+# make bench   measure everything side by side with its references; writes docs/performance.md (root, about an hour)
 # make mutants change the code that decides in one place at a time; prints the changes that no test notices (10 minutes;
 #              one module: make mutants ONLY=authbackend/policy/decide.py)
 # make check   format, lint, types, layers, dead code, and the tests that need no broker

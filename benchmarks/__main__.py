@@ -37,7 +37,7 @@ def main(only: tuple[str, ...], quick: bool, report_only: bool) -> None:
     Measure the service side by side with its references, in turn, in one run.
 
     Each part's results go to benchmarks/results/PART.json as soon as it has ended; plots to docs/performance/, tables
-    to docs/performance.md. Nothing else should run on the machine. Needs wrk; the storm needs root. About 90 minutes.
+    to docs/performance.md. Nothing else should run on the machine. Needs wrk; the storm needs root. About an hour.
     """
     try:
         if not report_only:
