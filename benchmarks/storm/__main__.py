@@ -41,6 +41,7 @@ def _choice(context: click.Context, parameter: click.Parameter, value: str) -> t
 @click.option("--workers", type=click.IntRange(1), default=_DEFAULT.workers, help="Processes of authbackend serve.")
 @click.option("--steps/--no-steps", default=True, help="Also storms that end after each step.")
 @click.option("--refusals/--no-refusals", default=True, help="Also the cost of refused publishes.")
+@click.option("--logins/--no-logins", default=_DEFAULT.logins, help="Also the cost of log lines of logins.")
 @click.option("--faults", callback=_choice, default=",".join(FAULTS), help="Separated by commas; none for none.")
 @click.option("--fault-time", "fault_s", type=float, default=_DEFAULT.fault_s, help="Seconds each fault lasts.")
 @click.option("--outage", "outage_s", type=float, default=_DEFAULT.outage_s, help="Seconds PostgreSQL is away.")

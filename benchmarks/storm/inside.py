@@ -13,6 +13,7 @@ from typing import Any
 from authbackend_load.plan import LoadError
 from authbackend_load.run import machine
 from benchmarks.storm.faults import faults, refusals
+from benchmarks.storm.logins import logins
 from benchmarks.storm.options import Options
 from benchmarks.storm.rounds import rounds, steps
 from benchmarks.storm.stage import stage
@@ -44,9 +45,10 @@ def measure(options: Options) -> dict[str, Any]:
         }
         _say(f"ready after {time.monotonic() - start:.0f} s")
         parts: tuple[tuple[str, bool, Callable[..., dict[str, Any]]], ...] = (
-            ("rounds", options.rounds > 0, rounds),
+            ("rounds", options.rounds > 0 and not options.logins, rounds),
             ("steps", options.steps, steps),
             ("refusals", options.refusals and "authbackend" in options.backends, refusals),
+            ("logins", options.logins and "authbackend" in options.backends, logins),
             ("faults", bool(options.faults) and "authbackend" in options.backends, faults),
         )
         for name, wanted, part in parts:

@@ -25,6 +25,7 @@ class Options:
         workers: processes of ``authbackend serve`` that answer.
         steps: also storms that stop after the handshake, the login and the subscription: what each step costs.
         refusals: also what refused publishes cost, with ``mqtt.disconnect_on_unauthorized`` on and off.
+        logins: also what the broker's log lines of logins cost, with ``quiet-logins.conf`` and without.
         faults: of :data:`FAULTS`; storms while something is broken.
         fault_s: how long each fault lasts at least.
         outage_s: how long PostgreSQL is away.
@@ -42,6 +43,7 @@ class Options:
     workers: int = 2
     steps: bool = True
     refusals: bool = True
+    logins: bool = False
     faults: tuple[str, ...] = FAULTS
     fault_s: float = 30.0
     outage_s: float = 30.0

@@ -78,10 +78,13 @@ class Stage:
         self.service.command("policy", "apply", directory / "policy.yaml", "--devices", directory / "devices.csv")
         self.service.start()
         self._allow = self._python("always_allow", str(ALLOW_PORT), *([str(directory)] if self.options.tls else []))
-        self.broker_pid = int(self.broker.control("eval", "os:getpid().").strip().strip('"'))
-        self.control(f"httpc:set_options([{{max_sessions,{self.options.max_sessions}}}])")
+        self._find_broker()
         if "internal" in self.options.backends:
             self._import_users()
+
+    def _find_broker(self) -> None:
+        self.broker_pid = int(self.control("os:getpid()").strip('"'))
+        self.control(f"httpc:set_options([{{max_sessions,{self.options.max_sessions}}}])")
 
     def _python(self, module: str, *arguments: str) -> Process:
         command = [sys.executable, "-m", f"benchmarks.storm.{module}", *arguments]
@@ -127,6 +130,14 @@ class Stage:
             "application:set_env(rabbit, auth_backends, [rabbit_auth_backend_http])",
             *(f'application:set_env(rabbitmq_auth_backend_http, {each}_path, "{url}/{each}")' for each in _PATHS),
         )
+
+    def restart_broker(self, conf: Path | None) -> None:
+        """Start the node anew, with one more file in conf.d or without; it asks authbackend, as its files say."""
+        self.broker.stop()
+        place = self.broker.state / "etc/conf.d/50-benchmark.conf"
+        place.write_text(conf.read_text() if conf else "")
+        self.broker.start()
+        self._find_broker()
 
     def wait_until_empty(self) -> None:
         """

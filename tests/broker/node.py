@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .identities import Certificates
-from .mounts import mount
+from .mounts import mount, remove_tree
 from .processes import HarnessError, Process
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -213,6 +213,10 @@ class Broker:
         if self._epmd is not None:
             self._epmd.stop()
             self._epmd = None
+
+    def remove(self) -> None:
+        """Unmount and remove everything of a node that is closed, so that another can be prepared in its place."""
+        remove_tree(self.state)
 
     def control(self, *arguments: str) -> str:
         """
