@@ -70,4 +70,6 @@ def _network(error: OSError) -> str:
         return f"it closed the connection, and its log may say why ({name}); over TLS, it may have refused sslcert"
     if "rejected SSL upgrade" in str(error):
         return "it has no TLS, which sslmode of the connection URI demands (ssl = on in postgresql.conf)"
-    return name
+    if "AF_UNIX path too long" in str(error):
+        return "the path of its Unix socket is too long; Linux takes 107 bytes. Name a shorter folder as host in the connection URI"
+    return name if error.strerror is None else f"{error.strerror} ({name})"

@@ -152,6 +152,11 @@ async def test_hosts_that_cannot_be_reached(database):
     assert "Unix socket is not there" in await told(f"postgresql://postgres@/{database}?host=/nowhere")
 
 
+async def test_the_path_of_a_unix_socket_that_is_too_long(database):
+    with pytest.raises(Unavailable, match="the path of its Unix socket is too long"):
+        await connect(Target(f"postgresql://u@/{database}?host=/{'long' * 40}"))
+
+
 async def test_several_hosts_are_named_each_with_its_fault(front, database):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
