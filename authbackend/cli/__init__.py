@@ -12,6 +12,7 @@ import click
 
 from authbackend import __version__
 from authbackend.cli.account import account
+from authbackend.cli.audit import audit
 from authbackend.cli.ca import ca
 from authbackend.cli.cert import cert
 from authbackend.cli.certs import certs
@@ -46,6 +47,7 @@ def main(context: click.Context, config: str | None) -> None:
     context.obj = config
 
 
-for command in (serve, migrate, policy, device, account, ca, cert, crl, replicas, wait, enforcement, explain, certs):
+COMMANDS = (serve, migrate, policy, device, account, ca, cert, crl, replicas, wait, enforcement, audit, explain, certs)
+for command in COMMANDS:
     main.add_command(command)
 device.add_command(enroll)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
-def write_file(path: Path, content: bytes, mode: int) -> None:
+@contextlib.contextmanager
+def replacing(path: Path, mode: int) -> Iterator[BinaryIO]:
     """
-    Replace a file as a whole: written beside it, on disk, renamed.
+    Give a file to write to that replaces ``path`` as a whole at the end of the block: on disk, then renamed.
 
     Args:
         mode: What it has from the first byte on, whatever the umask says, so that a key is never readable by others.
@@ -22,7 +25,7 @@ def write_file(path: Path, content: bytes, mode: int) -> None:
     try:
         os.fchmod(descriptor, mode)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
@@ -35,3 +38,14 @@ def write_file(path: Path, content: bytes, mode: int) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def write_file(path: Path, content: bytes, mode: int) -> None:
+    """
+    Replace a file as a whole, as :func:`replacing` does.
+
+    Raises:
+        OSError: It cannot be written; what was there is still there.
+    """
+    with replacing(path, mode) as file:
+        file.write(content)

@@ -1,0 +1,140 @@
+"""``audit export``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import click
+
+from authbackend.cli.authorities import file_type, new_files
+from authbackend.cli.common import printable, run, target_of
+from authbackend.document.read import parse_time
+from authbackend.errors import AuthbackendError, InvalidInput
+from authbackend.pki.files import replacing
+from authbackend.postgres.audit import TrailEnd, TrailFilter
+from authbackend.postgres.audit import export as export_trail
+from authbackend.postgres.connection import Target
+
+
+@click.group()
+def audit() -> None:
+    """The audit trail: who changed what in the registry, and from what to what."""
+
+
+@audit.command()
+@click.option("--since", metavar="TIME", help="Only rows written then or later. ISO 8601; UTC without a zone.")
+@click.option("--until", metavar="TIME", help="Only rows written before then.")
+@click.option("--table", "entities", metavar="NAME", multiple=True, help="Only rows about this table; may be repeated.")
+@click.option("--key", metavar="KEY", help="Only rows about this key, for example a device id.")
+@click.option("--who", metavar="NAME", help="Only rows of this person or role (columns actor and role).")
+@click.option("--claimed-by", metavar="NAME", help="Only rows of clients that said this of themselves.")
+@click.option(
+    "--operation",
+    type=click.Choice(["INSERT", "UPDATE", "DELETE", "TRUNCATE", "ACCEPT", "ENABLE TRIGGER"]),
+    help="Only rows of this operation.",
+)
+@click.option(
+    "--from-version",
+    type=click.IntRange(0, 2**64 - 1),
+    metavar="TRANSACTION",
+    help="Only rows of this transaction or later ones: next_version of the export before.",
+)
+@click.option("--out", type=file_type, metavar="FILE", help="Write FILE (mode 600), which appears when it is whole.")
+@click.pass_context
+def export(
+    context: click.Context,
+    since: str | None,
+    until: str | None,
+    entities: tuple[str, ...],
+    key: str | None,
+    who: str | None,
+    claimed_by: str | None,
+    operation: str | None,
+    from_version: int | None,
+    out: Path | None,
+) -> None:
+    """
+    Write the audit trail to standard output or a file: a line of JSON for each row, by id.
+
+    The export is whole if the exit status is 0 and the last line has "end": true; that line says how many rows there
+    are. Anything else was cut. All rows are of one moment, and memory does not grow with them. Passwords' hashes are not
+    in the trail: of these it tells whether one is set, and that it changed.
+
+    To go on from an export, give its next_version as --from-version: rows of transactions that were open then come in
+    the next one. Some rows may come twice; their id tells. --since would miss those that were written before it and
+    committed after.
+    """
+    wanted = TrailFilter(
+        since=_time("--since", since),
+        until=_time("--until", until),
+        entities=entities or None,
+        key=key,
+        who=who,
+        claimed_by=claimed_by,
+        operation=operation,
+        from_version=from_version,
+    )
+    target = target_of(context)
+    if out is None:
+        end = _export(target, wanted, sys.stdout.buffer, "standard output")
+    else:
+        new_files(out)
+        try:
+            with replacing(out, 0o600) as file:
+                end = _export(target, wanted, file, str(out))
+        except OSError as error:
+            raise InvalidInput(f"{error.filename or out}: {error.strerror}; there is no export") from error
+    for name in end.absent:
+        click.echo(f"authbackend: the trail has no row about a table {printable(name)}", err=True)
+
+
+def _time(option: str, text: str | None) -> datetime | None:
+    try:
+        return parse_time(text) if text else None
+    except ValueError:
+        raise InvalidInput(f"{option} {text}: write it as 2027-01-31T12:00:00Z") from None
+
+
+def _export(target: Target, wanted: TrailFilter, file: BinaryIO, name: str) -> TrailEnd:
+    """
+    Write rows and the last line.
+
+    Raises:
+        AuthbackendError: The rows or the room in the file ended too early; the last line is not there then.
+    """
+    written = 0
+
+    def write(line: bytes) -> None:
+        nonlocal written
+        try:
+            file.write(line)
+        except OSError as error:  # not the database's
+            raise AuthbackendError(f"{name}: {error.strerror}") from error
+        written += 1
+
+    try:
+        end = run(export_trail(target, wanted, write))
+        write(json.dumps(_last_line(end, wanted), ensure_ascii=False).encode() + b"\n")
+        file.flush()
+    except OSError as error:
+        raise AuthbackendError(f"{name}: {error.strerror}; the export is cut") from error
+    except AuthbackendError as error:
+        error.detail = f"{error.detail}; the export is cut after {written} rows"
+        raise
+    return end
+
+
+def _last_line(end: TrailEnd, wanted: TrailFilter) -> dict[str, Any]:
+    asked = {name: getattr(wanted, name) for name in TrailFilter.__slots__ if getattr(wanted, name) is not None}
+    return {
+        "end": True,
+        "rows": end.rows,
+        "last_id": end.last_id,
+        "as_of": end.as_of.isoformat(),
+        "next_version": end.next_version,
+        "filter": {name: each.isoformat() if isinstance(each, datetime) else each for name, each in asked.items()},
+    }

@@ -1,0 +1,93 @@
+"""The audit trail, read as it was at one moment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from authbackend.postgres.connection import Target, connected
+from authbackend.postgres.statements import load_statements
+
+FETCH_ROWS = 250
+"""How many rows are in memory at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrailFilter:
+    """
+    Which rows of the trail are wanted; None: any.
+
+    Args:
+        since: Written at this time or later.
+        until: Written before this time.
+        who: The person (``actor``) or the role that logged in.
+        from_version: Of this transaction or a later one.
+    """
+
+    since: datetime | None = None
+    until: datetime | None = None
+    entities: tuple[str, ...] | None = None
+    key: str | None = None
+    who: str | None = None
+    claimed_by: str | None = None
+    operation: str | None = None
+    from_version: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrailEnd:
+    """
+    What was exported, all of it.
+
+    Args:
+        as_of: The moment of the trail that was exported, by the database's clock.
+        next_version: The oldest transaction that was still open then; where the next export has to begin.
+        absent: Entities that were asked for and of which the trail has no row at all.
+    """
+
+    rows: int
+    last_id: int | None
+    as_of: datetime
+    next_version: str
+    absent: list[str]
+
+
+async def export(target: Target, wanted: TrailFilter, write: Callable[[bytes], object]) -> TrailEnd:
+    """
+    Write the rows of the trail, a line of JSON each, by ``id``; in constant memory, from one snapshot.
+
+    Raises:
+        AuthbackendError: The database cannot be reached or refuses; what was written so far is not the whole.
+    """
+    statements = load_statements("audit")
+    rows, last_id = 0, None
+    async with (
+        connected(target) as connection,
+        connection.transaction(isolation="repeatable_read", readonly=True),
+    ):
+        moment = await connection.fetchrow(statements.export_moment.sql)
+        assert moment is not None
+        entities = None if wanted.entities is None else list(wanted.entities)
+        from_version = None if wanted.from_version is None else str(wanted.from_version)
+        found = connection.cursor(
+            statements.exported.sql,
+            *(wanted.since, wanted.until, entities, wanted.key, wanted.who, wanted.claimed_by, wanted.operation),
+            from_version,
+            prefetch=FETCH_ROWS,
+        )
+        async for row in found:
+            write(_line(row))
+            rows, last_id = rows + 1, row["id"]
+        absent = await connection.fetch(statements.entities_without_rows.sql, entities or [])
+    return TrailEnd(rows, last_id, moment["as_of"], moment["next_version"], [row["asked"] for row in absent])
+
+
+def _line(row: Any) -> bytes:
+    """Return a row as JSON; ``before`` and ``after`` as the database has them, so that no number loses a digit."""
+    head = {name: value for name, value in row.items() if name not in ("before", "after")}
+    head["at"] = row["at"].isoformat()
+    text = json.dumps(head, ensure_ascii=False)
+    return f'{text[:-1]}, "before": {row["before"] or "null"}, "after": {row["after"] or "null"}}}\n'.encode()
