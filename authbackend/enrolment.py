@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from authbackend.errors import Conflict, InvalidInput
 from authbackend.pki import signing
@@ -17,7 +18,7 @@ from authbackend.pki.profiles import Profile
 from authbackend.pki.reading import PKIError, PublicKey, new_key, read_request
 from authbackend.postgres import certificates as store
 from authbackend.postgres.certificates import CertificateRow
-from authbackend.postgres.connection import Connection
+from authbackend.postgres.connection import Connection, database_time
 from authbackend.revocation import keep_authority
 
 MOST_AT_ONCE = 100_000
@@ -67,7 +68,7 @@ async def enroll(
     Raises:
         InvalidInput: Requests cannot be signed; the message names each (at most 20) and why.
         Conflict: A device exists with another type or common name.
-        PKIError: The authority has expired.
+        PKIError: The authority is not valid, by the database's time.
     """
     if len(requests) > MOST_AT_ONCE:
         raise InvalidInput(f"{len(requests)} at once are too many; at most {MOST_AT_ONCE} are possible")
@@ -80,9 +81,10 @@ async def enroll(
     )
     devices = {row["device_id"]: dict(row) for row in found}
     enrolled, faults = [], []
+    now = await database_time(connection)
     for request in requests:
         try:
-            enrolled.append(_sign(authority, profile, request, devices.get(request.device_id)))
+            enrolled.append(_sign(authority, profile, request, devices.get(request.device_id), now))
         except InvalidInput as error:
             faults.append(f"{request.where}{error.detail}")
     if faults:
@@ -102,7 +104,13 @@ async def _register(connection: Connection, requests: Sequence[Request]) -> None
     )
 
 
-def _sign(authority: AuthorityFolder, profile: Profile, request: Request, device: Mapping[str, str] | None) -> Enrolled:
+def _sign(
+    authority: AuthorityFolder,
+    profile: Profile,
+    request: Request,
+    device: Mapping[str, str] | None,
+    now: datetime,
+) -> Enrolled:
     name = request.device_id
     if device is None:
         raise PKIError(f"no device has the id {name!r}; register it, or give its type (--type)")
@@ -115,18 +123,19 @@ def _sign(authority: AuthorityFolder, profile: Profile, request: Request, device
     common_name = device["common_name"]
     if request.request_pem is None:
         key = new_key(profile.key)
-        return Enrolled(name, _signed(authority, common_name, key.public_key(), profile), signing.key_pem(key))
+        return Enrolled(name, _signed(authority, common_name, key.public_key(), profile, now), signing.key_pem(key))
     try:
         asked, public_key = read_request(request.request_pem)
     except PKIError as error:
         raise PKIError(f"device {name}: {error.detail}") from error
     if asked != common_name:
         raise PKIError(f"device {name}: the request is for the common name {asked!r}, the device's is {common_name!r}")
-    return Enrolled(name, _signed(authority, common_name, public_key, profile), None)
+    return Enrolled(name, _signed(authority, common_name, public_key, profile, now), None)
 
 
-def _signed(authority: AuthorityFolder, common_name: str, key: PublicKey, profile: Profile) -> Signed:
-    return authority.sign(common_name, key, profile, [common_name] if _DNS_NAME.fullmatch(common_name) else [])
+def _signed(authority: AuthorityFolder, common_name: str, key: PublicKey, profile: Profile, now: datetime) -> Signed:
+    names = [common_name] if _DNS_NAME.fullmatch(common_name) else []
+    return authority.sign(common_name, key, profile, names, now=now)
 
 
 async def record(connection: Connection, signed: Sequence[tuple[Signed, str | None]]) -> None:

@@ -27,7 +27,13 @@ _SERVICE_LINK = re.compile(
     "(_SERVICE_HOST|_SERVICE_PORT(_[A-Z0-9_]+)?|_PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR|START|END))?|_ENV_.+)"
 )
 _LINK_VALUES = {"_PORT": re.compile("(tcp|udp|sctp)://.*"), "_NAME": re.compile("/[^/]+/[^/]+")}
-NOT_SETTINGS = ("AUTHBACKEND_ACTOR", "AUTHBACKEND_CACHE", "AUTHBACKEND_CA_PASSPHRASE", CONFIG_FILE_VARIABLE)
+NOT_SETTINGS = (
+    "AUTHBACKEND_ACTOR",
+    "AUTHBACKEND_CACHE",
+    "AUTHBACKEND_CA_PASSPHRASE",
+    "AUTHBACKEND_CA_ROOT_PASSPHRASE",
+    CONFIG_FILE_VARIABLE,
+)
 """Variables of this prefix that other parts read: the acting person and passphrase of commands, tools' cache, the file."""
 
 

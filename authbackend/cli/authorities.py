@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -16,32 +16,62 @@ from authbackend.pki.authority_folder import AuthorityFolder
 from authbackend.pki.files import write_file
 from authbackend.revocation import read_passphrase
 
-PASSPHRASE_VARIABLE = "AUTHBACKEND_CA_PASSPHRASE"
-
 folder_type = click.Path(file_okay=False, path_type=Path)
 file_type = click.Path(dir_okay=False, path_type=Path)
+
+
+class KeyOwner(NamedTuple):
+    """Whose key a passphrase is for, and where it may come from."""
+
+    whose: str
+    option: str
+    variable: str
+
+
+SIGNING_KEY = KeyOwner("the authority's key", "--passphrase-file", "AUTHBACKEND_CA_PASSPHRASE")
+ROOT_KEY = KeyOwner("the root's key", "--root-passphrase-file", "AUTHBACKEND_CA_ROOT_PASSPHRASE")
+
 passphrase_option = click.option(
-    "--passphrase-file",
+    SIGNING_KEY.option,
     type=file_type,
     metavar="FILE",
-    help=f"Holds the passphrase of the authority's key; else ${PASSPHRASE_VARIABLE}, else it is asked for.",
+    help=f"Holds the passphrase of {SIGNING_KEY.whose}; else ${SIGNING_KEY.variable}, else it is asked for.",
+)
+root_passphrase_option = click.option(
+    ROOT_KEY.option,
+    type=file_type,
+    metavar="FILE",
+    help=f"Holds the passphrase of {ROOT_KEY.whose}, which is another one; else ${ROOT_KEY.variable}, else it is asked for.",
 )
 
 
-def passphrase_of(file: Path | None, *, new: bool = False, whose: str = "the authority's key") -> bytes:
+def passphrase_of(file: Path | None, *, new: bool = False, key: KeyOwner = SIGNING_KEY) -> bytes:
     """
     Return a passphrase from a file, the environment or the terminal.
 
     Raises:
         ConfigurationError: There is none.
     """
+    found = given_passphrase(file, new=new, key=key)
+    if found is None:
+        raise ConfigurationError(f"no passphrase of {key.whose}: give {key.option} FILE or set {key.variable}")
+    return found
+
+
+def given_passphrase(file: Path | None, *, new: bool = False, key: KeyOwner = SIGNING_KEY) -> bytes | None:
+    """
+    Return a passphrase as :func:`passphrase_of` does, None if there is none and nobody to ask.
+
+    Raises:
+        ConfigurationError: The file cannot be read or is empty.
+    """
     if file is not None:
         return read_passphrase(file)
-    if given := os.environ.get(PASSPHRASE_VARIABLE):
+    if given := os.environ.get(key.variable):
         return given.encode("utf-8")
     if not sys.stdin.isatty():
-        raise ConfigurationError(f"no passphrase of {whose}: give --passphrase-file FILE or set {PASSPHRASE_VARIABLE}")
-    return str(click.prompt(f"passphrase of {whose}", hide_input=True, confirmation_prompt=new, err=True)).encode()
+        return None
+    return str(click.prompt(f"passphrase of {key.whose}", hide_input=True, confirmation_prompt=new, err=True)).encode()
 
 
 def authority_argument(command: Callable[..., Any]) -> Callable[..., Any]:

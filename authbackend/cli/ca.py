@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import click
 
 from authbackend.cli.authorities import (
+    ROOT_KEY,
     authority_argument,
     file_type,
     folder_type,
+    given_passphrase,
     new_files,
     passphrase_of,
     passphrase_option,
     read_input,
+    root_passphrase_option,
     write_pair,
 )
 from authbackend.cli.common import actor, json_option, run, show, target_of
@@ -23,13 +28,24 @@ from authbackend.errors import ConfigurationError, InvalidInput
 from authbackend.pki import signing
 from authbackend.pki.authority_folder import AuthorityFolder, Signed, create_authority, renew_intermediate
 from authbackend.pki.profiles import Profile
-from authbackend.pki.reading import KEY_KINDS, new_key, read_certificate, read_request, record_of, server_names
-from authbackend.postgres.connection import Target
+from authbackend.pki.reading import (
+    KEY_KINDS,
+    PKIError,
+    PublicKey,
+    new_key,
+    read_certificate,
+    read_request,
+    record_of,
+    server_names,
+)
+from authbackend.postgres.connection import Target, database_time
 from authbackend.postgres.editor import editing
 from authbackend.revocation import keep_authority
 
 offline_option = click.option(
-    "--offline", is_flag=True, help="Without a database; put it on record later with: authbackend cert import FILE."
+    "--offline",
+    is_flag=True,
+    help="Without a database, by the clock of this machine; put it on record later with: authbackend cert import FILE.",
 )
 
 
@@ -38,9 +54,14 @@ def ca() -> None:
     """A small certificate authority, for those who have none."""
 
 
+_ONE_PASSPHRASE = """\
+authbackend: the keys of root and intermediate have the same passphrase. Give the root's another one:
+  openssl pkcs8 -topk8 -v2 aes-256-cbc -in {root} -out NEW && chmod 600 NEW && mv NEW {root}"""
+
 _WHERE = """
 The root's key is needed again only to renew the intermediate (before {until:%Y-%m-%d}). Take it offline now:
-  move {root} to a medium that you lock away, and keep its passphrase elsewhere.
+  move {root} to a medium that you lock away, and keep its passphrase elsewhere,
+  apart from that of {folder}/intermediate.key.
 What goes where:
   broker    {folder}/ca.pem as /etc/rabbitmq/certs/ca.pem (ssl_options.cacertfile)
   devices   {folder}/ca.pem, beside their own certificate and key
@@ -72,6 +93,7 @@ Next:
     help="Of both authorities.",
 )
 @passphrase_option
+@root_passphrase_option
 @json_option
 def init(
     directory: Path,
@@ -79,19 +101,21 @@ def init(
     root_folder: Path | None,
     key_kind: str,
     passphrase_file: Path | None,
+    root_passphrase_file: Path | None,
     as_json: bool,
 ) -> None:
     """
     Make an authority in DIR: a root, and an intermediate that signs.
 
-    Both keys are encrypted with the passphrase (at least 12 characters). No database is needed.
+    Each key is encrypted with a passphrase of its own (at least 12 characters); equal ones are refused. No database is
+    needed: the validity goes by the clock of this machine, so have it set right.
     """
     passphrase = passphrase_of(passphrase_file, new=True)
+    root_passphrase = passphrase_of(root_passphrase_file, new=True, key=ROOT_KEY)
     place = root_folder or directory / "offline"
+    named = name or directory.absolute().name
     try:
-        root = create_authority(
-            directory, name or directory.absolute().name, passphrase, root_folder=place, key_kind=key_kind
-        )
+        root = create_authority(directory, named, passphrase, root_passphrase, root_folder=place, key_kind=key_kind)
     except OSError as error:
         raise InvalidInput(f"{error.filename or directory}: {error.strerror}") from error
     made = AuthorityFolder.open(directory, passphrase)
@@ -201,11 +225,22 @@ def _issue(
     key = None if csr else new_key(profile.key)
     public_key = read_request(read_input(csr))[1] if csr else key.public_key() if key else None
     assert public_key is not None
-    signed = authority.sign(common_name, public_key, profile, names)
-    if not offline:
-        run(_record(_recording_target(context), authority, signed, "device" if profile.purpose == "client" else ""))
+    not_of = "device" if profile.purpose == "client" else ""
+    signed = _signed(context, authority, (common_name, public_key, profile, names), offline, not_of)
     files = write_pair(out, signed.chain_pem, signing.key_pem(key) if key else None)
     show(result_of(signed, files), as_json, lambda: lines_of(signed, files))
+
+
+_ToSign = tuple[str, PublicKey, Profile, Sequence[str]]
+
+
+def _signed(
+    context: click.Context, authority: AuthorityFolder, what: _ToSign, offline: bool, not_of: str = ""
+) -> Signed:
+    """Sign and put on record, by the database's clock; offline, by that of this machine."""
+    if offline:
+        return authority.sign(*what, now=datetime.now(UTC))
+    return run(_sign_and_record(_recording_target(context), authority, what, not_of))
 
 
 def _recording_target(context: click.Context) -> Target:
@@ -215,13 +250,15 @@ def _recording_target(context: click.Context) -> Target:
         raise ConfigurationError(f"{error.detail}; or use --offline and import the certificate later") from error
 
 
-async def _record(target: Target, authority: AuthorityFolder, signed: Signed, not_of: str) -> None:
+async def _sign_and_record(target: Target, authority: AuthorityFolder, what: _ToSign, not_of: str) -> Signed:
     async with editing(target, actor()) as connection:
-        name = signed.record.common_name
+        name = what[0]
         if not_of and await connection.fetchval("select exists (select from device where common_name = $1)", name):
             raise InvalidInput(f"{name!r} is the common name of a device; use: authbackend device enroll")
+        signed = authority.sign(*what, now=await database_time(connection))
         await keep_authority(connection, authority)
         await record(connection, [(signed, None)])
+        return signed
 
 
 def result_of(signed: Signed, files: list[str]) -> dict[str, Any]:
@@ -248,7 +285,7 @@ def lines_of(signed: Signed, files: list[str]) -> list[str]:
 @click.argument("directory", metavar="DIR", type=folder_type)
 @passphrase_option
 @click.option("--root-key", type=file_type, metavar="FILE", help="Renew the intermediate, with the root's key.")
-@click.option("--root-passphrase-file", type=file_type, metavar="FILE", help="If the root's passphrase is another one.")
+@root_passphrase_option
 @click.option(
     "--server",
     "servers",
@@ -274,7 +311,8 @@ def renew(
     Renew the intermediate authority, or certificates of servers.
 
     The intermediate keeps its name and key, so what it signed stays valid: bring the new ca.pem to brokers and devices
-    before the old one ends. A server's files are replaced; its old certificate stays valid until it ends.
+    before the old one ends. A server's files are replaced; its old certificate stays valid until it ends. An authority of
+    an older version may have one passphrase for both keys: that is tried if none is given for the root's, and you are told.
     """
     if root_key is None and not servers:
         raise InvalidInput(
@@ -283,8 +321,7 @@ def renew(
     passphrase = passphrase_of(passphrase_file)
     lines, result = [], {}
     if root_key is not None:
-        root_passphrase = read_input(root_passphrase_file).removesuffix(b"\n") if root_passphrase_file else passphrase
-        until = renew_intermediate(directory, root_key, root_passphrase)
+        until = _renew_intermediate(directory, root_key, root_passphrase_file, passphrase)
         result["intermediate"] = until.isoformat()
         lines.append(f"renewed {directory / 'intermediate.pem'} and {directory / 'ca.pem'}, until {until:%Y-%m-%d}")
     authority = AuthorityFolder.open(directory, passphrase)
@@ -293,6 +330,24 @@ def renew(
         result[str(server)] = signed.record.not_after.isoformat()
         lines += lines_of(signed, files)
     show(result, as_json, lambda: lines)
+
+
+def _renew_intermediate(
+    directory: Path, root_key: Path, root_passphrase_file: Path | None, passphrase: bytes
+) -> datetime:
+    given = given_passphrase(root_passphrase_file, key=ROOT_KEY)
+    root_passphrase = passphrase if given is None else given
+    try:
+        until = renew_intermediate(directory, root_key, root_passphrase)
+    except PKIError as error:
+        if given is not None:
+            raise
+        raise PKIError(
+            f"{error.detail} (none was given for the root's key: {ROOT_KEY.option} FILE or {ROOT_KEY.variable})"
+        ) from error
+    if root_passphrase == passphrase:
+        click.echo(_ONE_PASSPHRASE.format(root=root_key), err=True)
+    return until
 
 
 def _renew_server(
@@ -305,7 +360,5 @@ def _renew_server(
         raise InvalidInput(f"{server} is no server's certificate of authority {authority.name}")
     profile = authority.profile("server", "server")
     key = new_key(profile.key)
-    signed = authority.sign(old.common_name, key.public_key(), profile, names)
-    if not offline:
-        run(_record(_recording_target(context), authority, signed, ""))
+    signed = _signed(context, authority, (old.common_name, key.public_key(), profile, names), offline)
     return signed, write_pair(server.with_suffix(""), signed.chain_pem, signing.key_pem(key))

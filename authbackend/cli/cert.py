@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -69,21 +69,21 @@ def list_(
     """
     List certificates by the end of their validity.
 
-    RENEWED: the device has another active one that ends later. With --expiring, days on which many end are named.
+    RENEWED: the device has another active one that ends later. With --expiring, days on which many end are named. Now is
+    the database's time.
     """
-    target, now = target_of(context), datetime.now(UTC)
-    before = now + duration(expiring) if expiring else None
+    target = target_of(context)
+    within = duration(expiring) if expiring else None
     found = run(
         store.list_certificates(
             target,
             device_id=device_id,
             state="active" if expiring else state,
-            before=before,
-            not_before=now if expiring else None,
+            within=within,
             limit=limit,
         )
     )
-    days = run(store.expiring_by_day(target, before)) if before and device_id is None else []
+    days = run(store.expiring_by_day(target, within)) if within and device_id is None else []
 
     def lines() -> Iterator[str]:
         yield from table([_shown(row) for row in found], _LIST)
@@ -199,6 +199,33 @@ def revoke(
     if wait and revoked:
         show_enforced(target, version, timeout, result, as_json, lines)
     else:
+        _show_former(target, name, device_id, timeout, result, as_json, lines)
+
+
+def _show_former(
+    target: Target,
+    name: str | None,
+    device_id: str | None,
+    timeout: float,
+    result: dict[str, Any],
+    as_json: bool,
+    lines: Callable[[], Iterator[str]],
+) -> None:
+    """
+    Wait for what was revoked before, and print it with its receipts.
+
+    Raises:
+        Unconfirmed: As :func:`show_enforced`; also if no receipt is kept.
+    """
+
+    async def revoked_before() -> list[str]:
+        async with connected(target) as connection:
+            found = await store.find_certificates(connection, name) if name else []
+        found += await store.list_certificates(target, device_id=device_id, state="revoked") if device_id else []
+        return [row["serial"] for row in found if row["state"] == "revoked"]
+
+    serials = run(revoked_before())
+    if not serials:
         show(result, as_json, lines)
 
 

@@ -81,8 +81,8 @@ def _configuration() -> Iterator[str]:
     yield "`AUTHBACKEND_PORT=tcp://…`, is left alone."
     yield ""
     yield "Not settings of the service: `AUTHBACKEND_ACTOR` (who runs a command, by their own word: `claimed_by` in the audit trail),"
-    yield "`AUTHBACKEND_CA_PASSPHRASE` (of an authority's key, for commands), `AUTHBACKEND_CACHE` (where the tools of a"
-    yield "checkout keep what they fetched)."
+    yield "`AUTHBACKEND_CA_PASSPHRASE` and `AUTHBACKEND_CA_ROOT_PASSPHRASE` (of an authority's key and of its root's, for"
+    yield "commands), `AUTHBACKEND_CACHE` (where the tools of a checkout keep what they fetched)."
     section: tuple[str, ...] = ()
     for path in setting_names():
         if path[:-1] != section:

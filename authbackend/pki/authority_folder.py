@@ -8,7 +8,8 @@ A small authority in a folder: a root, whose key is taken offline, and an interm
     DIR/intermediate.pem    the intermediate's certificate
     DIR/intermediate.key    its key, encrypted, mode 600
     DIR/ca.pem              both certificates: what the broker trusts devices by, and devices the broker
-    ROOT/NAME-root.key      the root's key, encrypted, mode 600; needed again only to renew the intermediate
+    ROOT/NAME-root.key      the root's key, encrypted with another passphrase, mode 600; needed again only to renew the
+                            intermediate
 """
 
 from __future__ import annotations
@@ -63,37 +64,44 @@ class Signed:
 
 
 def create_authority(
-    folder: Path, name: str, passphrase: bytes, *, root_folder: Path, key_kind: str = KEY_KINDS[0]
+    folder: Path,
+    name: str,
+    passphrase: bytes,
+    root_passphrase: bytes,
+    *,
+    root_folder: Path,
+    key_kind: str = KEY_KINDS[0],
 ) -> Path:
     """
     Make a root and an intermediate and return the file of the root's key, which belongs offline.
 
+    No database is at hand, so the validity goes by the clock of this machine; see :meth:`AuthorityFolder.sign`.
+
     Args:
         folder: Absent or empty.
+        passphrase: Of the intermediate's key, which is used every day where certificates are issued.
+        root_passphrase: Of the root's key: another one, so that whoever comes by the first does not have the root.
         root_folder: Where the root's key goes; best a removable medium.
     Raises:
-        PKIError: The name or the passphrase is not possible, or something is in a place already; nothing was written.
+        PKIError: The name or a passphrase is not possible, or something is in a place already; nothing was written.
         OSError: A file cannot be written.
     """
-    if not _NAME.fullmatch(name):
-        raise PKIError(f"the authority's name {name!r}: 1 to 48 letters, digits, '_' and '-' are possible")
     root_file = root_folder / f"{name}-root.key"
-    if folder.exists() and any(path.name != root_folder.name for path in folder.iterdir()):
-        raise PKIError(f"{folder} is not empty: an authority is never overwritten")
-    if root_file.exists():
-        raise PKIError(f"{root_file} is there already: an authority is never overwritten")
+    _check_new(folder, name, root_file)
+    if root_passphrase == passphrase:
+        raise PKIError(
+            "the root's key and the intermediate's have the same passphrase: whoever learns the one that is used every day "
+            "must not be able to open the root's; choose another one for the root"
+        )
     root_key, key = new_key(key_kind), new_key(key_kind)
     root_name, subject = signing.subject_of([f"{name} root"]), signing.subject_of([f"{name} intermediate"])
-    root_pem, intermediate_pem = signing.key_pem(root_key, passphrase), signing.key_pem(key, passphrase)
+    root_pem, intermediate_pem = signing.key_pem(root_key, root_passphrase), signing.key_pem(key, passphrase)
+    valid = signing.validity(None, None, ROOT_LIFETIME)
     root = signing.sign_authority(
-        root_name,
-        root_key.public_key(),
-        issuer=root_name,
-        key=root_key,
-        valid=signing.validity(None, None, ROOT_LIFETIME),
-        path_length=1,
+        root_name, root_key.public_key(), issuer=root_name, key=root_key, valid=valid, path_length=1
     )
-    intermediate = _sign_intermediate(subject, key.public_key(), root, root_key)
+    valid = signing.validity(None, None, INTERMEDIATE_LIFETIME)
+    intermediate = _sign_intermediate(subject, key.public_key(), root, root_key, valid)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     root_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_file(root_file, root_pem, 0o600)
@@ -105,11 +113,23 @@ def create_authority(
     return root_file
 
 
+def _check_new(folder: Path, name: str, root_file: Path) -> None:
+    if not _NAME.fullmatch(name):
+        raise PKIError(f"the authority's name {name!r}: 1 to 48 letters, digits, '_' and '-' are possible")
+    if folder.exists() and any(path.name != root_file.parent.name for path in folder.iterdir()):
+        raise PKIError(f"{folder} is not empty: an authority is never overwritten")
+    if root_file.exists():
+        raise PKIError(f"{root_file} is there already: an authority is never overwritten")
+
+
 def _sign_intermediate(
-    subject: x509.Name, key: PublicKey, root: x509.Certificate, root_key: PrivateKey
+    subject: x509.Name,
+    key: PublicKey,
+    root: x509.Certificate,
+    root_key: PrivateKey,
+    valid: tuple[datetime, datetime],
 ) -> x509.Certificate:
-    begin, end = signing.validity(None, None, INTERMEDIATE_LIFETIME)
-    valid = (begin, min(end, root.not_valid_after_utc))
+    valid = (valid[0], min(valid[1], root.not_valid_after_utc))
     return signing.sign_authority(subject, key, issuer=root.subject, key=root_key, valid=valid, path_length=0)
 
 
@@ -186,23 +206,34 @@ class AuthorityFolder:
             raise PKIError(f"authority {self.name} has no profile {name!r} for a {purpose}; there are {names}")
         return found
 
-    def sign(self, common_name: str, key: PublicKey, profile: Profile, names: Sequence[str] = ()) -> Signed:
+    def sign(
+        self, common_name: str, key: PublicKey, profile: Profile, names: Sequence[str] = (), *, now: datetime
+    ) -> Signed:
         """
         Sign a certificate.
 
         Args:
             names: Alternative names: a server's host names and IP addresses, a client's DNS names as they are.
+            now: The database's time, where the certificate goes on record; a machine whose clock is wrong would issue what
+                nobody accepts yet, or nobody any more.
         Raises:
-            PKIError: RabbitMQ could take the common name for another, it is too long, or the authority has expired.
+            PKIError: RabbitMQ could take the common name for another, it is too long, or the authority is not valid.
         """
         fault = common_name_fault(common_name)
         if fault is None and len(common_name) > signing.LONGEST_COMMON_NAME:
             fault = f"a certificate holds at most {signing.LONGEST_COMMON_NAME} characters (RFC 5280)"
         if fault is not None:
             raise PKIError(f"common name {common_name!r}: {fault}")
-        begin, end = signing.validity(None, None, profile.lifetime)
-        if self.not_after <= datetime.now(UTC):
+        if self.not_after <= now:
             raise PKIError(f"authority {self.name} expired on {self.not_after:%Y-%m-%d}; see: authbackend ca renew")
+        begins = max(self.certificate.not_valid_before_utc, self.root.not_valid_before_utc)
+        if begins > now:
+            raise PKIError(
+                f"authority {self.name} is not valid before {begins:%Y-%m-%d %H:%M} UTC: the clock was wrong when it was made, "
+                "or is now; nobody would accept what it signs"
+            )
+        begin = now - signing.CLOCK_SKEW
+        end = begin + profile.lifetime
         certificate = signing.sign_leaf(
             signing.subject_of([common_name]),
             key,
@@ -224,10 +255,11 @@ def renew_intermediate(folder: Path, root_key_file: Path, root_passphrase: bytes
     """
     Give the intermediate a new certificate for the same name and key, and return when it ends.
 
-    What it signed before stays valid, because nothing but its own validity changes.
+    What it signed before stays valid, because nothing changes but when it ends. It begins when the old one did: this is done
+    where the root's key is, without the database, and a clock that is ahead there must not make it begin in the future.
 
     Raises:
-        PKIError: A file is missing or does not belong to this authority.
+        PKIError: A file is missing or does not belong to this authority, or the new certificate would end no later.
         OSError: A file cannot be written.
     """
     root, present = _read(folder / "root.pem"), _read(folder / "intermediate.pem")
@@ -242,7 +274,13 @@ def renew_intermediate(folder: Path, root_key_file: Path, root_passphrase: bytes
         raise PKIError(f"{folder / 'intermediate.pem'} has a key that is neither EC nor RSA")
     if root.not_valid_after_utc <= datetime.now(UTC):
         raise PKIError(f"the root expired on {root.not_valid_after_utc:%Y-%m-%d}: make a new authority")
-    renewed = _sign_intermediate(present.subject, key, root, root_key)
+    valid = (present.not_valid_before_utc, datetime.now(UTC) + INTERMEDIATE_LIFETIME)
+    renewed = _sign_intermediate(present.subject, key, root, root_key, valid)
+    if renewed.not_valid_after_utc <= present.not_valid_after_utc:
+        raise PKIError(
+            f"the intermediate would end on {renewed.not_valid_after_utc:%Y-%m-%d}, no later than now "
+            f"({present.not_valid_after_utc:%Y-%m-%d}): the root ends then, or the clock of this machine is behind"
+        )
     _write_intermediate(folder, root, renewed)
     return renewed.not_valid_after_utc
 

@@ -15,7 +15,9 @@ from authbackend.pki.reading import PKIError, PrivateKey, PublicKey
 LONGEST_COMMON_NAME = 64
 """RFC 5280 appendix A: ub-common-name."""
 
-_CLOCK_SKEW = timedelta(minutes=5)
+CLOCK_SKEW = timedelta(minutes=5)
+"""So much earlier a certificate begins: the clocks of devices are not ours."""
+
 _KEY_USAGES = (
     "digital_signature",
     "content_commitment",
@@ -40,8 +42,8 @@ def subject_of(common_names: Sequence[str]) -> x509.Name:
 
 
 def validity(not_before: datetime | None, not_after: datetime | None, lifetime: timedelta) -> tuple[datetime, datetime]:
-    """Return a validity that begins five minutes ago unless told otherwise: the clocks of devices are not ours."""
-    begin = not_before or min(datetime.now(UTC), not_after or datetime.max.replace(tzinfo=UTC)) - _CLOCK_SKEW
+    """Return a validity that begins five minutes ago by this machine's clock, unless told otherwise."""
+    begin = not_before or min(datetime.now(UTC), not_after or datetime.max.replace(tzinfo=UTC)) - CLOCK_SKEW
     return begin, not_after or begin + lifetime
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from typing import Any, NamedTuple
 
 from authbackend.errors import Conflict, InvalidInput, NotFound
-from authbackend.postgres.connection import Connection, Target, connected
+from authbackend.postgres.connection import Connection, Target, connected, database_time
 from authbackend.postgres.statements import load_statements
 
 
@@ -93,27 +93,25 @@ async def list_certificates(
     *,
     device_id: str | None = None,
     state: str | None = None,
-    before: datetime | None = None,
-    not_before: datetime | None = None,
+    within: timedelta | None = None,
     limit: int = 1000,
 ) -> list[dict[str, Any]]:
     """
     Return certificates by the end of their validity, at most ``limit``, with type and status of their devices.
 
     Args:
-        before: Only those that end before.
-        not_before: Only those that do not end before.
+        within: Only those that have not ended and end within this time from now, by the database's clock.
     """
     statement = load_statements("certificates").certificates.sql
     async with connected(target) as connection:
-        found = await connection.fetch(statement, device_id, state, before, limit, None, None, not_before)
+        found = await connection.fetch(statement, device_id, state, within, limit, None, None)
         return [dict(row) for row in found]
 
 
-async def expiring_by_day(target: Target, before: datetime) -> list[tuple[date, int]]:
-    """Return how many active certificates without a successor end on which day, from now on."""
+async def expiring_by_day(target: Target, within: timedelta) -> list[tuple[date, int]]:
+    """Return how many active certificates without a successor end on which day, from now on, by the database's clock."""
     async with connected(target) as connection:
-        found = await connection.fetch(load_statements("certificates").expiring_by_day.sql, before)
+        found = await connection.fetch(load_statements("certificates").expiring_by_day.sql, within)
         return [(row["day"], row["number"]) for row in found]
 
 
@@ -133,7 +131,6 @@ async def find_certificates(connection: Connection, name: str) -> list[dict[str,
         *(None, None, None, 1000),
         digits if by_fingerprint else None,
         None if by_fingerprint else digits.lstrip("0"),
-        None,
     )
     return [dict(row) for row in found]
 
@@ -159,14 +156,17 @@ async def certificates_of(connection: Connection, device_id: str) -> list[dict[s
     """
     Return the active certificates of a device, the newest first: the one whose validity began last.
 
+    One that is not valid yet, by the database's clock, comes last: it was made by a clock that was wrong.
+
     Raises:
         NotFound: There is no such device.
     """
     if not await connection.fetchval("select exists (select from device where device_id = $1)", device_id):
         raise NotFound(f"no device has the id {device_id!r}")
     statement = load_statements("certificates").certificates.sql
-    found = [dict(r) for r in await connection.fetch(statement, device_id, "active", None, 100000, None, None, None)]
-    return sorted(found, key=lambda row: (row["not_before"], row["added_at"]), reverse=True)
+    found = [dict(r) for r in await connection.fetch(statement, device_id, "active", None, 100000, None, None)]
+    now = await database_time(connection)
+    return sorted(found, key=lambda row: (row["not_before"] <= now, row["not_before"], row["added_at"]), reverse=True)
 
 
 async def revoke_certificates(connection: Connection, fingerprints: Iterable[str], reason: str) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import asyncpg
@@ -258,6 +259,12 @@ async def name_actor(connection: Connection, name: str) -> None:
     The audit trail keeps it as ``claimed_by``; its ``actor`` is the role that logged in, unless that role may speak for others.
     """
     await connection.execute("select set_config('authbackend.actor', $1, true)", name)
+
+
+async def database_time(connection: Connection) -> datetime:
+    """Return the database's time, by which records are made and compared."""
+    now: datetime = await connection.fetchval("select clock_timestamp()")
+    return now
 
 
 @contextlib.asynccontextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from authbackend.errors import NotFound
@@ -177,8 +177,7 @@ async def fetch_expiring(connection: Connection) -> Expiring:
     """Count what ends soon. Cost: an index over those that end within 90 days and one look for each."""
     statements = load_statements("certificates")
     types = await connection.fetch(statements.expiring_by_type.sql)
-    until = await connection.fetchval("select now() + interval '90 days'")
-    days = await connection.fetch(statements.expiring_by_day.sql, until)
+    days = await connection.fetch(statements.expiring_by_day.sql, timedelta(days=90))
     return Expiring(
         {row["type"]: (row["days7"], row["days30"], row["days90"]) for row in types},
         sum(row["expired"] for row in types),

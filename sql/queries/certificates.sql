@@ -35,17 +35,17 @@ select c.fingerprint, c.serial, c.issuer, c.subject, c.common_name, c.not_before
        exists (select from certificate s where s.device_id = c.device_id and s.state = 'active' and s.not_after > c.not_after) as renewed
 from certificate c left join device d on d.device_id = c.device_id
 where ($1::text is null or c.device_id = $1) and ($2::text is null or c.state = $2)
-  and ($3::timestamptz is null or c.not_after < $3) and ($5::text is null or c.fingerprint = $5)
-  and ($6::text is null or c.serial = $6) and ($7::timestamptz is null or c.not_after >= $7)
+  and ($3::interval is null or c.not_after >= now() and c.not_after < now() + $3)
+  and ($5::text is null or c.fingerprint = $5) and ($6::text is null or c.serial = $6)
 order by c.not_after, c.fingerprint limit $4;
 
 -- name: expiring_by_day
--- Active certificates that end before a moment and have no successor, by the day of their end (UTC).
--- params: 1 ends before
+-- Active certificates that end within some time from now and have no successor, by the day of their end (UTC).
+-- params: 1 time
 -- row: day, number
 select (c.not_after at time zone 'UTC')::date as day, count(*) as number
 from certificate c left join device d on d.device_id = c.device_id
-where c.state = 'active' and c.not_after between now() and $1 and coalesce(d.status, 'active') = 'active'
+where c.state = 'active' and c.not_after between now() and now() + $1::interval and coalesce(d.status, 'active') = 'active'
   and not exists (select from certificate s where s.device_id = c.device_id and s.state = 'active' and s.not_after > c.not_after)
   and not (c.device_id is null and exists (select from certificate s where s.device_id is null and s.common_name = c.common_name
            and s.state = 'active' and s.not_after > c.not_after))

@@ -51,7 +51,9 @@ class Revocable:
         self.ca = self.place / "fleet"
         self._count = 0
         self._sync: Process | None = None
-        replica.command("ca", "init", self.ca, "--root-out", self.place / "offline", "--passphrase-file", self.secret)
+        of_root = self.place / "root-passphrase"
+        of_root.write_text("staple in a vault\n")
+        self.sign("ca", "init", self.ca, "--root-out", self.place / "offline", "--root-passphrase-file", of_root)
         self.authority = AuthorityFolder.open(self.ca, PASSPHRASE.encode())
         self.node = self._node(workplace / "crl", root, bench)
 

@@ -9,7 +9,7 @@ from authbackend.cli import main
 from authbackend.pki.authority_folder import create_authority
 from tests.support.postgres import connected, run
 
-PASSPHRASE = "correct horse battery"
+PASSPHRASE, ROOT_PASSPHRASE = "correct horse battery", "staple in a vault"
 
 
 @pytest.fixture
@@ -22,6 +22,7 @@ def cli(dsn, tmp_path, monkeypatch):
         "AUTHBACKEND_DATABASE__DSN": dsn,
         "AUTHBACKEND_ACTOR": "alice",
         "AUTHBACKEND_CA_PASSPHRASE": PASSPHRASE,
+        "AUTHBACKEND_CA_ROOT_PASSPHRASE": ROOT_PASSPHRASE,
     }
 
     def call(*arguments, exit_code=0, stdin=None, **changed):
@@ -35,7 +36,9 @@ def cli(dsn, tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def made_authority(tmp_path_factory):
     folder = tmp_path_factory.mktemp("authority") / "fleet"
-    create_authority(folder, "fleet", PASSPHRASE.encode(), root_folder=folder.parent / "offline")
+    create_authority(
+        folder, "fleet", PASSPHRASE.encode(), ROOT_PASSPHRASE.encode(), root_folder=folder.parent / "offline"
+    )
     return folder
 
 

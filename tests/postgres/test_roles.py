@@ -332,6 +332,7 @@ def test_the_admin_role_suffices_for_every_command(
     command("account add press --login certificate --client-id press-1")
     command("account list")
     monkeypatch.setenv("AUTHBACKEND_CA_PASSPHRASE", "correct horse battery")
+    monkeypatch.setenv("AUTHBACKEND_CA_ROOT_PASSPHRASE", "staple in a vault")
     monkeypatch.chdir(tmp_path)
     command("ca init ca --name fleet")
     command("ca issue-server ca --name rabbitmq")

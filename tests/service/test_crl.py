@@ -30,7 +30,9 @@ PASSPHRASE = "correct horse battery"
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("authority")
-    create_authority(folder / "fleet", "fleet", PASSPHRASE.encode(), root_folder=folder / "offline")
+    create_authority(
+        folder / "fleet", "fleet", PASSPHRASE.encode(), b"staple in a vault", root_folder=folder / "offline"
+    )
     (folder / "passphrase").write_text(PASSPHRASE + "\n")
     return folder
 
@@ -303,7 +305,9 @@ async def test_lists_are_served_while_the_database_is_away(postgres, database, d
 async def test_an_authority_the_database_does_not_know_is_not_signed_for_and_others_are_served(
     dsn, made, connection, authority, tmp_path
 ):
-    create_authority(tmp_path / "fleet", "fleet", PASSPHRASE.encode(), root_folder=tmp_path / "offline")
+    create_authority(
+        tmp_path / "fleet", "fleet", PASSPHRASE.encode(), b"staple in a vault", root_folder=tmp_path / "offline"
+    )
     await connection.execute(
         "insert into authority values ('other', 'CN=other', '-----BEGIN CERTIFICATE-----', now());"
         "insert into crl values ('other', 1, now(), now() + interval '1 day', '\\x01')"

@@ -14,15 +14,25 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from authbackend.pki import signing
 from authbackend.pki.authority_folder import AuthorityFolder, create_authority, renew_intermediate
 from authbackend.pki.bundle import blocks, read_record
-from authbackend.pki.reading import PKIError, new_key, read_certificate, read_request, record_of, usable_key
+from authbackend.pki.reading import (
+    PKIError,
+    new_key,
+    read_certificate,
+    read_key,
+    read_request,
+    record_of,
+    usable_key,
+)
+from tests.support.clock import set_time_of_day
 
-PASSPHRASE = b"correct horse battery"
+PASSPHRASE, OF_ROOT = b"correct horse battery", b"staple in a vault"
+NOW = datetime.now(UTC)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("ca") / "fleet"
-    create_authority(made, "fleet", PASSPHRASE, root_folder=made.parent / "offline")
+    create_authority(made, "fleet", PASSPHRASE, OF_ROOT, root_folder=made.parent / "offline")
     return made
 
 
@@ -59,7 +69,7 @@ def test_keys_are_encrypted_and_for_their_owner_alone(folder):
 def test_openssl_accepts_the_chain(folder, authority, tmp_path):
     key = new_key("ec-p256").public_key()
     leaf = tmp_path / "leaf.pem"
-    leaf.write_bytes(authority.sign("APM0001", key, authority.profiles["device"]).chain_pem)
+    leaf.write_bytes(authority.sign("APM0001", key, authority.profiles["device"], now=NOW).chain_pem)
     command = ["openssl", "verify", "-x509_strict", "-purpose", "sslclient", "-CAfile", folder / "root.pem"]
     done = subprocess.run([*command, "-untrusted", leaf, leaf], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -76,16 +86,34 @@ def test_openssl_accepts_the_chain(folder, authority, tmp_path):
 )
 def test_what_makes_no_safe_authority_makes_none(tmp_path, name, passphrase, fault):
     with pytest.raises(PKIError, match=fault):
-        create_authority(tmp_path / "ca", name, passphrase, root_folder=tmp_path / "root")
+        create_authority(tmp_path / "ca", name, passphrase, OF_ROOT, root_folder=tmp_path / "root")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_root_and_intermediate_have_different_passphrases(tmp_path):
+    with pytest.raises(PKIError, match="have the same passphrase") as refused:
+        create_authority(tmp_path / "ca", "fleet", PASSPHRASE, PASSPHRASE, root_folder=tmp_path / "root")
+    assert PASSPHRASE.decode() not in str(refused.value)
+    with pytest.raises(PKIError, match="at least 12 characters"):
+        create_authority(tmp_path / "ca", "fleet", PASSPHRASE, b"short", root_folder=tmp_path / "root")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_passphrase_of_every_day_does_not_open_the_roots_key(folder):
+    root_key = (folder.parent / "offline" / "fleet-root.key").read_bytes()
+    with pytest.raises(PKIError, match="the passphrase is wrong"):
+        read_key(root_key, PASSPHRASE)
+    assert read_key(root_key, OF_ROOT)
+    with pytest.raises(PKIError, match="the passphrase is wrong"):
+        AuthorityFolder.open(folder, OF_ROOT)
 
 
 def test_an_authority_is_never_overwritten(folder, tmp_path):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(PKIError, match="never overwritten"):
-        create_authority(folder, "other", PASSPHRASE, root_folder=tmp_path)
+        create_authority(folder, "other", PASSPHRASE, OF_ROOT, root_folder=tmp_path)
     with pytest.raises(PKIError, match="never overwritten"):
-        create_authority(tmp_path / "new", "fleet", PASSPHRASE, root_folder=folder.parent / "offline")
+        create_authority(tmp_path / "new", "fleet", PASSPHRASE, OF_ROOT, root_folder=folder.parent / "offline")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert list(tmp_path.iterdir()) == []
 
@@ -122,7 +150,7 @@ def test_a_folder_that_does_not_fit_is_not_taken_up(folder, tmp_path, file, text
 
 def test_files_of_different_authorities_do_not_make_one(folder, tmp_path):
     other = tmp_path / "other"
-    create_authority(other, "fleet", PASSPHRASE, root_folder=tmp_path / "offline")
+    create_authority(other, "fleet", PASSPHRASE, OF_ROOT, root_folder=tmp_path / "offline")
     shutil.copy(folder / "intermediate.key", other / "intermediate.key")
     with pytest.raises(PKIError, match="is not the key of"):
         AuthorityFolder.open(other, PASSPHRASE)
@@ -148,10 +176,10 @@ def test_a_renewed_intermediate_keeps_everything_valid(folder, tmp_path):
     copy = tmp_path / "ca"
     shutil.copytree(folder, copy)
     old = AuthorityFolder.open(copy, PASSPHRASE)
-    leaf = old.sign("APM0001", new_key("ec-p256").public_key(), old.profiles["device"])
+    leaf = old.sign("APM0001", new_key("ec-p256").public_key(), old.profiles["device"], now=NOW)
     with pytest.raises(PKIError, match="is not the key of"):
         renew_intermediate(copy, copy / "intermediate.key", PASSPHRASE)
-    renew_intermediate(copy, folder.parent / "offline" / "fleet-root.key", PASSPHRASE)
+    renew_intermediate(copy, folder.parent / "offline" / "fleet-root.key", OF_ROOT)
     new = AuthorityFolder.open(copy, PASSPHRASE)
     assert (new.subject, new.certificate.public_key()) == (old.subject, old.certificate.public_key())
     assert new.certificate.serial_number != old.certificate.serial_number
@@ -159,12 +187,35 @@ def test_a_renewed_intermediate_keeps_everything_valid(folder, tmp_path):
     assert read_certificate((copy / "ca.pem").read_bytes()) == new.certificate
 
 
+@pytest.mark.parametrize("days", [0, 400])
+def test_a_renewed_intermediate_never_begins_in_the_future(folder, tmp_path, monkeypatch, days):
+    """Where the root's key is, nobody but this machine's clock tells the time."""
+    copy = tmp_path / "ca"
+    shutil.copytree(folder, copy)
+    old = read_certificate((copy / "intermediate.pem").read_bytes())
+    set_time_of_day(monkeypatch, timedelta(days=days))
+    renew_intermediate(copy, folder.parent / "offline" / "fleet-root.key", OF_ROOT)
+    renewed = read_certificate((copy / "intermediate.pem").read_bytes())
+    assert renewed.not_valid_before_utc == old.not_valid_before_utc
+    assert renewed.not_valid_after_utc > old.not_valid_after_utc
+
+
+def test_an_intermediate_is_not_renewed_to_an_earlier_end(folder, tmp_path, monkeypatch):
+    copy = tmp_path / "ca"
+    shutil.copytree(folder, copy)
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    set_time_of_day(monkeypatch, timedelta(days=-400))
+    with pytest.raises(PKIError, match="the clock of this machine is behind"):
+        renew_intermediate(copy, folder.parent / "offline" / "fleet-root.key", OF_ROOT)
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+
+
 # --- what it signs -------------------------------------------------------------------------------------------------
 
 
 def test_a_device_gets_a_client_certificate_for_its_name_alone(authority):
     key = new_key("ec-p256").public_key()
-    signed = authority.sign("APM0001", key, authority.profiles["device"], ["APM0001"])
+    signed = authority.sign("APM0001", key, authority.profiles["device"], ["APM0001"], now=NOW)
     certificate = read_certificate(signed.certificate_pem)
     assert record_of(certificate) == signed.record
     assert (signed.record.subject, signed.record.issuer) == ("CN=APM0001", "CN=fleet intermediate")
@@ -192,7 +243,15 @@ def test_a_device_gets_a_client_certificate_for_its_name_alone(authority):
 )
 def test_no_name_is_signed_that_rabbitmq_could_take_for_another(authority, name, fault):
     with pytest.raises(PKIError, match=fault):
-        authority.sign(name, new_key("ec-p256").public_key(), authority.profiles["device"])
+        authority.sign(name, new_key("ec-p256").public_key(), authority.profiles["device"], now=NOW)
+
+
+@pytest.mark.parametrize(("days", "fault"), [(-400, "is not valid before"), (6 * 365, "expired on")])
+def test_nothing_is_signed_outside_of_the_authoritys_own_time(authority, days, fault):
+    with pytest.raises(PKIError, match=fault):
+        authority.sign(
+            "D1", new_key("ec-p256").public_key(), authority.profiles["device"], now=NOW + timedelta(days=days)
+        )
 
 
 def test_nothing_outlives_its_authority(folder, tmp_path):
@@ -201,7 +260,7 @@ def test_nothing_outlives_its_authority(folder, tmp_path):
     with (copy / "authority.toml").open("a") as file:
         file.write("[profiles.device]\nlifetime_days = 36500\n")
     opened = AuthorityFolder.open(copy, PASSPHRASE)
-    signed = opened.sign("APM0001", new_key("ec-p256").public_key(), opened.profiles["device"])
+    signed = opened.sign("APM0001", new_key("ec-p256").public_key(), opened.profiles["device"], now=NOW)
     assert signed.record.not_after == opened.not_after
     assert signed.shortened
 
@@ -253,7 +312,7 @@ def test_a_key_with_a_small_exponent_is_weak():
 
 def test_a_stream_is_read_one_by_one_whatever_is_between(authority):
     key = new_key("ec-p256").public_key()
-    pems = [authority.sign(f"D{n}", key, authority.profiles["device"]).certificate_pem for n in range(3)]
+    pems = [authority.sign(f"D{n}", key, authority.profiles["device"], now=NOW).certificate_pem for n in range(3)]
     text = b"subject=CN=D0\r\n" + pems[0].replace(b"\n", b"\r\n") + b"\n# junk\n" + pems[1] + pems[2].rstrip()
     found = list(blocks(text.splitlines(keepends=True)))
     assert [read_record(block.der)[0] for block in found] == [record_of(read_certificate(pem)) for pem in pems]
