@@ -23,6 +23,7 @@ from authbackend.errors import AuthbackendError, ConfigurationError
 from authbackend.metrics import CertificateMetrics
 from authbackend.pki.authority_folder import AuthorityFolder
 from authbackend.pki.lists import Entry, RevocationList, entries_of, next_number
+from authbackend.pki.sync import WAIT_S
 from authbackend.postgres import certificates as store
 from authbackend.postgres import lists
 from authbackend.postgres.connection import Connection, Target, translated_errors
@@ -34,6 +35,8 @@ log = structlog.get_logger(__name__)
 CHECK_S = 30.0
 """How often the keeper looks without being told of a change."""
 EXPIRY_S = 300.0
+MISSED_REPORTS = 4
+"""A report of what is installed counts until so many more should have come."""
 
 
 def open_authority(pki: Pki) -> AuthorityFolder | None:
@@ -157,11 +160,13 @@ class InstallReporter:
 
     Args:
         node: As RabbitMQ calls it: ``rabbit@HOST``.
+        every_s: How often the lists are looked at.
     """
 
-    def __init__(self, target: Target, node: str) -> None:
+    def __init__(self, target: Target, node: str, every_s: float) -> None:
         self._target = target
         self._node = node
+        self._counts_s = MISSED_REPORTS * (CHECK_S + max(every_s, WAIT_S))
         self._present: dict[str, RevocationList] = {}
         self._reported: dict[str, tuple[int, float]] = {}
         self._seen = asyncio.Event()
@@ -181,7 +186,7 @@ class InstallReporter:
             AuthbackendError: The database cannot be reached or refuses.
         """
         for issuer, found in list(self._present.items()):
-            await lists.report_list(self._target, self._node, issuer, found.number, found.next_update)
+            await lists.report_list(self._target, self._node, issuer, found.number, found.next_update, self._counts_s)
             self._reported[issuer] = found.number, time.monotonic()
 
     async def run(self) -> None:

@@ -5,7 +5,8 @@
 --   authbackend_service   `authbackend serve`: reads the registry, prunes the change feed, says which version it serves, does the work of enforcement,
 --                         publishes revocation lists, writes nothing else
 --   authbackend_admin     `authbackend policy|device|account|ca|cert|crl`, psql of the security team: edits the registry and the certificates, reads the trail
---   authbackend_crl_sync  `authbackend crl sync --node` on the hosts of brokers: reports which revocation list is installed, reads nothing
+--   authbackend_crl_sync  `authbackend crl sync --node` on the hosts of brokers: reports which revocation list is installed, reads nothing.
+--                         A role reports for one node: CREATE ROLE crl_rabbit1 LOGIN IN ROLE authbackend_crl_sync; one for each host
 --   authbackend_reader    dashboards and auditors: reads everything but password hashes
 --   authbackend_speaks_for_others   may do nothing by itself: whoever is granted it names the person in the audit trail (SET
 --                         authbackend.actor) and is believed. For a program that has checked who its users are; nobody else.
@@ -29,7 +30,7 @@ end $$;
 -- Databases that began before PostgreSQL 15 let everybody create functions and tables here.
 revoke create on schema public from public;
 
-revoke all on device_type, device, account, topic_rule, audit, change, change_floor, change_horizon, incarnation, identity_guard, replica, replica_state, certificate, authority, crl, crl_highest, crl_listed, crl_installed, schema_migrations,
+revoke all on device_type, device, account, topic_rule, audit, change, change_floor, change_horizon, incarnation, identity_guard, replica, replica_state, certificate, authority, crl, crl_highest, crl_listed, crl_installed, crl_reporter, schema_migrations,
   enforcement, enforcement_setup, enforcement_cluster, enforcement_pause, enforcement_expiry, enforcement_sweep, device_hold, client_id_move, device_schedule, acting_for, brake, brake_impact, brake_acceptance
   from public, authbackend_service, authbackend_admin, authbackend_reader, authbackend_crl_sync;
 
@@ -47,15 +48,14 @@ grant execute on function enforcement_overdue() to authbackend_admin, authbacken
 
 grant select on certificate, authority, crl_highest, crl_installed to authbackend_service;
 grant select, insert, update, delete on crl_listed to authbackend_service, authbackend_admin;
-grant execute on function crl_report(text, text, numeric, timestamptz) to authbackend_crl_sync;
+grant execute on function crl_report(text, text, numeric, timestamptz, double precision) to authbackend_crl_sync;
 grant select, insert, update on crl to authbackend_service; -- a list never goes back to an older number
 
 grant select, insert, update, delete on device_type, device, account, topic_rule to authbackend_admin;
 grant select, insert, update, delete on certificate, authority, crl to authbackend_admin;
 grant select on crl_highest to authbackend_admin, authbackend_reader;
 grant select on crl_listed to authbackend_reader;
-grant select on crl_installed to authbackend_reader;
-grant select on crl_installed to authbackend_admin;
+grant select on crl_installed, crl_reporter to authbackend_admin, authbackend_reader;
 grant execute on function crl_forget(text) to authbackend_admin;
 grant select on audit, change, change_floor, incarnation, schema_migrations to authbackend_admin;
 grant select on replica to authbackend_admin;

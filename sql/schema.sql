@@ -673,17 +673,32 @@ begin
   with gone as (delete from public.crl_installed where node = which returning *)
   insert into public.audit (operation, entity, key, before) select 'DELETE', 'crl_installed', node, to_jsonb(gone) from gone;
   get diagnostics n = row_count;
+  delete from public.crl_reporter where node = which;
   return n;
 end $$;
 
-CREATE FUNCTION public.crl_report(node text, issuer text, number numeric, next_update timestamp with time zone) RETURNS void
-    LANGUAGE sql SECURITY DEFINER
+CREATE FUNCTION public.crl_report(node text, issuer text, number numeric, next_update timestamp with time zone, counts_s double precision DEFAULT 220) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $_$
-  insert into public.crl_installed (node, issuer, number, next_update) values ($1, $2, $3, $4)
+declare
+  bound record;
+begin
+  if counts_s is null or not counts_s between 1 and 86400 then
+    perform public.refuse(format('list of %L on node %s: a report counts for 1 second to a day', issuer, node));
+  end if;
+  insert into public.crl_reporter (node, role) values ($1, session_user) on conflict do nothing;
+  select r.node, r.role into bound from public.crl_reporter r where r.node = $1 or r.role = session_user order by r.node = $1 desc limit 1;
+  if bound.node <> $1 then
+    perform public.refuse(format('role %s reports for node %s already, so it cannot report for node %s: give each node''s host a role of its own (create role NAME login in role authbackend_crl_sync)', session_user, bound.node, left($1, 80)));
+  elsif bound.role <> session_user then
+    perform public.refuse(format('node %s is reported by role %s, not by role %s; if that has changed: authbackend crl hosts --forget %s', $1, bound.role, session_user, $1));
+  end if;
+  insert into public.crl_installed (node, issuer, number, next_update, counts_until)
+  values ($1, $2, $3, $4, clock_timestamp() + make_interval(secs => $5))
   on conflict on constraint crl_installed_pkey do update
-  set number = excluded.number, next_update = excluded.next_update, reported_at = excluded.reported_at
-$_$;
+  set number = excluded.number, next_update = excluded.next_update, reported_at = excluded.reported_at, counts_until = excluded.counts_until;
+end $_$;
 
 CREATE FUNCTION public.device_certificates_revoke() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER
@@ -1507,6 +1522,7 @@ CREATE TABLE public.crl_installed (
     number numeric(48,0) NOT NULL,
     next_update timestamp with time zone NOT NULL,
     reported_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    counts_until timestamp with time zone NOT NULL,
     CONSTRAINT crl_installed_node CHECK (
 CASE
     WHEN (node ~ '^[^@[:space:]]{1,200}@[^@[:space:]]{1,255}$'::text) THEN true
@@ -1523,6 +1539,12 @@ CREATE TABLE public.crl_listed (
     issuer text NOT NULL,
     serial text NOT NULL,
     number numeric(48,0) NOT NULL
+);
+
+CREATE TABLE public.crl_reporter (
+    node text NOT NULL,
+    role name NOT NULL,
+    since timestamp with time zone DEFAULT clock_timestamp() NOT NULL
 );
 
 CREATE TABLE public.device (
@@ -1877,6 +1899,12 @@ ALTER TABLE ONLY public.crl_listed
 ALTER TABLE ONLY public.crl
     ADD CONSTRAINT crl_pkey PRIMARY KEY (authority);
 
+ALTER TABLE ONLY public.crl_reporter
+    ADD CONSTRAINT crl_reporter_pkey PRIMARY KEY (node);
+
+ALTER TABLE ONLY public.crl_reporter
+    ADD CONSTRAINT crl_reporter_role_key UNIQUE (role);
+
 ALTER TABLE ONLY public.device
     ADD CONSTRAINT device_common_name_key UNIQUE (common_name) DEFERRABLE;
 
@@ -2004,6 +2032,10 @@ CREATE TRIGGER audit_d AFTER DELETE ON public.crl_listed REFERENCING OLD TABLE A
 
 ALTER TABLE public.crl_listed ENABLE ALWAYS TRIGGER audit_d;
 
+CREATE TRIGGER audit_d AFTER DELETE ON public.crl_reporter REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('crl_reporter', 'node');
+
+ALTER TABLE public.crl_reporter ENABLE ALWAYS TRIGGER audit_d;
+
 CREATE TRIGGER audit_d AFTER DELETE ON public.device REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('device', 'device_id');
 
 ALTER TABLE public.device ENABLE ALWAYS TRIGGER audit_d;
@@ -2055,6 +2087,10 @@ ALTER TABLE public.crl ENABLE ALWAYS TRIGGER audit_i;
 CREATE TRIGGER audit_i AFTER INSERT ON public.crl_listed REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('crl_listed', 'serial');
 
 ALTER TABLE public.crl_listed ENABLE ALWAYS TRIGGER audit_i;
+
+CREATE TRIGGER audit_i AFTER INSERT ON public.crl_reporter REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('crl_reporter', 'node');
+
+ALTER TABLE public.crl_reporter ENABLE ALWAYS TRIGGER audit_i;
 
 CREATE TRIGGER audit_i AFTER INSERT ON public.device REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('device', 'device_id');
 
@@ -2108,6 +2144,10 @@ CREATE TRIGGER audit_t AFTER TRUNCATE ON public.crl_listed FOR EACH STATEMENT EX
 
 ALTER TABLE public.crl_listed ENABLE ALWAYS TRIGGER audit_t;
 
+CREATE TRIGGER audit_t AFTER TRUNCATE ON public.crl_reporter FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('crl_reporter', 'node');
+
+ALTER TABLE public.crl_reporter ENABLE ALWAYS TRIGGER audit_t;
+
 CREATE TRIGGER audit_t AFTER TRUNCATE ON public.device FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('device', 'device_id');
 
 ALTER TABLE public.device ENABLE ALWAYS TRIGGER audit_t;
@@ -2159,6 +2199,10 @@ ALTER TABLE public.crl ENABLE ALWAYS TRIGGER audit_u;
 CREATE TRIGGER audit_u AFTER UPDATE ON public.crl_listed REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('crl_listed', 'serial');
 
 ALTER TABLE public.crl_listed ENABLE ALWAYS TRIGGER audit_u;
+
+CREATE TRIGGER audit_u AFTER UPDATE ON public.crl_reporter REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('crl_reporter', 'node');
+
+ALTER TABLE public.crl_reporter ENABLE ALWAYS TRIGGER audit_u;
 
 CREATE TRIGGER audit_u AFTER UPDATE ON public.device REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('device', 'device_id');
 
@@ -2528,7 +2572,7 @@ REVOKE ALL ON FUNCTION public.crl_check() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.crl_forget(which text) FROM PUBLIC;
 
-REVOKE ALL ON FUNCTION public.crl_report(node text, issuer text, number numeric, next_update timestamp with time zone) FROM PUBLIC;
+REVOKE ALL ON FUNCTION public.crl_report(node text, issuer text, number numeric, next_update timestamp with time zone, counts_s double precision) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.device_certificates_revoke() FROM PUBLIC;
 
@@ -2597,4 +2641,5 @@ insert into public.schema_migrations (version) values
   ('20261125125000'),
   ('20261125130000'),
   ('20261125131000'),
-  ('20261125132000');
+  ('20261125132000'),
+  ('20261125150000');

@@ -198,6 +198,8 @@ def why_open(task: dict[str, Any]) -> str:
     if receipt.get("unseen_nodes"):
         return f"nodes that are not seen running, so what is connected there is not known: {', '.join(receipt['unseen_nodes'])}"
     lists = receipt.get("lists") or {}
+    if silent := lists.get("silent"):
+        return f"crl sync on the host of {', '.join(silent)} reports no more, so whether it has the revocation list is not known; see: authbackend crl hosts"
     if behind := lists.get("behind"):
         if lists["number"] is None:
             return "it is on no revocation list yet: nobody has signed or imported one since"
@@ -243,6 +245,8 @@ def _list_lines(lists: dict[str, Any]) -> Iterable[str]:
     """Yield on which nodes a revoked certificate is refused at the next login, as far as that is known."""
     if lists.get("installed"):
         yield f"  revocation list number {lists['number']} or a later one is installed on {', '.join(map(printable, lists['installed']))}"
+    if lists.get("silent"):
+        yield f"  not known to have that list still, its crl sync reports no more: {', '.join(map(printable, lists['silent']))}"
     if lists.get("unknown"):
         yield f"  not known to check a revocation list: {', '.join(map(printable, lists['unknown']))}; there it can log in again, and only the sweep finds it"
 

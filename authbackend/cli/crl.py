@@ -210,16 +210,16 @@ def export(context: click.Context, name: str, der: bool) -> None:
 @click.option("--dir", "folder", type=folder_type, required=True, metavar="DIR", help="RabbitMQ's ssl_crl_hash_dir.")
 @click.option(
     "--interval",
-    type=click.FloatRange(0.1),
+    type=click.FloatRange(0.1, 3600),
     default=1.0,
     show_default=True,
     metavar="SECONDS",
-    help="Shortest time between two looks.",
+    help="Shortest time between two looks; with --once and --node, how often you run it.",
 )
 @click.option(
     "--node",
     metavar="rabbit@HOST",
-    help="Report to the database (role authbackend_crl_sync) what is installed here, so that revocations of certificates are done only when this node has them.",
+    help="Report to the database what is installed here, so that revocations of certificates are done only when this node has them. Needs a database role of its own, in role authbackend_crl_sync.",
 )
 @_distribution_point
 @click.option("--once", is_flag=True, help="Look once; exit status 0 if the list in DIR is in order then.")
@@ -244,7 +244,7 @@ def sync(
     """
     if wrong := [url for url in urls if not url.startswith(("http://", "https://"))]:
         raise InvalidInput(f"--url {wrong[0]}: write it as http://HOST:PORT/crl/NAME.crl")
-    reporter = InstallReporter(target_of(context), node) if node else None
+    reporter = InstallReporter(target_of(context), node, interval) if node else None
     seen = reporter.seen if reporter else None
     syncer = Sync(urls, _certificates(ca_file), folder, seen=seen, distribution_point=distribution_point)
     try:
@@ -285,10 +285,15 @@ async def _follow(syncer: Sync, interval: float, reporter: InstallReporter | Non
 @json_option
 @click.pass_context
 def hosts(context: click.Context, forget: str | None, as_json: bool) -> None:
-    """List which revocation list each node's host has installed, as its crl sync --node reports."""
+    """
+    List which revocation list each node's host has installed, as its crl sync --node reports.
+
+    ROLE is the only one that may report for the node; --forget lets another one do it. COUNTS: no, when the last report is
+    too old to know that the list is still there; revocations of certificates are then not done, and name the node.
+    """
     target = target_of(context)
     if forget:
-        run(lists.forget_node(target, forget))
+        run(lists.forget_node(target, actor(), forget))
     found = [
         {
             **row,
@@ -297,4 +302,6 @@ def hosts(context: click.Context, forget: str | None, as_json: bool) -> None:
         }
         for row in run(lists.list_installed(target))
     ]
-    show(found, as_json, lambda: table(found, ("node", "issuer", "number", "next_update", "reported_at")))
+    shown = [{**row, "counts": "yes" if row["counts"] else "no"} for row in found]
+    columns = ("node", "role", "issuer", "number", "next_update", "reported_at", "counts")
+    show(found, as_json, lambda: table(shown, columns))

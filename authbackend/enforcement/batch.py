@@ -21,7 +21,17 @@ from authbackend.enforcement.checks import Checker, SessionQueue, fits
 from authbackend.enforcement.clusters import Actions, ClusterActions, Violation, inspect_session
 from authbackend.enforcement.inventory import Inventory
 from authbackend.enforcement.management_api import Binding, ClusterUnreachable
-from authbackend.enforcement.plans import Plan, PlansByOwner, common_receipt, grouped, lists_on, plan, receipt, unseen
+from authbackend.enforcement.plans import (
+    Plan,
+    PlansByOwner,
+    awaited_lists,
+    common_receipt,
+    grouped,
+    lists_on,
+    plan,
+    receipt,
+    unseen,
+)
 from authbackend.enforcement.tasks import Confirmation, Task, TaskStore, TaskStoreError
 from authbackend.errors import AuthbackendError, Unavailable
 from authbackend.policy.decide import DecisionSettings
@@ -376,7 +386,7 @@ class Batch:
             return self._inventory.look_again_s
         if self._confirmed.missing or made["unseen_nodes"]:
             return min(LONGEST_BACK_OFF_S, UNVERIFIED_S * float(made["looks"]))
-        if one.lists.get("behind"):
+        if awaited_lists(one.lists):
             return min(LONGEST_BACK_OFF_S, self._inventory.look_again_s * float(made["looks"]))
         return self._inventory.look_again_s if one.just_confirmed or one.just_listed else None
 

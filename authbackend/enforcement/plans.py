@@ -85,7 +85,7 @@ class Plan:
     @property
     def just_listed(self) -> bool:
         """True if at the look before, the list was not on every node that reports: what came since may not be seen yet."""
-        return bool((self.task.receipt.get("lists") or {}).get("behind"))
+        return bool(awaited_lists(self.task.receipt.get("lists") or {}))
 
     @property
     def selective(self) -> bool:
@@ -289,13 +289,18 @@ def lists_on(nodes: Iterable[str], found: Listed) -> dict[str, Any]:
     """
     Return what is known of the list with a certificate on a cluster's nodes.
 
-    ``installed``: their host reports that list or a later one; ``behind``: it reports another; ``unknown``: it reports none.
+    ``installed``: their host reports that list or a later one; ``behind``: it reports another; ``silent``: it has reported one,
+    too long ago to know whether it has it still; ``unknown``: it has never reported one.
     """
-    states: dict[str, list[str]] = {"installed": [], "behind": [], "unknown": []}
+    states: dict[str, list[str]] = {"installed": [], "behind": [], "silent": [], "unknown": []}
     for node in sorted(nodes):
-        has = found.nodes.get(node)
-        states["unknown" if has is None else "installed" if has else "behind"].append(node)
+        states[found.nodes.get(node, "unknown")].append(node)
     return {"number": found.number, **states}
+
+
+def awaited_lists(lists: dict[str, Any]) -> list[str]:
+    """Return the nodes whose host is to report the list with a certificate before its revocation is done."""
+    return [*lists.get("behind", ()), *lists.get("silent", ())]
 
 
 def unseen(nodes: dict[str, dict[str, bool]]) -> list[str]:

@@ -77,11 +77,12 @@ class Listed:
 
     Args:
         number: Of the first list with it; None: it is on none.
-        nodes: Those whose host says which list it has installed, and whether that is this one or a later one.
+        nodes: Those whose host has reported a list, and what is known of it: ``installed``, ``behind`` or ``silent``; see
+            ``plans.lists_on``.
     """
 
     number: str | None
-    nodes: dict[str, bool]
+    nodes: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)

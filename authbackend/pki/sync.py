@@ -27,12 +27,14 @@ from authbackend.pki.reading import PKIError
 log = structlog.get_logger(__name__)
 
 LARGEST_LIST_BYTES = 64 * 1024**2
+WAIT_S = 25
+"""So long the service is asked to wait for another list."""
+
 LATE_SHARE = 0.25
 """With less than this share of its lifetime left, a list is late: it should have been replaced at half of it."""
 
-_WAIT_S = 25
 _TELL_AGAIN_S = 60.0
-_TIMEOUT = aiohttp.ClientTimeout(total=_WAIT_S + 30, connect=5)
+_TIMEOUT = aiohttp.ClientTimeout(total=WAIT_S + 30, connect=5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,7 @@ class Sync:
         headers = {}
         etag, content = self._etags.get(url, ("", b""))
         if etag and self._is_there(content):
-            headers = {"If-None-Match": etag, **({"Prefer": f"wait={_WAIT_S}"} if wait else {})}
+            headers = {"If-None-Match": etag, **({"Prefer": f"wait={WAIT_S}"} if wait else {})}
         try:
             async with session.get(url, headers=headers, allow_redirects=False) as answer:
                 if answer.status == 304 and etag:

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from authbackend.errors import NotFound
-from authbackend.postgres.connection import Connection, Target, connect, connected, translated_errors
+from authbackend.postgres.connection import Connection, Target, connect, connected, name_actor, translated_errors
 from authbackend.postgres.statements import load_statements
 
 CHANNELS = ("certificate", "crl")
@@ -117,32 +117,38 @@ async def fetch_moment(connection: Connection, issuer: str) -> Moment:
     return Moment(row["now"], kept, installed, row["listed"])
 
 
-async def report_list(target: Target, node: str, issuer: str, number: int, next_update: datetime) -> None:
+async def report_list(
+    target: Target, node: str, issuer: str, number: int, next_update: datetime, counts_s: float
+) -> None:
     """
     Note which list of an authority the host of a node has installed.
 
+    Args:
+        counts_s: How long the report counts, in seconds.
     Raises:
+        InvalidInput: Another role reports for this node, or this role for another node.
         AuthbackendError: The database cannot be reached or refuses.
     """
     async with connected(target) as connection:
         statement = load_statements("certificates").report_list.sql
-        await connection.execute(statement, node, issuer, str(number), next_update)
+        await connection.execute(statement, node, issuer, str(number), next_update, counts_s)
 
 
 async def list_installed(target: Target) -> list[dict[str, Any]]:
-    """Return which lists the hosts of nodes say that they have installed."""
+    """Return which lists the hosts of nodes say that they have installed, who says so, and whether that still counts."""
     async with connected(target) as connection:
         return [dict(row) for row in await connection.fetch(load_statements("certificates").installed.sql)]
 
 
-async def forget_node(target: Target, node: str) -> None:
+async def forget_node(target: Target, actor: str, node: str) -> None:
     """
-    Forget what the host of a node said that it had installed.
+    Forget what the host of a node said that it had installed, and which role said it.
 
     Raises:
         NotFound: It said nothing.
     """
-    async with connected(target) as connection:
+    async with connected(target) as connection, connection.transaction():
+        await name_actor(connection, actor)
         if not await connection.fetchval(load_statements("certificates").forget_node.sql, node):
             raise NotFound(f"no node {node!r} has reported a revocation list; see: authbackend crl hosts")
 

@@ -29,7 +29,7 @@ with linked as (
 select count(*) from linked;
 
 -- name: certificates
--- params: 1 device id, 2 state, 3 ends before, 4 at most, 5 fingerprint, 6 serial, 7 ends not before; null: any
+-- params: 1 device id, 2 state, 3 has not ended and ends within this time from now, 4 at most, 5 fingerprint, 6 serial; null: any
 select c.fingerprint, c.serial, c.issuer, c.subject, c.common_name, c.not_before, c.not_after, c.device_id, c.state,
        c.reason, c.revoked_at, c.added_at, d.type, d.status,
        exists (select from certificate s where s.device_id = c.device_id and s.state = 'active' and s.not_after > c.not_after) as renewed
@@ -114,12 +114,13 @@ with subject as (select subject as issuer from authority where name = $1),
 insert into crl_listed (issuer, serial, number) select issuer, serial, $2::text::numeric from listed on conflict do nothing;
 
 -- name: report_list!
--- params: 1 node, 2 issuer, 3 number text, 4 next update
-select crl_report($1, $2, $3::text::numeric, $4);
+-- params: 1 node, 2 issuer, 3 number text, 4 next update, 5 seconds for which it counts
+select crl_report($1, $2, $3::text::numeric, $4, $5);
 
 -- name: installed
--- row: node, issuer, number, next_update, reported_at
-select node, issuer, number::text as number, next_update, reported_at from crl_installed order by node, issuer;
+-- row: node, who reports for it, issuer, number, next_update, reported_at, and whether the report still counts
+select i.node, r.role::text as role, i.issuer, i.number::text as number, i.next_update, i.reported_at, i.counts_until > clock_timestamp() as counts
+from crl_installed i left join crl_reporter r using (node) order by node, issuer;
 
 -- name: forget_node$
 -- params: 1 node

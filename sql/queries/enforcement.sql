@@ -173,9 +173,11 @@ where e.id = u.id and e.id in (select id from enforcement where id = any ($1::bi
 
 -- name: lists_of
 -- params: 1 issuers, 2 serials
--- row: issuer, serial, number of the first list with it, null: it is on none; nodes whose list is known, and whether it is that or a later one
+-- row: issuer, serial, number of the first list with it, null: it is on none; nodes that have reported, and what is known of
+--   their list: silent (the last report does not count any more), installed (that list or a later one), behind
 select c.issuer, c.serial, l.number::text as number,
-       coalesce((select jsonb_object_agg(i.node, coalesce(i.number >= l.number, false)) from crl_installed i where i.issuer = c.issuer), '{}') as nodes
+       coalesce((select jsonb_object_agg(i.node, case when i.counts_until <= clock_timestamp() then 'silent' when i.number >= l.number then 'installed' else 'behind' end)
+                 from crl_installed i where i.issuer = c.issuer), '{}') as nodes
 from unnest($1::text[], $2::text[]) as c (issuer, serial) left join crl_listed l using (issuer, serial);
 
 -- name: retry_failed!

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
+from authbackend.cli.common import why_open
 from authbackend.enforcement import lanes
 from authbackend.enforcement.clusters import ClusterActions
 from authbackend.enforcement.inventory import Listed
@@ -621,10 +623,61 @@ async def looked(rig: Rig, number: int) -> dict[str, Any]:
             await asyncio.sleep(0.02)
 
 
-REPORT = "select crl_report('rabbit@one', 'CN=ca', {}, now() + interval '1 day')"
+Report = Callable[[str, int], Awaitable[None]]
 
 
-async def test_a_node_that_begins_to_report_while_a_revocation_is_open_is_waited_for(rig: Rig) -> None:
+@pytest.fixture
+async def report(rig: Rig) -> AsyncIterator[Report]:
+    """Report a list as the host of rabbit@one or rabbit@two; each has a role of its own."""
+    names = ("one", "two")
+    for name in names:
+        await rig.sql.execute(f"create role host_{name} login; grant execute on function crl_report to host_{name}")
+
+    async def said(name: str, number: int) -> None:
+        async with connected(rig.dsn, user=f"host_{name}") as host:
+            await host.execute("select crl_report($1, 'CN=ca', $2, now() + interval '1 day')", f"rabbit@{name}", number)
+
+    yield said
+    for name in names:
+        await rig.sql.execute(f"drop owned by host_{name}; drop role host_{name}")
+
+
+async def look_now(rig: Rig, task: dict[str, Any]) -> dict[str, Any]:
+    """Make the only task due, and return it after its next look."""
+    await rig.sql.execute("update enforcement set due_at = now()")
+    return await looked(rig, task["receipt"]["looks"] + 1)
+
+
+async def test_a_node_whose_host_reports_no_more_is_not_known_to_have_the_list(rig: Rig, report: Report) -> None:
+    """It had the list when it was last heard of; the revocation is done when it is heard of again."""
+    await rig.devices("A")
+    await rig.sql.execute(CERTIFICATE)
+    await report("one", 6)
+    await list_certificate(rig, 6, ["ab"])
+    await rig.sql.execute("update crl_installed set counts_until = now()")
+    async with rig.enforcing():
+        await rig.sql.execute("update certificate set state = 'revoked'")
+        task = await looked(rig, 1)
+        while task["receipt"]["looks"] < 3:
+            task = await look_now(rig, task)
+        assert task["finished_at"] is None
+        assert task["receipt"]["lists"] == {
+            "number": "6",
+            "installed": [],
+            "behind": [],
+            "silent": ["rabbit@one"],
+            "unknown": [],
+        }
+        assert "crl sync on the host of rabbit@one reports no more" in why_open(task)
+        rig.broker.connect("A", certificate_serial="ab", certificate_issuer="CN=ca", certificate_subject="CN=A")
+        await report("one", 6)
+        await rig.sql.execute("update enforcement set due_at = now()")
+        (task,) = await rig.finished()
+    assert not rig.broker.live, "who came back meanwhile is closed before it is done"
+    assert task["receipt"]["lists"]["installed"] == ["rabbit@one"]
+
+
+async def test_a_node_that_begins_to_report_while_a_revocation_is_open_is_waited_for(rig: Rig, report: Report) -> None:
     """And the look at which all have the list is not the last one: who came a moment before it may not be seen yet."""
     await rig.sql.execute(CERTIFICATE)
     async with rig.enforcing():
@@ -632,44 +685,57 @@ async def test_a_node_that_begins_to_report_while_a_revocation_is_open_is_waited
         task = await looked(rig, 1)
         while not task["receipt"]["confirmed_at"]:
             task = await looked(rig, task["receipt"]["looks"] + 1)
-        await rig.sql.execute(REPORT.format(5))
+        await report("one", 5)
         await list_certificate(rig, 6, ["ab"])
         task = await looked(rig, task["receipt"]["looks"] + 1)
         looks = task["receipt"]["looks"]
         assert (task["finished_at"], task["receipt"]["lists"]["behind"]) == (None, ["rabbit@one"])
-        await rig.sql.execute(REPORT.format(6) + "; update enforcement set due_at = now()")
+        await report("one", 6)
+        await rig.sql.execute("update enforcement set due_at = now()")
         (task,) = await rig.finished()
     assert task["receipt"]["looks"] == looks + 2
 
 
-async def test_a_revoked_certificate_is_done_when_every_node_that_reports_has_the_list(rig: Rig) -> None:
+async def test_a_revoked_certificate_is_done_when_every_node_that_reports_has_the_list(
+    rig: Rig, report: Report
+) -> None:
     await rig.devices("A")
     await rig.sql.execute(CERTIFICATE)
     rig.broker.running["rabbit@two"] = True
     nodes = sorted(rig.broker.running)
-    report = "select crl_report($1, 'CN=ca', $2, now() + interval '1 day')"
-    for node in nodes:
-        await rig.sql.execute(report, node, 5)
+    await report("one", 5)
+    await report("two", 5)
     await list_certificate(rig, 5, [])
 
     async with rig.enforcing():
         await rig.sql.execute("update certificate set state = 'revoked'")
         task = await looked(rig, 2)
         assert task["finished_at"] is None, "it is on no list"
-        assert task["receipt"]["lists"] == {"number": None, "installed": [], "behind": nodes, "unknown": []}
+        assert task["receipt"]["lists"] == {
+            "number": None,
+            "installed": [],
+            "behind": nodes,
+            "silent": [],
+            "unknown": [],
+        }
         await list_certificate(rig, 6, ["ab"])
-        for node in nodes[1:]:
-            await rig.sql.execute(report, node, 6)
+        await report("two", 6)
         await rig.sql.execute("update enforcement set due_at = now()")
         task = await looked(rig, task["receipt"]["looks"] + 1)
         assert task["finished_at"] is None, "the first node still has the list before"
         assert task["receipt"]["lists"]["behind"] == nodes[:1]
         rig.broker.connect("A", certificate_serial="ab", certificate_issuer="CN=ca", certificate_subject="CN=A")
-        await rig.sql.execute(report, nodes[0], 7)  # a later one is as good
+        await report("one", 7)  # a later one is as good
         await rig.sql.execute("update enforcement set due_at = now()")
         (task,) = await rig.finished()
     assert not rig.broker.live, "who came back meanwhile is closed before it is done"
-    assert task["receipt"]["lists"] == {"number": "6", "installed": nodes, "behind": [], "unknown": []}
+    assert task["receipt"]["lists"] == {
+        "number": "6",
+        "installed": nodes,
+        "behind": [],
+        "silent": [],
+        "unknown": [],
+    }
 
 
 async def test_a_node_that_reports_no_list_is_named_in_the_receipt(rig: Rig) -> None:

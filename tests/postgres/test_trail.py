@@ -41,6 +41,8 @@ NOT_FOR_PEOPLE = (
     "audit",
     "change",
     "acting_for",
+    "crl_installed",
+    "crl_reporter",
 )
 
 

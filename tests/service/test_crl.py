@@ -210,9 +210,11 @@ async def test_the_host_of_a_node_reports_what_it_has_installed_and_whoever_rest
             await until(reported, "it has reported")
             assert await reported() == number
             assert list((tmp_path / "crl").iterdir())
-            await connection.execute(
-                "select crl_report('rabbit@one', issuer, $1, now()) from crl_installed", number + 10**9
+            assert await connection.fetchval("select role from crl_reporter where node = 'rabbit@one'") == "host"
+            assert await connection.fetchval("select counts_until - reported_at from crl_installed") == timedelta(
+                seconds=220
             )
+            await connection.execute("update crl_installed set number = $1", number + 10**9)
             await connection.execute("notify crl")
 
             async def above():
