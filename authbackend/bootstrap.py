@@ -212,11 +212,12 @@ def _leader(
     database = target(settings)
     limit_s = float("inf") if enforcement.hold_until_done else enforcement.hold_limit_s
     clusters = clusters_of(settings)
+    metrics = EnforcementMetrics(collected)
     return Leader(
-        lambda: leading(database, limit_s, list(clusters)),
+        lambda: leading(database, limit_s, list(clusters), metrics.lock_taken),
         lambda part: open_store(database, part),
         store,
-        EnforcementMetrics(collected),
+        metrics,
         LeaderSettings(
             clusters,
             enforcement.kicks_per_second,

@@ -12,7 +12,7 @@ Errors of this project; a refusal by policy is never one of them but a value (``
     ├── Unavailable          the database or a peer cannot be reached now, or somebody else holds what is needed
     │   ├── NoRoom           there is no memory for the registry
     │   └── Unwritable       the database can be read and not written
-    └── Unconfirmed          a change is committed, and not everybody is known to decide by it
+    └── Unconfirmed          a change is committed, and what was waited for is not known to be true
 
 Each has a ``detail`` that is safe to show to the person who asked; the cause is chained for the log.
 """
@@ -77,6 +77,6 @@ class Forbidden(AuthbackendError):
 
 
 class Unconfirmed(AuthbackendError):
-    """A change is committed, and not everybody is known to decide by it."""
+    """A change is committed, and what was waited for is not known to be true."""
 
     exit_code = 8

@@ -3,7 +3,8 @@ The command line: one module per noun, thin.
 
 Exit codes: 0 done (``explain``: allowed), 1 unexpected failure, 2 wrong usage, input or configuration, 3 not found,
 4 conflict, 5 the database cannot be reached or somebody else holds what is needed: try again, 6 ``explain``: denied,
-7 the database role lacks the right, 8 committed, and not every replica is known to decide by it.
+7 the database role lacks the right, 8 committed, and what was waited for is not known to be true: every replica decides by
+it, nothing that it takes away is connected or stored, every node has the revocation list.
 """
 
 from __future__ import annotations

@@ -91,7 +91,12 @@ def add(
 @json_option
 @click.pass_context
 def passwd(context: click.Context, name: str, password_file: Path | None, as_json: bool, wait_s: float | None) -> None:
-    """Set the password of an account; logins with the old one end at once."""
+    """
+    Set the password of an account.
+
+    A replica that decides by it (--wait) lets nobody in with the old one; who is connected is closed by a replica with
+    enforcement.clusters.
+    """
     target = target_of(context)
     version = run(editor.set_password(target, actor(), name, hash_password(_password(password_file))))
     lines = [f"password of {name} set, version {version}"]

@@ -23,10 +23,11 @@ from authbackend.cli.common import (
     table,
     target_of,
 )
-from authbackend.errors import InvalidInput
+from authbackend.errors import InvalidInput, Unconfirmed
 from authbackend.pki.authority_folder import AuthorityFolder
 from authbackend.pki.lists import HOLD, REASONS
 from authbackend.postgres import certificates as store
+from authbackend.postgres import enforcement
 from authbackend.postgres.connection import Target, connected
 from authbackend.postgres.editor import editing
 from authbackend.postgres.lists import StoredList
@@ -141,7 +142,7 @@ def show_(context: click.Context, name: str, as_json: bool) -> None:
 @click.option(
     "--wait",
     is_flag=True,
-    help="Return when nothing is connected with them and every broker's node has the list that refuses them; exit status 8 if that is not known in time.",
+    help="Return when every broker's node is reported to have the list that refuses them and a last look found nothing connected with them; exit status 8 if that is not known in time.",
 )
 @click.option(
     "--timeout",
@@ -190,14 +191,16 @@ def revoke(
         for row in revoked:
             yield f"revoked {row['serial']} of {printable(row['common_name'])} ({reason})"
         if not revoked:
-            yield "revoked already, or nothing to revoke; nothing was changed"
+            yield "revoked already, or nothing to revoke; no certificate was changed"
         if revoked and authority is None:
-            yield "brokers refuse it once it is on a list: signed by the service (pki.authority_dir), else by: authbackend crl sign DIR"
+            yield "nodes that check a list refuse it once it is on one: signed by the service (pki.authority_dir), else by: authbackend crl sign DIR"
         if signed is not None and authority is not None:
             yield f"list number {signed.number} of authority {authority.name} is in the database, until {signed.next_update:%Y-%m-%d %H:%M} UTC; who checks it: authbackend crl hosts"
 
-    if wait and revoked:
-        show_enforced(target, version, timeout, result, as_json, lines)
+    if not wait:
+        show(result, as_json, lines)
+    elif revoked:
+        show_enforced(target, run(enforcement.enforced(target, version, timeout)), result, as_json, lines)
     else:
         _show_former(target, name, device_id, timeout, result, as_json, lines)
 
@@ -227,6 +230,13 @@ def _show_former(
     serials = run(revoked_before())
     if not serials:
         show(result, as_json, lines)
+        return
+    tasks = run(enforcement.settled(target, "certificate", serials, timeout))
+    show_enforced(target, tasks, result, as_json, lines)
+    if unreceipted := sorted(set(serials) - {task["name"] for task in tasks or ()}):
+        raise Unconfirmed(
+            f"no receipt is kept of the revocation of {', '.join(unreceipted[:5])}{' ...' if unreceipted[5:] else ''}: it was made long ago, had ended already, or nobody enforced"
+        )
 
 
 async def _revoke(

@@ -26,6 +26,8 @@ from authbackend.settings import Settings, load
 
 T = TypeVar("T")
 
+NOT_ENABLED = "enforcement is off; a replica with enforcement.clusters switches it on when it leads"
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -71,7 +73,7 @@ def wait_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option(
         "--wait",
         is_flag=True,
-        help="Return when every replica decides by it, and what it takes away is taken away from who is connected; exit status 8 if that is not known in time.",
+        help="Return when every replica that may answer decides by it and, where enforcement is on, a last look found nothing connected or stored that it takes away; exit status 8 if that is not known in time.",
     )
     @click.option(
         "--timeout",
@@ -89,11 +91,18 @@ def wait_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def show_change(
-    target: Target, result: dict[str, Any], as_json: bool, lines: Callable[[], Iterable[str]], wait_s: float | None
+    target: Target,
+    result: dict[str, Any],
+    as_json: bool,
+    lines: Callable[[], Iterable[str]],
+    wait_s: float | None,
+    about: tuple[str, str] | None = None,
 ) -> None:
     """
     Wait for the replicas and for enforcement, if wanted, and print a change with its ``version``.
 
+    Args:
+        about: Kind and name: if nothing was changed this time, the change before is waited for.
     Raises:
         Unconfirmed: Not all decide by it in time, or something may still be connected; it is printed and committed all
             the same.
@@ -106,13 +115,16 @@ def show_change(
             result["confirmed_by"] = [found["name"] for found in run(replicas.wait(target, version, wait_s))]
         except Unconfirmed as error:
             fault, result["confirmed_by"] = error, None
+        left_s = max(0.0, wait_s - (time.monotonic() - began))
         if result["version"]:
-            left_s = max(0.0, wait_s - (time.monotonic() - began))
             result["enforcement"] = run(enforcement.enforced(target, result["version"], left_s))
+        elif about is not None:
+            result["enforcement"] = run(enforcement.settled(target, about[0], [about[1]], left_s))
+        if "enforcement" in result:
             left_open = unfinished(result["enforcement"])
-            if left_open and (pause := run(enforcement.paused(target))):
-                click.echo(f"authbackend: {pause_line(pause)}", err=True)
-            fault = fault or left_open
+            for line in held_up(target) if left_open else ():
+                click.echo(f"authbackend: {line}", err=True)
+            fault = fault or left_open or left_alone(result["enforcement"])
 
     def all_lines() -> Iterable[str]:
         yield from lines()
@@ -127,25 +139,26 @@ def show_change(
     if result.get("confirmed_by") == []:
         click.echo("authbackend: no replica is known that could answer", err=True)
     if "enforcement" in result and result["enforcement"] is None:
-        click.echo("authbackend: nothing that is connected was closed: no replica has enforcement.clusters", err=True)
+        click.echo(f"authbackend: what is connected was not looked at: {NOT_ENABLED}", err=True)
 
 
 def show_enforced(
     target: Target,
-    version: str,
-    wait_s: float,
+    tasks: list[dict[str, Any]] | None,
     result: dict[str, Any],
     as_json: bool,
     lines: Callable[[], Iterable[str]],
 ) -> None:
     """
-    Wait for enforcement, and print a revocation of certificates with its receipts.
+    Print a revocation of certificates with its receipts.
 
+    Args:
+        tasks: What was waited for; None if nobody enforces.
     Raises:
         Unconfirmed: Something may still be connected, or a node may let the certificate in again; it is printed and
             committed all the same.
     """
-    tasks = result["enforcement"] = run(enforcement.enforced(target, version, wait_s))
+    result["enforcement"] = tasks
 
     def all_lines() -> Iterable[str]:
         yield from lines()
@@ -153,11 +166,14 @@ def show_enforced(
             yield from receipt_lines(task)
 
     show(result, as_json, all_lines)
+    fault = unfinished(tasks)
+    for line in held_up(target) if fault else ():
+        click.echo(f"authbackend: {line}", err=True)
     if tasks is None:
         raise Unconfirmed(
-            "committed, but nothing that is connected was closed, and whether a node has the list is not known: no replica has enforcement.clusters"
+            f"committed, but what is connected was not looked at, and whether a node has the list is not known: {NOT_ENABLED}"
         )
-    if fault := unfinished(tasks) or unlisted(tasks):
+    if fault := fault or left_alone(tasks) or unlisted(tasks):
         raise fault
 
 
@@ -173,6 +189,16 @@ def unfinished(tasks: list[dict[str, Any]] | None) -> Unconfirmed | None:
     more = f", and {len(open_) - 5} more" if len(open_) > 5 else ""
     return Unconfirmed(
         f"committed, but not yet known to be true for what is connected: {named}{more}. See: authbackend enforcement list --state open"
+    )
+
+
+def left_alone(tasks: list[dict[str, Any]] | None) -> Unconfirmed | None:
+    """Return what to raise if connections stay of which the brokers do not tell whether they should."""
+    untold = sum((task["receipt"] or {}).get("untold") or 0 for task in tasks or ())
+    if not untold:
+        return None
+    return Unconfirmed(
+        f"committed, but {untold} connections stay, because the brokers do not tell enough to know whether they should end. See: authbackend enforcement sweeps"
     )
 
 
@@ -221,7 +247,7 @@ def receipt_lines(task: dict[str, Any]) -> Iterable[str]:
         yield f"  {receipt['devices']} devices were touched, each a task of its own"
     elif receipt:
         where = (
-            ", ".join(f"{number} on {printable(node)}" for node, number in sorted(closed.items())) or "none was open"
+            ", ".join(f"{number} on {printable(node)}" for node, number in sorted(closed.items())) or "none was found"
         )
         last = f"; the last one {receipt['took_s']:g} s after the change" if closed else ""
         yield f"  connections closed: {where}{last}"
@@ -232,13 +258,9 @@ def receipt_lines(task: dict[str, Any]) -> Iterable[str]:
     yield from _list_lines(receipt.get("lists") or {})
     if receipt.get("checked_at"):
         untold = receipt.get("untold")
-        but = (
-            f" but {untold} connections of which the brokers do not tell enough; they stay, see the sweep"
-            if untold
-            else ""
-        )
-        what = "nothing is connected with it" if task["kind"] == "certificate" else "nothing left"
-        yield f"  {what}{but} at {receipt['checked_at']}"
+        but = f"; {untold} stay of which the brokers do not tell enough, see the sweep" if untold else ""
+        what = "connected with it" if task["kind"] == "certificate" else "more to end"
+        yield f"  last look at {receipt['checked_at']}: nothing {what} was found{but}"
 
 
 def _list_lines(lists: dict[str, Any]) -> Iterable[str]:
@@ -249,6 +271,17 @@ def _list_lines(lists: dict[str, Any]) -> Iterable[str]:
         yield f"  not known to have that list still, its crl sync reports no more: {', '.join(map(printable, lists['silent']))}"
     if lists.get("unknown"):
         yield f"  not known to check a revocation list: {', '.join(map(printable, lists['unknown']))}; there it can log in again, and only the sweep finds it"
+
+
+def held_up(target: Target) -> Iterable[str]:
+    """Yield what keeps all enforcement from being done: a pause, or somebody who holds the lock of the replica that enforces."""
+    if pause := run(enforcement.paused(target)):
+        yield pause_line(pause)
+    for holder in run(enforcement.list_lock_takers(target)):
+        yield (
+            f"nobody enforces: process {holder['pid']} (role {printable(holder['role'])}, {printable(holder['application'])}) "
+            f"holds the lock of enforcement and is no replica; end it: select pg_terminate_backend({holder['pid']})"
+        )
 
 
 def pause_line(pause: Pause) -> str:

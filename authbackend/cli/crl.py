@@ -222,7 +222,11 @@ def export(context: click.Context, name: str, der: bool) -> None:
     help="Report to the database what is installed here, so that revocations of certificates are done only when this node has them. Needs a database role of its own, in role authbackend_crl_sync.",
 )
 @_distribution_point
-@click.option("--once", is_flag=True, help="Look once; exit status 0 if the list in DIR is in order then.")
+@click.option(
+    "--once",
+    is_flag=True,
+    help="Look once; exit status 0 if the list in DIR is then the one that is served, signed by the authority and in its time.",
+)
 @click.pass_context
 def sync(
     context: click.Context,
@@ -250,7 +254,7 @@ def sync(
     try:
         if once:
             synced = run(_once(syncer, reporter))
-            state = "replaced" if synced.new else "up to date"
+            state = "replaced" if synced.new else "is the one that is served"
             click.echo(
                 f"{synced.path} {state}: number {synced.list.number}, until {synced.list.next_update:%Y-%m-%d %H:%M} UTC"
             )

@@ -8,6 +8,7 @@ from datetime import datetime
 import click
 
 from authbackend.cli.common import (
+    NOT_ENABLED,
     actor,
     json_option,
     printable,
@@ -23,6 +24,8 @@ from authbackend.document.read import parse_time
 from authbackend.errors import InvalidInput
 from authbackend.policy.rules import Status
 from authbackend.postgres import editor
+from authbackend.postgres.connection import Target
+from authbackend.postgres.enforcement import is_enabled
 
 
 @click.group()
@@ -137,9 +140,16 @@ def _change(
     version = run(editor.set_device_status(target, actor(), device_id, status, reason, until))
     end = f"is {status} already; nothing was changed" if version is None else f"is {status}, version {version}"
     if until is not None:
-        end += f", active again at {until.isoformat()}"
+        end += f", to be active again at {until.isoformat()}"
     result = {"device_id": device_id, "status": status, "reason": reason, "version": version}
-    show_change(target, result, as_json, lambda: [f"device {device_id} {end}"], wait_s)
+    if until is not None:
+        _warn_of_schedule(target)
+    show_change(target, result, as_json, lambda: [f"device {device_id} {end}"], wait_s, ("device", device_id))
+
+
+def _warn_of_schedule(target: Target) -> None:
+    if not run(is_enabled(target)):
+        click.echo(f"authbackend: nobody makes scheduled changes: {NOT_ENABLED}", err=True)
 
 
 _reason_option = click.option("--reason", default="", help="Why; kept with the device and in the audit trail.")
@@ -148,7 +158,11 @@ _reason_option = click.option("--reason", default="", help="Why; kept with the d
 @device.command()
 @click.argument("device_id")
 @_reason_option
-@click.option("--until", metavar="TIME", help="Let it in again then, by itself. ISO 8601; UTC without a zone.")
+@click.option(
+    "--until",
+    metavar="TIME",
+    help="Let it in again then, by itself (a replica with enforcement.clusters does it). ISO 8601; UTC without a zone.",
+)
 @wait_options
 @json_option
 @click.pass_context
@@ -172,7 +186,8 @@ def revoke(
     """
     Deny a device for good, and end what it has open: connections are closed, sessions deleted.
 
-    With --wait, returns when that is so and prints the receipt. Needs a replica with enforcement.clusters.
+    With --wait, returns when a last look found nothing of it and prints the receipt. What is open is ended, and --at happens,
+    only with a replica that has enforcement.clusters.
     """
     due = _time("--at", at)
     if due is None:
@@ -181,7 +196,8 @@ def revoke(
     target = target_of(context)
     version = run(editor.schedule_device_status(target, actor(), device_id, "revoked", reason, due))
     result = {"device_id": device_id, "status": "revoked", "at": due.isoformat(), "version": version}
-    show_change(target, result, as_json, lambda: [f"device {device_id} will be revoked at {due.isoformat()}"], wait_s)
+    _warn_of_schedule(target)
+    show_change(target, result, as_json, lambda: [f"device {device_id} is to be revoked at {due.isoformat()}"], wait_s)
 
 
 @device.command()

@@ -9,6 +9,7 @@ import click
 
 from authbackend.cli.common import (
     actor,
+    held_up,
     json_option,
     pause_line,
     printable,
@@ -45,7 +46,12 @@ def enforcement() -> None:
 def list_(
     context: click.Context, state: str | None, kind: str | None, name: str | None, limit: int, as_json: bool
 ) -> None:
-    """List tasks, the newest first; a pause, and scheduled changes that are late, are named before them."""
+    """
+    List tasks, the newest first.
+
+    Before them is named what holds them up: a pause, a session that is no replica and holds the lock of the one that enforces,
+    and scheduled changes that are late.
+    """
     target = target_of(context)
     found = run(work.list_tasks(target, state=state, kind=kind, name=name, limit=limit))
     rows = [
@@ -68,8 +74,7 @@ def list_(
 
 
 def _held_up(target: Target) -> Iterator[str]:
-    if pause := run(work.paused(target)):
-        yield pause_line(pause)
+    yield from held_up(target)
     for each in run(work.list_overdue(target)):
         holder = printable(each.holder) if each.holder else "nobody is seen holding its row"
         yield (
@@ -88,8 +93,8 @@ def show_(context: click.Context, task: int, as_json: bool) -> None:
     found = run(work.get_task(target, task))
 
     def lines() -> Iterator[str]:
-        if found["finished_at"] is None and (pause := run(work.paused(target))):
-            yield pause_line(pause)
+        if found["finished_at"] is None:
+            yield from held_up(target)
         yield from receipt_lines(found)
         yield f"  noted at {found['noted_at']:%Y-%m-%d %H:%M:%S.%f} UTC, by {who(found['by'], found['claimed_by'])}, version {found['version']}"
         receipt = found["receipt"] or {}
@@ -159,12 +164,12 @@ def pause(context: click.Context, everything: bool, as_json: bool) -> None:
 @json_option
 @click.pass_context
 def resume(context: click.Context, as_json: bool) -> None:
-    """End a pause; what is open is done at once."""
+    """End a pause; what is open is due at once."""
     was_paused = run(work.resume(target_of(context), actor()))
     show(
         {"resumed": was_paused},
         as_json,
-        lambda: ["enforcement goes on" if was_paused else "enforcement was not paused"],
+        lambda: ["the pause is ended" if was_paused else "enforcement was not paused"],
     )
 
 
@@ -194,13 +199,13 @@ def disable(context: click.Context, as_json: bool) -> None:
     Note no more work, and end all holds.
 
     For a registry whose services enforce no more: without this, changes go on noting work that nobody does. A
-    service with enforcement.clusters switches it on again when it starts.
+    replica with enforcement.clusters switches it on again when it leads anew.
     """
     holds, moves = run(work.disable(target_of(context), actor()))
     show(
         {"enabled": False, "holds": holds, "client_id_moves": moves},
         as_json,
         lambda: [
-            f"changes note no more work; {holds} holds of devices and {moves} of types whose client ids moved were ended"
+            f"changes note no more work until a replica with enforcement.clusters leads again; {holds} holds of devices and {moves} of types whose client ids moved were ended"
         ],
     )

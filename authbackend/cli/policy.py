@@ -17,6 +17,7 @@ from authbackend.document.model import Document, Problem
 from authbackend.document.read import read
 from authbackend.document.write import as_tree, write
 from authbackend.errors import InvalidInput
+from authbackend.pki.files import write_file
 from authbackend.postgres import policy_apply, policy_export, policy_store
 
 _file = click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
@@ -167,7 +168,8 @@ def export(context: click.Context, output: Path | None, as_json: bool) -> None:
     if output is None:
         click.echo(text, nl=False)
         return
-    output.touch(mode=0o600)
-    output.chmod(0o600)
-    output.write_text(text, encoding="utf-8")
+    try:
+        write_file(output, text.encode(), 0o600)
+    except OSError as error:
+        raise InvalidInput(f"{output}: {error.strerror}") from error
     click.echo(f"wrote {output}", err=True)

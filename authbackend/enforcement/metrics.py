@@ -57,6 +57,12 @@ class EnforcementMetrics:
         self._what_ended(registry)
 
     def _what_is_held_up(self, registry: CollectorRegistry) -> None:
+        self._lock_taken = Gauge(
+            "authbackend_enforcement_lock_taken",
+            "1 on a replica that waits for the lock of enforcement while a session that is no replica holds it: nobody enforces.",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
         self._paused = Gauge(
             "authbackend_enforcement_paused",
             "1 while enforcement is paused, by lane: urgent, bulk.",
@@ -104,6 +110,10 @@ class EnforcementMetrics:
             self.backlog(Backlog({}, 0.0, 0, 0))
             for cluster in self._clusters:
                 self._findings(cluster, Report())
+
+    def lock_taken(self, taken: bool) -> None:
+        """Whether a session that is no replica keeps this one from enforcing."""
+        self._lock_taken.set(taken)
 
     def backlog(self, backlog: Backlog) -> None:
         """Take what is open."""

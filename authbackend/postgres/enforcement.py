@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -248,10 +248,14 @@ class LeaderLock:
 
 
 @contextlib.asynccontextmanager
-async def leading(target: Target, hold_limit_s: float, clusters: list[str]) -> AsyncIterator[LeaderLock]:
+async def leading(
+    target: Target, hold_limit_s: float, clusters: list[str], lock_taken: Callable[[bool], object] = lambda _: None
+) -> AsyncIterator[LeaderLock]:
     """
     Wait for the lock of enforcement and hold it for the time of the block; changes note tasks for these clusters.
 
+    Args:
+        lock_taken: Told while waiting whether a session that is no replica holds the lock, so that nobody enforces.
     Raises:
         AuthbackendError: The database cannot be reached or refuses.
     """
@@ -263,7 +267,10 @@ async def leading(target: Target, hold_limit_s: float, clusters: list[str]) -> A
                 "set tcp_keepalives_idle = 2; set tcp_keepalives_interval = 1; set tcp_keepalives_count = 3"
             )
             statements = load_statements("enforcement")
-            await _take_lock(connection, statements.strangers_with_the_lock.sql)
+            try:
+                await _take_lock(connection, statements.strangers_with_the_lock.sql, lock_taken)
+            finally:
+                lock_taken(False)
             await connection.execute(statements.enable.sql, hold_limit_s, clusters)
             await connection.execute(statements.adopt.sql, clusters)
             for row in await connection.fetch(statements.unknown_clusters.sql, clusters):
@@ -278,10 +285,12 @@ async def leading(target: Target, hold_limit_s: float, clusters: list[str]) -> A
             await connection.close(timeout=1)
 
 
-async def _take_lock(connection: Connection, strangers: str) -> None:
+async def _take_lock(connection: Connection, strangers: str, lock_taken: Callable[[bool], object]) -> None:
     told: set[int] = set()
     while not await connection.fetchval("select pg_try_advisory_lock($1)", ENFORCE):
-        for row in await connection.fetch(strangers, ENFORCE):
+        found = await connection.fetch(strangers, ENFORCE)
+        lock_taken(bool(found))
+        for row in found:
             if row["pid"] not in told:
                 told.add(row["pid"])
                 log.error(
@@ -367,6 +376,13 @@ async def paused(target: Target) -> Pause | None:
         return None if row is None else _pause(row)
 
 
+async def list_lock_takers(target: Target) -> list[dict[str, Any]]:
+    """Return the sessions that hold the lock of enforcement and are no replica, so that nobody enforces."""
+    async with connected(target) as connection:
+        found = await connection.fetch(load_statements("enforcement").strangers_with_the_lock.sql, ENFORCE)
+        return [dict(row) for row in found]
+
+
 async def list_overdue(target: Target) -> list[Overdue]:
     """Return scheduled changes that are late, with who keeps their device's row locked."""
     async with connected(target) as connection:
@@ -402,13 +418,31 @@ async def enforced(target: Target, version: str, timeout_s: float) -> list[dict[
 
     Tasks that are not done in time are returned as they are.
     """
-    statements = load_statements("enforcement")
+    return await _finished(target, timeout_s, load_statements("enforcement").of_version.sql, version.partition("@")[0])
+
+
+async def settled(target: Target, kind: str, names: Sequence[str], timeout_s: float) -> list[dict[str, Any]] | None:
+    """
+    Wait until what was taken away earlier is taken away, and return the tasks about it that were open, and the last ones.
+
+    As :func:`enforced`. Receipts of long ago are not kept.
+    """
+    return await _finished(target, timeout_s, load_statements("enforcement").last_about.sql, kind, list(names))
+
+
+async def is_enabled(target: Target) -> bool:
+    """Return whether enforcement is switched on: without it, nobody makes scheduled changes either."""
+    async with connected(target) as connection:
+        return bool(await connection.fetchval(load_statements("enforcement").enabled.sql))
+
+
+async def _finished(target: Target, timeout_s: float, statement: str, *values: Any) -> list[dict[str, Any]] | None:
     deadline = asyncio.get_running_loop().time() + timeout_s
     async with connected(target) as connection:
-        if not await connection.fetchval(statements.enabled.sql):
+        if not await connection.fetchval(load_statements("enforcement").enabled.sql):
             return None
         while True:
-            rows = await connection.fetch(statements.of_version.sql, version.partition("@")[0])
+            rows = await connection.fetch(statement, *values)
             left = deadline - asyncio.get_running_loop().time()
             if all(row["finished_at"] is not None for row in rows) or left <= 0:
                 return [_plain(row) for row in rows]

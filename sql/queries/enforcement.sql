@@ -225,6 +225,13 @@ from enforcement where id = $1;
 select id, cluster, kind, name, causes, state, fault, receipt, noted_at, finished_at from enforcement
 where version = $1::text::xid8 and parent is null order by id;
 
+-- name: last_about
+-- What is open about devices, accounts or certificates, and the last of each on each cluster. params: 1 kind, 2 names
+select id, cluster, kind, name, causes, state, fault, receipt, noted_at, finished_at from enforcement e
+where kind = $1 and name = any ($2::text[]) and parent is null
+  and (finished_at is null or not exists (select from enforcement l where l.kind = e.kind and l.name = e.name and l.cluster = e.cluster and l.parent is null and l.id > e.id))
+order by id;
+
 -- name: retry$
 -- Make open tasks due at once; a finished one is done again. params: 1 id or null for all open ones
 select enforcement_retry($1::bigint);

@@ -40,22 +40,24 @@ class Revocable:
 
     Args:
         replica: not started; gets the authority and is asked for the list.
+        name: of the authority, and of the node before the @.
     """
 
-    def __init__(self, workplace: Path, root: Path, bench: Certificates, replica: Service) -> None:
-        self.place = workplace / "revocable"
+    def __init__(self, workplace: Path, root: Path, bench: Certificates, replica: Service, name: str = "fleet") -> None:
+        self.name = name
+        self.place = workplace / f"revocable-{name}"
         self.place.mkdir()
         self.replica = replica
         self.secret = self.place / "passphrase"
         self.secret.write_text(PASSPHRASE + "\n")
-        self.ca = self.place / "fleet"
+        self.ca = self.place / name
         self._count = 0
         self._sync: Process | None = None
         of_root = self.place / "root-passphrase"
         of_root.write_text("staple in a vault\n")
         self.sign("ca", "init", self.ca, "--root-out", self.place / "offline", "--root-passphrase-file", of_root)
         self.authority = AuthorityFolder.open(self.ca, PASSPHRASE.encode())
-        self.node = self._node(workplace / "crl", root, bench)
+        self.node = self._node(workplace / f"node-{name}", root, bench)
 
     def _node(self, state: Path, root: Path, bench: Certificates) -> Broker:
         certs = self.place / "certs"
@@ -67,10 +69,15 @@ class Revocable:
         advanced = self.place / "advanced.config"
         advanced.write_text(CRL_CONFIG.read_text().replace("{port, 15676}", f"{{port, {DOORS.web_mqtt_tls}}}"))
         state.mkdir()
-        node = Broker(root, state, cast("Certificates", Directory(certs)), "crl", DOORS, [CRL_CONF], advanced)
+        node = Broker(root, state, cast("Certificates", Directory(certs)), self.name, DOORS, [CRL_CONF], advanced)
         node.plugins = ["rabbitmq_web_mqtt"]
         node.prepare()
         return node
+
+    @property
+    def node_name(self) -> str:
+        """The node as RabbitMQ writes it."""
+        return f"{self.name}@localhost"
 
     @property
     def lists(self) -> Path:
@@ -96,13 +103,23 @@ class Revocable:
         self.node.start()
 
     def _sync_command(self) -> list[str | Path]:
-        url = f"{self.replica.url}/crl/fleet.crl"
+        url = f"{self.replica.url}/crl/{self.name}.crl"
         return ["crl", "sync", "--url", url, "--ca", self.ca / "ca.pem", "--dir", self.lists]
 
-    def start_sync(self) -> None:
-        """Keep the list up to date from now on."""
+    def start_sync(self, reports_to: str | None = None) -> Process:
+        """
+        Keep the list up to date from now on.
+
+        Args:
+            reports_to: The database, with the role that reports for the node; None: nothing is reported.
+        """
         command = [sys.executable, "-m", "authbackend", *self._sync_command()]
-        self._sync = Process(command, self.place / "sync.log", {"PATH": "/usr/bin:/bin"}, REPOSITORY)
+        environment = {"PATH": "/usr/bin:/bin"}
+        if reports_to is not None:
+            command += ["--node", self.node_name]
+            environment["AUTHBACKEND_DATABASE__DSN"] = reports_to
+        self._sync = Process(command, self.place / "sync.log", environment, REPOSITORY)
+        return self._sync
 
     def stop_sync(self) -> None:
         """Leave the list as it is from now on."""

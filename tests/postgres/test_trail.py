@@ -10,8 +10,10 @@ from typing import Any
 
 import asyncpg
 import pytest
+from click.testing import CliRunner
 from structlog.testing import capture_logs
 
+from authbackend.cli import main
 from authbackend.postgres import editor, enforcement, replicas
 from authbackend.postgres.connection import Target
 from authbackend.postgres.enforcement import PostgresTaskStore
@@ -400,9 +402,16 @@ async def test_a_person_of_the_security_team_does_the_documented_work_by_psql(
 async def test_who_keeps_every_replica_from_enforcing_by_its_lock_is_named_in_the_log(
     fleet: asyncpg.Connection, postgres: Server, database: str
 ) -> None:
+    taken: list[bool] = []
+
     async def lead() -> None:
-        async with enforcement.leading(Target(postgres.dsn(database, SERVICE)), 30, ["c"]):
+        async with enforcement.leading(Target(postgres.dsn(database, SERVICE)), 30, ["c"], taken.append):
             pass
+
+    def command(*arguments: str) -> str:
+        done = CliRunner().invoke(main, [*arguments], env={"AUTHBACKEND_DATABASE__DSN": postgres.dsn(database, READER)})
+        assert done.exit_code == 0, done.output
+        return done.output
 
     with capture_logs() as logged:
 
@@ -416,8 +425,15 @@ async def test_who_keeps_every_replica_from_enforcing_by_its_lock_is_named_in_th
             (entry,) = logged
             assert (entry["role"], entry["application"], entry["log_level"]) == ("ann", "psql", "error")
             assert entry["pid"] == ann.get_server_pid()
+            assert taken[-1], "the metric says it"
+            told = f"nobody enforces: process {entry['pid']} (role ann, psql) holds the lock of enforcement"
+            assert told in await asyncio.to_thread(command, "enforcement", "list")
+            (task,) = await enforcement.list_tasks(Target(postgres.dsn(database, READER)))
+            assert told in await asyncio.to_thread(command, "enforcement", "show", str(task["id"]))
         async with asyncio.timeout(10):
             await leading
+        assert not taken[-1]
+        assert "nobody enforces" not in await asyncio.to_thread(command, "enforcement", "list")
 
 
 async def test_another_replica_that_enforces_is_no_stranger(

@@ -1,0 +1,144 @@
+"""One certificate from its issue to its end: enrolled, used, revoked, listed, installed beside the node, and never let in again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from .conftest import make_service
+from .fleet import Fleet
+from .identities import Certificates, Identity
+from .mqtt import MQTTClient
+from .processes import HarnessError, Process, until
+from .revocation import DOORS, Revocable, Tls
+from .service import Database
+from .test_crl import REVOKED
+
+Clients = Callable[..., MQTTClient]
+
+
+@pytest.fixture(scope="module")
+def chain(workplace: Path, certificates: Certificates, database: Database, fleet: Fleet) -> Iterator[Revocable]:
+    """A node that checks lists, and a replica that signs them and enforces on it; no sweep ends anything meanwhile."""
+    replica = make_service(workplace, certificates, database, broker_port=8090, admin_port=8091)
+    found = Revocable(workplace, Path(os.environ["AUTHBACKEND_TEST_RABBITMQ_ROOT"]), certificates, replica, "chain")
+    replica.enforce(f"https://localhost:{DOORS.management_tls}", sweep_interval_s="3600")
+    replica.configure(
+        PKI__AUTHORITY_DIR=str(found.ca),
+        PKI__PASSPHRASE_FILE=str(found.secret),
+        ENFORCEMENT__CA_FILE=str(found.ca / "ca.pem"),
+    )
+    try:
+        found.start()
+        yield found
+    finally:
+        found.close()
+        replica.command("enforcement", "disable")
+
+
+@pytest.fixture
+def reporting(chain: Revocable, database: Database) -> Iterator[Process]:
+    """``crl sync --node`` beside the node, with the role of that node."""
+    database.sql("create role crl_chain login in role authbackend_crl_sync")
+    chain.stop_sync()
+    yield chain.start_sync(database.dsn_of("crl_chain"))
+    chain.stop_sync()
+    chain.replica.command("crl", "hosts", "--forget", chain.node_name)
+    database.sql("drop role crl_chain")
+    chain.start_sync()
+
+
+async def revoke(chain: Revocable, identity: Identity, *options: str) -> str:
+    """Revoke what a device has and wait; returns what the command says, also when it fails."""
+    command = ("cert", "revoke", "--device", identity.name, "--all", "--reason", "keyCompromise", "--wait", *options)
+    try:
+        said = "exit status 0\n" + await asyncio.to_thread(chain.replica.command, *command)
+    except HarnessError as error:
+        said = str(error)
+    print(f"$ authbackend {' '.join(command)}\n{said}")
+    return said
+
+
+async def test_without_a_report_the_receipt_says_that_the_node_is_not_known_to_check(
+    mqtt: Clients, chain: Revocable, fleet: Fleet
+) -> None:
+    identity = chain.enroll(fleet.device())
+    client = mqtt(identity, port=DOORS.mqtt_tls)
+    assert await client.connect() == 0
+    said = await revoke(chain, identity)
+    assert "exit status 8" in said
+    assert f"not known to check a revocation list: {chain.node_name}; there it can log in again" in said
+    assert f"connections closed: 1 on {chain.node_name}" in said
+    assert f"committed, but {chain.node_name} is not known to check a revocation list" in said
+    assert await client.disconnected() is not None
+
+
+async def test_a_revocation_is_done_when_the_node_has_the_list_and_the_device_stays_out(
+    mqtt: Clients, chain: Revocable, reporting: Process, fleet: Fleet
+) -> None:
+    """While the sync stands still, the device comes back with the revoked certificate, and nothing claims otherwise."""
+    identity = chain.enroll(fleet.device())
+    await until(lambda: chain.node_name in chain.replica.command("crl", "hosts"))
+    client = mqtt(identity, port=DOORS.mqtt_tls)
+    assert await client.connect() == 0
+
+    os.kill(reporting.pid, signal.SIGSTOP)
+    try:
+        assert "exit status 8" in await revoke(chain, identity, "--timeout", "1")
+        assert await client.disconnected() is not None
+        back = mqtt(identity, port=DOORS.mqtt_tls)
+        assert await back.connect() == 0
+        why = f"is not installed yet on {chain.node_name}"
+        await until(lambda: why in chain.replica.command("enforcement", "list", "--state", "open"), 60)
+        said = await revoke(chain, identity, "--timeout", "1")
+        assert "exit status 8" in said
+        assert why in said
+        assert " is done" not in said
+    finally:
+        os.kill(reporting.pid, signal.SIGCONT)
+
+    said = await revoke(chain, identity)
+    assert "exit status 0" in said
+    assert "revoked already" in said
+    assert "is done" in said
+    assert f"or a later one is installed on {chain.node_name}" in said
+    assert "nothing connected with it was found" in said
+    assert await back.disconnected() is not None
+    assert Tls(identity).login() == REVOKED
+    hosts = chain.replica.command("crl", "hosts")
+    print(f"$ authbackend crl hosts\n{hosts}")
+    assert "crl_chain" in hosts
+
+
+async def test_a_stolen_device(mqtt: Clients, chain: Revocable, fleet: Fleet) -> None:
+    """As the documentation shows it."""
+    me = fleet.device()
+    client = mqtt(chain.enroll(me), port=DOORS.mqtt_tls, clean=False, session_expiry_s=600)
+    assert await client.connect() == 0
+    assert await client.subscribe(f"fleet/{me}/commands/#") == [1]
+    said = await asyncio.to_thread(
+        chain.replica.command, "device", "revoke", me, "--reason", "stolen", "--wait", "--timeout", "60"
+    )
+    print(f"$ authbackend device revoke {me} --reason stolen --wait\n{said}")
+    assert await client.disconnected() is not None
+    assert f"connections closed: 1 on {chain.node_name}" in said
+    assert f"session deleted: mqtt-subscription-{me}qos1 with 0 messages" in said
+    assert "nothing more to end was found" in said
+
+
+async def test_in_one_go(mqtt: Clients, chain: Revocable, reporting: Process, fleet: Fleet) -> None:
+    """What the documentation shows."""
+    identity = chain.enroll(fleet.device())
+    await until(lambda: chain.node_name in chain.replica.command("crl", "hosts"))
+    client = mqtt(identity, port=DOORS.mqtt_tls)
+    assert await client.connect() == 0
+    said = await revoke(chain, identity)
+    assert "exit status 0" in said
+    assert f"connections closed: 1 on {chain.node_name}" in said
+    assert await client.disconnected() is not None
+    assert Tls(identity).login() == REVOKED
