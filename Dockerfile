@@ -35,19 +35,20 @@ RUN groupadd --gid 10001 authbackend \
  && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin authbackend \
  && install --directory --owner=10001 --group=10001 --mode=700 /var/lib/authbackend
 COPY --from=build /opt/authbackend /opt/authbackend
+COPY deploy/healthcheck /usr/local/bin/healthcheck
 # USER: the commands note who acts, and must have a name to note under any user id.
 ENV PATH=/opt/authbackend/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     USER=authbackend \
     AUTHBACKEND_BROKER__LISTEN=0.0.0.0:8080 \
-    AUTHBACKEND_ADMIN__LISTEN=0.0.0.0:8081
+    AUTHBACKEND_HEALTH__LISTEN=0.0.0.0:8082
 USER 10001:10001
-# 8080: RabbitMQ asks here; refuses to start without mutual TLS. 8081: health and metrics; keep it inside.
-EXPOSE 8080 8081
-# Asks the listener for people, in plain HTTP: the one for RabbitMQ wants a client certificate. "Live", not "ready": a
-# database that is away makes no container sick; whoever spreads the load looks at /health/ready.
+# 8080: RabbitMQ asks here; refuses to start without mutual TLS. 8082: health, metrics and revocation lists, for balancers,
+# Prometheus and brokers' hosts; keep it inside. The listener for people (8081) stays on the container's loopback.
+EXPOSE 8080 8082
+# "Live", not "ready": a database that is away makes no container sick; whoever spreads the load looks at /health/ready.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s --retries=3 \
-  CMD ["python", "-I", "-S", "-c", "import os, sys, http.client as h; c = h.HTTPConnection('127.0.0.1', int(os.environ['AUTHBACKEND_ADMIN__LISTEN'].rpartition(':')[2]), timeout=2); c.request('GET', '/health/live'); sys.exit(c.getresponse().status != 200)"]
+  CMD ["python", "-I", "-S", "/usr/local/bin/healthcheck"]
 ENTRYPOINT ["authbackend"]
 CMD ["serve"]

@@ -18,12 +18,13 @@ from prometheus_client import CollectorRegistry
 from authbackend import __version__, metrics
 from authbackend.admin.crl import PublishedLists, as_note, of_note
 from authbackend.admin.health import Health
+from authbackend.admin.health_listener import health_application
 from authbackend.admin.listener import application
 from authbackend.backoff import Reachability
 from authbackend.board import Board
 from authbackend.bounds import BoundedServer, Bounds, accepting
 from authbackend.broker.endpoints import Endpoints, Limits
-from authbackend.broker.listener import BrokerServer, TLSFiles, listening, watch
+from authbackend.broker.listener import BrokerServer, listening
 from authbackend.broker.passwords import PasswordChecker
 from authbackend.broker.wire import LONGEST_REQUEST_LINE_BYTES
 from authbackend.credentials import read_password
@@ -34,7 +35,7 @@ from authbackend.enforcement.sweep import SweepSettings
 from authbackend.errors import ConfigurationError
 from authbackend.ground import Ground, prepared, target
 from authbackend.logs import Sampler
-from authbackend.metrics import AdminMetrics, BrokerMetrics, CertificateMetrics, RegistryMetrics, ReplicaMetrics
+from authbackend.metrics import BrokerMetrics, CertificateMetrics, ListenerMetrics, RegistryMetrics, ReplicaMetrics
 from authbackend.notes import Note
 from authbackend.policy.decide import DecisionSettings
 from authbackend.postgres.enforcement import leading, open_store
@@ -45,13 +46,15 @@ from authbackend.registry.store import Store
 from authbackend.registry.sync import Look, Refreshed, RegistryCopy, SyncTimes
 from authbackend.registry.writability import Writability
 from authbackend.revocation import Keeper, open_authority
-from authbackend.settings import TLS, Admin, Broker, Settings, host_and_port, is_loopback
+from authbackend.settings import TLS, Broker, Settings, host_and_port, is_loopback
+from authbackend.settings import Health as HealthSettings
+from authbackend.tls import TLSFiles, watch
 
 log = structlog.get_logger(__name__)
 
 BEAT_S = 0.1
-ADMIN_KEEPALIVE_S = 75.0
-ADMIN_DRAIN_S = 2.0
+KEEPALIVE_S = 75.0
+DRAIN_S = 2.0
 LISTS_LOOK_S = 0.05
 
 
@@ -62,24 +65,39 @@ def broker_tls(broker: Broker) -> TLSFiles | None:
     Raises:
         ConfigurationError: The listener could be reached from elsewhere without mutual TLS, or the files do not fit.
     """
-    tls = broker.tls
-    if (tls.certificate_file is None) != (tls.key_file is None):
-        raise ConfigurationError("broker.tls.certificate_file and broker.tls.key_file go together: set both or none")
-    if tls.client_ca_file is not None and tls.certificate_file is None:
-        raise ConfigurationError("broker.tls.client_ca_file needs broker.tls.certificate_file and broker.tls.key_file")
-    if not is_loopback(broker.listen) and not broker.insecure and tls.client_ca_file is None:
+    _check_tls("broker", broker.tls)
+    if not is_loopback(broker.listen) and not broker.insecure and broker.tls.client_ca_file is None:
         raise ConfigurationError(
             f"broker.listen {broker.listen} can be reached from other hosts, where anybody could ask and guess passwords: "
             "set broker.tls.certificate_file, broker.tls.key_file and broker.tls.client_ca_file for mutual TLS, "
             "listen on 127.0.0.1, or accept it with broker.insecure = true"
         )
-    return _tls_files(tls)
+    return _tls_files("broker", broker.tls)
 
 
-def _tls_files(tls: TLS) -> TLSFiles | None:
+def health_tls(health: HealthSettings) -> TLSFiles | None:
+    """
+    Return the certificates of the listener for health, None for plain HTTP.
+
+    Raises:
+        ConfigurationError: The files do not fit.
+    """
+    _check_tls("health", health.tls)
+    return _tls_files("health", health.tls)
+
+
+def _check_tls(section: str, tls: TLS) -> None:
+    name = f"{section}.tls"
+    if (tls.certificate_file is None) != (tls.key_file is None):
+        raise ConfigurationError(f"{name}.certificate_file and {name}.key_file go together: set both or none")
+    if tls.client_ca_file is not None and tls.certificate_file is None:
+        raise ConfigurationError(f"{name}.client_ca_file needs {name}.certificate_file and {name}.key_file")
+
+
+def _tls_files(section: str, tls: TLS) -> TLSFiles | None:
     if tls.certificate_file is None or tls.key_file is None:
         return None
-    return TLSFiles(tls.certificate_file, tls.key_file, tls.client_ca_file)
+    return TLSFiles(section, tls.certificate_file, tls.key_file, tls.client_ca_file)
 
 
 OnEnd = Callable[[str], object]
@@ -151,38 +169,64 @@ def _present(store: Store, board: Board) -> metrics.Present:
 
 @contextlib.asynccontextmanager
 async def answering_people(
+    settings: Settings, store: Store, opened: socket.socket, collected: CollectorRegistry | None = None
+) -> AsyncIterator[None]:
+    """
+    Answer people for the time of the block; what one process of a replica does.
+
+    Args:
+        opened: The listening socket.
+        collected: The metrics of this process.
+    """
+    counted = metrics.admin_metrics(collected or CollectorRegistry())
+    app = application(
+        store.reader(),
+        DecisionSettings(mqtt_exchange=settings.broker.mqtt_exchange),
+        loopback=is_loopback(settings.admin.listen),
+    )
+    bounds = Bounds(KEEPALIVE_S, settings.admin.request_timeout_s, settings.admin.max_connections)
+    async with _application_listening(app, opened, bounds, counted):
+        yield
+
+
+@contextlib.asynccontextmanager
+async def answering_health(
     settings: Settings,
     ground: Ground,
     store: Store,
-    admin: socket.socket,
+    opened: socket.socket,
     on_end: OnEnd,
     collected: CollectorRegistry | None = None,
+    reload: asyncio.Event | None = None,
 ) -> AsyncIterator[None]:
     """
-    Answer people and Prometheus for the time of the block; what one process of a replica does.
+    Answer balancers, brokers' hosts and Prometheus for the time of the block; what one process of a replica does.
 
     Args:
-        admin: The listening socket.
+        opened: The listening socket.
         collected: The metrics of this process; those of others come from files.
         on_end: Is told the name of a background task that ended by itself, which it never should.
+        reload: Set to have the certificates read again at once.
+    Raises:
+        ConfigurationError: The certificates cannot be used.
     """
     collected = collected or CollectorRegistry()
-    board = ground.board
+    board, tls = ground.board, health_tls(settings.health)
     replica = ReplicaMetrics(lambda: _present(store, board), ground.replica_note.read)
     certificates = CertificateMetrics(ground.certificates_note.read)
     lists = PublishedLists()
-    app = application(
-        store.reader(),
+    app = health_application(
         lambda: metrics.exposition(collected, ground.metrics, replica, certificates),
         Health(store.reader(), board, settings.registry.max_staleness_s),
-        DecisionSettings(mqtt_exchange=settings.broker.mqtt_exchange),
         lists,
-        loopback=is_loopback(settings.admin.listen),
     )
-    async with (
-        _background("lists", _take_lists(ground.lists_note, lists), on_end),
-        _application_listening(app, admin, settings.admin, AdminMetrics(collected)),
-    ):
+    bounds = Bounds(KEEPALIVE_S, settings.health.request_timeout_s, settings.health.max_connections)
+    async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(_background("lists", _take_lists(ground.lists_note, lists), on_end))
+        if tls is not None:
+            await stack.enter_async_context(_background("certificates", watch(tls, reload or asyncio.Event()), on_end))
+        counted = metrics.health_metrics(collected)
+        await stack.enter_async_context(_application_listening(app, opened, bounds, counted, tls))
         yield
 
 
@@ -395,7 +439,7 @@ def _password_checker(settings: Settings, counted: BrokerMetrics) -> PasswordChe
 @contextlib.asynccontextmanager
 async def service(settings: Settings, folder: Path, on_end: OnEnd = log.error) -> AsyncIterator[dict[str, str]]:
     """
-    Run everything in this process, with one worker, for the time of the block; yields the URLs ``broker`` and ``admin``.
+    Run everything in this process, with one worker, for the time of the block; yields the URLs ``broker``, ``admin`` and ``health``.
 
     Listens at once and answers 503 until the registry is loaded. For tests; ``supervisor.serve`` runs the processes
     of a replica from the same parts.
@@ -408,27 +452,32 @@ async def service(settings: Settings, folder: Path, on_end: OnEnd = log.error) -
     _, port = host_and_port(settings.broker.listen)
     with prepared(settings, folder, shared=False) as made, contextlib.closing(Store(folder)) as store:
         admin = listening_socket("admin.listen", settings.admin.listen)
+        health = listening_socket("health.listen", settings.health.listen)
         collected = CollectorRegistry()
         async with (
             following(settings, made, store, on_end, collected),
-            answering_people(settings, made, store, admin, on_end, collected),
+            answering_people(settings, store, admin, collected),
+            answering_health(settings, made, store, health, on_end, collected),
             answering(settings, made, store, 0, port, on_end, collected) as found,
         ):
-            where = urls(settings, found, admin)
+            where = urls(settings, found, admin, health)
             log.info("service.listening", **where)
             yield where
             log.info("service.stopping")
 
 
-def urls(settings: Settings, port: int, admin: socket.socket) -> dict[str, str]:
-    """Return where RabbitMQ and people are answered."""
-    scheme = "https" if settings.broker.tls.certificate_file else "http"
-    host, _ = host_and_port(settings.broker.listen)
-    admin_host, _ = host_and_port(settings.admin.listen)
-    return {"broker": _url(scheme, host, port), "admin": _url("http", admin_host, admin.getsockname()[1])}
+def urls(settings: Settings, port: int, admin: socket.socket, health: socket.socket) -> dict[str, str]:
+    """Return where everybody is answered: RabbitMQ (at a port), people, and balancers, brokers' hosts and Prometheus."""
+    return {
+        "broker": _url(settings.broker.listen, port, settings.broker.tls),
+        "admin": _url(settings.admin.listen, admin.getsockname()[1]),
+        "health": _url(settings.health.listen, health.getsockname()[1], settings.health.tls),
+    }
 
 
-def _url(scheme: str, host: str, port: int) -> str:
+def _url(listen: str, port: int, tls: TLS | None = None) -> str:
+    host, _ = host_and_port(listen)
+    scheme = "https" if tls is not None and tls.certificate_file else "http"
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
@@ -468,16 +517,15 @@ def bound_socket(setting: str, listen: str, port: int | None = None, *, shared: 
 
 @contextlib.asynccontextmanager
 async def _application_listening(
-    app: web.Application, opened: socket.socket, admin: Admin, counted: AdminMetrics
+    app: web.Application, opened: socket.socket, bounds: Bounds, counted: ListenerMetrics, tls: TLSFiles | None = None
 ) -> AsyncIterator[None]:
     runner = web.AppRunner(app)
     await runner.setup()
     made = runner.server
     assert made is not None
-    bounds = Bounds(ADMIN_KEEPALIVE_S, admin.request_timeout_s, admin.max_connections)
     server = BoundedServer(made.request_handler, bounds, counted, request_factory=made.request_factory)
     async with contextlib.AsyncExitStack() as stack:
-        await stack.enter_async_context(accepting(server, ADMIN_DRAIN_S, sock=opened))
+        await stack.enter_async_context(accepting(server, DRAIN_S, sock=opened, tls=tls.context if tls else None))
         stack.push_async_callback(runner.cleanup)  # first: whoever waits for a list is answered
         yield
 

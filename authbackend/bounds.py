@@ -1,4 +1,4 @@
-"""Bounds of a listener: connections, the size of a request's head, and the time to send it."""
+"""Bounds of a listener: connections, the size of a request's head, and the time to send it and to take the answer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Bounds:
 
     Args:
         keepalive_timeout_s: How long an idle connection stays open.
-        request_timeout_s: Longest time that a client may take to send a request's head.
+        request_timeout_s: Longest time that a client may take to send a request's head, or take nothing of an answer.
         max_connections: One more is closed at once; fewer if the process may open few files.
         line_bytes: Longest request line and longest header.
     """
@@ -97,24 +97,33 @@ class BoundedServer(web.Server):
         self._open.discard(connection)
         self._observer.connections_open(len(self._open))
 
-    async def cut_slow_senders(self) -> None:
-        """Close connections that have begun a request, or nothing at all, and do not finish it; until cancelled."""
+    async def cut_slow_clients(self) -> None:
+        """
+        Close connections whose client does not finish a request that it began, or never began one, and those whose
+        client does not take its answer; until cancelled.
+        """
         while True:
             await asyncio.sleep(self._request_timeout_s / 2)
-            latest = time.monotonic() - self._request_timeout_s
-            for connection in [connection for connection in self._open if connection.sending_since(latest)]:
-                self._observer.connection_closed("slow")
-                connection.force_close()
+            now = time.monotonic()
+            latest = now - self._request_timeout_s
+            for connection in list(self._open):
+                if connection.sending_since(latest):
+                    self._observer.connection_closed("slow")
+                    connection.force_close()
+                elif connection.taking_nothing_since(latest, now):
+                    self._observer.connection_closed("slow")
+                    connection.abort()
 
 
 class BoundedConnection(RequestHandler):
     """One connection; times are of the monotonic clock."""
 
-    __slots__ = ("_began", "answered", "received")
+    __slots__ = ("_began", "_untaken", "_untaken_since", "answered", "received")
 
     def __init__(self, manager: BoundedServer, **kwargs: Any) -> None:
         super().__init__(manager, **kwargs)
-        self.received = self._began = time.monotonic()
+        self.received = self._began = self._untaken_since = time.monotonic()
+        self._untaken = 0
         self.answered = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -148,6 +157,19 @@ class BoundedConnection(RequestHandler):
         """Return whether the client has been sending a request's head since before a time."""
         return not self.answered and self._began < latest and not self._messages and self._current_request is None
 
+    def taking_nothing_since(self, latest: float, now: float) -> bool:
+        """Return whether an answer waits for the client, and it has taken nothing of it since before a time."""
+        untaken = 0 if self.transport is None else self.transport.get_write_buffer_size()
+        if not self._untaken or untaken < self._untaken:
+            self._untaken_since = now
+        self._untaken = untaken
+        return untaken > 0 and self._untaken_since < latest
+
+    def abort(self) -> None:
+        """Close now, without what the client has not taken."""
+        if self.transport is not None:
+            self.transport.abort()
+
 
 @contextlib.asynccontextmanager
 async def accepting(
@@ -175,7 +197,7 @@ async def accepting(
         ssl_shutdown_timeout=1.0 if tls else None,
         **where,
     )
-    slow = asyncio.create_task(server.cut_slow_senders())
+    slow = asyncio.create_task(server.cut_slow_clients())
     try:
         yield listener.sockets[0].getsockname()[1]
     finally:

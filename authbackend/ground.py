@@ -26,8 +26,11 @@ from authbackend.settings import Settings
 log = structlog.get_logger(__name__)
 
 FOLLOWER = "registry"
-ADMIN = "admin"
 """The process that follows the database."""
+ADMIN = "admin"
+"""The process that answers people."""
+HEALTH = "health"
+"""The process that answers balancers, brokers' hosts and Prometheus."""
 
 
 def worker_names(settings: Settings) -> list[str]:
@@ -98,7 +101,7 @@ def prepared(settings: Settings, folder: Path, *, shared: bool) -> Iterator[Grou
     registry = settings.registry
     (folder / "notes").mkdir(mode=0o700)
     if shared:
-        metric_files.reserve(folder / "metrics", (FOLLOWER, ADMIN, *worker_names(settings)))
+        metric_files.reserve(folder / "metrics", (FOLLOWER, ADMIN, HEALTH, *worker_names(settings)))
     with contextlib.ExitStack() as stack:
         disk = None
         restored = None

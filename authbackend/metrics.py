@@ -156,19 +156,25 @@ class BrokerMetrics:
         child.observe(seconds)
 
 
-class AdminMetrics:
-    """What the listener for people counts of its connections."""
+class ListenerMetrics:
+    """
+    What a listener other than RabbitMQ's counts of its connections.
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    Args:
+        listener: Begins the names.
+        clients: Who they are, for the descriptions.
+    """
+
+    def __init__(self, registry: CollectorRegistry, listener: str, clients: str) -> None:
         self._connections = Gauge(
-            "authbackend_admin_connections",
-            "Open connections of people and Prometheus.",
+            f"authbackend_{listener}_connections",
+            f"Open connections of {clients}.",
             registry=registry,
             multiprocess_mode="livesum",
         )
         self._closed = Counter(
-            "authbackend_admin_connections_closed",
-            "Connections of people and Prometheus closed by this side, by cause: too_many, slow.",
+            f"authbackend_{listener}_connections_closed",
+            f"Connections of {clients} closed by this side, by cause: too_many, slow.",
             ["cause"],
             registry=registry,
         )
@@ -180,6 +186,16 @@ class AdminMetrics:
     def connection_closed(self, cause: str) -> None:
         """One was closed by this side."""
         self._closed.labels(cause).inc()
+
+
+def admin_metrics(registry: CollectorRegistry) -> ListenerMetrics:
+    """Return what the listener for people counts."""
+    return ListenerMetrics(registry, "admin", "people")
+
+
+def health_metrics(registry: CollectorRegistry) -> ListenerMetrics:
+    """Return what the listener for health, lists and metrics counts."""
+    return ListenerMetrics(registry, "health", "balancers, brokers' hosts and Prometheus")
 
 
 class RegistryMetrics:

@@ -1,4 +1,4 @@
-"""What the process that follows the database tells the one that answers people: files in memory, replaced as a whole."""
+"""What the process that follows the database tells the one that answers balancers, brokers' hosts and Prometheus: files in memory, replaced as a whole."""
 
 from __future__ import annotations
 
@@ -34,7 +34,11 @@ class Note:
         self._file.unlink(missing_ok=True)
 
     def read(self) -> Any:
-        """Return the value, None if there is none; the same object until it is written again."""
+        """
+        Return the value, None if there is none; the same object until it is written again.
+
+        It stays what it was while the file cannot be opened, as when clients hold all files that the process may open.
+        """
         try:
             with self._file.open(encoding="utf-8") as file:
                 stat = os.fstat(file.fileno())
@@ -44,4 +48,6 @@ class Note:
                     self._stamp = stamp
         except FileNotFoundError:
             self._stamp = self._value = None
+        except OSError as error:
+            log.debug("note.not_read", path=str(self._file), fault=error.strerror)
         return self._value

@@ -122,7 +122,7 @@ class Database(_Section):
 
 
 class TLS(_Section):
-    """Certificates of a listener; all three together are mutual TLS."""
+    """Certificates of a listener, TLS 1.3; all three together are mutual TLS."""
 
     certificate_file: Path | None = Field(None, description="Server certificate with its chain, PEM.")
     key_file: Path | None = Field(None, description="Private key of the server certificate, PEM, not encrypted.")
@@ -163,9 +163,9 @@ class Broker(_Section):
 
 
 class Admin(_Section):
-    """The listener for people and Prometheus."""
+    """The listener for people."""
 
-    listen: Listen = Field("127.0.0.1:8081", description="Where people and Prometheus ask, host:port.")
+    listen: Listen = Field("127.0.0.1:8081", description="Where people ask, host:port.")
     request_timeout_s: float = Field(
         5.0, ge=0.01, le=60, description="Longest time to send a request; who takes longer is cut off and counted."
     )
@@ -175,6 +175,24 @@ class Admin(_Section):
         le=100000,
         description="Connections at once, at most half of the files that the process may open; one more is closed at once and counted.",
     )
+
+
+class Health(_Section):
+    """The listener for balancers, brokers' hosts and Prometheus: health, revocation lists, metrics. Nobody logs in."""
+
+    listen: Listen = Field(
+        "127.0.0.1:8082", description="Where balancers, brokers' hosts and Prometheus ask, host:port."
+    )
+    request_timeout_s: float = Field(
+        5.0, ge=0.01, le=60, description="Longest time to send a request; who takes longer is cut off and counted."
+    )
+    max_connections: int = Field(
+        256,
+        ge=4,
+        le=100000,
+        description="Connections at once, at most half of the files that the process may open; one more is closed at once and counted. Each broker's host keeps one.",
+    )
+    tls: TLS = TLS()
 
 
 class Registry(_Section):
@@ -342,6 +360,7 @@ class Settings(_Section):
     database: Database = Database()
     broker: Broker = Broker()
     admin: Admin = Admin()
+    health: Health = Health()
     registry: Registry = Registry()
     replica: Replica = Replica()
     accounts: Accounts = Accounts()

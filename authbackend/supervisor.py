@@ -1,6 +1,6 @@
 """
 The processes of a replica: a small parent, one process that follows the database and enforces, one that answers people,
-and the workers.
+one that answers balancers, brokers' hosts and Prometheus, and the workers.
 
 The parent has no event loop and opens nothing but sockets, so that it can fork at any time. It starts again what dies,
 with back-off, and drains on SIGTERM: workers stop accepting, finish what is in flight and end; then the replica signs
@@ -32,7 +32,7 @@ import uvloop
 from authbackend import bootstrap, logs, metric_files
 from authbackend.backoff import Backoff
 from authbackend.errors import AuthbackendError, ConfigurationError, Unavailable
-from authbackend.ground import ADMIN, FOLLOWER, Ground, memory_fault, prepared, worker_names
+from authbackend.ground import ADMIN, FOLLOWER, HEALTH, Ground, memory_fault, prepared, worker_names
 from authbackend.registry.store import Store
 from authbackend.settings import Settings
 
@@ -82,10 +82,11 @@ def serve(settings: Settings, started: Callable[[dict[str, str]], object]) -> No
     _raise_file_limit()
     with _folder(settings.registry.memory_dir) as folder, prepared(settings, folder, shared=True) as ground:
         admin = bootstrap.listening_socket("admin.listen", settings.admin.listen)
+        health = bootstrap.listening_socket("health.listen", settings.health.listen)
         bootstrap.bound_socket("broker.listen", settings.broker.listen).close()  # somebody listens there already?
         broker = bootstrap.bound_socket("broker.listen", settings.broker.listen, shared=True)  # keeps the port
-        with admin, broker:
-            Supervisor(settings, ground, admin, broker.getsockname()[1]).run(started)
+        with admin, health, broker:
+            Supervisor(settings, ground, admin, health, broker.getsockname()[1]).run(started)
 
 
 def survive_hangups(on_hangup: Callable[[], object] = lambda: None) -> None:
@@ -101,17 +102,24 @@ def survive_hangups(on_hangup: Callable[[], object] = lambda: None) -> None:
 class Supervisor:
     """Starts, watches and ends the children."""
 
-    def __init__(self, settings: Settings, ground: Ground, admin: socket.socket, port: int) -> None:
+    def __init__(
+        self, settings: Settings, ground: Ground, admin: socket.socket, health: socket.socket, port: int
+    ) -> None:
         self._settings = settings
         self._ground = ground
-        self._where = bootstrap.urls(settings, port, admin)
+        self._where = bootstrap.urls(settings, port, admin, health)
         self._life, self._lifeline = os.pipe()  # read end for children: its end is the parent's
 
         def follow(store: Store, on_end: bootstrap.OnEnd, _: asyncio.Event) -> AbstractAsyncContextManager[object]:
             return bootstrap.following(settings, ground, store, on_end)
 
-        def people(store: Store, on_end: bootstrap.OnEnd, _: asyncio.Event) -> AbstractAsyncContextManager[object]:
-            return bootstrap.answering_people(settings, ground, store, admin, on_end)
+        def people(store: Store, _: bootstrap.OnEnd, __: asyncio.Event) -> AbstractAsyncContextManager[object]:
+            return bootstrap.answering_people(settings, store, admin)
+
+        def health_and_lists(
+            store: Store, on_end: bootstrap.OnEnd, reload: asyncio.Event
+        ) -> AbstractAsyncContextManager[object]:
+            return bootstrap.answering_health(settings, ground, store, health, on_end, reload=reload)
 
         def answer(worker: int) -> Part:
             return lambda store, on_end, reload: bootstrap.answering(
@@ -119,8 +127,8 @@ class Supervisor:
             )
 
         self._registry = _Process(FOLLOWER, follow)
-        self._admin = _Process(ADMIN, people)
         self._workers = [_Process(name, answer(n), n) for n, name in enumerate(worker_names(settings))]
+        self._answering = [_Process(ADMIN, people), _Process(HEALTH, health_and_lists), *self._workers]
 
     def run(self, started: Callable[[dict[str, str]], object]) -> None:
         """Run until a signal; see :func:`serve`."""
@@ -128,7 +136,7 @@ class Supervisor:
         try:
             self._watch(started)
         finally:
-            overdue = self._end([self._admin, *self._workers]) + self._end([self._registry])
+            overdue = self._end(self._answering) + self._end([self._registry])
             os.close(self._lifeline)
             os.close(self._life)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -141,7 +149,7 @@ class Supervisor:
 
     def _watch(self, started: Callable[[dict[str, str]], object]) -> None:
         told = False
-        everybody = [self._registry, self._admin, *self._workers]
+        everybody = [self._registry, *self._answering]
         while True:
             now = time.monotonic()
             for process in everybody:
@@ -166,9 +174,9 @@ class Supervisor:
                 started(self._where)
 
     def _tell_hangup(self) -> None:
-        """Have the workers read their certificates again."""
+        """Have those who answer read their certificates again."""
         log.info("service.reloading")
-        for process in self._workers:
+        for process in self._answering:
             if process.process_id is not None:
                 os.kill(process.process_id, signal.SIGHUP)
 

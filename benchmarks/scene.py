@@ -118,7 +118,7 @@ class Running:
     port: int
     process: subprocess.Popen[bytes]
     log: Path
-    admin: int = 0
+    health: int = 0
     ready_after_s: float = 0.0
 
     def memory_bytes(self) -> dict[str, int]:
@@ -144,7 +144,7 @@ class Running:
 
     def metrics(self) -> str:
         """Return what the service tells Prometheus."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.admin}/metrics", timeout=30) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.health}/metrics", timeout=30) as response:
             return str(response.read().decode())
 
 
@@ -179,11 +179,12 @@ def process(name: str, command: list[str], port: int, environment: dict[str, str
 @contextlib.contextmanager
 def service(name: str, dsn: str, workers: int = 1, **settings: str) -> Iterator[Running]:
     """Run ``authbackend serve`` until the end of the block; yields when it is ready."""
-    port, admin = free_port(), free_port()
+    port, health = free_port(), free_port()
     environment = {
         "AUTHBACKEND_DATABASE__DSN": dsn,
         "AUTHBACKEND_BROKER__LISTEN": f"127.0.0.1:{port}",
-        "AUTHBACKEND_ADMIN__LISTEN": f"127.0.0.1:{admin}",
+        "AUTHBACKEND_ADMIN__LISTEN": "127.0.0.1:0",
+        "AUTHBACKEND_HEALTH__LISTEN": f"127.0.0.1:{health}",
         "AUTHBACKEND_REPLICA__WORKERS": str(workers),
         "AUTHBACKEND_REPLICA__NAME": name,
         "AUTHBACKEND_LOG__LEVEL": "info",
@@ -191,7 +192,7 @@ def service(name: str, dsn: str, workers: int = 1, **settings: str) -> Iterator[
     }
     started = time.monotonic()
     with process(name, [sys.executable, "-m", "authbackend", "serve"], port, environment) as running:
-        running.admin = admin
+        running.health = health
         _wait_ready(running, started)
         yield running
 
@@ -200,7 +201,7 @@ def _wait_ready(running: Running, started: float) -> None:
     while True:
         with (
             contextlib.suppress(OSError),
-            urllib.request.urlopen(f"http://127.0.0.1:{running.admin}/health/ready", timeout=5),
+            urllib.request.urlopen(f"http://127.0.0.1:{running.health}/health/ready", timeout=5),
         ):
             break
         if running.process.poll() is not None or time.monotonic() > started + START_LIMIT_S:

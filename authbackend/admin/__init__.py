@@ -1,1 +1,1 @@
-"""The face towards people and Prometheus."""
+"""The listeners for people, and for balancers, brokers' hosts and Prometheus."""

@@ -1,4 +1,4 @@
-"""The listener for people and Prometheus: metrics, health, revocation lists, and explanations on loopback."""
+"""The listener for people: explanations, on loopback."""
 
 from __future__ import annotations
 
@@ -7,41 +7,28 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from authbackend.admin.crl import PublishedLists
 from authbackend.admin.explanations import as_json, read_attempt
-from authbackend.admin.health import Health
 from authbackend.errors import AuthbackendError, NotFound, Unavailable
 from authbackend.policy import decide
 from authbackend.policy.explain import explain
 from authbackend.registry.store import Reader
 
-EXPOSITION_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
 _STATUS = {2: 400, 3: 404, 5: 503}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def application(
-    reader: Reader,
-    exposition: Callable[[], bytes],
-    health: Health,
-    settings: decide.DecisionSettings,
-    lists: PublishedLists,
-    *,
-    loopback: bool,
-) -> web.Application:
+def application(reader: Reader, settings: decide.DecisionSettings, *, loopback: bool) -> web.Application:
     """
     Build the application.
 
     Args:
-        exposition: Returns the metrics.
-        lists: The revocation lists; public by nature.
         loopback: Whether it is reachable from this host only; else it shows no policy, since nobody logs in.
     """
 
-    async def show_metrics(_: web.Request) -> web.Response:
-        return web.Response(body=exposition(), headers={"Content-Type": EXPOSITION_TYPE})
+    async def elsewhere(request: web.Request) -> web.Response:
+        raise NotFound(f"{request.path} is answered by another listener: health.listen (8082 unless set)")
 
     async def show_explanation(request: web.Request) -> web.Response:
         name, attempt = read_attempt(request.query)
@@ -54,12 +41,9 @@ def application(
             explanation = explain(registry, device, attempt, registry.now, settings)
         return web.json_response(as_json(device, attempt, explanation), dumps=_dumps)
 
-    app = web.Application(middlewares=[_errors])
-    app.router.add_get("/metrics", show_metrics)
-    app.router.add_get("/health/live", health.live)
-    app.router.add_get("/health/ready", health.ready)
-    app.router.add_get("/crl/{name}.crl", lists.show)
-    app.on_shutdown.append(lists.close)
+    app = web.Application(middlewares=[show_errors])
+    for path in ("/metrics", "/health/{name}", "/crl/{name}"):
+        app.router.add_get(path, elsewhere)
     if loopback:
         app.router.add_get("/api/explain", _for_this_host(show_explanation))
     return app
@@ -81,7 +65,8 @@ def _for_this_host(handler: Handler) -> Handler:
 
 
 @web.middleware
-async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def show_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer errors of this project as problems (RFC 9457)."""
     try:
         return await handler(request)
     except AuthbackendError as error:

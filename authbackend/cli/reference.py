@@ -13,12 +13,13 @@ from pydantic import BaseModel, SecretStr
 
 from authbackend.enforcement.metrics import EnforcementMetrics
 from authbackend.metrics import (
-    AdminMetrics,
     BrokerMetrics,
     CertificateMetrics,
     Present,
     RegistryMetrics,
     ReplicaMetrics,
+    admin_metrics,
+    health_metrics,
 )
 from authbackend.policy.reasons import Reason
 from authbackend.settings import Settings, setting_names, variable
@@ -118,8 +119,9 @@ def _default(value: object) -> str:
 def _metrics() -> Iterator[str]:
     yield "# Metrics"
     yield ""
-    yield "On the people's listener at `/metrics`. The number of series depends on device types and reasons, never on the"
-    yield "number of devices. They are summed over the workers of a replica."
+    yield "On the listener for health (`health.listen`, port 8082) at `/metrics`. The number of series depends on device types"
+    yield "and reasons, never on the number of devices. They are summed over the workers of a replica. However many ask, metrics"
+    yield "take at most a fifth of the time of the process that answers them: who asks meanwhile waits for the next."
     yield ""
     yield "| metric | type | labels | meaning |"
     yield "|---|---|---|---|"
@@ -133,7 +135,8 @@ def _collected() -> Iterator[tuple[Metric, tuple[str, ...]]]:
     registry = CollectorRegistry()
     BrokerMetrics(registry)
     EnforcementMetrics(registry)
-    AdminMetrics(registry)
+    admin_metrics(registry)
+    health_metrics(registry)
     RegistryMetrics(registry, lambda _: None)
     registry.register(ReplicaMetrics(lambda: Present(None, {}, {}, 0, (0, 0)), lambda: None))
     registry.register(CertificateMetrics())

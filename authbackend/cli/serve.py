@@ -50,6 +50,7 @@ def serve(context: click.Context, folder: Path | None, sample: bool, workers: in
         )
     logs.configure(settings.log.format, settings.log.level)
     bootstrap.broker_tls(settings.broker)  # say what is wrong before anything is started
+    bootstrap.health_tls(settings.health)
     revocation.open_authority(settings.pki)
     with _database(settings, folder, sample) as ready:
         supervisor.serve(ready, lambda where: _greet(ready, where, folder, sample))
@@ -102,7 +103,10 @@ async def _load_sample(target: Target) -> None:
 
 
 def _greet(settings: Settings, where: dict[str, str], folder: Path | None, sample: bool) -> None:
-    _say(f"answering RabbitMQ on {where['broker']}, people and Prometheus on {where['admin']}")
+    _say(
+        f"answering RabbitMQ on {where['broker']}, people on {where['admin']}, "
+        f"balancers, brokers' hosts and Prometheus on {where['health']}"
+    )
     if folder is None:
         return
     dsn = ground.target(settings).dsn

@@ -33,7 +33,7 @@ def certificates(number: int) -> dict[str, Any]:
         bench = Certificates(workplace / "certs")
         dsn = database.dsn_of()
         asked = Service(workplace, bench, dsn, dsn)
-        replica = Service(workplace, bench, dsn, dsn, broker_port=8090, admin_port=8091)
+        replica = Service(workplace, bench, dsn, dsn, broker_port=8090, health_port=8091)
         asked.command("migrate")
         asked.command("policy", "apply", accounts_file(workplace))
         database.sql(

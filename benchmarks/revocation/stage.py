@@ -119,7 +119,7 @@ class Stage:
         self.certificates = ca
         dsn = database.dsn_of()
         self.service = Service(workplace, ca, dsn, dsn)
-        self.other = Service(workplace, ca, dsn, dsn, broker_port=8082, admin_port=8083)
+        self.other = Service(workplace, ca, dsn, dsn, broker_port=8083, health_port=8084)
         for each in (self.service, self.other):
             each.enforce(cluster.management, sweep_interval_s="3600")
             each.configure(ENFORCEMENT__KICKS_PER_SECOND=str(options.kicks_per_second), LOG__LEVEL="warning")

@@ -1,4 +1,4 @@
-"""The people's listener in this process, over a registry that the test writes itself: no database, no other process."""
+"""The listeners for people and for health in this process, over a registry that the test writes itself: no database, no other process."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 from authbackend import clocks, metrics
 from authbackend.admin.crl import PublishedLists
 from authbackend.admin.health import Health
+from authbackend.admin.health_listener import health_application
 from authbackend.admin.listener import application
 from authbackend.board import Board
 from authbackend.metrics import CertificateMetrics, RegistryMetrics, ReplicaMetrics
@@ -43,7 +44,7 @@ def device(name, status="active", other_id=None):
 
 
 class Replica:
-    """What the listener shows, for the test to change."""
+    """What the listeners show, for the test to change."""
 
     def __init__(self):
         self.store = new_store()
@@ -65,15 +66,17 @@ class Replica:
         )
 
     def application(self, *, loopback=True):
-        """The listener's application."""
-        return application(
-            self.store.reader(),
-            lambda: metrics.exposition(self.collected, None, self.present, self.certificates),
-            Health(self.store.reader(), self.board, MAX_STALENESS_S),
-            DecisionSettings(),
-            self.lists,
-            loopback=loopback,
-        )
+        """The application for people."""
+        return application(self.store.reader(), DecisionSettings(), loopback=loopback)
+
+    def exposition(self):
+        """What Prometheus reads."""
+        return metrics.exposition(self.collected, None, self.present, self.certificates)
+
+    def health_application(self):
+        """The application for balancers, brokers' hosts and Prometheus."""
+        health = Health(self.store.reader(), self.board, MAX_STALENESS_S)
+        return health_application(lambda: self.exposition(), health, self.lists)
 
     def load(self, *devices, age_s=0.0):
         """Load a registry, ``age_s`` ago."""
@@ -103,5 +106,5 @@ def empty():
 
 @pytest.fixture
 async def client(aiohttp_client, replica):
-    """A client of the replica's listener."""
-    return await aiohttp_client(replica.application())
+    """A client of the replica's listener for health."""
+    return await aiohttp_client(replica.health_application())

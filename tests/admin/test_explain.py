@@ -6,6 +6,12 @@ PATH = "/api/explain"
 ASKED = {"device": "APM0001", "action": "publish", "topic": "fleet/APM0001/telemetry/speed"}
 
 
+@pytest.fixture
+async def client(aiohttp_client, replica):
+    """A client of the replica's listener for people."""
+    return await aiohttp_client(replica.application())
+
+
 async def explained(client, status=200, headers=None, **changes):
     parameters = {name: value for name, value in {**ASKED, **changes}.items() if value is not None}
     async with client.get(PATH, params=parameters, headers=headers) as answer:
@@ -86,8 +92,14 @@ async def test_it_is_not_there_when_others_could_reach_it(aiohttp_client, replic
     client = await aiohttp_client(replica.application(loopback=False))
     async with client.get(PATH, params=ASKED) as answer:
         assert answer.status == 404
-    async with client.get("/health/live") as answer:
-        assert answer.status == 200
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/health/live", "/health/ready", "/crl/fleet.crl"])
+async def test_who_asks_here_for_health_metrics_or_lists_is_told_where_they_are(client, path):
+    async with client.get(path) as answer:
+        problem = await answer.json(content_type=None)
+    assert (answer.status, problem["title"]) == (404, "NotFound")
+    assert problem["detail"] == f"{path} is answered by another listener: health.listen (8082 unless set)"
 
 
 @pytest.mark.parametrize("host", ["localhost", "localhost:8081", "127.0.0.1:1", "[::1]", "[::1]:8081"])

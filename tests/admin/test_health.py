@@ -15,7 +15,7 @@ async def ready(client):
 
 
 async def test_a_process_that_answers_is_live_whatever_it_knows(aiohttp_client, empty):
-    client = await aiohttp_client(empty.application())
+    client = await aiohttp_client(empty.health_application())
     async with client.get("/health/live") as answer:
         assert (answer.status, answer.content_type) == (200, "application/json")
         assert await answer.json() == {"status": "live"}
@@ -32,7 +32,7 @@ async def test_a_replica_in_step_is_ready(client):
 
 async def test_before_the_first_load_it_is_not_ready(aiohttp_client, empty):
     empty.serve()
-    status, told = await ready(await aiohttp_client(empty.application()))
+    status, told = await ready(await aiohttp_client(empty.health_application()))
     assert status == 503
     assert told["status"] == "not ready: the registry has not been loaded"
     assert (told["sync_age_s"], told["fault"]) == (None, "the registry has not been loaded yet")

@@ -33,7 +33,7 @@ async def test_failed_looks_and_workers_that_were_started_again_are_counted(clie
 
 
 async def test_before_the_first_load_there_is_something_to_read(aiohttp_client, empty):
-    found = await series(await aiohttp_client(empty.application()))
+    found = await series(await aiohttp_client(empty.health_application()))
     assert found["authbackend_registry_entries", "device"] == 0
     assert ("authbackend_registry_version",) not in found
     assert math.isnan(found["authbackend_registry_sync_age_seconds",])

@@ -45,7 +45,7 @@ def _configuration(replicas: Sequence[Service]) -> str:
         (r"(?m)^ *default-server resolvers .*$", ""),  # there is no name to look up
         (r"bind :8080\b", "bind 127.0.0.1:8080"),
         *(
-            (rf"server (\w+) authbackend{n}:8080", rf"server \1 127.0.0.1:{each.broker_port} port {each.admin_port}")
+            (rf"server (\w+) authbackend{n}:8080", rf"server \1 127.0.0.1:{each.broker_port} port {each.health_port}")
             for n, each in enumerate(replicas, 1)
         ),
     ):

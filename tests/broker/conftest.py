@@ -168,11 +168,11 @@ def make_service(
     database: Database,
     *,
     broker_port: int = 8080,
-    admin_port: int = 8081,
+    health_port: int = 8082,
 ) -> Service:
     """This service with the least rights that do, not started."""
     dsns = (database.dsn_of("authbackend_service"), database.dsn_of(EDITOR))
-    process = Service(workplace, certificates, *dsns, broker_port=broker_port, admin_port=admin_port)
+    process = Service(workplace, certificates, *dsns, broker_port=broker_port, health_port=health_port)
     _LOGS[f"authbackend log {process.broker_port}"] = process.log
     return process
 

@@ -69,12 +69,12 @@ class Service:
         admin_dsn: str,
         *,
         broker_port: int = 8080,
-        admin_port: int = 8081,
+        health_port: int = 8082,
     ) -> None:
         self.log = directory / f"authbackend-{broker_port}.log"
         self.name = f"authbackend-{broker_port}"
         self.broker_port = broker_port
-        self.admin_port = admin_port
+        self.health_port = health_port
         self._command = os.environ.get("AUTHBACKEND_TEST_COMMAND", f"{sys.executable} -m authbackend").split()
         self._process: Process | None = None
         keep = {name: value for name, value in os.environ.items() if not name.startswith("AUTHBACKEND_")}
@@ -86,14 +86,15 @@ class Service:
             "AUTHBACKEND_BROKER__TLS__CERTIFICATE_FILE": str(files / "authbackend.pem"),
             "AUTHBACKEND_BROKER__TLS__KEY_FILE": str(files / "authbackend.key"),
             "AUTHBACKEND_BROKER__TLS__CLIENT_CA_FILE": str(files / "internal-ca.pem"),
-            "AUTHBACKEND_ADMIN__LISTEN": f"127.0.0.1:{admin_port}",
+            "AUTHBACKEND_ADMIN__LISTEN": "127.0.0.1:0",
+            "AUTHBACKEND_HEALTH__LISTEN": f"127.0.0.1:{health_port}",
             "AUTHBACKEND_REPLICA__NAME": self.name,
         }
 
     @property
     def url(self) -> str:
-        """The people's face."""
-        return f"http://127.0.0.1:{self.admin_port}"
+        """Where health, metrics and revocation lists are."""
+        return f"http://127.0.0.1:{self.health_port}"
 
     def _environment_for(self, dsn: str) -> dict[str, str]:
         return self._environment | {"AUTHBACKEND_DATABASE__DSN": dsn}

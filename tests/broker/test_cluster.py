@@ -42,7 +42,7 @@ def replicas(
     cluster: Cluster, workplace: Path, certificates: Certificates, database: Database, service: Service
 ) -> Iterator[list[Service]]:
     """Two replicas that enforce on the cluster: the one that the brokers ask, and a second one."""
-    second = make_service(workplace, certificates, database, broker_port=8082, admin_port=8083)
+    second = make_service(workplace, certificates, database, broker_port=8083, health_port=8084)
     service.stop()
     for each in (service, second):
         each.enforce(cluster.management, sweep_interval_s="5")

@@ -26,7 +26,7 @@ REVOKED = "SSLV3_ALERT_CERTIFICATE_REVOKED"
 @pytest.fixture(scope="module")
 def revocable(workplace: Path, certificates: Certificates, database: Database, fleet: Fleet) -> Iterator[Revocable]:
     """The node, started, with a list that is kept up to date."""
-    replica = make_service(workplace, certificates, database, broker_port=8090, admin_port=8091)
+    replica = make_service(workplace, certificates, database, broker_port=8090, health_port=8091)
     root = Path(os.environ["AUTHBACKEND_TEST_RABBITMQ_ROOT"])
     found = Revocable(workplace, root, certificates, replica)
     replica.configure(PKI__AUTHORITY_DIR=str(found.ca), PKI__PASSPHRASE_FILE=str(found.secret))

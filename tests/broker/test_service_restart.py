@@ -136,7 +136,7 @@ async def replicas(
     workplace: Path, certificates: Certificates, database: Database, service: Service
 ) -> AsyncIterator[list[Service]]:
     """Two replicas behind haproxy instead of the one service, which is back afterwards."""
-    pair = [make_service(workplace, certificates, database, broker_port=8090 + n, admin_port=8190 + n) for n in (1, 2)]
+    pair = [make_service(workplace, certificates, database, broker_port=8090 + n, health_port=8190 + n) for n in (1, 2)]
     await asyncio.to_thread(service.stop)
     haproxy: Process | None = None
     try:

@@ -50,7 +50,7 @@ async def read_until(process, text):
 
 async def test_first_and_second_start_with_a_database_of_its_own(start, tmp_path):
     """As ``make run``: prints where things are and three curl lines that do what they say."""
-    listen = {"AUTHBACKEND_BROKER__LISTEN": "127.0.0.1:0", "AUTHBACKEND_ADMIN__LISTEN": "127.0.0.1:0"}
+    listen = {f"AUTHBACKEND_{name}__LISTEN": "127.0.0.1:0" for name in ("BROKER", "ADMIN", "HEALTH")}
     process = await start("serve", "--embedded", tmp_path / "data", "--sample", **listen)
     printed = await read_until(process, "Stop with Ctrl-C")
     assert f"applied {len(migrations())} migrations" in printed
@@ -91,6 +91,7 @@ async def test_a_taken_port_is_told(start, dsn):
         AUTHBACKEND_DATABASE__DSN=dsn,
         AUTHBACKEND_BROKER__LISTEN="127.0.0.1:0",
         AUTHBACKEND_ADMIN__LISTEN="127.0.0.1:0",
+        AUTHBACKEND_HEALTH__LISTEN="127.0.0.1:0",
     )
     printed = await read_until(process, "answering RabbitMQ on")
     port = printed.rpartition("answering RabbitMQ on http://127.0.0.1:")[2].split(",")[0]
@@ -99,6 +100,7 @@ async def test_a_taken_port_is_told(start, dsn):
         AUTHBACKEND_DATABASE__DSN=dsn,
         AUTHBACKEND_BROKER__LISTEN=f"127.0.0.1:{port}",
         AUTHBACKEND_ADMIN__LISTEN="127.0.0.1:0",
+        AUTHBACKEND_HEALTH__LISTEN="127.0.0.1:0",
     )
     output, _ = await asyncio.wait_for(other.communicate(), 30)
     assert other.returncode == 2

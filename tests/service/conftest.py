@@ -60,10 +60,11 @@ async def until(condition, what, deadline_s=30.0):
 
 @dataclass
 class Running:
-    """A running service and a client of both its listeners."""
+    """A running service and a client of its listeners."""
 
     broker: str
     admin: str
+    health: str
     http: aiohttp.ClientSession
 
     async def ask(self, question, form, **kwargs):
@@ -90,8 +91,9 @@ class Running:
         return (await self.ask("topic", form))[1]
 
     async def get(self, url):
-        """GET a path of the people's listener; returns (status, text)."""
-        async with self.http.get(self.admin + url) as response:
+        """GET a path, of the people's listener if it is one of /api; returns (status, text)."""
+        where = self.admin if url.startswith("/api/") else self.health
+        async with self.http.get(where + url) as response:
             return response.status, await response.text()
 
     async def ready(self):
@@ -126,11 +128,12 @@ async def running(dsn, *, wait=True, **environment):
             "AUTHBACKEND_DATABASE__DSN": dsn,
             "AUTHBACKEND_BROKER__LISTEN": "127.0.0.1:0",
             "AUTHBACKEND_ADMIN__LISTEN": "127.0.0.1:0",
+            "AUTHBACKEND_HEALTH__LISTEN": "127.0.0.1:0",
             **variables,
         }
     )
     async with memory() as folder, bootstrap.service(settings, folder) as where, aiohttp.ClientSession() as http:
-        service = Running(where["broker"], where["admin"], http)
+        service = Running(where["broker"], where["admin"], where["health"], http)
         if wait:
             await until(service.ready, "the service is ready")
         yield service

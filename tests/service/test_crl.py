@@ -1,4 +1,4 @@
-"""Revocation lists on the people's listener: served from memory, signed by the replica that has the authority."""
+"""Revocation lists on the listener for health: served from memory, signed by the replica that has the authority."""
 
 import asyncio
 import contextlib
@@ -49,6 +49,7 @@ async def serving(dsn, made=None):
         "AUTHBACKEND_DATABASE__DSN": dsn,
         "AUTHBACKEND_BROKER__LISTEN": "127.0.0.1:0",
         "AUTHBACKEND_ADMIN__LISTEN": "127.0.0.1:0",
+        "AUTHBACKEND_HEALTH__LISTEN": "127.0.0.1:0",
     }
     if made is not None:
         environment["AUTHBACKEND_PKI__AUTHORITY_DIR"] = str(made / "fleet")
@@ -57,7 +58,7 @@ async def serving(dsn, made=None):
     try:
         async with (
             bootstrap.service(load(environment), folder) as where,
-            aiohttp.ClientSession(where["admin"]) as asking,
+            aiohttp.ClientSession(where["health"]) as asking,
         ):
             yield asking
     finally:

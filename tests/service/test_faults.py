@@ -39,6 +39,7 @@ async def test_a_log_that_cannot_be_written_loses_lines_and_no_decision(dsn, sql
             "AUTHBACKEND_DATABASE__DSN": dsn,
             "AUTHBACKEND_BROKER__LISTEN": "127.0.0.1:0",
             "AUTHBACKEND_ADMIN__LISTEN": "127.0.0.1:0",
+            "AUTHBACKEND_HEALTH__LISTEN": "127.0.0.1:0",
         },
         stderr=write_end,
     )
@@ -80,6 +81,7 @@ async def test_it_is_told_when_the_task_that_keeps_the_copy_ends(dsn, monkeypatc
             "AUTHBACKEND_DATABASE__DSN": dsn,
             "AUTHBACKEND_BROKER__LISTEN": "127.0.0.1:0",
             "AUTHBACKEND_ADMIN__LISTEN": "127.0.0.1:0",
+            "AUTHBACKEND_HEALTH__LISTEN": "127.0.0.1:0",
         }
     )
     ended = asyncio.get_running_loop().create_future()

@@ -21,7 +21,8 @@ def pooled(folder, database):
 async def serve(dsn):
     """Run the command until it ends; its exit status and what it said."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AUTHBACKEND_")}
-    environment |= {"AUTHBACKEND_DATABASE__DSN": dsn, "AUTHBACKEND_ADMIN__LISTEN": "127.0.0.1:0"}
+    environment |= {f"AUTHBACKEND_{name}__LISTEN": "127.0.0.1:0" for name in ("BROKER", "ADMIN", "HEALTH")}
+    environment |= {"AUTHBACKEND_DATABASE__DSN": dsn}
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "authbackend", "serve"), env=environment, stderr=asyncio.subprocess.PIPE
     )

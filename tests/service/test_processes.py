@@ -32,7 +32,7 @@ class Replica(Running):
     """`authbackend serve` as it is run."""
 
     def __init__(self, process, http, lines):
-        super().__init__("", "", http)
+        super().__init__("", "", "", http)
         self.process = process
         self.lines = lines
 
@@ -62,6 +62,7 @@ async def replica(dsn, *, workers=2, ready=True, files=None, **environment):
             "AUTHBACKEND_DATABASE__DSN": dsn,
             "AUTHBACKEND_BROKER__LISTEN": "127.0.0.1:0",
             "AUTHBACKEND_ADMIN__LISTEN": "127.0.0.1:0",
+            "AUTHBACKEND_HEALTH__LISTEN": "127.0.0.1:0",
             **{f"AUTHBACKEND_{name}": value for name, value in {**PATIENT, **environment}.items()},
         },
         stderr=asyncio.subprocess.PIPE,
@@ -86,7 +87,7 @@ async def replica(dsn, *, workers=2, ready=True, files=None, **environment):
                 return await running.ready() and (await running.status())[1]["workers"]["serving"] == workers
 
             (where,) = await until(listening, "the replica listens", 60)
-            running.broker, running.admin = where["broker"], where["admin"]
+            running.broker, running.admin, running.health = where["broker"], where["admin"], where["health"]
             if ready:
                 await until(up, "the replica is ready", 60)
             yield running
@@ -156,11 +157,15 @@ async def test_the_killed_process_that_follows_the_database_goes_on_where_it_was
         assert await running.end() == 0
 
 
-async def test_the_killed_process_that_answers_people_is_started_again_and_nothing_else_notices(dsn, policy, sql):
+@pytest.mark.parametrize("name", ["admin", "health"])
+async def test_a_killed_process_that_answers_people_or_balancers_is_started_again_and_nothing_else_notices(
+    dsn, policy, sql, name
+):
     async with replica(dsn) as running:
-        registry, admin, *workers = children(running.process.pid)
+        everybody = children(running.process.pid)
         await until(lambda: running.metric("authbackend_replicas", state="live"), "the replicas are told")
-        os.kill(admin, signal.SIGKILL)
+        killed = everybody.pop(["registry", "admin", "health"].index(name))
+        os.kill(killed, signal.SIGKILL)
         assert await running.login("APM0001") == "allow"
         await sql("update device set status = 'revoked' where device_id = 'APM0001'")
 
@@ -171,12 +176,13 @@ async def test_the_killed_process_that_answers_people_is_started_again_and_nothi
 
         async def answered():
             with contextlib.suppress(aiohttp.ClientError):
+                assert (await running.get("/api/explain"))[0] == 400
                 return await running.ready() and await running.metric("authbackend_replicas", state="live") == 1
 
-        await until(answered, "people are answered again")
+        await until(answered, "everybody is answered again")
         after = children(running.process.pid)
-        assert admin not in after and {registry, *workers} < set(after)
-        assert [line["name"] for line in running.logged("process.died")] == ["admin"]
+        assert killed not in after and set(everybody) < set(after)
+        assert [line["name"] for line in running.logged("process.died")] == [name]
         assert await running.end() == 0
 
 
@@ -190,11 +196,11 @@ def flood(stack, url, number):
             opened.send(b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Endless: ")
 
 
-async def test_half_sent_requests_of_people_are_cut_off_and_changes_are_followed_meanwhile(dsn, policy, sql):
-    limits = {}
-    async with replica(dsn, workers=1, files=96, **limits) as running:
+@pytest.mark.parametrize("listener", ["admin", "health"])
+async def test_half_sent_requests_are_cut_off_and_changes_are_followed_meanwhile(dsn, policy, sql, listener):
+    async with replica(dsn, workers=1, files=96) as running:
         with contextlib.ExitStack() as stack:
-            flood(stack, running.admin, 120)
+            flood(stack, getattr(running, listener), 120)
             await sql(
                 "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
             )
@@ -205,14 +211,43 @@ async def test_half_sent_requests_of_people_are_cut_off_and_changes_are_followed
 
             await until(denied, "the revocation is decided by, over a connection opened during the flood")
 
+            closed = f"authbackend_{listener}_connections_closed_total"
+
             async def answered():
                 with contextlib.suppress(aiohttp.ClientError):
-                    return await running.metric("authbackend_admin_connections_closed_total", cause="slow") >= 1
+                    assert (await running.get("/api/explain"))[0] == 400
+                    return await running.metric(closed, cause="slow") >= 1
 
-            await until(answered, "people are answered when the slow ones have been cut off")
-            assert await running.metric("authbackend_admin_connections_closed_total", cause="too_many") >= 1
+            await until(answered, "everybody is answered when the slow ones have been cut off")
+            assert await running.metric(closed, cause="too_many") >= 1
         assert not running.logged("process.died")
         assert await running.end() == 0
+
+
+async def test_whatever_is_done_to_the_listener_for_people_balancers_and_brokers_hosts_are_answered(dsn, policy, sql):
+    await sql("insert into authority values ('fleet', 'CN=fleet', '-----BEGIN CERTIFICATE-----', now())")
+    await sql("insert into crl values ('fleet', 1, now(), now() + interval '1 day', '\\x01')")
+    patient = {"ADMIN__REQUEST_TIMEOUT_S": "60"}  # the flood lasts as long as this test
+    async with replica(dsn, workers=1, files=96, **patient) as running:
+
+        async def served():
+            return (await running.get("/crl/fleet.crl"))[0] == 200
+
+        await until(served, "the list is served")
+        with contextlib.ExitStack() as stack:
+            flood(stack, running.admin, 120)
+
+            async def full():
+                return await running.metric("authbackend_admin_connections_closed_total", cause="too_many") >= 1
+
+            await until(full, "the listener for people is full")
+            with pytest.raises(aiohttp.ClientError):
+                await running.get("/api/explain")
+            async with aiohttp.ClientSession() as running.http:  # new connections
+                assert (await running.status())[0] == 200
+                assert await served()
+                assert (await running.get("/health/live"))[0] == 200
+        assert not running.logged("process.died")
 
 
 @pytest.fixture
@@ -225,7 +260,7 @@ async def folder():
 async def test_nothing_is_left_when_the_parent_is_killed(dsn, policy, folder):
     async with replica(dsn, REGISTRY__MEMORY_DIR=str(folder)) as running:
         everybody = children(running.process.pid)
-        assert len(everybody) == 4
+        assert len(everybody) == 5
         running.process.kill()
 
         async def gone():
@@ -306,6 +341,19 @@ async def test_a_hangup_has_every_worker_read_its_certificates_again(dsn, policy
         assert running.logged("service.reloading")
         form = {"username": "APM0001"}
         assert await running.ask("user", form, ssl=bench.context(bench.client_ca)) == (200, "allow")
+        assert await running.end() == 0
+
+
+async def test_a_hangup_has_the_listener_for_health_read_its_certificates_again(dsn, policy, tmp_path):
+    bench = Bench(tmp_path)
+    tls = {name.replace("BROKER", "HEALTH"): file for name, file in bench.environment.items()}
+    async with replica(dsn, ready=False, **tls) as running:
+        running.process.send_signal(signal.SIGHUP)
+
+        async def reloaded():
+            return {line["process"] for line in running.logged("health.certificates_reloaded")} == {"health"}
+
+        await until(reloaded, "the listener for health has read them")
         assert await running.end() == 0
 
 

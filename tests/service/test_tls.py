@@ -13,10 +13,10 @@ import pytest
 import structlog.testing
 from cryptography.hazmat.primitives import serialization
 
-from authbackend.broker import listener
-from authbackend.broker.listener import TLSFiles
+from authbackend import tls
 from authbackend.errors import ConfigurationError
 from authbackend.pki.authority import Authority
+from authbackend.tls import TLSFiles
 from tests.service.conftest import HASH, POLICY, apply, running, until
 
 
@@ -95,7 +95,7 @@ async def test_files_are_read_again_while_it_runs(dsn, bench):
 
 
 async def test_files_that_do_not_fit_are_refused_and_the_old_ones_stay(bench):
-    files = TLSFiles(*(bench.folder / name for name in ("server.pem", "server.key", "client-ca.pem")))
+    files = TLSFiles("broker", *(bench.folder / name for name in ("server.pem", "server.key", "client-ca.pem")))
     (bench.folder / "server.key").write_text("half a ke")
     with pytest.raises(ConfigurationError, match="cannot be used together"):
         files.reload_if_changed()
@@ -122,8 +122,8 @@ def test_an_encrypted_key_is_refused_with_words_and_nobody_is_asked(bench):
     key = bench.folder / "server.key"
     key.write_bytes(encrypted(key.read_bytes()))
     code = (
-        "import sys, pathlib; from authbackend.broker.listener import TLSFiles\n"
-        "try: TLSFiles(*map(pathlib.Path, sys.argv[1:]), None)\n"
+        "import sys, pathlib; from authbackend.tls import TLSFiles\n"
+        "try: TLSFiles('broker', *map(pathlib.Path, sys.argv[1:]), None)\n"
         "except Exception as error: print(type(error).__name__, error)"
     )
     process, terminal = pty.fork()
@@ -159,10 +159,10 @@ async def test_an_encrypted_key_that_is_rotated_in_is_refused_and_the_old_one_st
 
 
 async def test_files_are_read_at_once_when_that_is_asked_for(bench, monkeypatch):
-    monkeypatch.setattr(listener, "_RELOAD_LOOK_S", 3600.0)
-    files = TLSFiles(*(bench.folder / name for name in ("server.pem", "server.key", "client-ca.pem")))
+    monkeypatch.setattr(tls, "_RELOAD_LOOK_S", 3600.0)
+    files = TLSFiles("broker", *(bench.folder / name for name in ("server.pem", "server.key", "client-ca.pem")))
     asked = asyncio.Event()
-    watching = asyncio.create_task(listener.watch(files, asked))
+    watching = asyncio.create_task(tls.watch(files, asked))
     with structlog.testing.capture_logs() as lines:
         for number in (1, 2):
             asked.set()  # whether they changed or not

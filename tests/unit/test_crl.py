@@ -16,7 +16,7 @@ from cryptography.x509.name import _ASN1Type
 from cryptography.x509.oid import CRLEntryExtensionOID, NameOID
 
 from authbackend.admin.crl import Published, PublishedLists
-from authbackend.admin.listener import _errors
+from authbackend.admin.listener import show_errors
 from authbackend.errors import Unavailable
 from authbackend.pki import signing
 from authbackend.pki.lists import (
@@ -364,7 +364,7 @@ class Source:
 @pytest.fixture
 async def source():
     found = Source()
-    app = web.Application(middlewares=[_errors])
+    app = web.Application(middlewares=[show_errors])
     app.router.add_get("/crl/{name}.crl", found.answer)
     app.on_shutdown.append(found.lists.close)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=5)

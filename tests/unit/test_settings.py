@@ -117,6 +117,25 @@ def test_tls_without_client_certificates_is_not_enough(tmp_path):
         bootstrap.broker_tls(settings.broker)
 
 
+@pytest.mark.parametrize(
+    ("files", "fault"),
+    [
+        ({"CERTIFICATE_FILE": "a.pem"}, "health.tls.certificate_file and health.tls.key_file go together"),
+        ({"KEY_FILE": "a.key"}, "health.tls.certificate_file and health.tls.key_file go together"),
+        ({"CLIENT_CA_FILE": "ca.pem"}, "health.tls.client_ca_file needs health.tls.certificate_file"),
+        ({"CERTIFICATE_FILE": "a.pem", "KEY_FILE": "a.key"}, "health.tls: cannot read a.pem: No such file"),
+    ],
+)
+def test_half_of_the_files_for_health_over_tls_is_refused(files, fault):
+    settings = load({f"AUTHBACKEND_HEALTH__TLS__{name}": value for name, value in files.items()})
+    with pytest.raises(ConfigurationError, match=fault):
+        bootstrap.health_tls(settings.health)
+
+
+def test_health_is_answered_without_tls_unless_that_is_set():
+    assert bootstrap.health_tls(load({"AUTHBACKEND_HEALTH__LISTEN": "0.0.0.0:8082"}).health) is None
+
+
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "localhost:0", "[::1]:0", "127.9.9.9:1"])
 def test_loopback_needs_none(listen):
     assert bootstrap.broker_tls(load({"AUTHBACKEND_BROKER__LISTEN": listen}).broker) is None

@@ -23,13 +23,13 @@ parent = object.__new__(supervisor.Supervisor)
 parent._start = start
 parent._where = {}
 parent._registry = supervisor._Process("registry", None)
-parent._admin = supervisor._Process("admin", None)
 parent._workers = [supervisor._Process(f"worker-{n}", None, n) for n in range(8)]
+parent._answering = [supervisor._Process("health", None), *parent._workers]
 signal.pthread_sigmask(signal.SIG_BLOCK, supervisor._SIGNALS)
 signal.alarm(60)
 
 def everybody_serves(where):
-    for process in (parent._registry, parent._admin, *parent._workers):
+    for process in (parent._registry, *parent._answering):
         os.kill(process.process_id, signal.SIGKILL)
     print("everybody serves", flush=True)
     os._exit(0)

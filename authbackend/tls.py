@@ -1,0 +1,117 @@
+"""Certificates of a listener, exchanged while it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from pathlib import Path
+
+import structlog
+
+from authbackend.errors import ConfigurationError
+
+log = structlog.get_logger(__name__)
+
+_RELOAD_LOOK_S = 2.0
+
+
+class TLSFiles:
+    """
+    The certificates of a listener, read again when a file changes; a connection keeps what it began with.
+
+    Args:
+        section: Of the settings, for messages: broker, health.
+        client_ca: Present for mutual TLS: a client without a certificate of this authority is refused in the
+            handshake.
+    Raises:
+        ConfigurationError: A file is missing, unreadable, or does not fit the others.
+    """
+
+    def __init__(self, section: str, certificate: Path, key: Path, client_ca: Path | None) -> None:
+        self.section = section
+        self._files = [file for file in (certificate, key, client_ca) if file is not None]
+        self._certificate = certificate
+        self._key = key
+        self._client_ca = client_ca
+        self._stamps = self._look()
+        self._current = self._load()
+        self.context = self._load()
+        self.context.sni_callback = self._choose  # called for every handshake, with or without a server name
+
+    def reload_if_changed(self) -> bool:
+        """
+        Read the files again if one changed; keep the old certificates if they do not fit.
+
+        Raises:
+            ConfigurationError: The new files cannot be used; the old certificates stay.
+        """
+        if self._look() == self._stamps:
+            return False
+        self.reload()
+        return True
+
+    def reload(self) -> None:
+        """
+        Read the files again.
+
+        Raises:
+            ConfigurationError: The new files cannot be used; the old certificates stay.
+        """
+        stamps = self._look()
+        self._current = self._load()
+        self._stamps = stamps
+
+    def _no_passphrase(self) -> str:
+        """Refuse an encrypted key; without this, OpenSSL would ask at the terminal and stop everything meanwhile."""
+        raise ConfigurationError(
+            f"{self.section}.tls: the key {self._key} is encrypted, and a service has nobody to ask for its passphrase; "
+            f"store it without one, readable by the service only: openssl pkey -in {self._key} -out NEW_FILE"
+        )
+
+    def _choose(self, connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+        connection.context = self._current
+
+    def _look(self) -> list[tuple[int, int]]:
+        try:
+            return [(stat.st_mtime_ns, stat.st_ino) for stat in (file.stat() for file in self._files)]
+        except OSError as error:
+            raise ConfigurationError(f"{self.section}.tls: cannot read {error.filename}: {error.strerror}") from error
+
+    def _load(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        # A resumed session would skip the check of a client certificate whose authority was withdrawn meanwhile:
+        # no tickets, and not TLS 1.2, whose session ids cannot be switched off here. Erlang 23 and later speak 1.3.
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.num_tickets = 0
+        try:
+            context.load_cert_chain(self._certificate, self._key, self._no_passphrase)
+            if self._client_ca is not None:
+                context.verify_mode = ssl.CERT_REQUIRED
+                context.load_verify_locations(self._client_ca)
+        except (OSError, ssl.SSLError) as error:
+            names = ", ".join(str(file) for file in self._files)
+            raise ConfigurationError(f"{self.section}.tls: {names} cannot be used together: {error}") from error
+        return context
+
+
+async def watch(files: TLSFiles, reload: asyncio.Event) -> None:
+    """
+    Look at the certificate files every two seconds until cancelled.
+
+    Args:
+        reload: Set to have them read at once, changed or not.
+    """
+    reloaded, not_reloaded = f"{files.section}.certificates_reloaded", f"{files.section}.certificates_not_reloaded"
+    while True:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(reload.wait(), _RELOAD_LOOK_S)
+        try:
+            if reload.is_set():
+                reload.clear()
+                files.reload()
+                log.info(reloaded)
+            elif files.reload_if_changed():
+                log.info(reloaded)
+        except ConfigurationError as error:
+            log.error(not_reloaded, fault=error.detail)

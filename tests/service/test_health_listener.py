@@ -1,0 +1,117 @@
+"""The listener for balancers, brokers' hosts and Prometheus: TLS, the image's health check, clients that do not read."""
+
+import asyncio
+import contextlib
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import aiohttp
+import pytest
+
+from tests.service.conftest import running, until
+from tests.service.test_tls import Bench
+
+HEALTHCHECK = Path(__file__).parent.parent.parent / "deploy" / "healthcheck"
+
+
+@pytest.fixture
+def bench(tmp_path):
+    return Bench(tmp_path)
+
+
+def tls(bench, *, client_ca=False):
+    """The settings of a listener with TLS."""
+    found = {
+        "HEALTH__TLS__CERTIFICATE_FILE": str(bench.folder / "server.pem"),
+        "HEALTH__TLS__KEY_FILE": str(bench.folder / "server.key"),
+    }
+    return found | ({"HEALTH__TLS__CLIENT_CA_FILE": str(bench.folder / "client-ca.pem")} if client_ca else {})
+
+
+async def live(service, context):
+    async with service.http.get(f"{service.health}/health/live", ssl=context) as answer:
+        return answer.status
+
+
+async def test_it_speaks_tls_and_reads_its_certificates_again(dsn, bench):
+    async with running(dsn, wait=False, **tls(bench)) as service:
+        assert service.health.startswith("https://")
+        assert await live(service, bench.context()) == 200
+        renewed = bench.client_ca.issue_server(["localhost", "127.0.0.1"])  # by the other authority, to tell them apart
+        bench.write(renewed, "server")
+        (bench.folder / "server-ca.pem").write_bytes((bench.folder / "client-ca.pem").read_bytes())
+        context = bench.context()
+
+        async def reloaded():
+            with contextlib.suppress(aiohttp.ClientError):
+                return await live(service, context) == 200
+
+        await until(reloaded, "the new certificate is shown")
+
+
+async def test_with_an_authority_of_clients_strangers_are_refused(dsn, bench):
+    async with running(dsn, wait=False, **tls(bench, client_ca=True)) as service:
+        assert await live(service, bench.context(bench.client_ca)) == 200
+        for stranger in (None, bench.server_ca):
+            with pytest.raises(aiohttp.ClientError):
+                await live(service, bench.context(stranger))
+
+
+async def check(listen):
+    """Run the image's health check; its exit status and what it said."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-I", "-S", HEALTHCHECK),
+        env={"AUTHBACKEND_HEALTH__LISTEN": listen},
+        stderr=subprocess.PIPE,
+    )
+    _, told = await process.communicate()
+    return process.returncode, told.decode()
+
+
+@pytest.mark.parametrize("kind", ["http", "tls", "mutual tls"])
+async def test_the_images_health_check_finds_a_service_that_answers(dsn, bench, kind):
+    settings = {} if kind == "http" else tls(bench, client_ca=kind == "mutual tls")
+    async with running(dsn, wait=False, **settings) as service:
+        port = urlsplit(service.health).port
+        assert await check(f"127.0.0.1:{port}") == (0, "")
+        assert await check(f"0.0.0.0:{port}") == (0, "")
+
+
+async def test_the_images_health_check_finds_that_nothing_answers():
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and says nothing: a process that hangs
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        status, told = await check(address)
+        assert (status, "timed out" in told) == (1, True)
+    status, told = await check(address)
+    assert (status, "Connection refused" in told) == (1, True)
+
+
+async def test_clients_that_take_nothing_of_their_answers_are_cut_off(dsn, connection):
+    """Lists are large, and a client that reads none of them would keep its place for ever."""
+    await connection.execute(
+        "insert into authority values ('big', 'CN=big', '-----BEGIN CERTIFICATE-----', now());"
+        "insert into crl values ('big', 1, now(), now() + interval '1 day', convert_to(repeat('x', 16000000), 'UTF8'))"
+    )
+    async with running(dsn, HEALTH__REQUEST_TIMEOUT_S="0.5", HEALTH__MAX_CONNECTIONS="8") as service:
+        where = urlsplit(service.health)
+
+        async def served():
+            async with service.http.get(f"{service.health}/crl/big.crl") as answer:
+                return answer.status == 200 and len(await answer.read()) == 16000000
+
+        await until(served, "the list is served")
+        with contextlib.ExitStack() as stack:
+            for _ in range(8):
+                opened = stack.enter_context(contextlib.closing(socket.socket()))
+                opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                opened.connect((where.hostname, where.port))
+                opened.sendall(b"GET /crl/big.crl HTTP/1.1\r\nHost: x\r\n\r\n")
+
+            async def cut():
+                with contextlib.suppress(aiohttp.ClientError):
+                    return await service.metric("authbackend_health_connections_closed_total", cause="slow") >= 7
+
+            await until(cut, "they are cut off, and others are answered")
