@@ -17,6 +17,7 @@ from authbackend.cli.common import actor, json_option, run, settings_of, show, t
 from authbackend.errors import Conflict, InvalidInput, NotFound
 from authbackend.pki import signing
 from authbackend.pki.authority_folder import AuthorityFolder
+from authbackend.pki.client_tls import ClientTLS
 from authbackend.pki.lists import HOLD, RevocationList, age_fault, check_entries, entries_of, list_pem, read_list
 from authbackend.pki.reading import Certificate, PKIError, read_certificates
 from authbackend.pki.sync import Sync, Synced
@@ -204,9 +205,22 @@ def export(context: click.Context, name: str, der: bool) -> None:
     multiple=True,
     required=True,
     metavar="URL",
-    help="http://REPLICA/crl/NAME.crl; several are alternatives.",
+    help="http://REPLICA:8082/crl/NAME.crl, or https; several are alternatives.",
 )
 @click.option("--ca", "ca_file", type=file_type, required=True, metavar="CA.pem", help="The authority that signs it.")
+@click.option(
+    "--tls-ca",
+    type=file_type,
+    metavar="FILE",
+    help="For https: the authority of the servers' certificates, PEM; unset: the system's. Read again when it changes.",
+)
+@click.option(
+    "--tls-cert",
+    type=file_type,
+    metavar="FILE",
+    help="For a server that asks for one: the client's certificate with its chain, PEM.",
+)
+@click.option("--tls-key", type=file_type, metavar="FILE", help="Its key, PEM, not encrypted.")
 @click.option("--dir", "folder", type=folder_type, required=True, metavar="DIR", help="RabbitMQ's ssl_crl_hash_dir.")
 @click.option(
     "--interval",
@@ -232,6 +246,9 @@ def sync(
     context: click.Context,
     urls: tuple[str, ...],
     ca_file: Path,
+    tls_ca: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
     folder: Path,
     interval: float,
     distribution_point: str | None,
@@ -248,9 +265,14 @@ def sync(
     """
     if wrong := [url for url in urls if not url.startswith(("http://", "https://"))]:
         raise InvalidInput(f"--url {wrong[0]}: write it as http://HOST:PORT/crl/NAME.crl")
+    if (tls_ca or tls_cert or tls_key) and (plain := [url for url in urls if not url.startswith("https://")]):
+        raise InvalidInput(
+            f"--url {plain[0]} is not TLS, for which --tls-ca, --tls-cert and --tls-key are: write https://"
+        )
     reporter = InstallReporter(target_of(context), node, interval) if node else None
     seen = reporter.seen if reporter else None
-    syncer = Sync(urls, _certificates(ca_file), folder, seen=seen, distribution_point=distribution_point)
+    tls = ClientTLS(tls_ca, tls_cert, tls_key)
+    syncer = Sync(urls, _certificates(ca_file), folder, seen=seen, distribution_point=distribution_point, tls=tls)
     try:
         if once:
             synced = run(_once(syncer, reporter))

@@ -19,7 +19,8 @@ import aiohttp
 import structlog
 from cryptography import x509
 
-from authbackend.errors import AuthbackendError, Unavailable
+from authbackend.errors import AuthbackendError, InvalidInput, Unavailable
+from authbackend.pki.client_tls import ClientTLS
 from authbackend.pki.files import write_file
 from authbackend.pki.lists import RevocationList, age_fault, check_entries, issuer_hash, list_pem, read_list
 from authbackend.pki.reading import PKIError
@@ -55,6 +56,7 @@ class Sync:
         authorities: Certificates; the one that signed the list decides the file's name.
         distribution_point: See :func:`read_list`.
         folder: Made if absent, mode 755. The file is mode 644: a list is public.
+        tls: For https addresses; unset, the system's authorities are believed.
         seen: Told at every look what is in the folder, read from its file.
     """
 
@@ -66,8 +68,10 @@ class Sync:
         *,
         seen: Callable[[RevocationList], None] | None = None,
         distribution_point: str | None = None,
+        tls: ClientTLS | None = None,
     ) -> None:
         self._seen = seen
+        self._tls = tls or ClientTLS()
         self._urls = tuple(urls)
         self._authorities = tuple(authorities)
         self._folder = folder
@@ -105,6 +109,10 @@ class Sync:
 
     async def _look(self, session: aiohttp.ClientSession, *, wait: bool) -> Synced:
         faults: list[AuthbackendError] = []
+        try:
+            self._tls.reload_if_changed()
+        except InvalidInput as error:  # the old ones stay
+            self._tell("crl.tls_files_not_reloaded", error=error.detail)
         for url in self._urls:
             try:
                 return self._take(url, await self._fetch(session, url, wait=wait))
@@ -120,7 +128,7 @@ class Sync:
         if etag and self._is_there(content):
             headers = {"If-None-Match": etag, **({"Prefer": f"wait={WAIT_S}"} if wait else {})}
         try:
-            async with session.get(url, headers=headers, allow_redirects=False) as answer:
+            async with session.get(url, headers=headers, allow_redirects=False, ssl=self._tls.context) as answer:
                 if answer.status == 304 and etag:
                     return content
                 if answer.status != 200:
@@ -129,7 +137,7 @@ class Sync:
                 self._etags[url] = (answer.headers.get("ETag", ""), content)
                 return content
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-            raise Unavailable(f"{url} cannot be reached: {str(error) or type(error).__name__}") from error
+            raise Unavailable(f"{url} cannot be reached: {self._tls.fault(error, url)}") from error
 
     def _is_there(self, content: bytes) -> bool:
         try:

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import pytest
 
+from authbackend.pki.authority_folder import create_authority
 from tests.service.conftest import running, until
 from tests.service.test_tls import Bench
 
@@ -87,6 +88,47 @@ async def test_the_images_health_check_finds_that_nothing_answers():
         assert (status, "timed out" in told) == (1, True)
     status, told = await check(address)
     assert (status, "Connection refused" in told) == (1, True)
+
+
+@pytest.mark.parametrize("authority", ["server-ca.pem", "client-ca.pem"])
+async def test_crl_sync_fetches_from_a_replica_of_the_authority_it_was_given(
+    dsn,
+    connection,
+    bench,
+    tmp_path,
+    authority,
+):
+    create_authority(tmp_path / "fleet", "fleet", b"correct horse", root_folder=tmp_path / "offline")
+    environment = {"AUTHBACKEND_DATABASE__DSN": dsn, "AUTHBACKEND_CA_PASSPHRASE": "correct horse"}
+
+    async def command(*arguments):
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "authbackend", *map(str, arguments)),
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        printed, _ = await process.communicate()
+        return process.returncode, printed.decode()
+
+    assert (await command("crl", "sign", tmp_path / "fleet"))[0] == 0
+    async with running(dsn, wait=False, **tls(bench)) as service:
+
+        async def served():
+            async with service.http.get(f"{service.health}/crl/fleet.crl", ssl=bench.context()) as answer:
+                return answer.status == 200
+
+        await until(served, "the list is served")
+        files = ("--ca", tmp_path / "fleet" / "ca.pem", "--dir", tmp_path / "crl")
+        url = ("--url", f"{service.health}/crl/fleet.crl", "--tls-ca", bench.folder / authority)
+        status, printed = await command("crl", "sync", "--once", *url, *files)
+    if authority == "server-ca.pem":
+        assert (status, "replaced: number" in printed) == (0, True), printed
+        assert len(list((tmp_path / "crl").iterdir())) == 1
+    else:
+        assert status == 5
+        assert f"is not from an authority in {bench.folder / authority}: give the one that signed it" in printed
+        assert not list((tmp_path / "crl").iterdir())
 
 
 async def test_clients_that_take_nothing_of_their_answers_are_cut_off(dsn, connection):

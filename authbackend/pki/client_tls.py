@@ -1,0 +1,117 @@
+"""How the host of a broker knows the server that it fetches from, and proves itself to it; and faults of it, in words."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+
+import aiohttp
+
+from authbackend.errors import InvalidInput
+
+_CERTIFICATE = {
+    # OpenSSL's X509_V_ERR_* numbers
+    9: "is not valid yet: is this host's clock right?",
+    10: "has expired, or that of its authority has: give the server a new one (health.tls.certificate_file of the replica)",
+    62: "is for another name: write a name that is in it into --url, or give the server one with the name in --url",
+    64: "is for another address: write a name that is in it into --url, or give the server one with the address in --url",
+}
+_UNKNOWN_AUTHORITY = (2, 18, 19, 20, 21)
+_REASONS = (
+    ("CERTIFICATE_REQUIRED", "it demands a client certificate: give --tls-cert and --tls-key"),
+    ("UNKNOWN_CA", "it does not know the authority of --tls-cert"),
+    ("CERTIFICATE_EXPIRED", "it refuses --tls-cert, which has expired"),
+    ("BAD_CERTIFICATE", "it refuses --tls-cert"),
+    ("CERTIFICATE_UNKNOWN", "it refuses --tls-cert"),
+    ("UNSUPPORTED_CERTIFICATE", "it refuses --tls-cert, which is not for clients"),
+    ("PROTOCOL_VERSION", "no version of TLS that both sides allow; the service speaks TLS 1.3"),
+    ("WRONG_VERSION_NUMBER", "what answers there does not speak TLS: write http://, or set health.tls at the replica"),
+    ("RECORD_LAYER_FAILURE", "what answers there does not speak TLS: write http://, or set health.tls at the replica"),
+)
+
+
+class ClientTLS:
+    """
+    The files of a client; read again when one changes.
+
+    Args:
+        authority: Of the server's certificate, PEM; None: the system's authorities.
+        certificate: What a server that asks for one is shown, with its ``key``, PEM, not encrypted.
+    Raises:
+        InvalidInput: A file cannot be used, or one of certificate and key is missing.
+    """
+
+    def __init__(self, authority: Path | None = None, certificate: Path | None = None, key: Path | None = None) -> None:
+        if (certificate is None) != (key is None):
+            raise InvalidInput("--tls-cert and --tls-key go together: give both or none")
+        self._authority = authority
+        self._certificate = certificate
+        self._key = key
+        self._stamps = self._look()
+        self.context = self._load()
+
+    def reload_if_changed(self) -> None:
+        """
+        Read the files again if one changed.
+
+        Raises:
+            InvalidInput: The new files cannot be used; the old ones stay.
+        """
+        stamps = self._look()
+        if stamps != self._stamps:
+            self.context = self._load()
+            self._stamps = stamps
+
+    def fault(self, error: Exception, url: str) -> str:
+        """Return what an error of a request means for whoever has to mend it."""
+        cause = getattr(error, "certificate_error", None) or getattr(error, "os_error", None) or error
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return f"the server's certificate {self._not_accepted(cause)}"
+        if isinstance(cause, ssl.SSLError):
+            reason = cause.reason or ""
+            why = next((words for part, words in _REASONS if part in reason), reason or "the TLS handshake failed")
+            return f"no TLS connection: {why}"
+        if isinstance(cause, aiohttp.ServerDisconnectedError | ConnectionResetError):
+            if not url.startswith("https:"):
+                return "it closed the connection without an answer; if it speaks TLS (health.tls), write https://"
+            if self._certificate is None:
+                return "it closed the connection without an answer; if it demands a client certificate (health.tls.client_ca_file), give --tls-cert and --tls-key"
+            return "it closed the connection without an answer; it may have refused --tls-cert, whose authority it must know (health.tls.client_ca_file)"
+        return str(error) or type(error).__name__
+
+    def _not_accepted(self, error: ssl.SSLCertVerificationError) -> str:
+        if error.verify_code not in _UNKNOWN_AUTHORITY:
+            return _CERTIFICATE.get(error.verify_code, f"is not accepted: {error.verify_message}")
+        if self._authority is None:
+            return "is from no authority that this host knows: give the one that signed it, --tls-ca"
+        return f"is not from an authority in {self._authority}: give the one that signed it, --tls-ca"
+
+    def _look(self) -> list[tuple[int, int]]:
+        files = [file for file in (self._authority, self._certificate, self._key) if file is not None]
+        try:
+            return [(stat.st_mtime_ns, stat.st_ino) for stat in (file.stat() for file in files)]
+        except OSError as error:
+            raise InvalidInput(f"cannot read {error.filename}: {error.strerror}") from error
+
+    def _load(self) -> ssl.SSLContext:
+        try:
+            context = ssl.create_default_context(cafile=self._authority)
+        except (OSError, ssl.SSLError) as error:
+            raise InvalidInput(f"--tls-ca {self._authority} cannot be used: {error.strerror or error}") from error
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # an intermediate is authority enough
+        if self._certificate is not None:
+            try:
+                context.load_cert_chain(self._certificate, self._key, self._no_passphrase)
+            except (OSError, ssl.SSLError) as error:
+                why = error.strerror or error
+                raise InvalidInput(
+                    f"--tls-cert {self._certificate} and --tls-key {self._key} cannot be used together: {why}"
+                ) from error
+        return context
+
+    def _no_passphrase(self) -> str:
+        """Refuse an encrypted key; without this, OpenSSL would ask at the terminal."""
+        raise InvalidInput(
+            f"--tls-key {self._key} is encrypted; store it without a passphrase, readable by this user only: "
+            f"openssl pkey -in {self._key} -out NEW_FILE"
+        )
