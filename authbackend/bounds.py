@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import resource
 import ssl
 import time
@@ -16,8 +17,10 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 HANDSHAKE_TIMEOUT_S = 5.0
+SHUTDOWN_TIMEOUT_S = 1.0
 LONGEST_LINE_BYTES = 8190
 """Of a request line and of a header; aiohttp limits their number to 128."""
+_ACCEPT_AGAIN_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,7 @@ class BoundedServer(web.Server):
         self._request_timeout_s = bounds.request_timeout_s
         self._max_connections = min(bounds.max_connections, _room_for_connections())
         self._open: set[BoundedConnection] = set()
+        self._handshakes: set[asyncio.Task[None]] = set()
 
     def __call__(self) -> RequestHandler:
         """Return the protocol of a new connection."""
@@ -96,6 +100,45 @@ class BoundedServer(web.Server):
         """Note that a connection has ended."""
         self._open.discard(connection)
         self._observer.connections_open(len(self._open))
+
+    async def accept_over_tls(self, listener: socket, tls: ssl.SSLContext) -> None:
+        """
+        Accept connections and begin their handshakes, until cancelled.
+
+        A server of the event loop tells of a connection after its handshake only. Whoever connects and says nothing would
+        have a file and some hundred kilobytes for the time of a handshake, without any limit.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                try:
+                    accepted, _ = await loop.sock_accept(listener)
+                except OSError:  # no file left, or the client is gone already
+                    await asyncio.sleep(_ACCEPT_AGAIN_S)
+                    continue
+                if len(self._open) + len(self._handshakes) >= self._max_connections:
+                    self._observer.connection_closed("too_many")
+                    accepted.close()
+                    continue
+                handshake = asyncio.create_task(self._shake_hands(accepted, tls))
+                self._handshakes.add(handshake)
+                handshake.add_done_callback(self._handshakes.discard)
+        finally:
+            for handshake in self._handshakes:
+                handshake.cancel()
+
+    async def _shake_hands(self, accepted: socket, tls: ssl.SSLContext) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.connect_accepted_socket(
+                self,
+                accepted,
+                ssl=tls,
+                ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S,
+                ssl_shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+            )
+        except OSError:  # it does not speak TLS, has no certificate that is let in, or has gone
+            accepted.close()
 
     async def cut_slow_clients(self) -> None:
         """
@@ -189,19 +232,24 @@ async def accepting(
     Raises:
         OSError: The address cannot be listened on.
     """
-    listener = await asyncio.get_running_loop().create_server(
-        server,
-        sock=sock,
-        ssl=tls,
-        ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if tls else None,
-        ssl_shutdown_timeout=1.0 if tls else None,
-        **where,
-    )
-    slow = asyncio.create_task(server.cut_slow_clients())
+    listener = await asyncio.get_running_loop().create_server(server, sock=sock, start_serving=tls is None, **where)
+    tasks = [asyncio.create_task(server.cut_slow_clients())]
+    accepting_sockets = []
+    if tls is not None:
+        for each in listener.sockets:
+            accepts = socket(fileno=os.dup(each.fileno()))
+            accepts.setblocking(False)
+            accepts.listen(where.get("backlog", 128))
+            accepting_sockets.append(accepts)
+            tasks.append(asyncio.create_task(server.accept_over_tls(accepts, tls)))
     try:
         yield listener.sockets[0].getsockname()[1]
     finally:
-        slow.cancel()
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        for accepts in accepting_sockets:
+            accepts.close()
         listener.close()
         server.pre_shutdown()
         await asyncio.sleep(0)

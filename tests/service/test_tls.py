@@ -5,8 +5,10 @@ import contextlib
 import os
 import pty
 import signal
+import socket
 import ssl
 import sys
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
@@ -68,6 +70,28 @@ async def test_mutual_tls(dsn, bench):
         for stranger in (None, bench.server_ca, Authority.create("somebody")):
             with pytest.raises(aiohttp.ClientError):
                 await service.ask("user", form, ssl=bench.context(stranger))
+
+
+async def test_connections_that_never_finish_a_handshake_count_as_connections(dsn, bench):
+    await apply(dsn, POLICY.replace("HASH", f'"{HASH}"'))
+    async with running(dsn, BROKER__MAX_CONNECTIONS="16", **bench.environment) as service:
+        where = urlsplit(service.broker)
+        with contextlib.ExitStack() as stack:
+            for _ in range(20):
+                stack.enter_context(contextlib.closing(socket.create_connection((where.hostname, where.port))))
+
+            async def refused():
+                return await service.metric("authbackend_connections_closed_total", cause="too_many") == 4
+
+            await until(refused, "those beyond the limit are closed and counted")
+
+        context = bench.context(bench.client_ca)
+
+        async def let_in():
+            with contextlib.suppress(aiohttp.ClientError):
+                return await service.ask("user", {"username": "APM0001"}, ssl=context) == (200, "allow")
+
+        await until(let_in, "there is room again when they have gone")
 
 
 async def test_files_are_read_again_while_it_runs(dsn, bench):
