@@ -65,7 +65,7 @@ grant select on enforcement, enforcement_setup, enforcement_cluster, enforcement
 grant execute on function enforcement_retry(bigint), enforcement_pause_begin(text), enforcement_pause_end(), enforcement_cluster_forget(text), enforcement_disable(), replica_forget(text) to authbackend_admin;
 grant select, insert, delete, update (at, status, reason) on device_schedule to authbackend_admin;
 grant select on brake to authbackend_admin, authbackend_reader; -- the owner sets it
-grant execute on function accept_impact(bigint) to authbackend_admin;
+grant execute on function accept_impact(bigint), impact() to authbackend_admin;
 
 grant select on device_type, device, topic_rule, audit, incarnation, certificate, authority, crl, schema_migrations, enforcement, enforcement_setup, enforcement_cluster, enforcement_pause, enforcement_sweep, device_hold, client_id_move, device_schedule to authbackend_reader;
 grant select (name, login, tags, vhosts, networks, client_ids, configure, write, read, unchecked_dead_lettering) on account to authbackend_reader;

@@ -148,9 +148,10 @@ CREATE FUNCTION public.attributes_fault(attributes jsonb) RETURNS text
     AS $_$
   select case
     when attributes = '{}' then null
-    when attributes is null or jsonb_typeof(attributes) <> 'object' then 'they must be a JSON object'
+    when attributes is null or jsonb_typeof(attributes) <> 'object' then 'they must be a JSON object, as {"site": "hamburg"}'
     else (select case
             when key !~ '^[A-Za-z_][A-Za-z0-9_-]{0,62}$' then format('the name %s is not possible; names are a letter or _, then letters, digits, _ and -', to_json(key))
+            when jsonb_typeof(value) in ('number', 'boolean') then format('the value of %s must be a string: write {%s: %s}', to_json(key), to_json(key), to_json(value #>> '{}'))
             when jsonb_typeof(value) <> 'string' then format('the value of %s must be a string', to_json(key))
             else format('the value of %s has more than 1024 bytes', to_json(key)) end
           from jsonb_each(attributes)
@@ -180,7 +181,8 @@ begin
      select $1, $4, $2, $3, k, audit_row($3, b),
             case when $3 = ''account'' and b ->> ''password_hash'' is distinct from a ->> ''password_hash'' and a ->> ''password_hash'' is not null
               then a || ''{"password_hash": "changed"}'' else audit_row($3, a) end
-     from (' || rows || ') as t', tg_argv[1])
+     from (' || rows || ') as t
+     where ($3 = ''device'' and left(b ->> ''common_name'', 1) = '','') is not true', tg_argv[1])
   using person, tg_op, tg_argv[0], claimed;
   return null;
 end $_$;
@@ -201,6 +203,7 @@ CREATE FUNCTION public.audit_row(entity text, r jsonb) RETURNS jsonb
     when entity = 'account' and r is not null
       then r || jsonb_build_object('password_hash', case when r ->> 'password_hash' is null then null else 'set' end)
     when entity = 'crl' then r - 'der'
+    when entity = 'device' and left(r ->> 'common_name', 1) = ',' then r || jsonb_build_object('common_name', public.common_name_without_comma(r ->> 'common_name'))
     else r end
 $$;
 
@@ -237,10 +240,7 @@ CREATE FUNCTION public.brake_account() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
-declare
-  n bigint;
 begin
-  perform public.brake_begin();
   if tg_op = 'DELETE' then
     insert into public.brake_impact (kind, name, cause) select 'account', o.name, 'deleted' from old_rows o on conflict do nothing;
   else
@@ -252,90 +252,77 @@ begin
        or (n.login, n.password_hash, n.configure, n.write, n.read) is distinct from (o.login, o.password_hash, o.configure, o.write, o.read)
     on conflict do nothing;
   end if;
-  get diagnostics n = row_count;
-  perform public.brake_count(n);
   return null;
 end $$;
 
-CREATE FUNCTION public.brake_begin() RETURNS void
+CREATE FUNCTION public.brake_added() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
+declare
+  mine constant text := pg_current_xact_id()::text;
+  known text[] := string_to_array(current_setting('authbackend.impact', true), ':');
+  added constant bigint := (select count(*) from added_rows where kind <> 'device_type');
+  touched bigint := added;
+  registered bigint;
+  allowed record;
+  so_far record;
 begin
-  if split_part(current_setting('authbackend.impact', true), ':', 1) = pg_current_xact_id()::text then
-    return;
+  if added = 0 then
+    return null;
+  elsif added > 1000 then
+    perform public.brake_clean(added);
   end if;
-  delete from public.brake_impact where ctid in (
-    select ctid from public.brake_impact
-    where version < pg_snapshot_xmin(pg_current_snapshot()) or version >= pg_snapshot_xmax(pg_current_snapshot()) or version = pg_current_xact_id()
-    limit 100000 for update skip locked);
-  perform set_config('authbackend.impact', pg_current_xact_id()::text || ':0', true);
+  if known[1] = mine then
+    touched := touched + known[2]::bigint;
+    registered := known[3]::bigint;
+  end if;
+  select coalesce(b.devices, 100) as devices, coalesce(b.percent, 5) as percent, coalesce(a.accepted, 0) as accepted,
+         a.version is not null and a.accepted is null as by_time into allowed
+  from (values (true)) as always left join public.brake b on true left join public.brake_acceptance a on a.version = pg_current_xact_id();
+  if touched > allowed.devices and touched > allowed.accepted and not allowed.by_time and touched > coalesce(registered, 0) * allowed.percent / 100 then
+    select * into so_far from public.impact();
+    registered := so_far.registered;
+    if so_far.beyond_limit then
+      raise exception using errcode = 'check_violation', schema = 'public', table = tg_table_name, constraint = 'brake',
+        message = format('this transaction would take something from %s devices, accounts or certificates, of %s devices: %s. More than %s and more than %s %% is refused unless it is meant: select accept_impact(%s) in the same transaction, or --accept-impact %s',
+                         so_far.touched, so_far.registered, so_far.told, so_far.devices, so_far.percent, so_far.touched, so_far.touched),
+        hint = 'This is the number so far; later statements of the transaction may add to it. authbackend policy plan shows that of a whole policy file.';
+    end if;
+  end if;
+  perform set_config('authbackend.impact', concat_ws(':', mine, touched, registered), true);
+  return null;
 end $$;
 
 CREATE FUNCTION public.brake_certificate() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
-declare
-  n bigint;
 begin
-  perform public.brake_begin();
   insert into public.brake_impact (kind, name, cause)
-  select case when coalesce(n.device_id, o.device_id) is null then 'certificate' else 'device' end, coalesce(n.device_id, o.device_id, o.fingerprint), 'whose certificate is revoked'
-  from old_rows o join new_rows n using (fingerprint) where o.state = 'active' and n.state = 'revoked' and n.not_after > now()
+  select case when u.device_id is null then 'certificate' else 'device' end, coalesce(u.device_id, o.fingerprint),
+         case when u.device_id is null then 'revoked' else 'whose certificate is revoked' end
+  from old_rows o join new_rows n using (fingerprint) cross join lateral (select coalesce(n.device_id, o.device_id) as device_id) as u
+  where o.state = 'active' and n.state = 'revoked' and n.not_after > now()
   on conflict do nothing;
-  get diagnostics n = row_count;
-  perform public.brake_count(n);
   return null;
 end $$;
 
-CREATE FUNCTION public.brake_count(added bigint) RETURNS void
-    LANGUAGE plpgsql SECURITY DEFINER
+CREATE FUNCTION public.brake_clean(most bigint) RETURNS void
+    LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
-declare
-  mine text := pg_current_xact_id()::text;
-  known text[] := string_to_array(current_setting('authbackend.impact', true), ':');
-  touched bigint := added;
-  registered bigint;
-  allowed record;
-begin
-  if added = 0 then
-    return;
-  end if;
-  if known[1] = mine then
-    touched := touched + known[2]::bigint;
-  end if;
-  perform set_config('authbackend.impact', mine || ':' || touched, true);
-  select coalesce(b.devices, 100) as devices, coalesce(b.percent, 5) as percent, a.version is not null and a.accepted is null as by_time, a.accepted into allowed
-  from (values (true)) as always left join public.brake b on true left join public.brake_acceptance a on a.version = pg_current_xact_id();
-  if touched <= allowed.devices or touched <= allowed.accepted or allowed.by_time then
-    return;
-  end if;
-  registered := (select count(*) from public.device)
-    + (select count(*) from public.brake_impact i where i.version = pg_current_xact_id() and i.kind = 'device'
-       and not exists (select from public.device d where d.device_id = i.name));
-  if touched <= registered * allowed.percent / 100 then
-    return;
-  end if;
-  perform public.refuse(format(
-    'this transaction would take something from %s devices, accounts or certificates, of %s devices: %s. More than %s and more than %s %% is refused unless it is meant: %s in the same transaction, or --accept-impact %s',
-    touched, registered,
-    (select string_agg(format('%s %s (%s)', n, cause, sample), ', ' order by n desc)
-     from (select cause, count(*) as n, left(string_agg(name, ', ' order by name) filter (where place <= 3), 200) || case when count(*) > 3 then ', …' else '' end as sample
-           from (select *, row_number() over (partition by cause order by name) as place from public.brake_impact
-                 where version = pg_current_xact_id() and kind <> 'device_type') as i group by cause) as c),
-    allowed.devices, allowed.percent, format('select accept_impact(%s)', touched), touched));
-end $$;
+  delete from public.brake_impact where ctid in (
+    select ctid from public.brake_impact
+    where (version < pg_snapshot_xmin(pg_current_snapshot()) or version >= pg_snapshot_xmax(pg_current_snapshot())) and version <> pg_current_xact_id()
+    limit most for update skip locked)
+$$;
 
 CREATE FUNCTION public.brake_device() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
-declare
-  n bigint;
 begin
-  perform public.brake_begin();
   if tg_op = 'DELETE' then
     insert into public.brake_impact (kind, name, cause) select 'device', o.device_id, 'deleted' from old_rows o on conflict do nothing;
   else
@@ -351,10 +338,9 @@ begin
       when n.common_name <> o.common_name then 'renamed'
       when n.attributes <> o.attributes and public.enforcement_attributes_used(n.device_id, n.type, o.attributes, n.attributes) then 'with other attributes'
       end as cause) as c
-    where c.cause is not null on conflict do nothing;
+    where c.cause is not null and left(o.common_name, 1) <> ',' -- a name that waits is counted with the statement that wrote it
+    on conflict do nothing;
   end if;
-  get diagnostics n = row_count;
-  perform public.brake_count(n);
   return null;
 end $$;
 
@@ -363,12 +349,25 @@ CREATE FUNCTION public.brake_device_type() RETURNS trigger
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 begin
-  perform public.brake_begin();
   perform public.brake_types(array_agg(n.name), 'of a type that is narrowed') from new_rows n join old_rows o using (name)
   where not (o.client_ids <@ n.client_ids and o.vhosts <@ n.vhosts)
      or (n.networks is not null and n.networks is distinct from o.networks)
      or n.max_staleness_s < o.max_staleness_s or (n.max_staleness_s is not null and o.max_staleness_s is null)
-     or (n.require_known_certificate and not o.require_known_certificate);
+     or (n.require_known_certificate and not o.require_known_certificate)
+  having count(*) > 0;
+  return null;
+end $$;
+
+CREATE FUNCTION public.brake_opened() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if split_part(current_setting('authbackend.impact', true), ':', 1) = pg_current_xact_id()::text then
+    return null;
+  end if;
+  delete from public.brake_impact where version = pg_current_xact_id();
+  perform public.brake_clean(1000), set_config('authbackend.impact', pg_current_xact_id()::text || ':0', true);
   return null;
 end $$;
 
@@ -376,82 +375,59 @@ CREATE FUNCTION public.brake_schedule() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
-declare
-  n bigint;
 begin
-  perform public.brake_begin();
   insert into public.brake_impact (kind, name, cause)
   select 'device', s.device_id, 'scheduled to be ' || s.status from new_rows s where s.status <> 'active' on conflict do nothing;
-  get diagnostics n = row_count;
-  perform public.brake_count(n);
   return null;
 end $$;
 
 CREATE FUNCTION public.brake_topic_rule() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
-    AS $_$
+    AS $$
 declare
-  lost text := $q$select device_type, device_id, account, action, topic, exchange, 'allow' from old_rows where effect = 'allow'$q$;
-  gained text := $q$select device_type, device_id, account, action, topic, exchange, 'deny' from new_rows where effect = 'deny'$q$;
   types text[];
   devices text[];
   accounts text[];
-  n bigint;
 begin
-  perform public.brake_begin();
-  execute format('select array_agg(distinct device_type), array_agg(distinct device_id), array_agg(distinct account) from (%s) as narrowed',
-    case tg_op when 'INSERT' then gained when 'DELETE' then lost
-      else format('(%s except all select device_type, device_id, account, action, topic, exchange, %L from new_rows where effect = %L) union all (%s except all select device_type, device_id, account, action, topic, exchange, %L from old_rows where effect = %L)',
-                  lost, 'allow', 'allow', gained, 'deny', 'deny') end)
+  execute format('select array_agg(distinct device_type) filter (where device_type is not null),
+                         array_agg(distinct device_id) filter (where device_id is not null),
+                         array_agg(distinct account) filter (where account is not null) from (%s) as narrowed', public.narrowing_rules(tg_op))
   into types, devices, accounts;
-  perform public.brake_types(types, 'whose rules are narrowed');
+  if types is not null then
+    perform public.brake_types(types, 'whose rules are narrowed');
+  end if;
   -- Not looked up in their tables: a lock there until the end of the transaction would be in the way of whoever alters them.
   insert into public.brake_impact (kind, name, cause)
-  select 'device', x, 'whose rules are narrowed' from unnest(devices) as x where x is not null
-  union all select 'account', x, 'whose rules are narrowed' from unnest(accounts) as x where x is not null
+  select 'device', x, 'whose rules are narrowed' from unnest(devices) as x
+  union all select 'account', x, 'whose rules are narrowed' from unnest(accounts) as x
   on conflict do nothing;
-  get diagnostics n = row_count;
-  perform public.brake_count(n);
   return null;
-end $_$;
+end $$;
 
 CREATE FUNCTION public.brake_truncate() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
-declare
-  n bigint;
 begin
-  perform public.brake_begin();
   if tg_table_name = 'account' then
     insert into public.brake_impact (kind, name, cause) select 'account', name, 'deleted' from public.account on conflict do nothing;
   else
     insert into public.brake_impact (kind, name, cause)
     select 'device', device_id, case tg_table_name when 'topic_rule' then 'whose rules are narrowed' else 'deleted' end from public.device on conflict do nothing;
   end if;
-  get diagnostics n = row_count;
-  perform public.brake_count(n);
   return null;
 end $$;
 
 CREATE FUNCTION public.brake_types(types text[], cause text) RETURNS void
-    LANGUAGE plpgsql SECURITY DEFINER
+    LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
-    AS $$
-declare
-  n bigint;
-begin
-  if not exists (select from unnest(types) as x where x is not null) then
-    return;
-  end if;
+    AS $_$
   with fresh as (
-    insert into public.brake_impact (kind, name, cause) select 'device_type', x, '' from unnest(types) as x where x is not null on conflict do nothing returning name)
+    insert into public.brake_impact (kind, name, cause) select 'device_type', x, '' from unnest(types) as x on conflict do nothing returning name)
   insert into public.brake_impact (kind, name, cause)
-  select 'device', d.device_id, brake_types.cause from public.device d where d.type in (select name from fresh) on conflict do nothing;
-  get diagnostics n = row_count;
-  perform public.brake_count(n);
-end $$;
+  select 'device', d.device_id, $2 from public.device d where d.type in (select name from fresh) on conflict do nothing
+$_$;
 
 CREATE FUNCTION public.certificate_check() RETURNS trigger
     LANGUAGE plpgsql
@@ -640,6 +616,23 @@ begin
   return null;
 end $_$;
 
+CREATE FUNCTION public.common_name_without_comma(name text) RETURNS text
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$ select case when left(name, 1) = ',' then substr(name, 2) else name end $$;
+
+CREATE FUNCTION public.crl_authority_known() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if not exists (select from public.authority where name = new.authority) then
+    perform public.refuse_reference('crl', 'authority', 'crl_authority_fkey', format('revocation list: there is no authority %L', new.authority),
+      public.names_known('authority', (select array_agg(name) from (select name from public.authority order by name limit 11) as t)));
+  end if;
+  return null;
+end $$;
+
 CREATE FUNCTION public.crl_check() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -727,6 +720,70 @@ begin
   return new;
 end $$;
 
+CREATE FUNCTION public.device_id_known() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if new.device_id is not null then
+    if not exists (select from public.device where device_id = new.device_id) then
+      perform public.refuse_reference(tg_table_name, 'device_id', tg_table_name || '_device_id_fkey', format('%s: there is no device with the id %L', tg_argv[0], new.device_id),
+        'A device is named by its device_id, which may differ from its common name.');
+    end if;
+  end if;
+  return null;
+end $$;
+
+CREATE FUNCTION public.device_name_arrives() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  taken record;
+begin
+  if not exists (select from new_rows where left(common_name, 1) = ',') then
+    return null;
+  end if;
+  begin
+    update public.device d set common_name = public.common_name_without_comma(d.common_name)
+    from new_rows n where d.device_id = n.device_id and left(n.common_name, 1) = ',';
+  exception when unique_violation then -- not looked for before: who is about to give the name away is waited for
+    select h.common_name, n.device_id, h.device_id as holder into taken
+    from new_rows n join public.device h on h.common_name = public.common_name_without_comma(n.common_name) and h.device_id <> n.device_id
+    where left(n.common_name, 1) = ',' limit 1;
+    perform public.refuse_common_name(taken.common_name, taken.device_id, taken.holder);
+  end;
+  return null;
+end $$;
+
+CREATE FUNCTION public.device_name_waits() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  holder record;
+begin
+  if left(new.common_name, 1) = ',' then
+    perform public.refuse(format('common name %L of device %L: %s', new.common_name, new.device_id, public.common_name_fault(new.common_name)));
+  end if;
+  if tg_op = 'INSERT' then
+    return new;
+  end if;
+  if left(old.common_name, 1) = ',' then
+    return new; -- it arrives
+  end if;
+  select device_id, common_name into holder from public.device
+  where common_name in (new.common_name, ',' || new.common_name) and device_id <> old.device_id
+  order by common_name = new.common_name limit 1; -- first the one for which it waits already
+  if not found then
+    return new;
+  elsif holder.common_name <> new.common_name then
+    perform public.refuse_common_name(new.common_name, new.device_id, holder.device_id);
+  end if;
+  new.common_name := ',' || new.common_name;
+  return new;
+end $$;
+
 CREATE FUNCTION public.device_schedule_apply(OUT made bigint, OUT fault text) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -801,6 +858,34 @@ begin
     end if;
   end loop;
   return new;
+end $$;
+
+CREATE FUNCTION public.device_type_in_use() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  names text[] := (select array_agg(device_id) from (select device_id from public.device where type = old.name order by device_id limit 4) as d);
+begin
+  if names is not null and not exists (select from public.device_type where name = old.name) then
+    perform public.refuse_reference('device', 'type', 'device_type_fkey',
+      format('device type %L still has devices: %s%s', old.name, array_to_string(names[:3], ', '), case when cardinality(names) > 3 then ', …' else '' end),
+      'Move them to another type, or delete them, before the type.');
+  end if;
+  return null;
+end $$;
+
+CREATE FUNCTION public.device_type_known() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if not exists (select from public.device_type where name = new.type) then
+    perform public.refuse_reference('device', 'type', 'device_type_fkey',
+      format('type %L of device %L: there is no such device type', new.type, new.device_id),
+      public.names_known('device type', (select array_agg(name) from (select name from public.device_type order by name limit 11) as t)) || ' A new one is added before its devices.');
+  end if;
+  return null;
 end $$;
 
 CREATE FUNCTION public.enforcement_account() RETURNS trigger
@@ -917,7 +1002,7 @@ begin
         case when n.attributes <> o.attributes and public.enforcement_attributes_used(n.device_id, n.type, o.attributes, n.attributes) then 'attributes' end,
         case when n.expires_at <= clock_timestamp() and n.expires_at is distinct from o.expires_at then 'expired' end], null) as causes) as c
       cross join public.enforcement_cluster k
-      where c.causes <> '{}' and public.enforcement_concerns(o.device_id, o.status)
+      where c.causes <> '{}' and public.enforcement_concerns(o.device_id, o.status) and left(o.common_name, 1) <> ','
       returning name, causes)
     select array_agg(distinct name) into held from noted where not causes && '{deleted,pending,suspended,revoked,expired}';
     perform public.enforcement_hold(held);
@@ -930,7 +1015,7 @@ begin
     execute format($q$
       with noted as (
         insert into public.enforcement (cluster, kind, name, causes, details)
-        select k.name, 'device', t.device_id, '{client_id_owner}', jsonb_strip_nulls(jsonb_build_object('common_name', t.common_name, 'users', t.users, 'former_client_ids', t.former))
+        select k.name, 'device', t.device_id, '{client_id_owner}', jsonb_strip_nulls(jsonb_build_object('common_name', public.common_name_without_comma(t.common_name), 'users', t.users, 'former_client_ids', t.former))
         from (select n.device_id, n.common_name, array_agg(distinct d.common_name) as users, %s as former
               from new_rows n %s
               cross join lateral public.client_id_owners(n.device_id) as p
@@ -1114,8 +1199,6 @@ CREATE FUNCTION public.enforcement_topic_rule() RETURNS trigger
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $_$
 declare
-  lost text := $q$select device_type, device_id, account, action, topic, exchange, 'allow' as effect from old_rows where effect = 'allow'$q$;
-  gained text := $q$select device_type, device_id, account, action, topic, exchange, 'deny' as effect from new_rows where effect = 'deny'$q$;
   held text[];
 begin
   if not exists (select from public.enforcement_setup) then
@@ -1136,10 +1219,7 @@ begin
          or (w.kind = 'account' and exists (select from public.account a where a.name = w.name))
       returning kind, name)
     select array_agg(distinct name) from noted where kind = 'device'$q$,
-    case tg_op when 'INSERT' then gained when 'DELETE' then lost
-      -- Rows that say the same as before, but for the note, narrow nothing.
-      else format('(%s except all select device_type, device_id, account, action, topic, exchange, %L from new_rows where effect = %L) union all (%s except all select device_type, device_id, account, action, topic, exchange, %L from old_rows where effect = %L)',
-                  lost, 'allow', 'allow', gained, 'deny', 'deny') end) into held;
+    public.narrowing_rules(tg_op)) into held;
   perform public.enforcement_hold(held);
   perform pg_notify('enforcement', '');
   return null;
@@ -1186,6 +1266,29 @@ begin
   update public.identity_guard set writers = writers + 1;
 end $$;
 
+CREATE FUNCTION public.impact(OUT touched bigint, OUT registered bigint, OUT devices bigint, OUT percent numeric, OUT accepted bigint, OUT beyond_limit boolean, OUT causes jsonb, OUT told text) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  mine constant xid8 := pg_current_xact_id_if_assigned();
+begin
+  select coalesce(b.devices, 100), coalesce(b.percent, 5), a.accepted into devices, percent, accepted
+  from (values (true)) as always left join public.brake b on true left join public.brake_acceptance a on a.version = mine;
+  registered := (select count(*) from public.device)
+    + (select count(*) from public.brake_impact i where i.version = mine and i.kind = 'device'
+       and not exists (select from public.device d where d.device_id = i.name));
+  select coalesce(sum(n), 0), coalesce(jsonb_agg(jsonb_build_object('kind', c.kind, 'cause', c.cause, 'number', n, 'names', names) order by n desc, c.kind, c.cause), '[]'),
+         coalesce(string_agg(format('%s %s%s (%s)', n, case c.kind when 'device' then '' else c.kind || case when n > 1 then 's ' else ' ' end end, c.cause,
+                                    left(array_to_string(names, ', '), 200) || case when n > 3 then ', …' else '' end), ', ' order by n desc, c.kind, c.cause), '')
+  into touched, causes, told
+  from (select i.kind, i.cause, count(*) as n, array_agg(i.name order by i.name) filter (where place <= 3) as names
+        from (select *, row_number() over (partition by kind, cause order by name) as place
+              from public.brake_impact where version = mine and kind <> 'device_type') as i
+        group by i.kind, i.cause) as c;
+  beyond_limit := touched > devices and touched > registered * percent / 100;
+end $$;
+
 CREATE FUNCTION public.incarnation_renew() RETURNS uuid
     LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'public', 'pg_temp'
@@ -1208,6 +1311,24 @@ CREATE FUNCTION public.name_list_fault(names text[], longest_bytes integer) RETU
   end
 $$;
 
+CREATE FUNCTION public.names_known(kind text, names text[]) RETURNS text
+    LANGUAGE sql IMMUTABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+  select case when names is null then format('There is no %s yet.', kind)
+    else format('There are: %s%s.', array_to_string(names[:10], ', '), case when cardinality(names) > 10 then ', …' else '' end) end
+$$;
+
+CREATE FUNCTION public.narrowing_rules(operation text) RETURNS text
+    LANGUAGE sql IMMUTABLE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+  select case operation when 'INSERT' then denied when 'DELETE' then allowed
+    else format('(%s except all %s) union all (%s except all %s)', allowed, replace(allowed, 'old_rows', 'new_rows'), denied, replace(denied, 'new_rows', 'old_rows')) end
+  from (select format(rows, 'old_rows', 'allow') as allowed, format(rows, 'new_rows', 'deny') as denied
+        from (values ('select device_type, device_id, account, action, topic, exchange, effect from %I where effect = %L')) as v (rows)) as r
+$$;
+
 CREATE FUNCTION public.networks_fault(networks cidr[]) RETURNS text
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -1226,6 +1347,42 @@ CREATE FUNCTION public.refuse(fault text) RETURNS boolean
     AS $$
 begin
   raise exception using errcode = 'check_violation', message = fault;
+end $$;
+
+CREATE FUNCTION public.refuse_common_name(name text, of_device text, holder text) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  raise exception using errcode = 'unique_violation', schema = 'public', table = 'device', constraint = 'common_name_is_taken',
+    message = format('common name %L of device %L: device %L has it, and no two devices can', name, of_device, holder),
+    hint = 'Names change hands in one statement: UPDATE device SET common_name = CASE device_id WHEN ... THEN ... END WHERE device_id IN (...)';
+end $$;
+
+CREATE FUNCTION public.refuse_null() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  given constant jsonb := to_jsonb(new);
+  missing record;
+begin
+  select a.attname, a.atthasdef or a.attidentity <> '' as has_default into missing from pg_attribute a
+  where a.attrelid = tg_relid and a.attnotnull and a.attnum > 0 and not a.attisdropped and given -> a.attname = 'null'
+  order by a.attnum limit 1;
+  raise exception using errcode = 'not_null_violation', schema = tg_table_schema, table = tg_table_name, column = missing.attname,
+    message = format('%s%s: %s is null', tg_table_name, coalesce(' ' || (given ->> tg_argv[0]), ''), missing.attname),
+    hint = case when missing.has_default then format('Leave %s out of the statement to get its default.', missing.attname) else format('Every %s needs a value of %s.', tg_table_name, missing.attname) end;
+end $$;
+
+CREATE FUNCTION public.refuse_reference(of_table text, of_column text, of_constraint text, fault text, advice text) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if current_setting('transaction_isolation') in ('read committed', 'read uncommitted') then
+    raise exception using errcode = 'foreign_key_violation', schema = 'public', table = of_table, column = of_column, constraint = of_constraint, message = fault, hint = advice;
+  end if;
 end $$;
 
 CREATE FUNCTION public.registry_epoch() RETURNS text
@@ -1340,6 +1497,28 @@ begin
   return null;
 end $$;
 
+CREATE FUNCTION public.topic_rule_owner_known() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  if new.device_type is not null then
+    if not exists (select from public.device_type where name = new.device_type) then
+      perform public.refuse_reference('topic_rule', 'device_type', 'topic_rule_device_type_fkey', format('rule for topic %L: there is no device type %L', new.topic, new.device_type),
+        public.names_known('device type', (select array_agg(name) from (select name from public.device_type order by name limit 11) as t)));
+    end if;
+  elsif new.device_id is not null then
+    if not exists (select from public.device where device_id = new.device_id) then
+      perform public.refuse_reference('topic_rule', 'device_id', 'topic_rule_device_id_fkey', format('rule for topic %L: there is no device with the id %L', new.topic, new.device_id),
+        'A rule names a device by its device_id, which may differ from its common name; the device is added before its rules.');
+    end if;
+  elsif not exists (select from public.account where name = new.account) then
+    perform public.refuse_reference('topic_rule', 'account', 'topic_rule_account_fkey', format('rule for topic %L: there is no account %L', new.topic, new.account),
+      'An account is added before its rules.');
+  end if;
+  return null;
+end $$;
+
 CREATE TABLE public.acting_for (
     backend integer DEFAULT pg_backend_pid() NOT NULL,
     person text NOT NULL
@@ -1392,9 +1571,21 @@ CREATE TABLE public.brake (
     one boolean DEFAULT true NOT NULL,
     devices bigint DEFAULT 100 NOT NULL,
     percent numeric DEFAULT 5 NOT NULL,
-    CONSTRAINT brake_devices_check CHECK ((devices >= 0)),
-    CONSTRAINT brake_one_check CHECK (one),
-    CONSTRAINT brake_percent_check CHECK (((percent >= (0)::numeric) AND (percent <= (100)::numeric)))
+    CONSTRAINT brake_devices CHECK (
+CASE
+    WHEN (devices >= 0) THEN true
+    ELSE public.refuse(format('limit of the brake: %s devices are not possible; 0 or more are'::text, devices))
+END),
+    CONSTRAINT brake_one CHECK (
+CASE
+    WHEN one THEN true
+    ELSE public.refuse('the brake has one row of limits: leave the column "one" out'::text)
+END),
+    CONSTRAINT brake_percent CHECK (
+CASE
+    WHEN ((percent >= (0)::numeric) AND (percent <= (100)::numeric)) THEN true
+    ELSE public.refuse(format('limit of the brake: %s percent are not possible; 0 to 100 are'::text, percent))
+END)
 );
 
 CREATE UNLOGGED TABLE public.brake_acceptance (
@@ -1564,7 +1755,7 @@ END),
     CONSTRAINT device_common_name CHECK (
 CASE
     WHEN (common_name = device_id) THEN true
-    WHEN (public.common_name_fault(common_name) IS NULL) THEN true
+    WHEN (public.common_name_fault(public.common_name_without_comma(common_name)) IS NULL) THEN true
     ELSE public.refuse(format('common name %L of device %L: %s'::text, common_name, device_id, public.common_name_fault(common_name)))
 END),
     CONSTRAINT device_expires_at CHECK (
@@ -1849,7 +2040,7 @@ ALTER TABLE public.topic_rule ALTER COLUMN id ADD GENERATED BY DEFAULT AS IDENTI
 );
 
 ALTER TABLE ONLY public.account
-    ADD CONSTRAINT account_pkey PRIMARY KEY (name);
+    ADD CONSTRAINT account_exists PRIMARY KEY (name);
 
 ALTER TABLE ONLY public.acting_for
     ADD CONSTRAINT acting_for_pkey PRIMARY KEY (backend);
@@ -1858,25 +2049,25 @@ ALTER TABLE ONLY public.audit
     ADD CONSTRAINT audit_pkey PRIMARY KEY (id);
 
 ALTER TABLE ONLY public.authority
-    ADD CONSTRAINT authority_pkey PRIMARY KEY (name);
+    ADD CONSTRAINT authority_exists PRIMARY KEY (name);
+
+ALTER TABLE ONLY public.crl
+    ADD CONSTRAINT authority_has_a_revocation_list PRIMARY KEY (authority);
 
 ALTER TABLE ONLY public.authority
-    ADD CONSTRAINT authority_subject_key UNIQUE (subject);
+    ADD CONSTRAINT authority_with_this_subject_exists UNIQUE (subject);
 
 ALTER TABLE ONLY public.brake_acceptance
     ADD CONSTRAINT brake_acceptance_pkey PRIMARY KEY (version);
 
+ALTER TABLE ONLY public.brake
+    ADD CONSTRAINT brake_has_its_limits PRIMARY KEY (one);
+
 ALTER TABLE ONLY public.brake_impact
     ADD CONSTRAINT brake_impact_pkey PRIMARY KEY (version, kind, name);
 
-ALTER TABLE ONLY public.brake
-    ADD CONSTRAINT brake_pkey PRIMARY KEY (one);
-
 ALTER TABLE ONLY public.certificate
-    ADD CONSTRAINT certificate_issuer_serial UNIQUE (issuer, serial);
-
-ALTER TABLE ONLY public.certificate
-    ADD CONSTRAINT certificate_pkey PRIMARY KEY (fingerprint);
+    ADD CONSTRAINT certificate_is_on_record PRIMARY KEY (fingerprint);
 
 ALTER TABLE ONLY public.change_floor
     ADD CONSTRAINT change_floor_pkey PRIMARY KEY (one);
@@ -1887,17 +2078,14 @@ ALTER TABLE ONLY public.change_horizon
 ALTER TABLE ONLY public.client_id_move
     ADD CONSTRAINT client_id_move_pkey PRIMARY KEY (device_type);
 
+ALTER TABLE ONLY public.device
+    ADD CONSTRAINT common_name_is_taken UNIQUE (common_name);
+
 ALTER TABLE ONLY public.crl_highest
     ADD CONSTRAINT crl_highest_pkey PRIMARY KEY (issuer);
 
 ALTER TABLE ONLY public.crl_installed
     ADD CONSTRAINT crl_installed_pkey PRIMARY KEY (node, issuer);
-
-ALTER TABLE ONLY public.crl_listed
-    ADD CONSTRAINT crl_listed_pkey PRIMARY KEY (issuer, serial);
-
-ALTER TABLE ONLY public.crl
-    ADD CONSTRAINT crl_pkey PRIMARY KEY (authority);
 
 ALTER TABLE ONLY public.crl_reporter
     ADD CONSTRAINT crl_reporter_pkey PRIMARY KEY (node);
@@ -1905,20 +2093,17 @@ ALTER TABLE ONLY public.crl_reporter
 ALTER TABLE ONLY public.crl_reporter
     ADD CONSTRAINT crl_reporter_role_key UNIQUE (role);
 
-ALTER TABLE ONLY public.device
-    ADD CONSTRAINT device_common_name_key UNIQUE (common_name) DEFERRABLE;
+ALTER TABLE ONLY public.device_schedule
+    ADD CONSTRAINT device_has_something_scheduled_then PRIMARY KEY (device_id, at);
 
 ALTER TABLE ONLY public.device_hold
     ADD CONSTRAINT device_hold_pkey PRIMARY KEY (device_id);
 
 ALTER TABLE ONLY public.device
-    ADD CONSTRAINT device_pkey PRIMARY KEY (device_id);
-
-ALTER TABLE ONLY public.device_schedule
-    ADD CONSTRAINT device_schedule_pkey PRIMARY KEY (device_id, at);
+    ADD CONSTRAINT device_id_is_taken PRIMARY KEY (device_id);
 
 ALTER TABLE ONLY public.device_type
-    ADD CONSTRAINT device_type_pkey PRIMARY KEY (name);
+    ADD CONSTRAINT device_type_exists PRIMARY KEY (name);
 
 ALTER TABLE ONLY public.enforcement_cluster
     ADD CONSTRAINT enforcement_cluster_pkey PRIMARY KEY (name);
@@ -1950,11 +2135,17 @@ ALTER TABLE ONLY public.replica
 ALTER TABLE ONLY public.schema_migrations
     ADD CONSTRAINT schema_migrations_pkey PRIMARY KEY (version);
 
-ALTER TABLE ONLY public.topic_rule
-    ADD CONSTRAINT topic_rule_once UNIQUE NULLS NOT DISTINCT (device_type, device_id, account, effect, action, topic, exchange);
+ALTER TABLE ONLY public.crl_listed
+    ADD CONSTRAINT serial_number_is_listed PRIMARY KEY (issuer, serial);
+
+ALTER TABLE ONLY public.certificate
+    ADD CONSTRAINT serial_number_of_issuer_is_on_record UNIQUE (issuer, serial);
 
 ALTER TABLE ONLY public.topic_rule
-    ADD CONSTRAINT topic_rule_pkey PRIMARY KEY (id);
+    ADD CONSTRAINT topic_rule_exists UNIQUE NULLS NOT DISTINCT (device_type, device_id, account, effect, action, topic, exchange);
+
+ALTER TABLE ONLY public.topic_rule
+    ADD CONSTRAINT topic_rule_id_is_taken PRIMARY KEY (id);
 
 CREATE INDEX audit_key ON public.audit USING btree (entity, key, id);
 
@@ -1996,6 +2187,38 @@ CREATE INDEX topic_rule_account ON public.topic_rule USING btree (account) WHERE
 
 CREATE INDEX topic_rule_device_id ON public.topic_rule USING btree (device_id) WHERE (device_id IS NOT NULL);
 
+CREATE TRIGGER "IN_USE" AFTER DELETE ON public.device_type FOR EACH ROW EXECUTE FUNCTION public.device_type_in_use();
+
+ALTER TABLE public.device_type ENABLE ALWAYS TRIGGER "IN_USE";
+
+CREATE CONSTRAINT TRIGGER "KNOWN" AFTER INSERT OR UPDATE OF device_id ON public.certificate DEFERRABLE INITIALLY IMMEDIATE FOR EACH ROW EXECUTE FUNCTION public.device_id_known('certificate');
+
+ALTER TABLE public.certificate ENABLE ALWAYS TRIGGER "KNOWN";
+
+CREATE TRIGGER "KNOWN" AFTER INSERT OR UPDATE OF authority ON public.crl FOR EACH ROW EXECUTE FUNCTION public.crl_authority_known();
+
+ALTER TABLE public.crl ENABLE ALWAYS TRIGGER "KNOWN";
+
+CREATE TRIGGER "KNOWN" AFTER INSERT OR UPDATE OF device_id ON public.device_schedule FOR EACH ROW EXECUTE FUNCTION public.device_id_known('schedule');
+
+ALTER TABLE public.device_schedule ENABLE ALWAYS TRIGGER "KNOWN";
+
+CREATE TRIGGER "KNOWN_I" AFTER INSERT ON public.device FOR EACH ROW EXECUTE FUNCTION public.device_type_known();
+
+ALTER TABLE public.device ENABLE ALWAYS TRIGGER "KNOWN_I";
+
+CREATE TRIGGER "KNOWN_I" AFTER INSERT ON public.topic_rule FOR EACH ROW EXECUTE FUNCTION public.topic_rule_owner_known();
+
+ALTER TABLE public.topic_rule ENABLE ALWAYS TRIGGER "KNOWN_I";
+
+CREATE TRIGGER "KNOWN_U" AFTER UPDATE ON public.device FOR EACH ROW WHEN ((new.type IS DISTINCT FROM old.type)) EXECUTE FUNCTION public.device_type_known();
+
+ALTER TABLE public.device ENABLE ALWAYS TRIGGER "KNOWN_U";
+
+CREATE TRIGGER "KNOWN_U" AFTER UPDATE ON public.topic_rule FOR EACH ROW WHEN ((((new.device_type IS DISTINCT FROM old.device_type) OR (new.device_id IS DISTINCT FROM old.device_id)) OR (new.account IS DISTINCT FROM old.account))) EXECUTE FUNCTION public.topic_rule_owner_known();
+
+ALTER TABLE public.topic_rule ENABLE ALWAYS TRIGGER "KNOWN_U";
+
 CREATE CONSTRAINT TRIGGER accepted AFTER INSERT ON public.brake_acceptance DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION public.brake_accepted();
 
 ALTER TABLE public.brake_acceptance ENABLE ALWAYS TRIGGER accepted;
@@ -2004,9 +2227,17 @@ CREATE TRIGGER account_check BEFORE INSERT OR UPDATE ON public.account FOR EACH 
 
 ALTER TABLE public.account ENABLE ALWAYS TRIGGER account_check;
 
+CREATE TRIGGER added AFTER INSERT ON public.brake_impact REFERENCING NEW TABLE AS added_rows FOR EACH STATEMENT EXECUTE FUNCTION public.brake_added();
+
+ALTER TABLE public.brake_impact ENABLE ALWAYS TRIGGER added;
+
 CREATE TRIGGER append_only BEFORE DELETE OR UPDATE OR TRUNCATE ON public.audit FOR EACH STATEMENT EXECUTE FUNCTION public.audit_refuse();
 
 ALTER TABLE public.audit ENABLE ALWAYS TRIGGER append_only;
+
+CREATE TRIGGER arrives AFTER UPDATE ON public.device REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.device_name_arrives();
+
+ALTER TABLE public.device ENABLE ALWAYS TRIGGER arrives;
 
 CREATE TRIGGER audit_d AFTER DELETE ON public.account REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.audit_note('account', 'name');
 
@@ -2416,6 +2647,10 @@ CREATE TRIGGER changed AFTER INSERT OR DELETE OR UPDATE ON public.enforcement_pa
 
 ALTER TABLE public.enforcement_pause ENABLE ALWAYS TRIGGER changed;
 
+CREATE TRIGGER check_not_null BEFORE INSERT OR UPDATE ON public.crl FOR EACH ROW WHEN (((new.authority IS NULL) OR (new.number IS NULL) OR (new.this_update IS NULL) OR (new.next_update IS NULL) OR (new.der IS NULL))) EXECUTE FUNCTION public.refuse_null('authority');
+
+ALTER TABLE public.crl ENABLE ALWAYS TRIGGER check_not_null;
+
 CREATE TRIGGER client_id_patterns BEFORE INSERT OR UPDATE ON public.device_type FOR EACH ROW EXECUTE FUNCTION public.device_type_client_id_patterns();
 
 ALTER TABLE public.device_type ENABLE ALWAYS TRIGGER client_id_patterns;
@@ -2504,6 +2739,54 @@ CREATE TRIGGER lane AFTER INSERT ON public.enforcement REFERENCING NEW TABLE AS 
 
 ALTER TABLE public.enforcement ENABLE ALWAYS TRIGGER lane;
 
+CREATE TRIGGER name_waits_i BEFORE INSERT ON public.device FOR EACH ROW WHEN (("left"(new.common_name, 1) = ','::text)) EXECUTE FUNCTION public.device_name_waits();
+
+ALTER TABLE public.device ENABLE ALWAYS TRIGGER name_waits_i;
+
+CREATE TRIGGER name_waits_u BEFORE UPDATE ON public.device FOR EACH ROW WHEN ((new.common_name IS DISTINCT FROM old.common_name)) EXECUTE FUNCTION public.device_name_waits();
+
+ALTER TABLE public.device ENABLE ALWAYS TRIGGER name_waits_u;
+
+CREATE TRIGGER not_null BEFORE INSERT OR UPDATE ON public.account FOR EACH ROW WHEN (((new.name IS NULL) OR (new.login IS NULL) OR (new.tags IS NULL) OR (new.vhosts IS NULL) OR (new.client_ids IS NULL) OR (new.configure IS NULL) OR (new.write IS NULL) OR (new.read IS NULL) OR (new.unchecked_dead_lettering IS NULL))) EXECUTE FUNCTION public.refuse_null('name');
+
+ALTER TABLE public.account ENABLE ALWAYS TRIGGER not_null;
+
+CREATE TRIGGER not_null BEFORE INSERT OR UPDATE ON public.authority FOR EACH ROW WHEN (((new.name IS NULL) OR (new.subject IS NULL) OR (new.certificate_pem IS NULL) OR (new.not_after IS NULL) OR (new.added_at IS NULL))) EXECUTE FUNCTION public.refuse_null('name');
+
+ALTER TABLE public.authority ENABLE ALWAYS TRIGGER not_null;
+
+CREATE TRIGGER not_null BEFORE INSERT OR UPDATE ON public.brake FOR EACH ROW WHEN (((new.one IS NULL) OR (new.devices IS NULL) OR (new.percent IS NULL))) EXECUTE FUNCTION public.refuse_null('one');
+
+ALTER TABLE public.brake ENABLE ALWAYS TRIGGER not_null;
+
+CREATE TRIGGER not_null BEFORE INSERT OR UPDATE ON public.certificate FOR EACH ROW WHEN (((new.fingerprint IS NULL) OR (new.serial IS NULL) OR (new.issuer IS NULL) OR (new.subject IS NULL) OR (new.common_name IS NULL) OR (new.not_before IS NULL) OR (new.not_after IS NULL) OR (new.state IS NULL) OR (new.reason IS NULL) OR (new.added_at IS NULL))) EXECUTE FUNCTION public.refuse_null('serial');
+
+ALTER TABLE public.certificate ENABLE ALWAYS TRIGGER not_null;
+
+CREATE TRIGGER not_null BEFORE INSERT OR UPDATE ON public.crl_listed FOR EACH ROW WHEN (((new.issuer IS NULL) OR (new.serial IS NULL) OR (new.number IS NULL))) EXECUTE FUNCTION public.refuse_null('serial');
+
+ALTER TABLE public.crl_listed ENABLE ALWAYS TRIGGER not_null;
+
+CREATE TRIGGER not_null BEFORE INSERT OR UPDATE ON public.device FOR EACH ROW WHEN (((new.device_id IS NULL) OR (new.common_name IS NULL) OR (new.type IS NULL) OR (new.status IS NULL) OR (new.status_reason IS NULL) OR (new.status_changed_at IS NULL) OR (new.attributes IS NULL))) EXECUTE FUNCTION public.refuse_null('device_id');
+
+ALTER TABLE public.device ENABLE ALWAYS TRIGGER not_null;
+
+CREATE TRIGGER not_null BEFORE INSERT OR UPDATE ON public.device_schedule FOR EACH ROW WHEN (((new.device_id IS NULL) OR (new.at IS NULL) OR (new.status IS NULL) OR (new.reason IS NULL))) EXECUTE FUNCTION public.refuse_null('device_id');
+
+ALTER TABLE public.device_schedule ENABLE ALWAYS TRIGGER not_null;
+
+CREATE TRIGGER not_null BEFORE INSERT OR UPDATE ON public.device_type FOR EACH ROW WHEN (((new.name IS NULL) OR (new.description IS NULL) OR (new.client_ids IS NULL) OR (new.vhosts IS NULL) OR (new.require_known_certificate IS NULL))) EXECUTE FUNCTION public.refuse_null('name');
+
+ALTER TABLE public.device_type ENABLE ALWAYS TRIGGER not_null;
+
+CREATE TRIGGER not_null BEFORE INSERT OR UPDATE ON public.topic_rule FOR EACH ROW WHEN (((new.id IS NULL) OR (new.effect IS NULL) OR (new.action IS NULL) OR (new.topic IS NULL) OR (new.note IS NULL))) EXECUTE FUNCTION public.refuse_null('topic');
+
+ALTER TABLE public.topic_rule ENABLE ALWAYS TRIGGER not_null;
+
+CREATE TRIGGER opened BEFORE INSERT ON public.brake_impact FOR EACH STATEMENT EXECUTE FUNCTION public.brake_opened();
+
+ALTER TABLE public.brake_impact ENABLE ALWAYS TRIGGER opened;
+
 CREATE TRIGGER person BEFORE INSERT OR UPDATE OF at, status, reason, actor, claimed_by ON public.device_schedule FOR EACH ROW EXECUTE FUNCTION public.device_schedule_person();
 
 ALTER TABLE public.device_schedule ENABLE ALWAYS TRIGGER person;
@@ -2546,15 +2829,17 @@ REVOKE ALL ON FUNCTION public.brake_accepted() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.brake_account() FROM PUBLIC;
 
-REVOKE ALL ON FUNCTION public.brake_begin() FROM PUBLIC;
+REVOKE ALL ON FUNCTION public.brake_added() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.brake_certificate() FROM PUBLIC;
 
-REVOKE ALL ON FUNCTION public.brake_count(added bigint) FROM PUBLIC;
+REVOKE ALL ON FUNCTION public.brake_clean(most bigint) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.brake_device() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.brake_device_type() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.brake_opened() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.brake_schedule() FROM PUBLIC;
 
@@ -2568,6 +2853,8 @@ REVOKE ALL ON FUNCTION public.change_note() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.change_prune(keep interval) FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION public.crl_authority_known() FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION public.crl_check() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.crl_forget(which text) FROM PUBLIC;
@@ -2576,9 +2863,19 @@ REVOKE ALL ON FUNCTION public.crl_report(node text, issuer text, number numeric,
 
 REVOKE ALL ON FUNCTION public.device_certificates_revoke() FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION public.device_id_known() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.device_name_arrives() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.device_name_waits() FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION public.device_schedule_apply(OUT made bigint, OUT fault text) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.device_truncate() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.device_type_in_use() FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.device_type_known() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.enforcement_account() FROM PUBLIC;
 
@@ -2612,11 +2909,15 @@ REVOKE ALL ON FUNCTION public.identity_check() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.identity_guard_take() FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION public.impact(OUT touched bigint, OUT registered bigint, OUT devices bigint, OUT percent numeric, OUT accepted bigint, OUT beyond_limit boolean, OUT causes jsonb, OUT told text) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION public.incarnation_renew() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.replica_forget(which text) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.row_lock_holders(xmax_ xid) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.topic_rule_owner_known() FROM PUBLIC;
 
 insert into public.identity_guard default values;
 insert into public.change_floor (floor) values (pg_snapshot_xmin(pg_current_snapshot()));
@@ -2642,4 +2943,7 @@ insert into public.schema_migrations (version) values
   ('20261125130000'),
   ('20261125131000'),
   ('20261125132000'),
+  ('20261125140000'),
+  ('20261125141000'),
+  ('20261125142000'),
   ('20261125150000');

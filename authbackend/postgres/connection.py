@@ -51,9 +51,9 @@ def translated_errors() -> Iterator[None]:
     try:
         yield
     except (asyncpg.CheckViolationError, asyncpg.NotNullViolationError, asyncpg.DataError) as error:
-        raise InvalidInput(error.args[0]) from error
+        raise InvalidInput(_refused(error)) from error
     except (asyncpg.UniqueViolationError, asyncpg.ForeignKeyViolationError) as error:
-        raise Conflict(f"{error.args[0]}: {getattr(error, 'detail', '') or ''}".rstrip(": ")) from error
+        raise Conflict(_refused(error)) from error
     except asyncpg.InsufficientPrivilegeError as error:
         raise Forbidden(f"the database role may not do this: {error.args[0]}") from error
     except asyncpg.SerializationError as error:
@@ -78,6 +78,15 @@ def translated_errors() -> Iterator[None]:
     except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
         # The last is what asyncpg makes of a server that says goodbye in the middle of an answer.
         raise Unavailable(connection_fault(error)) from error
+
+
+def _refused(error: asyncpg.PostgresError) -> str:
+    told = str(error.args[0])
+    # Not of a check: there PostgreSQL's detail has the row, and the row may have a password hash.
+    if isinstance(error, (asyncpg.UniqueViolationError, asyncpg.ForeignKeyViolationError)):
+        told = f"{told}: {getattr(error, 'detail', '') or ''}".rstrip(": ")
+    hint = getattr(error, "hint", None)
+    return f"{told}. {hint}" if hint else told
 
 
 def _unfit(error: asyncpg.PostgresError) -> str:

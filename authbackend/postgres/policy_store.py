@@ -98,7 +98,7 @@ ACCOUNTS = Table(
     {"password_hash": "case when w.login <> 'certificate' then coalesce(w.password_hash, t.password_hash) end"},
 )
 RULE_KEY = ("device_type", "device_id", "account", "effect", "action", "topic", "exchange")
-RULES = Table("topic_rule", "id", (*RULE_KEY, "note"), "on constraint topic_rule_once")
+RULES = Table("topic_rule", "id", (*RULE_KEY, "note"), f"({', '.join(RULE_KEY)})")
 
 
 LONGEST_STATEMENT_S = 3600.0  # a million devices are one statement over a million rows, with their audit rows

@@ -36,7 +36,7 @@ async def refused(sql: asyncpg.Connection, *statements: str) -> str:
         with pytest.raises(asyncpg.CheckViolationError) as caught:
             async with sql.transaction():
                 await sql.execute(statements[-1])
-    return str(caught.value)
+    return str(caught.value.args[0])
 
 
 MASS = {

@@ -75,7 +75,7 @@ async def test_every_serial_number_of_twenty_octets_is_taken(scratch: asyncpg.Co
 
 async def test_two_certificates_of_an_issuer_have_two_serial_numbers(scratch: asyncpg.Connection) -> None:
     await scratch.execute(insert())
-    assert "certificate_issuer_serial" in await refused(scratch, insert(fingerprint="cd" * 32))
+    assert "serial_number_of_issuer_is_on_record" in await refused(scratch, insert(fingerprint="cd" * 32))
     await scratch.execute(insert(fingerprint="cd" * 32, issuer="CN=Other"))
 
 

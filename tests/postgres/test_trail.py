@@ -243,6 +243,7 @@ PEOPLES_FUNCTIONS = {
     "enforcement_pause_begin",
     "enforcement_pause_end",
     "enforcement_retry",
+    "impact",
     "incarnation_renew",
     "replica_forget",
 }
