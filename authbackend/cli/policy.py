@@ -10,15 +10,15 @@ from pathlib import Path
 import click
 
 from authbackend.cli.common import actor, json_option, run, show, show_change, target_of, wait_options
-from authbackend.document.changes import Change
+from authbackend.document.changes import Change, Impact
 from authbackend.document.devices import read_devices
 from authbackend.document.lint import lint
 from authbackend.document.model import Document, Problem
 from authbackend.document.read import read
 from authbackend.document.write import as_tree, write
-from authbackend.errors import InvalidInput
+from authbackend.errors import Forbidden, InvalidInput
 from authbackend.pki.files import write_file
-from authbackend.postgres import policy_apply, policy_export, policy_store
+from authbackend.postgres import policy_apply, policy_export
 
 _file = click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 _devices = click.option(
@@ -92,6 +92,10 @@ def _say(text: str) -> None:
     click.echo(f"authbackend: {text}", err=True)
 
 
+def _impact(impact: Impact | None) -> dict[str, object] | None:
+    return None if impact is None else impact.as_json()
+
+
 def _changes(changes: list[Change]) -> list[dict[str, object]]:
     return [asdict(change) for change in changes]
 
@@ -103,10 +107,29 @@ def _changes(changes: list[Change]) -> list[dict[str, object]]:
 @json_option
 @click.pass_context
 def plan(context: click.Context, file: Path, devices: Path | None, prune: bool, as_json: bool) -> None:
-    """Print the exact difference between FILE and the registry; changes nothing."""
+    """
+    Print the impact of FILE and the exact difference to the registry; changes nothing.
+
+    The impact is from whom something is taken, counted by the database: it makes the changes and takes them back.
+    Exit status as for apply, if the database would refuse the changes; that more is taken than it lets pass is only told.
+    """
     document = _read_or_refuse(file, devices)
-    changes = run(policy_store.plan(target_of(context), document, prune=prune))
-    show(_changes(changes), as_json, lambda: [*map(str, changes), f"{len(changes)} changes"])
+    planned = run(policy_apply.plan(target_of(context), document, prune=prune, say=_say))
+    readable = isinstance(planned.fault, Forbidden)
+
+    def lines() -> Iterator[str]:
+        if planned.impact is not None:
+            yield str(planned.impact)
+            if planned.impact.beyond_limit:
+                yield planned.impact.way_on
+        elif readable:
+            yield "impact: not known, because this role may only read: the database counts it while it makes the changes"
+        yield from map(str, planned.changes)
+        yield f"{len(planned.changes)} changes"
+
+    show({"impact": _impact(planned.impact), "changes": _changes(planned.changes)}, as_json, lines)
+    if planned.fault is not None and not readable:
+        raise planned.fault
 
 
 @policy.command()
@@ -132,7 +155,7 @@ def apply(
     wait_s: float | None,
 ) -> None:
     """
-    Make the registry as FILE says, all or nothing, and print the registry version that serves it.
+    Make the registry as FILE says, all or nothing, and print the impact and the registry version that serves it.
 
     Nobody waits for it. Exit status 4: somebody else changed a row meanwhile, which is named. Exit status 5: others
     held or wanted the rows; try again.
@@ -147,8 +170,9 @@ def apply(
         if applied.version is None
         else f"applied {len(applied.changes)} changes, version {applied.version}"
     )
-    result = {"version": applied.version, "changes": _changes(applied.changes)}
-    show_change(target, result, as_json, lambda: [*map(str, applied.changes), end], wait_s)
+    result = {"version": applied.version, "impact": _impact(applied.impact), "changes": _changes(applied.changes)}
+    first = [] if applied.impact is None else [str(applied.impact)]
+    show_change(target, result, as_json, lambda: [*first, *map(str, applied.changes), end], wait_s)
 
 
 @policy.command()

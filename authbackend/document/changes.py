@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
+
+from authbackend.errors import AuthbackendError
 
 shown = partial(json.dumps, ensure_ascii=False)
 
@@ -32,16 +34,74 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
+class Impact:
+    """
+    From how many devices, accounts and certificates something is taken, as the brake of the database counts it.
+
+    Args:
+        touched: Each once, whatever is taken from it.
+        registered: All devices.
+        devices: More than so many and more than ``percent`` of all are refused unless it is meant.
+        beyond_limit: Whether it is more than that.
+        causes: The numbers by kind and cause, each with the first names.
+        told: The causes in words.
+    """
+
+    touched: int
+    registered: int
+    devices: int
+    percent: float
+    beyond_limit: bool
+    causes: list[dict[str, Any]]
+    told: str
+
+    def __str__(self) -> str:
+        if not self.touched:
+            return "impact: nothing is taken from anybody"
+        limit = f"the limit is {self.devices}, or {self.percent:g} % of {self.registered} devices"
+        return f"impact: something is taken from {self.touched} devices, accounts or certificates: {self.told}; {limit}"
+
+    @property
+    def way_on(self) -> str:
+        """What to do where the brake refuses it."""
+        return f"more than the limit is refused unless it is meant: policy apply with --accept-impact {self.touched}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it for programs."""
+        found = asdict(self)
+        del found["told"]
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """
+    What would be done.
+
+    Args:
+        impact: None if there is nothing to change, or it is not known.
+        fault: Why it is not known: the database would refuse the changes, or somebody was in the way, or the role may
+            only read.
+    """
+
+    changes: list[Change]
+    impact: Impact | None
+    fault: AuthbackendError | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Applied:
     """
     What was done.
 
     Args:
         version: The registry version that serves it; None when nothing was changed.
+        impact: None when nothing was changed.
     """
 
     changes: list[Change]
     version: str | None
+    impact: Impact | None = None
 
 
 def change_of(entity: str, key: str, old: str | None, new: str | None) -> Change:

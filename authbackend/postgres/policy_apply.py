@@ -1,6 +1,9 @@
 """
 Makes the registry as a policy file says: planned without a lock, written in one transaction that gives way.
 
+To plan it is to write it, too, in a transaction that is rolled back: only then the impact is exactly what the brake of
+the database counts.
+
 The rows that the plan changes or removes are locked first, in the order of tables and keys, and compared with what the
 plan saw. Only then is anything written. As soon as somebody waits for this transaction it is rolled back and tried
 again, against the same plan. Told in docs/decisions/0010-applying-a-policy.md.
@@ -9,17 +12,18 @@ again, against the same plan. Told in docs/decisions/0010-applying-a-policy.md.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 import asyncpg
 
-from authbackend.document.changes import Applied, change_of, shown
+from authbackend.document.changes import Applied, Impact, Planned, change_of, shown
 from authbackend.document.model import Document
-from authbackend.errors import Conflict, Unavailable
-from authbackend.postgres.connection import Connection, Target, connected, name_actor
+from authbackend.errors import AuthbackendError, Conflict, InvalidInput, Unavailable
+from authbackend.postgres.connection import Connection, Target, connected, name_actor, translated_errors
 from authbackend.postgres.locks import APPLY
 from authbackend.postgres.policy_store import (
     RULES,
@@ -38,12 +42,37 @@ PAUSES_S = (0.5, 1.0, 2.0)
 """Before each further attempt, when the last one gave way."""
 TURN_S = 600.0
 CONFLICTS_SHOWN = 20
+ANY_NUMBER = 2**63 - 1
 
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 
 class _Changed(Exception):
     """A row is not what the plan saw."""
+
+
+async def plan(target: Target, document: Document, *, prune: bool = False, say: Say = lambda _: None) -> Planned:
+    """
+    Return the exact difference between the registry and a document, and its impact; nothing is changed.
+
+    Args:
+        say: As for :func:`apply`.
+    Raises:
+        AuthbackendError: The database cannot be reached or refuses to read.
+    """
+    async with connected(patient(target)) as connection, watching(target, connection) as watch:
+        await _take_turn(connection, watch, say)
+        async with watch.over(gives_way=False):
+            await stage(connection, document)
+            changes = await work_out(connection, document, prune=prune)
+        if not changes:
+            return Planned([], None)
+        try:
+            with translated_errors():
+                return Planned(changes, await _Plan(connection, watch, document, None, say).rehearse())
+        except AuthbackendError as error:
+            return Planned(changes, None, error)
 
 
 async def apply(
@@ -75,7 +104,8 @@ async def apply(
             changes = await work_out(connection, document, prune=prune)
         if not changes:
             return Applied([], None)
-        return Applied(changes, await _Plan(connection, watch, document, actor, accept_impact, say).carry_out())
+        version, impact = await _Plan(connection, watch, document, actor, say).carry_out(accept_impact)
+        return Applied(changes, version, impact)
 
 
 async def _take_turn(connection: Connection, watch: Watch, say: Say) -> None:
@@ -106,26 +136,43 @@ class _Plan:
         connection: Connection,
         watch: Watch,
         document: Document,
-        actor: str,
-        accept_impact: int | None,
+        actor: str | None,
         say: Say,
     ) -> None:
         self._connection = connection
         self._watch = watch
         self._tables = tables(document)
         self._actor = actor
-        self._accept_impact = accept_impact
         self._say = say
         self._planned: Counter[tuple[str, str]] = Counter()
 
-    async def carry_out(self) -> str:
-        """Write everything and return the registry version that serves it."""
+    async def carry_out(self, accept_impact: int | None) -> tuple[str, Impact]:
+        """
+        Write everything and return the registry version that serves it.
+
+        Raises:
+            InvalidInput: The brake refused it; the error has the impact of all, not only of what was written by then.
+        """
+        try:
+            return await self._persist(lambda: self._attempt(accept_impact))
+        except asyncpg.CheckViolationError as error:
+            if getattr(error, "constraint_name", None) != "brake":
+                raise
+            impact = await self.rehearse()
+            accepted = "" if accept_impact is None else f"; {accept_impact} were accepted"
+            raise InvalidInput(f"nothing was changed: {impact}{accepted}; {impact.way_on}") from error
+
+    async def rehearse(self) -> Impact:
+        """Write everything, roll it back, and return what the brake has counted."""
+        return await self._persist(self._rehearsal)
+
+    async def _persist(self, attempt: Callable[[], Awaitable[T]]) -> T:
         for table in self._tables:
             for row in await self._connection.fetch(f"select operation, count(*) from {table.planned} group by 1"):
                 self._planned[table.name, row["operation"]] = row["count"]
         for pause_s in (*PAUSES_S, None):
             try:
-                return await self._attempt()
+                return await attempt()
             except _Changed:
                 if found := await self._conflicts():
                     raise Conflict(_told(found)) from None
@@ -140,17 +187,42 @@ class _Plan:
             "Try again when fewer edit the registry, or with smaller files"
         )
 
-    async def _attempt(self) -> str:
+    async def _attempt(self, accept_impact: int | None) -> tuple[str, Impact]:
         async with self._connection.transaction(), self._watch.over(gives_way=True):
-            self._watch.check()
-            await name_actor(self._connection, self._actor)
-            await self._lock_and_compare()
-            if self._accept_impact is not None:
-                await self._execute("select accept_impact($1)", self._accept_impact)
-            await self._write()
+            impact = await self._lock_and_write(accept_impact)
             version = str(await self._fetchval("select registry_version()"))
             self._watch.check()
-            return version
+            return version, impact
+
+    async def _rehearsal(self) -> Impact:
+        transaction = self._connection.transaction()
+        await transaction.start()
+        try:
+            async with self._watch.over(gives_way=True):
+                return await self._lock_and_write(ANY_NUMBER)
+        finally:
+            await transaction.rollback()
+
+    async def _lock_and_write(self, accept_impact: int | None) -> Impact:
+        self._watch.check()
+        if self._actor is not None:
+            await name_actor(self._connection, self._actor)
+        await self._lock_and_compare()
+        if accept_impact is not None:
+            await self._execute("select accept_impact($1)", accept_impact)
+        await self._write()
+        self._watch.check()
+        row = await self._connection.fetchrow("select * from impact()")
+        assert row is not None
+        return Impact(
+            row["touched"],
+            row["registered"],
+            row["devices"],
+            float(row["percent"]),
+            row["beyond_limit"],
+            json.loads(row["causes"]),
+            row["told"],
+        )
 
     async def _execute(self, statement: str, *arguments: Any) -> int:
         """Execute and return how many rows were touched."""

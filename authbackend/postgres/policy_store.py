@@ -14,7 +14,7 @@ from typing import Any
 
 from authbackend.document.changes import Change, change_of, rule_change
 from authbackend.document.model import Document
-from authbackend.postgres.connection import Connection, Target, connected
+from authbackend.postgres.connection import Connection, Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,18 +107,6 @@ LONGEST_STATEMENT_S = 3600.0  # a million devices are one statement over a milli
 def patient(target: Target) -> Target:
     """Return the database with time for statements over the whole registry."""
     return replace(target, statement_timeout_s=LONGEST_STATEMENT_S)
-
-
-async def plan(target: Target, document: Document, *, prune: bool = False) -> list[Change]:
-    """
-    Return the exact difference between the registry and a document; nothing is changed.
-
-    Raises:
-        AuthbackendError: The database cannot be reached or refuses to read.
-    """
-    async with connected(patient(target)) as connection:
-        await stage(connection, document)
-        return await work_out(connection, document, prune=prune)
 
 
 def _sections(document: Document) -> Iterator[tuple[Table, Iterable[tuple[Any, ...]]]]:

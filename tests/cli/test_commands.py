@@ -60,9 +60,14 @@ def rows(dsn, query):
     return run(fetch())
 
 
+async def execute(dsn, statement):
+    async with connected(dsn) as connection:
+        await connection.execute(statement)
+
+
 def test_apply_is_exact_and_repeatable(cli, policy, dsn):
     again = cli("policy", "apply", policy, "--json")
-    assert json.loads(again.stdout) == {"version": None, "changes": []}
+    assert json.loads(again.stdout) == {"version": None, "impact": None, "changes": []}
     assert {(row["actor"], row["claimed_by"]) for row in rows(dsn, "select actor, claimed_by from audit")} == {
         ("postgres", "alice")
     }
@@ -72,7 +77,10 @@ def test_plan_tells_every_difference_and_changes_nothing(cli, policy, dsn):
     policy.write_text(POLICY.replace("ticket 1", "ticket 2").replace("hamburg", "kiel").replace("news", "olds"))
     before = rows(dsn, "select count(*) from audit")
     lines = cli("policy", "plan", policy).stdout.splitlines()
-    assert set(lines) == {
+    assert lines[0].startswith(
+        "impact: something is taken from 1 devices, accounts or certificates: 1 whose rules are narrowed (D2); "
+    )
+    assert set(lines[1:]) == {
         '~ device D1: attributes: {"site": "hamburg"} -> {"site": "kiel"}',
         '~ rule device_type APM: allow publish fleet/{device_id}/#: note: "ticket 1" -> "ticket 2"',
         "- rule device_id D2: allow subscribe news",
@@ -82,14 +90,50 @@ def test_plan_tells_every_difference_and_changes_nothing(cli, policy, dsn):
     assert rows(dsn, "select count(*) from audit") == before
 
 
+def test_the_impact_comes_first_and_says_how_to_go_on(cli, policy, dsn):
+    run(execute(dsn, "update brake set devices = 1, percent = 0"))
+    policy.write_text(
+        POLICY.replace("type: APM,", "type: APM, status: revoked,").replace('vhosts: ["/"]}', "vhosts: []}")
+    )
+    impact = "impact: something is taken from 3 devices, accounts or certificates: 2 revoked (D1, D2), 1 account narrowed (ops); the limit is 1, or 0 % of 2 devices"
+    way_on = "more than the limit is refused unless it is meant: policy apply with --accept-impact 3"
+    assert cli("policy", "plan", policy).stdout.splitlines()[:2] == [impact, way_on]
+    assert json.loads(cli("policy", "plan", policy, "--json").stdout)["impact"] == {
+        "touched": 3,
+        "registered": 2,
+        "devices": 1,
+        "percent": 0.0,
+        "beyond_limit": True,
+        "causes": [
+            {"kind": "device", "cause": "revoked", "number": 2, "names": ["D1", "D2"]},
+            {"kind": "account", "cause": "narrowed", "number": 1, "names": ["ops"]},
+        ],
+    }
+    refused = cli("policy", "apply", policy, exit_code=2)
+    assert refused.stdout == ""
+    assert refused.stderr == f"authbackend: nothing was changed: {impact}; {way_on}\n"
+    assert "; 2 were accepted; more than" in cli("policy", "apply", policy, "--accept-impact", 2, exit_code=2).stderr
+    lines = cli("policy", "apply", policy, "--accept-impact", 3).stdout.splitlines()
+    assert lines[0] == impact
+    assert lines[-1].startswith("applied 3 changes")
+
+
+def test_a_plan_that_the_database_would_refuse_is_printed_and_ends_as_the_apply(cli, policy):
+    policy.write_text(POLICY.replace("name: ops", "name: two"))
+    planned = cli("policy", "plan", policy, exit_code=2)
+    assert planned.stdout.splitlines()[-1] == "1 changes"
+    assert "account 'two' has the common name of device 'D2'" in planned.stderr
+    assert planned.stderr == cli("policy", "apply", policy, exit_code=2).stderr
+
+
 def test_export_then_apply_changes_nothing(cli, policy, tmp_path):
     cli("account", "passwd", "ops", "--password-file", "-", stdin="correct horse\n")
     cli("policy", "export", "-o", tmp_path / "out.yaml")
     assert (tmp_path / "out.yaml").stat().st_mode & 0o777 == 0o600
     result = json.loads(cli("policy", "plan", tmp_path / "out.yaml", "--prune", "--json").stdout)
-    assert result == []
+    assert result == {"impact": None, "changes": []}
     (tmp_path / "out.json").write_text(cli("policy", "export", "--json").stdout)  # JSON is YAML
-    assert json.loads(cli("policy", "plan", tmp_path / "out.json", "--prune", "--json").stdout) == []
+    assert json.loads(cli("policy", "plan", tmp_path / "out.json", "--prune", "--json").stdout)["changes"] == []
 
 
 def test_nothing_is_removed_without_prune(cli, policy):

@@ -461,7 +461,10 @@ async def test_to_plan_locks_nothing_against_anybody(registry, session, postgres
     async with editing.transaction():  # and it waits for no edit
         await editing.execute("update device set status = 'revoked'")
         await editing.execute("update account set vhosts = '{x}'")
-        assert len(await policy_store.plan(Target(postgres.dsn(database, ADMIN)), document(MOVED))) == 4
+        planned = await policy_apply.plan(Target(postgres.dsn(database, ADMIN)), document(MOVED))
+        assert len(planned.changes) == 4
+        assert planned.impact is None
+        assert isinstance(planned.fault, Unavailable)
 
 
 async def test_devices_from_a_list_are_removed_with_rules_that_the_plan_names(registry, connection):
