@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from authbackend_load.run import machine
-from benchmarks import report, topics
+from benchmarks import braking, report, scene, topics
 from benchmarks.measurements import ALL, QUICK, Extent, staged
 from benchmarks.namespaces import CannotRun, run_inside
 from benchmarks.scene import BenchmarkError
@@ -21,7 +21,7 @@ from benchmarks.storm import Options
 from benchmarks.storm import run as storm
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = (*ALL, "storm", "faults", "httpc", "revocation", "lanes", "topics")
+PARTS = (*ALL, "brake", "storm", "faults", "httpc", "revocation", "lanes", "topics")
 
 
 def _say(text: str) -> None:
@@ -61,6 +61,12 @@ def _measure(parts: tuple[str, ...], quick: bool) -> None:
                 _say(f"--- {name}")
                 started = time.monotonic()
                 _keep(name, ALL[name](stage), started, quick)
+    if "brake" in parts:
+        _say("--- brake")
+        started = time.monotonic()
+        with scene.postgres() as server:
+            found = braking.measure(server, 5000 if quick else 100_000, 2 if quick else 5, _say)
+        _keep("brake", found, started, quick)
     if "storm" in parts:
         _say("--- storm")
         started = time.monotonic()

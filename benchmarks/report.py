@@ -57,6 +57,7 @@ def _page(found: dict[str, Any]) -> Iterator[str]:
             "changes",
             "overload",
             "apply",
+            "brake",
             "storm",
             "faults",
             "httpc",
@@ -184,6 +185,7 @@ def _rows(found: dict[str, Any]) -> Iterator[Row]:
     yield from _change_rows(found)
     for name, rows in (
         ("apply", _apply_rows),
+        ("brake", _brake_rows),
         ("storm", _storm_rows),
         ("faults", _fault_rows),
         ("revocation", _revocation_rows),
@@ -244,6 +246,16 @@ def _apply_rows(part: dict[str, Any]) -> Iterator[Row]:
         "p99 200 ms, none undone",
         text,
         longest <= 200 and not part["undone"] and not part["deadlocks"] and not part["faults"],
+    )
+
+
+def _brake_rows(part: dict[str, Any]) -> Iterator[Row]:
+    highest = max(part["ratio"].values())
+    yield (
+        f"{part['devices']:,} devices changed with the brake on mass change, time against the same without it",
+        "1.3 times",
+        ", ".join(f"{name} {ratio:.2f}" for name, ratio in part["ratio"].items()),
+        highest <= 1.3,
     )
 
 

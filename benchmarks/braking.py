@@ -1,0 +1,102 @@
+"""What the brake costs: changes of a whole fleet with its triggers and without, in turn, in one run."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import asyncpg
+
+from authbackend.document.model import DeviceEntry, Document
+from authbackend.postgres import policy_apply
+from authbackend.postgres.connection import Target
+from benchmarks import scene
+from tests.support.postgres import Server
+
+Say = Callable[[str], None]
+TABLES = ("device", "device_type", "topic_rule", "account", "certificate", "device_schedule")
+STATEMENTS = {
+    "insert": "insert into device (device_id, type, attributes) select 'n' || n, 'T20', '{\"site\": \"x\"}' from generate_series(1, {devices}) n",
+    "update that takes nothing": "update device set status_reason = 'checked'",
+    "update that suspends all": "update device set status = 'suspended'",
+    "delete": "delete from device",
+}
+
+
+def measure(server: Server, devices: int, rounds: int, say: Say) -> dict[str, Any]:
+    """Change every device of a fleet in each way, each time rolled back, and apply a policy of all of them."""
+    dsn = scene.registry(server, devices)
+    took: dict[str, dict[str, list[float]]] = {}
+    for number in range(rounds + 1):
+        for braked in (True, False) if number % 2 else (False, True):
+            with _triggers(server, f"fleet_{devices}", braked):
+                found = asyncio.run(_round(dsn, devices, number))
+            for name, seconds in found.items() if number else ():
+                took.setdefault(name, {}).setdefault("with" if braked else "without", []).append(round(seconds, 3))
+        if number:
+            say(
+                f"round {number}: "
+                + ", ".join(f"{name} {one['with'][-1] / one['without'][-1]:.2f}" for name, one in took.items())
+            )
+    return {
+        "devices": devices,
+        "took_s": took,
+        "ratio": {
+            name: round(statistics.median(a / b for a, b in zip(one["with"], one["without"], strict=True)), 3)
+            for name, one in took.items()
+        },
+    }
+
+
+@contextmanager
+def _triggers(server: Server, database: str, braked: bool) -> Iterator[None]:
+    """Switch the brake's triggers off for the time of the block, or leave them."""
+
+    def switch(how: str) -> None:
+        for row in server.psql(
+            database,
+            "select format('alter table %s ' || '"
+            + how
+            + "' || ' trigger %I', tgrelid::regclass, tgname) from pg_trigger "
+            f"where tgname like 'brake\\_%' and tgrelid = any ('{{{','.join(TABLES)}}}'::regclass[])",
+        ).splitlines():
+            server.psql(database, row)
+        server.psql(database, "vacuum")
+
+    if not braked:
+        switch("disable")
+    try:
+        yield
+    finally:
+        if not braked:
+            switch("enable always")
+
+
+async def _round(dsn: str, devices: int, number: int) -> dict[str, float]:
+    found = {}
+    connection = await asyncpg.connect(dsn)
+    for name, statement in STATEMENTS.items():
+        transaction = connection.transaction()
+        await transaction.start()
+        await connection.execute("select accept_impact(1000000000)")
+        began = time.monotonic()
+        await connection.execute(statement.replace("{devices}", str(devices)), timeout=600)
+        await connection.execute("set constraints all immediate")
+        found[name] = time.monotonic() - began
+        await transaction.rollback()
+        await connection.execute("vacuum device", timeout=600)
+    await connection.close()
+    site = f"moved {number}, {time.monotonic()}"
+    entries = {
+        f"d{n:07d}": DeviceEntry(f"d{n:07d}", f"d{n:07d}", scene.type_of(n), attributes=(("site", site),))
+        for n in range(devices)
+    }
+    document = Document(devices=entries, speaks_of_device_rules=False)
+    began = time.monotonic()
+    await policy_apply.apply(Target(dsn), document, actor="bench", accept_impact=1_000_000_000)
+    found["policy apply that changes all"] = time.monotonic() - began
+    return found
