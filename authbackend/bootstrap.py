@@ -45,7 +45,7 @@ from authbackend.registry.presence import Presence
 from authbackend.registry.store import Store
 from authbackend.registry.sync import Look, Refreshed, RegistryCopy, SyncTimes
 from authbackend.registry.writability import Writability
-from authbackend.revocation import Keeper, open_authority
+from authbackend.revocation import Keeper, WatchedAuthority
 from authbackend.settings import TLS, Broker, Settings, host_and_port, is_loopback
 from authbackend.settings import Health as HealthSettings
 from authbackend.tls import TLSFiles, watch
@@ -128,7 +128,7 @@ async def following(
     certificates, lists = ground.certificates_note, ground.lists_note
     keeper = Keeper(
         database,
-        open_authority(settings.pki),
+        WatchedAuthority(settings.pki),
         settings.pki.crl_lifetime_s,
         reachability,
         lambda found: lists.write(as_note(found)),

@@ -86,7 +86,8 @@ def target(settings: Settings, application_name: str = "authbackend") -> Target:
     database = settings.database
     dsn = read_dsn(database)
     parse(dsn)
-    return Target(dsn, database.connect_timeout_s, database.statement_timeout_s, application_name)
+    read_again = None if database.password_file is None else lambda: read_dsn(database)
+    return Target(dsn, database.connect_timeout_s, database.statement_timeout_s, application_name, read_again)
 
 
 @contextlib.contextmanager

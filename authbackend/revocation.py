@@ -20,8 +20,10 @@ import structlog
 from authbackend.admin.crl import Published
 from authbackend.backoff import Backoff, Reachability
 from authbackend.errors import AuthbackendError, ConfigurationError
+from authbackend.fault_log import FaultLog
+from authbackend.file_stamps import Stamps, stamps
 from authbackend.metrics import CertificateMetrics
-from authbackend.pki.authority_folder import AuthorityFolder
+from authbackend.pki.authority_folder import AUTHORITY_FILES, AuthorityFolder
 from authbackend.pki.lists import Entry, RevocationList, entries_of, next_number
 from authbackend.pki.sync import WAIT_S
 from authbackend.postgres import certificates as store
@@ -57,6 +59,41 @@ def open_authority(pki: Pki) -> AuthorityFolder | None:
         return AuthorityFolder.open(pki.authority_dir, passphrase)
     except AuthbackendError as error:
         raise ConfigurationError(f"pki.authority_dir: {error.detail}") from error
+
+
+class WatchedAuthority:
+    """
+    The authority of ``pki.authority_dir``, which is read again when one of its files changes.
+
+    Raises:
+        ConfigurationError: It cannot be taken up.
+    """
+
+    def __init__(self, pki: Pki) -> None:
+        self._pki = pki
+        self._seen = self._stamps()
+        self.current = open_authority(pki)
+
+    def read_if_changed(self) -> None:
+        """
+        Read the files again if one of them changed.
+
+        Raises:
+            ConfigurationError: They cannot be used, or not yet; ``current`` stays, and the next call tries again.
+        """
+        found = self._stamps()
+        if found == self._seen:
+            return
+        self.current = open_authority(self._pki)
+        self._seen = found
+        if self.current is not None:
+            log.info("crl.authority_reloaded", authority=self.current.name)
+
+    def _stamps(self) -> Stamps:
+        folder, passphrase_file = self._pki.authority_dir, self._pki.passphrase_file
+        if folder is None or passphrase_file is None:
+            return ()
+        return stamps([passphrase_file, *(folder / name for name in AUTHORITY_FILES)])
 
 
 def read_passphrase(file: Path) -> bytes:
@@ -191,18 +228,20 @@ class InstallReporter:
 
     async def run(self) -> None:
         """Report until cancelled; a fault is logged once, and the report is tried again."""
-        fault, backoff, reachability = None, Backoff(), Reachability()
+        faults, backoff, reachability = (
+            FaultLog("crl.not_reported", "crl.reported", node=self._node),
+            Backoff(),
+            Reachability(),
+        )
         while True:
             await self._seen.wait()
             self._seen.clear()
             try:
                 await self.report()
-                fault = None
+                faults.succeeded()
                 backoff.reset()
             except AuthbackendError as error:
-                if error.detail != fault:
-                    log.warning("crl.not_reported", node=self._node, error=error.detail)
-                fault = error.detail
+                faults.failed(error.detail)
                 self._seen.set()
                 await reachability.pause(backoff)
 
@@ -212,7 +251,7 @@ class Keeper:
     Keeps the lists of all authorities in memory, signs that of one, and counts what expires.
 
     Args:
-        authority: Whose list this replica signs; None: it signs none.
+        authority: Whose list this replica signs; None: it signs none. A watched one is read again as it changes.
         lifetime_s: From thisUpdate to nextUpdate of what it signs.
         reachability: Shared with whatever else in this process needs the database.
         publish: Takes the lists of all authorities, to be served; they stay while the database is away.
@@ -222,7 +261,7 @@ class Keeper:
     def __init__(
         self,
         target: Target,
-        authority: AuthorityFolder | None,
+        authority: AuthorityFolder | WatchedAuthority | None,
         lifetime_s: float,
         reachability: Reachability | None = None,
         publish: Callable[[dict[str, Published]], object] = lambda _: None,
@@ -232,13 +271,14 @@ class Keeper:
         self._tell_metrics = tell
         self.metrics = CertificateMetrics()
         self._target = target
-        self._authority = authority
+        self._watched = authority if isinstance(authority, WatchedAuthority) else None
+        self._authority = authority.current if isinstance(authority, WatchedAuthority) else authority
         self._lifetime = timedelta(seconds=lifetime_s)
         self._known: dict[str, StoredList] = {}
         self._counted_at: float | None = None
         self._reachability = reachability or Reachability()
         self._backoff = Backoff()
-        self._fault: str | None = None
+        self._faults = FaultLog("crl.refresh_failed", "crl.following")
 
     async def run(self) -> None:
         """Work until cancelled; what fails is logged, once for each fault, and tried again."""
@@ -251,33 +291,43 @@ class Keeper:
                 finally:
                     await listener.close()
             except AuthbackendError as error:
-                self._tell(error.detail)
+                self._faults.failed(error.detail)
             except Exception as error:  # lists are late then, which brokers and an alert notice; decisions go on
-                if self._fault != str(error):
-                    log.error("crl.refresh_failed", exc_info=True)
-                self._fault = str(error)
+                if not self._faults.failing:
+                    log.exception("crl.refresh_crashed")
+                self._faults.failed(f"{type(error).__name__} while reading revocation lists")
             await self._reachability.pause(self._backoff)
-
-    def _tell(self, fault: str | None) -> None:
-        if fault is not None and fault != self._fault:
-            log.warning("crl.refresh_failed", error=fault)
-        self._fault = fault
 
     async def _follow(self, listener: Listener) -> None:
         connection = listener.connection
         with translated_errors():
             while not connection.is_closed():
-                fault = None
+                fault = await self._read_authority()
                 if self._authority is not None:
-                    fault = await self._stranger(connection, self._authority)
-                    if fault is None:
+                    stranger = await self._stranger(connection, self._authority)
+                    if stranger is None:
                         await self._sign(connection, self._authority)
+                    fault = fault or stranger
                 await self._publish(connection)
                 await self._count(connection)
                 self._tell_metrics(self.metrics)
-                self._tell(fault)
+                if fault is None:
+                    self._faults.succeeded()
+                else:
+                    self._faults.failed(fault)
                 self._backoff.reset()
                 await listener.changed(CHECK_S)
+
+    async def _read_authority(self) -> str | None:
+        """Take the authority's files as they are now; return why they cannot be used, or None."""
+        if self._watched is None:
+            return None
+        try:
+            await asyncio.to_thread(self._watched.read_if_changed)
+        except ConfigurationError as error:
+            return error.detail
+        self._authority = self._watched.current
+        return None
 
     async def _stranger(self, connection: Connection, authority: AuthorityFolder) -> str | None:
         """Return why the list of ``pki.authority_dir`` cannot be signed, or None."""

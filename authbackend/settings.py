@@ -32,6 +32,7 @@ NOT_SETTINGS = (
     "AUTHBACKEND_CACHE",
     "AUTHBACKEND_CA_PASSPHRASE",
     "AUTHBACKEND_CA_ROOT_PASSPHRASE",
+    "AUTHBACKEND_CA_PASSPHRASE_FILE",
     CONFIG_FILE_VARIABLE,
 )
 """Variables of this prefix that other parts read: the acting person and passphrase of commands, tools' cache, the file."""
@@ -105,7 +106,8 @@ class Database(_Section):
         description="Connection URI of the PostgreSQL primary, for example `postgresql://authbackend_service@db/authbackend`.",
     )
     password_file: Path | None = Field(
-        None, description="File that holds the password of the connection URI's role; the last newline is dropped."
+        None,
+        description="File that holds the password of the connection URI's role; the last newline is dropped. Read again for every new connection.",
     )
     connect_timeout_s: float = Field(
         5.0,
@@ -124,10 +126,16 @@ class Database(_Section):
 class TLS(_Section):
     """Certificates of a listener, TLS 1.3; all three together are mutual TLS."""
 
-    certificate_file: Path | None = Field(None, description="Server certificate with its chain, PEM.")
-    key_file: Path | None = Field(None, description="Private key of the server certificate, PEM, not encrypted.")
+    certificate_file: Path | None = Field(
+        None, description="Server certificate with its chain, PEM. Read again within 2 s of a change."
+    )
+    key_file: Path | None = Field(
+        None,
+        description="Private key of the server certificate, PEM, not encrypted. Read again within 2 s of a change.",
+    )
     client_ca_file: Path | None = Field(
-        None, description="Authority whose client certificates are let in, PEM. Not the authority of the devices."
+        None,
+        description="Authority whose client certificates are let in, PEM. Not the authority of the devices. Read again within 2 s of a change.",
     )
 
 
@@ -282,9 +290,13 @@ class Enforcement(_Section):
     username: str = Field(
         "enforcer", description="Account with RabbitMQ's tag `administrator`, as whom the management API is used."
     )
-    password_file: Path | None = Field(None, description="File that holds its password; the last newline is dropped.")
+    password_file: Path | None = Field(
+        None,
+        description="File that holds its password; the last newline is dropped. Read again when a node refuses the password.",
+    )
     ca_file: Path | None = Field(
-        None, description="Authority of the nodes' management certificates, PEM; unset: the system's."
+        None,
+        description="Authority of the nodes' management certificates, PEM; unset: the system's. Read again at the next request after a change.",
     )
     timeout_s: float = Field(5.0, ge=0.01, le=60, description="Longest single request to the management API.")
     kicks_per_second: float = Field(
@@ -323,10 +335,11 @@ class Pki(_Section):
 
     authority_dir: Path | None = Field(
         None,
-        description="An authority made with `authbackend ca init`, whose revocation list this replica signs. Unset: `authbackend crl sign` or an outside authority does.",
+        description="An authority made with `authbackend ca init`, whose revocation list this replica signs. Unset: `authbackend crl sign` or an outside authority does. Its files are read again within 30 s of a change.",
     )
     passphrase_file: Path | None = Field(
-        None, description="File that holds the passphrase of the authority's key; the last newline is dropped."
+        None,
+        description="File that holds the passphrase of the authority's key; the last newline is dropped. Read again within 30 s of a change.",
     )
     crl_lifetime_s: float = Field(
         604800.0,

@@ -83,7 +83,9 @@ def _configuration() -> Iterator[str]:
     yield ""
     yield "Not settings of the service: `AUTHBACKEND_ACTOR` (who runs a command, by their own word: `claimed_by` in the audit trail),"
     yield "`AUTHBACKEND_CA_PASSPHRASE` and `AUTHBACKEND_CA_ROOT_PASSPHRASE` (of an authority's key and of its root's, for"
-    yield "commands), `AUTHBACKEND_CACHE` (where the tools of a checkout keep what they fetched)."
+    yield "commands; or the file that holds the first: `AUTHBACKEND_CA_PASSPHRASE_FILE`), `AUTHBACKEND_CACHE` (where the tools of"
+    yield "a checkout keep what they fetched)."
+    yield from _FILES
     section: tuple[str, ...] = ()
     for path in setting_names():
         if path[:-1] != section:
@@ -98,6 +100,27 @@ def _configuration() -> Iterator[str]:
             yield "|---|---|---|"
         field = _model(section).model_fields[path[-1]]
         yield f"| `{variable(path)}` | {_default(field.default)} | {field.description} |"
+
+
+_FILES = """
+## When a file changes
+
+No file of the service but the configuration file needs a restart. A new file that cannot be used is named in the log, and the
+one before stays in force, so files may be written one after the other.
+
+| file | is read again | in the log |
+|---|---|---|
+| the configuration file (`--config`, `AUTHBACKEND_CONFIG`) | never: **restart**, one replica after the other | |
+| `database.password_file` | for every new connection; connections that are open stay | a password that is refused: `registry.refresh_failed` |
+| files that the connection URI names (`sslrootcert`, `sslcert`, `sslkey`, `sslcrl`, `passfile`) | for every new connection | the same |
+| `broker.tls.certificate_file`, `broker.tls.key_file`, `broker.tls.client_ca_file` | within 2 s, and at SIGHUP, for new connections | `broker.certificates_reloaded`, `broker.certificates_not_reloaded` |
+| `health.tls.certificate_file`, `health.tls.key_file`, `health.tls.client_ca_file` | the same | `health.certificates_reloaded`, `health.certificates_not_reloaded` |
+| `enforcement.password_file` | when a node refuses the password | |
+| `enforcement.ca_file` | at the next request | `enforcement.ca_reloaded`, `enforcement.ca_not_reloaded` |
+| `pki.authority_dir`, `pki.passphrase_file` | within 30 s | `crl.authority_reloaded`, `crl.refresh_failed` |
+
+Beside the service: after a new authority of devices, **restart** `authbackend crl sync` (`--ca`; its other files are read again)
+and `authbackend crl sign --watch`.""".splitlines()
 
 
 def _model(path: tuple[str, ...]) -> type[BaseModel]:

@@ -26,6 +26,7 @@ from authbackend.enforcement.sweep import Observer as SweepObserver
 from authbackend.enforcement.sweep import Sweep, SweepSettings
 from authbackend.enforcement.tasks import Backlog, Overdue, TaskStore
 from authbackend.errors import AuthbackendError, Unavailable
+from authbackend.fault_log import FaultLog
 from authbackend.policy.decide import DecisionSettings
 from authbackend.registry.store import Store
 
@@ -108,19 +109,17 @@ class Leader:
     async def run(self) -> None:
         """Take turns with the other replicas, until cancelled."""
         backoff = Backoff()
-        fault = None
+        left = FaultLog("enforcement.left")  # its end is enforcement.leading, here or at another replica
         while True:
             try:
                 while self._copy_age_s() > OLDEST_COPY_S:  # noqa: ASYNC110 - the store tells nobody
                     await asyncio.sleep(0.1)
                 async with self._lock() as lock:
                     backoff.reset()
-                    fault = None
+                    left.succeeded()
                     await self._lead(lock)
             except AuthbackendError as error:
-                if error.detail != fault:
-                    log.warning("enforcement.left", fault=error.detail)
-                fault = error.detail
+                left.failed(error.detail)
             except Exception:  # a bug must not end enforcement for good
                 log.exception("enforcement.crashed")
             await self._reachability.pause(backoff)
@@ -156,18 +155,16 @@ class Leader:
     async def _keep(self, name: str, part: Part) -> None:
         """Run a part, again and again if it fails."""
         backoff = Backoff()
-        fault = None
+        faults = FaultLog("enforcement.part_failed", "enforcement.part_running", part=name)
         while True:
             try:
                 async with self._open_store(name) as store:
                     self._reachability.succeeded()
                     backoff.reset()
-                    fault = None
+                    faults.succeeded()
                     await part(store)
             except AuthbackendError as error:
-                if error.detail != fault:
-                    log.warning("enforcement.part_failed", part=name, fault=error.detail)
-                fault = error.detail
+                faults.failed(error.detail)
             except Exception:  # a bug in one part must not end the others
                 log.exception("enforcement.crashed", part=name)
             await self._reachability.pause(backoff)

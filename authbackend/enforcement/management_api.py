@@ -14,13 +14,18 @@ import re
 import ssl
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import aiohttp
+import structlog
 from yarl import URL
 
 from authbackend.errors import Unavailable
+from authbackend.file_stamps import Stamps, stamps
+
+log = structlog.get_logger(__name__)
 
 PAGE = 500
 """RabbitMQ allows at most this many entries on a page; longer lists are read in parts of this size, too."""
@@ -109,7 +114,7 @@ class Access:
     Args:
         urls: Management URLs of its nodes; any of them answers for all.
         credentials: Returns user name and password, read anew when they are refused.
-        ca_file: The authority of the nodes' certificates, PEM; None: the system's.
+        ca_file: The authority of the nodes' certificates, PEM, read again when it changes; None: the system's.
     """
 
     urls: tuple[str, ...]
@@ -139,12 +144,17 @@ class ManagementAPI:
         self._access = access
         self._urls = list(access.urls)
         self._session: aiohttp.ClientSession | None = None
+        self._replaced: aiohttp.ClientSession | None = None
+        self._ca_seen: Stamps = ()
+        self._ca_refused: Stamps = ()
 
     async def aclose(self) -> None:
         """End the connections to it; the next call opens one."""
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+        sessions = self._session, self._replaced
+        self._session = self._replaced = None
+        for session in sessions:
+            if session is not None:
+                await session.close()
 
     async def nodes(self) -> dict[str, bool]:
         """Return the cluster's nodes and whether the one that answered sees each of them running."""
@@ -290,12 +300,37 @@ class ManagementAPI:
     async def _ask(
         self, url: str, method: str, path: str, headers: dict[str, str] | None, body: object, timeout_s: float | None
     ) -> tuple[int, bytes]:
-        if self._session is None:
-            self._session = self._opened()
+        session = await self._current_session()
         where = URL(url.rstrip("/") + path, encoded=True)
         limit = aiohttp.ClientTimeout(total=timeout_s or self._access.timeout_s)
-        async with self._session.request(method, where, headers=headers, json=body, timeout=limit) as answer:
+        async with session.request(method, where, headers=headers, json=body, timeout=limit) as answer:
             return answer.status, await answer.read()
+
+    async def _current_session(self) -> aiohttp.ClientSession:
+        """
+        Return the session, another one if the authority's file has changed since it was opened.
+
+        Calls under way keep the one they began with. A file that cannot be used, for example half of one, changes nothing.
+        """
+        found = stamps([] if self._access.ca_file is None else [Path(self._access.ca_file)])
+        if self._session is not None and found in (self._ca_seen, self._ca_refused):
+            return self._session
+        try:
+            opened = self._opened()
+        except OSError as error:  # also what ssl says of a file that is no PEM
+            if self._session is None:
+                raise
+            self._ca_refused = found
+            log.error("enforcement.ca_not_reloaded", cluster=self.name, file=self._access.ca_file, fault=str(error))
+            return self._session
+        self._ca_seen, self._ca_refused = found, ()
+        before, self._session = self._session, opened
+        if before is not None:
+            log.info("enforcement.ca_reloaded", cluster=self.name)
+            long_replaced, self._replaced = self._replaced, before
+            if long_replaced is not None:
+                await long_replaced.close()
+        return opened
 
     def _opened(self) -> aiohttp.ClientSession:
         tls = ssl.create_default_context(cafile=self._access.ca_file)

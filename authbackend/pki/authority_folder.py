@@ -44,6 +44,9 @@ from authbackend.policy.names import common_name_fault
 
 ROOT_LIFETIME = timedelta(days=20 * 365)
 INTERMEDIATE_LIFETIME = timedelta(days=5 * 365)
+AUTHORITY_FILES = ("authority.toml", "root.pem", "intermediate.pem", "intermediate.key")
+"""What :meth:`AuthorityFolder.open` reads."""
+
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,48}")
 
 
@@ -205,6 +208,10 @@ class AuthorityFolder:
             names = ", ".join(sorted(name for name, profile in self.profiles.items() if profile.purpose == purpose))
             raise PKIError(f"authority {self.name} has no profile {name!r} for a {purpose}; there are {names}")
         return found
+
+    def has_signed(self, certificate: x509.Certificate) -> bool:
+        """Return whether this authority's key signed a certificate."""
+        return _signed_by(certificate, self.certificate)
 
     def sign(
         self, common_name: str, key: PublicKey, profile: Profile, names: Sequence[str] = (), *, now: datetime

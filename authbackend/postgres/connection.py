@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -27,12 +27,14 @@ class Target:
 
     Args:
         connect_timeout_s: For each host, unless the URI says another.
+        read_dsn: Returns the URI with the password as its file has it now, asked for each connection; None: it is in ``dsn``.
     """
 
     dsn: str = field(repr=False)
     connect_timeout_s: float = 5.0
     statement_timeout_s: float = 30.0
     application_name: str = "authbackend"
+    read_dsn: Callable[[], str] | None = field(default=None, repr=False, compare=False)
 
 
 @contextlib.contextmanager
@@ -138,9 +140,12 @@ async def connect(target: Target) -> Connection:
     Open a connection, to the first host of the URI that answers and is what ``target_session_attrs`` asks for.
 
     Raises:
-        ConfigurationError: The URI is not valid, or leads to a pooler that does not keep a session together.
+        ConfigurationError: The URI is not valid, its password file cannot be read, or it leads to a pooler that does not
+            keep a session together.
         Unavailable: No server can be reached, or each refuses; each cause in words of its own.
     """
+    if target.read_dsn is not None:
+        target = replace(target, dsn=target.read_dsn())
     uri = parse(target.dsn)
     options: dict[str, Any] = {}
     if context := tls_context(uri):

@@ -21,6 +21,7 @@ from authbackend import clocks
 from authbackend.backoff import Backoff, Reachability
 from authbackend.clocks import Instant
 from authbackend.errors import AuthbackendError, NoRoom, Unwritable
+from authbackend.fault_log import FaultLog
 from authbackend.registry import served
 from authbackend.registry.disk import DiskCopy, Entry
 from authbackend.registry.mark import Mark
@@ -165,6 +166,7 @@ class RegistryCopy:
     ) -> None:
         self.store = store
         self.fault: str | None = "the registry has not been loaded yet"
+        self._faults = FaultLog("registry.refresh_failed")
         self._feed = feed
         self._observer = observer
         self._times = times or SyncTimes()
@@ -266,6 +268,7 @@ class RegistryCopy:
         if self.fault is not None:
             log.info("registry.following")
             self._reachability.succeeded()
+        self._faults.succeeded()
         self.fault = None
         if self._writability.fault is not None and (len(entry.patch) or refreshed.full):
             self.store.note(fault=self._writability.fault)
@@ -339,8 +342,7 @@ class RegistryCopy:
                 log.exception("registry.compare_crashed")
 
     async def _failed(self, detail: str) -> None:
-        if self.fault != detail:
-            log.warning("registry.refresh_failed", fault=detail, copy_age_s=self._age_s())
+        self._faults.failed(detail, copy_age_s=self._age_s())
         self.fault = detail
         with contextlib.suppress(AuthbackendError):
             self.store.note(fault=detail)

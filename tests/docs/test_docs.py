@@ -23,6 +23,16 @@ def test_every_setting_is_in_the_reference():
         assert f"`{variable(path)}`" in text
 
 
+def test_the_page_says_of_every_file_when_it_is_read_again():
+    table = pages()["configuration.md"].partition("## When a file changes")[2].partition("## `[")[0]
+    named = {name.strip("`") for name in re.findall(r"`[a-z_.]+`", table)}
+    for path in setting_names():
+        if path[-1].endswith("_file") or path == ("pki", "authority_dir"):
+            assert ".".join(path) in named
+            (row,) = re.findall(rf"^\| `{variable(path)}` .*$", pages()["configuration.md"], re.MULTILINE)
+            assert "ead again" in row
+
+
 def test_every_reason_is_explained():
     assert set(REASONS) == set(Reason)
 

@@ -7,11 +7,13 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from authbackend.errors import Unavailable
+from authbackend import ground
+from authbackend.errors import ConfigurationError, Unavailable
 from authbackend.pki.authority import Authority
 from authbackend.postgres import connection as connections
 from authbackend.postgres.connection import Target, connect, connected
 from authbackend.postgres.feed import ChangeFeed
+from authbackend.settings import load
 from tests.support.tls_front import TLSFront
 
 PAST = {"not_before": datetime.now(UTC) - timedelta(days=3), "not_after": datetime.now(UTC) - timedelta(days=1)}
@@ -208,3 +210,32 @@ async def test_an_address_of_a_unix_socket_has_no_keepalives(postgres, database)
 async def test_a_database_that_is_not_there_and_a_role_that_is_refused(postgres):
     assert 'database "nowhere" does not exist' in await told(postgres.dsn("nowhere"))
     assert 'role "nobody" does not exist' in await told(postgres.dsn("postgres", "nobody"))
+
+
+async def test_a_new_password_in_the_file_is_used_for_the_next_connection(postgres, database, tmp_path):
+    file, access = tmp_path / "password", postgres.data / "pg_hba.conf"
+    before = access.read_text()
+    dsn = postgres.dsn(database, "rotating")
+    settings = load({"AUTHBACKEND_DATABASE__DSN": dsn, "AUTHBACKEND_DATABASE__PASSWORD_FILE": str(file)})
+    async with connected(Target(postgres.dsn(database))) as owner:
+        try:
+            access.write_text("local all rotating scram-sha-256\n" + before)
+            await owner.execute("create role rotating login password 'first'")
+            await owner.execute("select pg_reload_conf()")
+            file.write_text("first\n")
+            target = ground.target(settings)
+            async with connected(target) as connection:
+                await owner.execute("alter role rotating password 'second'")
+                with pytest.raises(Unavailable, match="refuses the role"):
+                    await connect(target)
+                file.write_text("second\n")
+                async with connected(target) as another:
+                    assert await another.fetchval("select current_user") == "rotating"
+                assert await connection.fetchval("select 1") == 1
+            file.unlink()
+            with pytest.raises(ConfigurationError, match="cannot read database.password_file"):
+                await connect(target)
+        finally:
+            access.write_text(before)
+            await owner.execute("select pg_reload_conf()")
+            await owner.execute("drop role if exists rotating")

@@ -13,6 +13,7 @@ from pathlib import Path
 import aiohttp
 import asyncpg
 import pytest
+from cryptography import x509
 
 from authbackend import bootstrap, revocation
 from authbackend.admin.crl import PublishedLists
@@ -353,3 +354,33 @@ def test_an_authority_that_cannot_be_taken_up_is_told_before_anything_starts(mad
     values = {"authority_dir": made / "fleet", "passphrase_file": made / "passphrase", **changes}
     with pytest.raises(ConfigurationError, match=fault):
         open_authority(Pki(**values))
+
+
+async def test_the_authority_is_read_again_when_its_files_change(dsn, made, revoked, connection, authority, tmp_path):
+    """Half a file changes nothing: the list is signed as before. Whole ones of another key sign the next list."""
+    shutil.copytree(made, tmp_path / "made")
+    folder = tmp_path / "made" / "fleet"
+    create_authority(
+        tmp_path / "new" / "fleet", "fleet", b"another passphrase", root_folder=tmp_path / "new" / "offline"
+    )
+    new = AuthorityFolder.open(tmp_path / "new" / "fleet", b"another passphrase")
+
+    async def signed_by(authority, *wanted):
+        async def signed():
+            der = await connection.fetchval("select der from crl")
+            if serials(der) != {"a1", *wanted}:
+                return False
+            return x509.load_der_x509_crl(der).is_signature_valid(authority.certificate.public_key())
+
+        await until(signed, f"{wanted} are on a list of the right key")
+
+    async with serving(dsn, tmp_path / "made") as asking:
+        await published(asking)
+        (folder / "intermediate.key").write_text("-----BEGIN ENCR")
+        await add(connection, authority, "b2", "revoked")
+        await signed_by(authority, "b2")
+        for file in (tmp_path / "new" / "fleet").iterdir():
+            shutil.copy(file, folder / file.name)
+        (tmp_path / "made" / "passphrase").write_text("another passphrase\n")
+        await add(connection, authority, "c3", "revoked")
+        await signed_by(new, "b2", "c3")

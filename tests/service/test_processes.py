@@ -491,7 +491,7 @@ async def test_a_database_that_was_stopped_is_followed_again_by_every_part(postg
         assert await running.login("APM0001") == "deny"
         faults = [line["fault"] for line in running.logged("registry.refresh_failed")]
         assert len(faults) == len({*faults}), "a fault is logged once, however often it is met"
-        lists = [line["error"] for line in running.logged("crl.refresh_failed")]
+        lists = [line["fault"] for line in running.logged("crl.refresh_failed")]
         assert len(lists) == len({*lists})
 
 

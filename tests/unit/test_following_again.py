@@ -156,7 +156,7 @@ def run_replica(monkeypatch):
                 pass
 
         async def follow(keeper, listener):
-            keeper._tell(None)
+            keeper._faults.succeeded()
             keeper._backoff.reset()
             await server.lost()
             raise AWAY
@@ -210,12 +210,12 @@ def test_all_parts_connect_when_the_first_has_and_that_is_within_half_a_second(r
     assert copy.fault is None
 
 
-def test_an_outage_is_logged_once_and_so_is_its_end(run_replica):
-    _, logged = run_replica(Server(away=(5, 65)), 70)
+def test_an_outage_is_logged_at_once_then_once_a_minute_and_so_is_its_end(run_replica):
+    _, logged = run_replica(Server(away=(5, 170)), 175)
     told = [line["event"] for line in logged if line["log_level"] != "debug"]
     assert told[:2] == ["registry.loaded", "registry.following"]
-    assert sorted(told[2:-1]) == ["crl.refresh_failed", "registry.refresh_failed"]
-    assert told[-1] == "registry.following"
+    assert sorted(told[2:-2]) == ["crl.refresh_failed"] * 3 + ["registry.refresh_failed"] * 3
+    assert sorted(told[-2:]) == ["crl.following", "registry.following"]
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -1,10 +1,15 @@
 """What is read from the management API's list of connections, however little it tells of one."""
 
+import ssl
+from types import SimpleNamespace
+
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from structlog.testing import capture_logs
 
-from authbackend.enforcement.management_api import Access, ManagementAPI
+from authbackend.enforcement.management_api import Access, ClusterUnreachable, ManagementAPI
+from authbackend.pki.authority import Authority
 
 FULL = {
     "name": "full",
@@ -71,3 +76,57 @@ async def test_what_is_not_told_is_empty_and_the_connection_is_not_left_out(entr
 async def test_a_client_id_is_that_of_an_mqtt_client_only(protocol):
     (live,) = await listed(FULL | {"protocol": protocol})
     assert live.client_id is None
+
+
+@pytest.fixture
+async def node(tmp_path):
+    """A node whose certificate can be replaced by one of another authority; its file of the authority is ca.pem."""
+
+    async def answer(request):
+        return web.json_response([{"name": "rabbit@a", "running": True}])
+
+    app = web.Application()
+    app.router.add_get("/api/nodes", answer)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+
+    def use(authority):
+        pair = authority.issue_server(["127.0.0.1"])
+        (tmp_path / "node.pem").write_bytes(pair.certificate_pem)
+        (tmp_path / "node.key").write_bytes(pair.key_pem)
+        context.load_cert_chain(tmp_path / "node.pem", tmp_path / "node.key")
+
+    first = Authority.create("first")
+    use(first)
+    (tmp_path / "ca.pem").write_bytes(first.certificate_pem)
+    server = TestServer(app, scheme="https", host="127.0.0.1")
+    await server.start_server(ssl=context)
+    async with server:
+        url = str(server.make_url(""))
+        cluster = ManagementAPI(Access((url,), lambda: ("u", "p"), str(tmp_path / "ca.pem")))
+        try:
+            yield SimpleNamespace(cluster=cluster, use=use, ca=tmp_path / "ca.pem")
+        finally:
+            await cluster.aclose()
+
+
+async def test_a_new_authority_is_trusted_from_the_next_request_on(node):
+    assert await node.cluster.nodes() == {"rabbit@a": True}
+    second = Authority.create("second")
+    node.ca.write_bytes(second.certificate_pem)
+    with pytest.raises(ClusterUnreachable, match="ClientConnectorCertificateError"):
+        await node.cluster.nodes()  # not by a connection that was opened under the old authority
+    node.use(second)
+    assert await node.cluster.nodes() == {"rabbit@a": True}
+
+
+async def test_half_a_file_changes_nothing_and_is_said_once(node):
+    assert await node.cluster.nodes() == {"rabbit@a": True}
+    node.ca.write_text("-----BEGIN CERT")
+    with capture_logs() as lines:
+        assert await node.cluster.nodes() == await node.cluster.nodes() == {"rabbit@a": True}
+    assert [line["event"] for line in lines] == ["enforcement.ca_not_reloaded"]
+    assert lines[0]["file"] == str(node.ca)
+    second = Authority.create("second")
+    node.ca.write_bytes(second.certificate_pem)
+    node.use(second)
+    assert await node.cluster.nodes() == {"rabbit@a": True}
