@@ -27,6 +27,11 @@ class KeyOwner(NamedTuple):
     option: str
     variable: str
 
+    @property
+    def file_variable(self) -> str:
+        """The variable that names a file with the passphrase."""
+        return f"{self.variable}_FILE"
+
 
 SIGNING_KEY = KeyOwner("the authority's key", "--passphrase-file", "AUTHBACKEND_CA_PASSPHRASE")
 ROOT_KEY = KeyOwner("the root's key", "--root-passphrase-file", "AUTHBACKEND_CA_ROOT_PASSPHRASE")
@@ -35,13 +40,15 @@ passphrase_option = click.option(
     SIGNING_KEY.option,
     type=file_type,
     metavar="FILE",
-    help=f"Holds the passphrase of {SIGNING_KEY.whose}; else ${SIGNING_KEY.variable}, else it is asked for.",
+    help=f"Holds the passphrase of {SIGNING_KEY.whose}; else ${SIGNING_KEY.variable}, else the file ${SIGNING_KEY.file_variable}, "
+    "else it is asked for.",
 )
 root_passphrase_option = click.option(
     ROOT_KEY.option,
     type=file_type,
     metavar="FILE",
-    help=f"Holds the passphrase of {ROOT_KEY.whose}, which is another one; else ${ROOT_KEY.variable}, else it is asked for.",
+    help=f"Holds the passphrase of {ROOT_KEY.whose}, which is another one; else ${ROOT_KEY.variable}, else the file "
+    f"${ROOT_KEY.file_variable}, else it is asked for.",
 )
 
 
@@ -54,7 +61,7 @@ def passphrase_of(file: Path | None, *, new: bool = False, key: KeyOwner = SIGNI
     """
     found = given_passphrase(file, new=new, key=key)
     if found is None:
-        raise ConfigurationError(f"no passphrase of {key.whose}: give {key.option} FILE or set {key.variable}")
+        raise ConfigurationError(f"no passphrase of {key.whose}: give {key.option} FILE or set {key.variable} or {key.file_variable}")
     return found
 
 
@@ -69,6 +76,8 @@ def given_passphrase(file: Path | None, *, new: bool = False, key: KeyOwner = SI
         return read_passphrase(file)
     if given := os.environ.get(key.variable):
         return given.encode("utf-8")
+    if path := os.environ.get(key.file_variable):
+        return read_passphrase(Path(path))
     if not sys.stdin.isatty():
         return None
     return str(click.prompt(f"passphrase of {key.whose}", hide_input=True, confirmation_prompt=new, err=True)).encode()

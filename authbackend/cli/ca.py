@@ -27,12 +27,14 @@ from authbackend.enrolment import record
 from authbackend.errors import ConfigurationError, InvalidInput
 from authbackend.pki import signing
 from authbackend.pki.authority_folder import AuthorityFolder, Signed, create_authority, renew_intermediate
+from authbackend.pki.directory import RENEW_WITHIN, read_pair
 from authbackend.pki.profiles import Profile
 from authbackend.pki.reading import (
     KEY_KINDS,
     PKIError,
     PublicKey,
     new_key,
+    normal_server_name,
     read_certificate,
     read_request,
     record_of,
@@ -46,6 +48,14 @@ offline_option = click.option(
     "--offline",
     is_flag=True,
     help="Without a database, by the clock of this machine; put it on record later with: authbackend cert import FILE.",
+)
+
+
+keep_option = click.option(
+    "--keep",
+    is_flag=True,
+    help="Keep PATH.pem and PATH.key if they are of this authority, for the same names, and last for 30 days more; "
+    "replace them if not. Files of another authority are never replaced.",
 )
 
 
@@ -161,6 +171,7 @@ def show_(authority: AuthorityFolder, as_json: bool) -> None:
 @click.option("--csr", type=file_type, metavar="FILE", help="The server's own request; else a key is made here.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="PATH", help="PATH.pem and PATH.key; default: HOST.")
 @click.option("--profile", "profile_name", default="server", show_default=True, metavar="NAME")
+@keep_option
 @offline_option
 @json_option
 @click.pass_context
@@ -171,6 +182,7 @@ def issue_server(
     csr: Path | None,
     out: Path | None,
     profile_name: str,
+    keep: bool,
     offline: bool,
     as_json: bool,
 ) -> None:
@@ -181,9 +193,10 @@ def issue_server(
     """
     profile = authority.profile(profile_name, "server")
     common_name = next((name.lower() for name in names if ":" not in name and len(name) <= 64), "server")
-    _issue(
-        context, authority, profile, common_name, names, csr, out or Path(names[0].replace(":", "_")), offline, as_json
-    )
+    out = out or Path(names[0].replace(":", "_"))
+    if keep and _kept(authority, common_name, names, csr, out, as_json):
+        return
+    _issue(context, authority, profile, common_name, names, csr, out, offline, as_json, replace=keep)
 
 
 @ca.command("issue-client")
@@ -192,6 +205,7 @@ def issue_server(
 @click.option("--csr", type=file_type, metavar="FILE", help="The client's own request; else a key is made here.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="PATH", help="PATH.pem and PATH.key; default: ACCOUNT.")
 @click.option("--profile", "profile_name", default="service", show_default=True, metavar="NAME")
+@keep_option
 @offline_option
 @json_option
 @click.pass_context
@@ -202,12 +216,16 @@ def issue_client(
     csr: Path | None,
     out: Path | None,
     profile_name: str,
+    keep: bool,
     offline: bool,
     as_json: bool,
 ) -> None:
     """Issue a certificate for the client of an account; devices get theirs with: authbackend device enroll."""
     profile = authority.profile(profile_name, "client")
-    _issue(context, authority, profile, name, (), csr, out or Path(name), offline, as_json)
+    out = out or Path(name)
+    if keep and _kept(authority, name, (), csr, out, as_json):
+        return
+    _issue(context, authority, profile, name, (), csr, out, offline, as_json, replace=keep)
 
 
 def _issue(
@@ -220,8 +238,11 @@ def _issue(
     out: Path,
     offline: bool,
     as_json: bool,
+    *,
+    replace: bool,
 ) -> None:
-    new_files(*(out.with_name(f"{out.name}{suffix}") for suffix in (".pem", ".key")[: 1 if csr else 2]))
+    if not replace:
+        new_files(*(out.with_name(f"{out.name}{suffix}") for suffix in (".pem", ".key")[: 1 if csr else 2]))
     key = None if csr else new_key(profile.key)
     public_key = read_request(read_input(csr))[1] if csr else key.public_key() if key else None
     assert public_key is not None
@@ -241,6 +262,44 @@ def _signed(
     if offline:
         return authority.sign(*what, now=datetime.now(UTC))
     return run(_sign_and_record(_recording_target(context), authority, what, not_of))
+
+
+def _kept(
+    authority: AuthorityFolder, common_name: str, names: tuple[str, ...], csr: Path | None, out: Path, as_json: bool
+) -> bool:
+    """
+    Show the certificate that is there and return True, if it serves; False if it is to be made.
+
+    Raises:
+        InvalidInput: What is there is another authority's.
+        PKIError: What is there cannot be read, or does not belong together.
+    """
+    if csr is not None:
+        raise InvalidInput("--keep makes the key itself: leave --csr out")
+    present = read_pair(out.parent, out.name)
+    if present is None:
+        return False
+    files = [str(out.with_name(f"{out.name}{suffix}")) for suffix in (".key", ".pem")]
+    certificate = read_certificate(present.certificate_pem)
+    if not authority.has_signed(certificate):
+        raise InvalidInput(
+            f"{files[1]} is not of authority {authority.name}, and stays as it is: to have it made, move it and {files[0]} away"
+        )
+    found = record_of(certificate)
+    wanted = frozenset(map(normal_server_name, names))
+    if found.common_name != common_name or (names and server_names(present.certificate_pem) != wanted):
+        return False
+    if found.not_after - datetime.now(UTC) < RENEW_WITHIN:
+        return False
+    result = {
+        "serial": found.serial,
+        "fingerprint": found.fingerprint,
+        "common_name": found.common_name,
+        "not_after": found.not_after.isoformat(),
+        "files": [],
+    }
+    show(result, as_json, lambda: [f"kept {' '.join(files)}: {found.subject}, until {found.not_after:%Y-%m-%d}"])
+    return True
 
 
 def _recording_target(context: click.Context) -> Target:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from authbackend.errors import Forbidden, InvalidInput
 from authbackend.pki.files import write_file
 from authbackend.postgres import policy_apply, policy_export
 
-_file = click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+_file = click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path))
 _devices = click.option(
     "--devices",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -37,7 +38,11 @@ def policy() -> None:
 
 def _read(file: Path, devices: Path | None) -> tuple[Document, list[Problem]]:
     try:
-        text = file.read_text(encoding="utf-8")
+        if str(file) == "-":
+            file = Path("standard input")
+            text = sys.stdin.buffer.read().decode("utf-8")
+        else:
+            text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         return Document(), [Problem(str(file), 0, 0, f"not UTF-8: {error.reason} at byte {error.start}")]
     document, problems = read(text, str(file))

@@ -83,8 +83,8 @@ def _configuration() -> Iterator[str]:
     yield ""
     yield "Not settings of the service: `AUTHBACKEND_ACTOR` (who runs a command, by their own word: `claimed_by` in the audit trail),"
     yield "`AUTHBACKEND_CA_PASSPHRASE` and `AUTHBACKEND_CA_ROOT_PASSPHRASE` (of an authority's key and of its root's, for"
-    yield "commands; or the file that holds the first: `AUTHBACKEND_CA_PASSPHRASE_FILE`), `AUTHBACKEND_CACHE` (where the tools of"
-    yield "a checkout keep what they fetched)."
+    yield "commands; with `_FILE` behind the name, of a file that holds it), `AUTHBACKEND_CACHE` (where the tools of a checkout keep what"
+    yield "they fetched)."
     yield from _FILES
     section: tuple[str, ...] = ()
     for path in setting_names():

@@ -26,7 +26,9 @@ DEFAULT_BROKER_NAMES = ("localhost", "127.0.0.1", "::1", "rabbitmq")
 SERVICE_NAMES = ("authbackend", "localhost", "127.0.0.1")
 BROKER_CLIENT_NAME = "rabbitmq"
 RESERVED_NAMES = frozenset({"ca", "internal-ca", "rabbitmq", "authbackend", "broker-client"})
-_RENEW_WITHIN = timedelta(days=30)
+RENEW_WITHIN = timedelta(days=30)
+"""A certificate that ends so soon is replaced where somebody runs the command that made it again."""
+
 _COMMON_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -103,7 +105,7 @@ def make_certificates(
 
 
 def _authority(directory: Path, name: str, subject: str) -> tuple[Authority, Outcome]:
-    present = _read_pair(directory, name)
+    present = read_pair(directory, name)
     if present is None:
         authority = Authority.create(subject)
         return authority, _write_pair(directory, name, Issued(authority.certificate_pem, authority.key_pem), "")
@@ -117,7 +119,7 @@ def _authority(directory: Path, name: str, subject: str) -> tuple[Authority, Out
 def _server(
     directory: Path, name: str, authority: Authority, names: Sequence[str], wanted: frozenset[str] | None
 ) -> Outcome:
-    present = _read_pair(directory, name)
+    present = read_pair(directory, name)
     why = "" if present is None else _stale(present, authority)
     if present is not None and not why:
         has = server_names(present.certificate_pem)
@@ -131,7 +133,7 @@ def _server(
 
 def _broker_client(directory: Path, authority: Authority) -> Outcome:
     name = "broker-client"
-    present = _read_pair(directory, name)
+    present = read_pair(directory, name)
     why = "" if present is None else _stale(present, authority)
     if present is not None and not why:
         return _kept(name, present)
@@ -139,7 +141,7 @@ def _broker_client(directory: Path, authority: Authority) -> Outcome:
 
 
 def _device(directory: Path, name: str, authority: Authority) -> Outcome:
-    present = _read_pair(directory, name)
+    present = read_pair(directory, name)
     if present is None:
         return _write_pair(directory, name, authority.issue_client(name), "")
     why = _stale(present, authority)
@@ -150,7 +152,7 @@ def _stale(pair: Issued, authority: Authority) -> str:
     """Why this pair has to be made again ("remade, ..."), or the empty text."""
     if not authority.issued(pair.certificate_pem):
         return "remade, another authority signed it"
-    if _expires(pair) - datetime.now(UTC) < _RENEW_WITHIN:
+    if _expires(pair) - datetime.now(UTC) < RENEW_WITHIN:
         return f"remade, it ends on {_expires(pair):%Y-%m-%d}"
     return ""
 
@@ -167,7 +169,13 @@ def _join(*parts: str) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def _read_pair(directory: Path, name: str) -> Issued | None:
+def read_pair(directory: Path, name: str) -> Issued | None:
+    """
+    Return what is in NAME.pem and NAME.key, None if neither is there.
+
+    Raises:
+        PKIError: One of them is missing or cannot be read, or they do not belong together.
+    """
     certificate, key = directory / f"{name}.pem", directory / f"{name}.key"
     if not certificate.exists() and not key.exists():
         return None

@@ -65,6 +65,55 @@ def test_without_a_passphrase_nothing_is_made(cli, tmp_path):
     cli("ca", "show", "pki")
 
 
+def test_a_passphrase_can_be_in_a_file_that_the_environment_names(cli, tmp_path):
+    (tmp_path / "secret").write_text(PASSPHRASE + "\n")
+    elsewhere = {"AUTHBACKEND_CA_PASSPHRASE": "", "AUTHBACKEND_CA_PASSPHRASE_FILE": str(tmp_path / "secret")}
+    cli("ca", "init", "pki", **elsewhere)
+    cli("ca", "show", "pki")
+    (tmp_path / "secret").write_text("another one, 12 characters")
+    assert "passphrase" in cli("ca", "show", "pki", exit_code=2, **elsewhere).stderr
+
+
+KEPT = ("--out", "server", "--keep", "--offline")
+
+
+def test_a_certificate_that_serves_is_kept_and_one_for_other_names_made_again(cli, ca, tmp_path):
+    pem, key = tmp_path / "server.pem", tmp_path / "server.key"
+    cli("ca", "issue-server", ca, "--name", "a.example", "--name", "::1", *KEPT)
+    first = pem.read_bytes(), key.read_bytes()
+    assert (
+        "kept server.key server.pem"
+        in cli("ca", "issue-server", ca, "--name", "::1", "--name", "a.example", *KEPT).stdout
+    )
+    assert "kept" in cli("ca", "issue-server", ca, "--name", "A.example", "--name", "0:0::1", *KEPT).stdout
+    assert (pem.read_bytes(), key.read_bytes()) == first
+    assert "wrote server.key server.pem" in cli("ca", "issue-server", ca, "--name", "a.example", *KEPT).stdout
+    assert server_names(pem.read_bytes()) == {"a.example"}
+    cli("ca", "issue-client", ca, "--name", "someone", *KEPT)
+    assert server_names(pem.read_bytes()) == frozenset()
+
+
+def test_a_certificate_that_ends_soon_is_made_again(cli, ca):
+    with (ca / "authority.toml").open("a") as file:
+        file.write("[profiles.server]\nlifetime_days = 29\n")
+    for _ in range(2):
+        assert "wrote" in cli("ca", "issue-server", ca, "--name", "a.example", *KEPT).stdout
+    (ca / "authority.toml").write_text('name = "fleet"\n')
+    assert "wrote" in cli("ca", "issue-server", ca, "--name", "a.example", *KEPT).stdout
+    assert "kept" in cli("ca", "issue-server", ca, "--name", "a.example", *KEPT).stdout
+
+
+def test_what_another_authority_signed_is_never_replaced(cli, ca, tmp_path):
+    cli("ca", "init", "other")
+    cli("ca", "issue-server", "other", "--name", "a.example", "--out", "server", "--offline")
+    before = (tmp_path / "server.pem").read_bytes()
+    refused = cli("ca", "issue-server", ca, "--name", "b.example", *KEPT, exit_code=2).stderr
+    assert "server.pem is not of authority fleet, and stays as it is" in refused
+    (tmp_path / "server.key").unlink()
+    assert "server.key is missing" in cli("ca", "issue-server", ca, "--name", "b.example", *KEPT, exit_code=2).stderr
+    assert (tmp_path / "server.pem").read_bytes() == before
+
+
 def test_a_server_can_be_issued_without_a_database_and_put_on_record_later(cli, ca, tmp_path):
     asked = ("ca", "issue-server", ca, "--name", "rabbitmq", "--out", "server")
     assert "--offline" in cli(*asked, exit_code=2, AUTHBACKEND_DATABASE__DSN=None).stderr

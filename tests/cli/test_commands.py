@@ -156,6 +156,19 @@ def test_a_file_with_errors_changes_nothing(cli, policy, dsn):
     assert rows(dsn, "select device_id from device where device_id = 'D9'") == []
 
 
+def test_a_file_can_come_by_standard_input(cli, policy):
+    text = policy.read_text()
+    assert (
+        "1 errors"
+        in cli("policy", "check", "-", stdin=text.replace("fleet/{device_id}/raw/#", "fleet/*/raw"), exit_code=2).stdout
+    )
+    refused = cli("policy", "apply", "-", stdin=text.replace("fleet/{device_id}/raw/#", "fleet/*/raw"), exit_code=2)
+    assert "standard input:9:" in refused.stderr
+    assert "~ device D1" in cli("policy", "plan", "-", stdin=text.replace("hamburg", "kiel")).stdout
+    cli("policy", "apply", "-", stdin=text.replace("hamburg", "kiel"))
+    assert json.loads(cli("device", "show", "D1", "--json").stdout)["attributes"] == {"site": "kiel"}
+
+
 def test_what_only_the_database_can_refuse_is_all_or_nothing(cli, policy, dsn):
     policy.write_text(POLICY.replace("name: ops", "name: two"))
     result = cli("policy", "apply", policy, exit_code=2)
