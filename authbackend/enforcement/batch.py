@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 import structlog
 
 from authbackend.enforcement.checks import Checker, SessionQueue, fits
-from authbackend.enforcement.clusters import Actions, ClusterActions, Violation, inspect_session
+from authbackend.enforcement.clusters import Actions, ClusterActions, Paused, Violation, inspect_session
 from authbackend.enforcement.inventory import Inventory
 from authbackend.enforcement.management_api import Binding, ClusterUnreachable
 from authbackend.enforcement.plans import (
@@ -165,6 +165,7 @@ class Batch:
         self._confirmed = Confirmation([], [])
         self._nodes: dict[str, dict[str, bool]] = {}
         self._unreachable: ClusterUnreachable | None = None
+        self._paused = False
         self._recorded: set[int] = set()
         self._present: list[Plan] = []
         self._owned: dict[Plan, list[SessionQueue]] | None = None
@@ -197,10 +198,14 @@ class Batch:
         self._present = [one for one in plans if not one.superseded and (one.users or one.sessions)]
         listed = await self._inventory.connected(user for one in self._present for user in one.users)
         for part in chunks([one for one in self._present if not one.users.isdisjoint(listed)]):
-            if self._between is not None and not await self._between():
+            if not await self._go_on():
                 return
             await self._end(part)
         await self._rest([one for one in self._present if one.users.isdisjoint(listed)])
+
+    async def _go_on(self) -> bool:
+        """Return whether to begin with the next part; other tasks may be done before it."""
+        return not self._paused and (self._between is None or await self._between())
 
     async def _look_at_lists(self, plans: Sequence[Plan]) -> None:
         """Before connections are looked at: who came before the list was on a node is seen by a look after that."""
@@ -213,13 +218,15 @@ class Batch:
 
     async def _rest(self, plans: list[Plan]) -> None:
         """Repair the sessions of those that are not connected, and record all that have none together."""
-        if not plans:
+        if not plans or self._paused:
             return
         sessions = await self._sessions_of(plans)
         for part in chunks([one for one in plans if sessions.get(one)]):
-            if self._between is not None and not await self._between():
+            if not await self._go_on():
                 return
             await self._end(part)
+        if self._paused:
+            return
         for part in chunks([one for one in plans if one.lists and not sessions.get(one)]):
             await self._record(part)
         nothing = [one for one in plans if not sessions.get(one) and not one.lists]
@@ -230,8 +237,12 @@ class Batch:
         """Hold, close, repair and record some plans."""
         await self._hold([one for one in plans if one.held and one.first_look and not one.closed_before])
         await self._each(plans, self._close)
+        with_sessions = [one for one in plans if one.sessions and not one.fault]
+        if self._paused:
+            for one in with_sessions:
+                one.interrupted = True  # what they have stored has not been looked at
+            with_sessions = []
         try:
-            with_sessions = [one for one in plans if one.sessions and not one.fault]
             sessions = await self._sessions_of(with_sessions)
             await self._repair({one: sessions[one] for one in with_sessions if sessions.get(one)})
         except TaskStoreError:
@@ -239,7 +250,8 @@ class Batch:
         except AuthbackendError as error:  # the lists; what has been closed must be recorded all the same
             for one in plans:
                 one.fault = one.fault or error.detail
-        await self._record(plans)
+        await self._record([one for one in plans if not one.interrupted])
+        await self._interrupt([one for one in plans if one.interrupted])
         if self._unreachable is not None:
             raise self._unreachable
 
@@ -253,6 +265,8 @@ class Batch:
                 return
             try:
                 await step(each)
+            except Paused:
+                self._paused = each.interrupted = True
             except ClusterUnreachable as error:
                 self._unreachable = error
                 each.fault = error.detail
@@ -373,6 +387,16 @@ class Batch:
         for state, receipts in finished.items():
             await self._store.finish(receipts, state)
         await self._store.release(released, [id_ for receipts in finished.values() for id_ in receipts])
+
+    async def _interrupt(self, plans: Sequence[Plan]) -> None:
+        """Keep what was done until a pause began; when it ends, they are begun anew, with a hold where one is needed."""
+        begun = [one for one in plans if one.done.anything]
+        for one in begun:
+            made = receipt(one, self._confirmed.by, self._confirmed.missing, self._nodes)
+            self._tell(one, made, finished=False)
+            kept = {**made, "confirmed_at": None}
+            await self._store.failed(dict.fromkeys(one.ids, (kept, 0.0)), "paused before all of it was done")
+        self._recorded.update(_ids(begun))
 
     def _look_again_s(self, one: Plan, made: dict[str, Any]) -> float | None:
         """Return when to look at a plan again, None if it is finished."""

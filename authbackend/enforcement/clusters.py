@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -133,19 +133,35 @@ class Violation:
     bindings: tuple[tuple[Binding, str], ...] = ()
 
 
+class Paused(Exception):
+    """Nothing more is ended: enforcement was paused meanwhile."""
+
+
+async def _never() -> bool:
+    return False
+
+
 class ClusterActions:
     """
-    Acts on one cluster for one lane.
+    Acts on one cluster for one lane. Whatever ends something raises :class:`Paused` instead while the lane is paused.
 
     Args:
         cluster: Not shared with another lane, so that nothing waits for another lane's calls.
         per_second: How many users' connections are closed a second; None: as fast as it goes.
         concurrency: How many calls to the management API are under way at a time.
+        paused: Whether the lane is paused; asked before anything is ended.
     """
 
-    def __init__(self, cluster: Cluster, per_second: float | None, concurrency: int) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        per_second: float | None,
+        concurrency: int,
+        paused: Callable[[], Awaitable[bool]] = _never,
+    ) -> None:
         self.cluster = cluster
         self._pace = Pace(per_second)
+        self._paused = paused
         self.slots = asyncio.Semaphore(concurrency)
 
     @property
@@ -161,10 +177,11 @@ class ClusterActions:
             permitted: Asked right before they are closed; if it returns true by then, nothing is.
         """
         async with self.slots:
+            await self._require_running()
             found = await self.cluster.connections_of(user)
             if not found:
                 return []
-            await self._pace.turn()
+            await self._turn()
             if permitted():
                 return []
             await self.cluster.close_user(user)
@@ -179,7 +196,7 @@ class ClusterActions:
         """
         for connection in connections:
             async with self.slots:
-                await self._pace.turn()
+                await self._turn()
                 if not permitted() and await self.cluster.close_connection(connection.name):
                     done.closed[connection.node] += 1
 
@@ -191,6 +208,7 @@ class ClusterActions:
             condition: Returns None where the broker does not tell enough.
         """
         async with self.slots:
+            await self._require_running()
             for connection in await self.cluster.connections_of(user):
                 details = await self.cluster.details(connection.name)
                 meets = None if details is None else condition(details)
@@ -207,8 +225,17 @@ class ClusterActions:
             return await self._close(name)
 
     async def _close(self, name: str) -> bool:
-        await self._pace.turn()
+        await self._turn()
         return await self.cluster.close_connection(name)
+
+    async def _turn(self) -> None:
+        await self._require_running()  # who waits for its turn when a pause begins does not wait it out
+        await self._pace.turn()
+        await self._require_running()
+
+    async def _require_running(self) -> None:
+        if await self._paused():
+            raise Paused
 
     async def sessions(self, owners: list[str] | None = None) -> list[SessionQueue]:
         """Return the session queues whose client id begins with one of these names; None: all of them."""
@@ -241,6 +268,7 @@ class ClusterActions:
         where = {"cluster": cluster.name, "vhost": queue.vhost, "queue": queue.name}
         why = violation.why
         async with self.slots:
+            await self._require_running()
             if why is None:
                 for binding, reason in violation.bindings:
                     await cluster.unbind(queue, binding)

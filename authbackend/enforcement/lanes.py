@@ -28,7 +28,6 @@ URGENT_BATCHES = 4
 
 BULK_BATCH = 2000
 _LIST_LASTS_S = 30.0
-_PAUSE_LOOK_S = 1.0
 _SEEN_LASTS_S = 1.0
 """So long the nodes that were seen running are not asked for again."""
 
@@ -142,7 +141,6 @@ class BulkLane(_Lane):
         self._listed: Listed | None = None
         self._taken_from: Listed | None = None
         self._confirmed_at: dict[str, float] = {}
-        self._next_pause_look = 0.0
 
     async def run(self) -> None:
         """
@@ -221,11 +219,7 @@ class BulkLane(_Lane):
     async def _between(self) -> bool:
         """Between two parts of a mass change: small changes first; return False if it is paused."""
         await self._small_changes()
-        now = time.monotonic()
-        if now < self._next_pause_look:
-            return True
-        self._next_pause_look = now + _PAUSE_LOOK_S
-        return await self._store.paused() is None
+        return not await self._store.is_paused(MASS)
 
 
 def versions(tasks: Iterable[Task]) -> set[str]:

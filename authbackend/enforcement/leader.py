@@ -24,7 +24,7 @@ from authbackend.enforcement.clusters import Cluster, ClusterActions
 from authbackend.enforcement.lanes import BulkLane, UrgentLane
 from authbackend.enforcement.sweep import Observer as SweepObserver
 from authbackend.enforcement.sweep import Sweep, SweepSettings
-from authbackend.enforcement.tasks import Backlog, Overdue, TaskStore
+from authbackend.enforcement.tasks import MASS, URGENT, Backlog, Overdue, TaskStore
 from authbackend.errors import AuthbackendError, Unavailable
 from authbackend.fault_log import FaultLog
 from authbackend.policy.decide import DecisionSettings
@@ -170,15 +170,15 @@ class Leader:
             await self._reachability.pause(backoff)
 
     def _enforcer(
-        self, store: TaskStore, cluster: Cluster, per_second: float | None, calls: int, confirm_s: float
+        self, store: TaskStore, cluster: Cluster, lane: str, per_second: float | None, calls: int, confirm_s: float
     ) -> Enforcer:
-        actions = ClusterActions(cluster, per_second, calls)
+        actions = ClusterActions(cluster, per_second, calls, lambda: store.is_paused(lane))
         return Enforcer(store, actions, self._registry.reader(), self._observer, self._settings.decisions, confirm_s)
 
     def _urgent(self, open_cluster: Callable[[], Cluster]) -> Part:
         async def part(store: TaskStore) -> None:
             async with contextlib.aclosing(open_cluster()) as cluster:
-                lane = UrgentLane(self._enforcer(store, cluster, None, _URGENT_CALLS, _URGENT_CONFIRM_S))
+                lane = UrgentLane(self._enforcer(store, cluster, URGENT, None, _URGENT_CALLS, _URGENT_CONFIRM_S))
                 self._lanes[cluster.name] = lane
                 await lane.run()
 
@@ -188,14 +188,16 @@ class Leader:
         async def part(store: TaskStore) -> None:
             async with contextlib.aclosing(open_cluster()) as cluster:
                 per_second = self._settings.per_second
-                await BulkLane(self._enforcer(store, cluster, per_second, _BULK_CALLS, _BULK_CONFIRM_S)).run()
+                await BulkLane(self._enforcer(store, cluster, MASS, per_second, _BULK_CALLS, _BULK_CONFIRM_S)).run()
 
         return part
 
     def _sweep(self, open_cluster: Callable[[], Cluster]) -> Part:
         async def part(store: TaskStore) -> None:
             async with contextlib.aclosing(open_cluster()) as cluster:
-                actions = ClusterActions(cluster, self._settings.per_second, _SWEEP_CALLS)
+                actions = ClusterActions(
+                    cluster, self._settings.per_second, _SWEEP_CALLS, lambda: store.is_paused(MASS)
+                )
                 reader = self._registry.reader()
                 settings = self._settings
                 await Sweep(store, actions, reader, self._observer, settings.decisions, settings.sweep).run()

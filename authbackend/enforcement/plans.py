@@ -43,6 +43,7 @@ class Plan:
         confirmed: True if every replica decides by the change by now.
         now: Returns the database's clock, seconds since the epoch: what is noted must not hang on the clock of a replica.
         fault: Why it could not be done this time.
+        interrupted: True if a pause began before all of it was done.
         again_at_once: True if it must be planned anew: meanwhile the registry allows again what it is about.
     """
 
@@ -59,6 +60,7 @@ class Plan:
     confirmed: bool = False
     now: Callable[[], float] = time.time
     fault: str | None = None
+    interrupted: bool = False
     again_at_once: bool = False
     done: Actions = field(default_factory=Actions)
 

@@ -8,6 +8,7 @@ the user's. What it finds is reported, and by setting ended.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -27,7 +28,7 @@ from authbackend.enforcement.checks import (
     shows_as_recorded,
     shows_certificate,
 )
-from authbackend.enforcement.clusters import Actions, ClusterActions, Violation
+from authbackend.enforcement.clusters import Actions, ClusterActions, Paused, Violation
 from authbackend.enforcement.distinguished_names import common_name
 from authbackend.enforcement.management_api import LiveConnection
 from authbackend.enforcement.tasks import TaskStore, TaskStoreError
@@ -179,8 +180,11 @@ class Sweep:
         async for page in self._actions.cluster.connections():
             report.connections += len(page)
             closing += self._compare(page, await self._certificates(page), report)
-        if not paused:
-            await self._close(closing, report)
+        try:
+            if not paused:
+                await self._close(closing, report)
+        except Paused:
+            paused = True
         await self._sessions(report, report_only=paused)
         report.duration_s = time.monotonic() - begin
         self._observer.swept(self._actions.name, report)
@@ -242,9 +246,10 @@ class Sweep:
                     )
                     ending.append(session)
         if SESSION_WITHOUT_OWNER in self._settings.closes and not report_only:
-            for session in ending:
-                await self._actions.repair_session(Violation(session, SESSION_WITHOUT_OWNER), Actions())
-                report.ended[SESSION_WITHOUT_OWNER] += 1
+            with contextlib.suppress(Paused):
+                for session in ending:
+                    await self._actions.repair_session(Violation(session, SESSION_WITHOUT_OWNER), Actions())
+                    report.ended[SESSION_WITHOUT_OWNER] += 1
 
 
 def _demand_fresh(registry: Registry) -> None:

@@ -163,6 +163,9 @@ class TaskStore(Protocol):
     async def paused(self) -> Pause | None:
         """Return the pause that is in force."""
 
+    async def is_paused(self, lane: str) -> bool:
+        """Return whether a lane is paused; cheap enough to be asked before each connection that is closed."""
+
     async def confirmation(self, versions: set[str]) -> Confirmation:
         """Return who decides by all of these versions."""
 

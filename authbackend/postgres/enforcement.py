@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,7 @@ CHANNEL = "enforcement"
 KEEP_DONE_S = 30 * 86400.0
 LOCK_EVERY_S = 0.5
 _LOOK_EVERY_S = 0.02
+_PAUSE_LASTS_S = 1.0
 _LOCK_TIMEOUT_S = 0.5
 """Statements here skip rows that somebody has locked; what still meets a lock gives up after this time."""
 
@@ -35,14 +37,23 @@ class PostgresTaskStore:
         self._connection = connection
         self._statements = load_statements("enforcement")
         self._noted = asyncio.Event()
+        self._pause: Pause | None = None
+        self._pause_lasts_until = float("-inf")  # monotonic: so long it need not be looked at again
+        self._told = 0
         self._turn = asyncio.Lock()  # a part may do several batches at a time
 
     async def listen(self) -> None:
         """Be woken by what is noted from now on."""
         with translated_errors():
             await self._connection.execute(f"set lock_timeout = '{_LOCK_TIMEOUT_S}s'")
-            await self._connection.add_listener(CHANNEL, lambda *_: self._noted.set())
+            await self._connection.add_listener(CHANNEL, lambda *_: self._wake())
         self._connection.add_termination_listener(lambda *_: self._noted.set())
+
+    def _wake(self) -> None:
+        """Something was noted, or a pause began or ended: the channel does not tell which."""
+        self._noted.set()
+        self._told += 1
+        self._pause_lasts_until = float("-inf")
 
     async def due(self, cluster: str, lane: str, being_done: set[int], limit: int) -> list[Task]:
         """Return open tasks that are due, the longest due first; none while the lane is paused."""
@@ -64,6 +75,15 @@ class PostgresTaskStore:
     async def paused(self) -> Pause | None:
         """Return the pause that is in force."""
         return next(map(_pause, await self._fetch("paused")), None)
+
+    async def is_paused(self, lane: str) -> bool:
+        """Return whether a lane is paused; asks the database when it has told of something, and once a second."""
+        if time.monotonic() >= self._pause_lasts_until:
+            told = self._told
+            self._pause = await self.paused()
+            if told == self._told:  # else it may have begun after the look
+                self._pause_lasts_until = time.monotonic() + _PAUSE_LASTS_S
+        return self._pause is not None and self._pause.stops(lane)
 
     async def confirmation(self, versions: set[str]) -> Confirmation:
         """Return who decides by all of these versions."""
@@ -292,12 +312,12 @@ async def _take_lock(connection: Connection, strangers: str, lock_taken: Callabl
         lock_taken(bool(found))
         for row in found:
             if row["pid"] not in told:
-                told.add(row["pid"])
                 log.error(
                     "enforcement.lock_taken",
                     **row,
                     next=f"nobody enforces while it lasts; end it: select pg_terminate_backend({row['pid']})",
                 )
+        told = {row["pid"] for row in found}
         await asyncio.sleep(LOCK_EVERY_S)
 
 

@@ -374,25 +374,93 @@ async def test_a_pause_of_all_stops_the_urgent_lane_and_the_sweep_only_reports(r
         await rig.broker.until(lambda: rig.broker.users() == [])
 
 
-async def test_a_pause_in_the_middle_leaves_the_rest_for_later(rig: Rig) -> None:
-    names = [f"D{n:03}" for n in range(650)]
+INTERRUPTED = "select count(*) from enforcement where fault = 'paused before all of it was done'"
+UNDER_WAY = 4
+"""Calls that a lane has under way at a time; those end, whatever is paused meanwhile."""
+
+
+async def pause_at(rig: Rig, method: str, scope: str) -> None:
+    """Pause while the first calls of a method are under way, and return when what was begun has been put aside."""
+    await rig.broker.until(lambda: any(called == method for called, _ in rig.broker.calls))
+    await enforcement.pause(Target(rig.dsn), "ann", scope)
+    rig.broker.gates.pop(method).set()
+    async with asyncio.timeout(20):
+        while not await rig.sql.fetchval(INTERRUPTED):
+            await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [40, 150])
+async def test_a_pause_takes_effect_between_two_connections(rig: Rig, number: int) -> None:
+    """Those asked for by name, and those found in a list."""
+    names = [f"D{n:03}" for n in range(number)]
     await rig.devices(*names)
     for name in names:
-        rig.broker.connect(name)
-    rig.broker.gates["close_connection"] = asyncio.Event()
-    async with rig.enforcing(per_second=200.0):
+        rig.broker.connect(name, name, f"fleet/{name}/#")
+    method = "close_user" if number <= 50 else "close_connection"
+    rig.broker.gates[method] = asyncio.Event()
+    async with rig.enforcing():
         await rig.set_status("revoked", *names)
-        await rig.broker.until(lambda: any(method == "close_connection" for method, _ in rig.broker.calls))
+        await pause_at(rig, method, "bulk")
+        assert 1 <= len(rig.broker.closed) <= 2 * UNDER_WAY
+        assert len(rig.broker.queues) == number
+        await enforcement.resume(Target(rig.dsn), "ann")
+        done = await rig.finished()
+    assert rig.broker.users() == []
+    assert rig.broker.queues == {}
+    assert all(task["receipt"]["closed"] == {"rabbit@one": 1} for task in done)
+    assert all(len(task["receipt"]["queues_deleted"]) == 1 for task in done)
+
+
+async def test_a_pause_of_all_takes_effect_between_two_revocations(rig: Rig) -> None:
+    names = [f"D{n:03}" for n in range(15)]
+    await rig.devices(*names)
+    for name in names:
+        rig.broker.connect(name, name, f"fleet/{name}/#")
+    rig.broker.gates["close_user"] = asyncio.Event()
+    async with rig.enforcing():
+        await rig.set_status("revoked", *names)
+        await pause_at(rig, "close_user", "all")
+        assert 1 <= len(rig.broker.closed) <= 2 * UNDER_WAY
+        await enforcement.resume(Target(rig.dsn), "ann")
+        done = await rig.finished()
+    assert {task["lane"] for task in done} == {"urgent"}
+    assert rig.broker.users() == []
+    assert all(task["receipt"]["closed"] == {"rabbit@one": 1} for task in done)
+
+
+async def test_a_pause_takes_effect_between_two_sessions(rig: Rig) -> None:
+    names = [f"D{n:03}" for n in range(40)]
+    await rig.devices(*names)
+    for name in names:
+        rig.broker.connect(name, name, f"fleet/{name}/#")
+    rig.broker.gates["delete_queue"] = asyncio.Event()
+    async with rig.enforcing():
+        await rig.set_status("revoked", *names)
+        await pause_at(rig, "delete_queue", "bulk")
+        assert len(rig.broker.queues) >= len(names) - 2 * UNDER_WAY
+        await enforcement.resume(Target(rig.dsn), "ann")
+        done = await rig.finished()
+    assert rig.broker.queues == {}
+    assert all(len(task["receipt"]["queues_deleted"]) == 1 for task in done)
+
+
+async def test_a_sweep_that_is_under_way_stops_at_a_pause(rig: Rig) -> None:
+    names = [f"D{n:03}" for n in range(20)]
+    await rig.devices(*names)
+    for name in names:
+        rig.broker.connect(name, "not its client id")
+    rig.broker.gates["close_connection"] = asyncio.Event()
+    async with rig.enforcing(sweep_s=1.0):
+        await rig.broker.until(lambda: any(called == "close_connection" for called, _ in rig.broker.calls))
         await enforcement.pause(Target(rig.dsn), "ann", "bulk")
         rig.broker.gates.pop("close_connection").set()
-        await rig.broker.until(lambda: len(rig.broker.closed) >= 200)
         async with asyncio.timeout(20):
-            while await rig.sql.fetchval("select count(*) from enforcement where state = 'checking'") < 200:
-                await asyncio.sleep(0.05)
-        assert len(rig.broker.users()) >= 50
+            while not rig.watched.reports:
+                await asyncio.sleep(0.02)
+        assert 1 <= len(rig.broker.closed) <= 2
+        assert rig.watched.reports[-1].ended["wrong_client_id"] == len(rig.broker.closed)
         await enforcement.resume(Target(rig.dsn), "ann")
-        await rig.finished()
-    assert rig.broker.users() == []
+        await rig.broker.until(lambda: rig.broker.users() == [])
 
 
 async def test_a_type_that_narrows_touches_those_whom_it_takes_something_from(rig: Rig) -> None:
