@@ -6,20 +6,46 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from authbackend.policy.rules import TopicRule, Values
+    from authbackend.policy.rules import Expected, TopicRule, Values
 
 
 class _Node:
-    """What rules expect after the same beginning."""
+    """
+    What rules expect after the same beginning.
 
-    __slots__ = ("any", "ends", "named", "tail", "words")
+    Rules are sorted out by their next word when a key first comes this far: of thousands, a key meets few.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("any", "depth", "ends", "named", "tail", "unsorted", "words")
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+        self.unsorted: list[tuple[TopicRule, tuple[Expected, ...]]] = []
         self.words: dict[str, _Node] = {}  # a literal word
         self.named: dict[str, _Node] = {}  # the value of a placeholder
         self.any: _Node | None = None  # any word
         self.ends: TopicRule | None = None  # a rule that ends here
         self.tail: TopicRule | None = None  # a rule that ends here with "#": whatever follows
+
+    def sort_out(self) -> None:
+        """Hand each rule to the node of its next word; the first of several that end here stays."""
+        unsorted, self.unsorted = self.unsorted, []
+        depth = self.depth
+        for rule, expected in unsorted:
+            if depth == len(expected):
+                if rule.has_tail:
+                    self.tail = self.tail or rule
+                else:
+                    self.ends = self.ends or rule
+                continue
+            one = expected[depth]
+            if one is None:
+                node = self.any = self.any or _Node(depth + 1)
+            else:
+                text, is_placeholder = one
+                nodes = self.named if is_placeholder else self.words
+                node = nodes.get(text) or nodes.setdefault(text, _Node(depth + 1))
+            node.unsorted.append((rule, expected))
 
 
 class RuleIndex:
@@ -35,30 +61,18 @@ class RuleIndex:
     def __init__(self, rules: Iterable[TopicRule], *, deny: bool) -> None:
         self._rules = tuple(rules)
         self._deny = deny
-        self._root = _Node()
+        self._root = _Node(0)
         others = []
         names: dict[str, None] = {}
         for rule in self._rules:
             if rule.expected is None:
                 others.append(rule)
             else:
-                self._add(rule, rule.expected)
-                names.update(dict.fromkeys(rule.placeholders))
+                self._root.unsorted.append((rule, rule.expected))
+                for name in rule.placeholders:
+                    names[name] = None
         self._others = tuple(others)
         self._names = tuple(names)
-
-    def _add(self, rule: TopicRule, expected: Sequence[tuple[str, bool] | None]) -> None:
-        node = self._root
-        for one in expected:
-            if one is None:
-                node.any = node = node.any or _Node()
-            else:
-                text, is_placeholder = one
-                node = (node.named if is_placeholder else node.words).setdefault(text, _Node())
-        if rule.has_tail:
-            node.tail = node.tail or rule
-        else:
-            node.ends = node.ends or rule
 
     def first(self, values: Values, words: Sequence[str]) -> TopicRule | None:
         """Return a rule that matches a concrete key, None if none does."""
@@ -75,6 +89,8 @@ class RuleIndex:
         node, position = self._root, 0
         length = len(words)
         while True:
+            if node.unsorted:
+                node.sort_out()
             if node.tail is not None:
                 return node.tail
             after = None

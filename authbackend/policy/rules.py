@@ -120,7 +120,7 @@ class TopicRule:
             self.expected: tuple[Expected, ...] | None = None
             self.has_tail = False
             return
-        self._levels = tuple((level, placeholders_of(level)) for level in topic.split("/"))
+        self._levels = tuple((level, placeholders_of(level) if "{" in level else ()) for level in topic.split("/"))
         self._valueless: Pattern | None = None
         self._names = tuple(dict.fromkeys(name for _, names in self._levels for name in names))
         self._static = None if self._names else Pattern(self._words({}))
@@ -187,8 +187,10 @@ class TopicRule:
                 words.append((names[0], True))
             elif level == "+":
                 words.append(None)
-            else:
+            elif "." in level:
                 words.extend((word, False) for word in level.split("."))
+            else:
+                words.append((level, False))
         return tuple(words), len(levels) < len(self._levels)
 
     def _words(self, known: dict[str, str]) -> list[str]:

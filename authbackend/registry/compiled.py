@@ -36,7 +36,7 @@ class CompiledDevices:
                 self._known[name] = known  # asked for last
                 return known[1]
             self.rules -= known[2]
-        device = records.device(name, record, known[1] if known else None)
+        device = records.device(name, record, known[:2] if known else None)
         if device.rules is not NO_RULES:
             number = sum(1 for _ in device.rules)
             self._known[name] = (record, device, number)

@@ -98,11 +98,23 @@ def device_id_of(name: str, record: bytes) -> str:
     return record.split(b"\t", 2)[1].decode() or name
 
 
-def device(name: str, record: bytes, previous: Device | None = None) -> Device:
-    """Return the device that is kept under a common name; rules that it had before are taken over."""
+def device(name: str, record: bytes, previous: tuple[bytes, Device] | None = None) -> Device:
+    """
+    Return the device that is kept under a common name.
+
+    Args:
+        previous: Record and device that were kept under it before: rules that it had then are taken over, and if none has
+            changed, all that was compiled of them.
+    """
     head, device_id, expires_at, attributes, rules, held_until = record.decode().split("\t")
     found = device_id or name
-    before = previous.rules if previous is not None and previous.device_id == found else NO_RULES
+    own = before = NO_RULES
+    if previous is not None and previous[1].device_id == found:
+        before = previous[1].rules
+    if rules and before is not NO_RULES and previous is not None and _own_rules(previous[0]) == rules:
+        own = before
+    elif rules:
+        own = _rules(json.loads(rules), f"device_id {found}", before)
     return Device(
         device_id=DeviceId(found),
         common_name=name,
@@ -110,9 +122,13 @@ def device(name: str, record: bytes, previous: Device | None = None) -> Device:
         status=_STATUSES[head[0]],
         attributes=StoredAttributes(attributes) if attributes else None,
         expires_at=float(expires_at) if expires_at else None,
-        rules=_rules(json.loads(rules), f"device_id {found}", before) if rules else NO_RULES,
+        rules=own,
         held_until=float(held_until) if held_until else None,
     )
+
+
+def _own_rules(record: bytes) -> str:
+    return record.split(b"\t")[4].decode()
 
 
 def device_type(record: bytes, previous: DeviceType | None = None) -> DeviceType:

@@ -104,6 +104,24 @@ def test_a_change_decides_at_once_and_compiles_what_is_new(registry, compiled):
     assert compiled == ["a/#", "b", "a/b"]
 
 
+def test_a_change_that_leaves_the_rules_alone_leaves_all_that_was_compiled_of_them(registry):
+    own = rule(1, "a/#"), rule(2, "b")
+    registry.write("D1", record(*own))
+    assert registry.may_publish("a.b")
+    with registry.reader as reader:
+        before = reader.device_by_name("D1").rules
+    registry.write("D1", record(*own, status="s", held_until="99"))
+    assert not registry.may_publish("a.b")
+    with registry.reader as reader:
+        now = reader.device_by_name("D1")
+        assert (now.status, now.held_until, now.rules is before) == ("suspended", 99.0, True)
+    registry.write("D1", record(*own, rule(3, "c")))
+    assert registry.may_publish("c")
+    registry.write("D1", record(*own, device_id="D2"), "D2")
+    with registry.reader as reader:
+        assert {one.owner for one in reader.device_by_name("D1").rules} == {"device_id D2"}
+
+
 def test_a_rule_that_was_edited_under_its_number_is_compiled_anew(registry):
     registry.write("D1", record(rule(1, "a")))
     assert registry.may_publish("a")

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from authbackend.policy import rule_index
 from authbackend.policy import rules as policy_rules
 from authbackend.policy.rule_index import RuleIndex
 from authbackend.policy.rules import Effect, Permission, RuleSet, TopicRule, Values
@@ -57,6 +58,25 @@ def test_a_key_of_many_words_visits_each_node_once() -> None:
     assert index.first(Counting({}), [*words, "nothing"]) is None
     assert index.first(Counting({}), [*words, "e49"]) is not None
     assert index.first(Counting({}), ["a"] * 20_000) is None
+
+
+def test_a_key_sorts_out_no_more_rules_than_it_meets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first question after a change waits for as little as can be."""
+    made = []
+
+    class Counted(rule_index._Node):
+        def __init__(self, depth: int) -> None:
+            made.append(depth)
+            super().__init__(depth)
+
+    monkeypatch.setattr(rule_index, "_Node", Counted)
+    rules = [TopicRule(Effect.ALLOW, Permission.WRITE, f"{n % 4}/{n}/a/b/c", rule_id=n) for n in range(400)]
+    index = RuleIndex(rules, deny=False)
+    assert index.first(Values({}), ["1", "5", "a", "b", "c"]) is rules[5]
+    assert made == [0, *[1] * 4, *[2] * 100, 3, 4, 5]
+    made.clear()
+    assert index.first(Values({}), ["1", "5", "a", "b", "c"]) is rules[5]
+    assert made == []
 
 
 MANY_RULES = [
