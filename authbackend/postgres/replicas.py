@@ -10,7 +10,9 @@ from datetime import datetime
 from typing import Any
 
 import asyncpg
+import structlog
 
+from authbackend import clocks
 from authbackend.errors import InvalidInput, NotFound, Unconfirmed
 from authbackend.postgres.connection import Connection, Target, connect, connected, name_actor, translated_errors
 from authbackend.postgres.statements import load_statements
@@ -18,7 +20,12 @@ from authbackend.registry.boots import Boot
 from authbackend.registry.mark import Mark
 from authbackend.registry.presence import Peers
 
+log = structlog.get_logger(__name__)
+
 _LOOK_EVERY_S = 0.02
+_STEP_S = 2.0
+"""What is waited for has 5 s to spare; smaller steps, and what clocks drift, do no harm."""
+
 _VERSION = re.compile(r"([1-9][0-9]{0,18})(?:@([0-9a-f]{8}))?")
 
 
@@ -57,6 +64,7 @@ class Announcer:
         self._target = target
         self._identity = identity
         self._connection: Connection | None = None
+        self._clock: tuple[float, float] | None = None  # the database's, and this machine's when it was asked for
         self._statements = load_statements("replicas")
 
     async def announce(self, mark: Mark, confirmed_at: datetime) -> None:
@@ -85,6 +93,7 @@ class Announcer:
         Raises:
             AuthbackendError: The database cannot be reached or refuses.
         """
+        await self._allow_for_a_step()  # first: what is pruned is told by the database's clock
         await self._execute(self._statements.prune.sql)
         with translated_errors():
             rows = await (await self._connected()).fetch(self._statements.replicas.sql)
@@ -106,6 +115,27 @@ class Announcer:
                 await connection.close(timeout=1)
             except (asyncpg.PostgresError, OSError, TimeoutError):
                 connection.terminate()
+
+    async def _allow_for_a_step(self) -> None:
+        """
+        Notice that the database's clock was set forward, and let nobody pass for gone by it.
+
+        A replica that is cut off tells by its own clock how old its copy is, and may answer for as long as before.
+        """
+        asked = clocks.uptime()
+        with translated_errors():
+            now = float(await (await self._connected()).fetchval(self._statements.now.sql))
+        if self._clock is not None:
+            then, then_asked = self._clock
+            step_s = now - then - (clocks.uptime() - then_asked)  # or more: by how long the answers took
+            if step_s > _STEP_S:
+                await self._execute(self._statements.allow_for_a_step.sql, step_s)
+                log.error(
+                    "database.clock_stepped",
+                    by_s=round(step_s, 1),
+                    next="replicas that are cut off are waited for as long as before; let NTP slew the clock, not step it",
+                )
+        self._clock = now, asked
 
     async def _execute(self, statement: str, *values: Any) -> None:
         with translated_errors():

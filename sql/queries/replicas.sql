@@ -38,6 +38,16 @@ update replica set stopped_at = clock_timestamp(), comes_back = $2 where id = $1
 -- params: 1 id or name text
 select replica_forget($1);
 
+-- name: now$
+select extract(epoch from clock_timestamp())::float8;
+
+-- name: allow_for_a_step!
+-- The clock was set forward: what was before that is as long ago as it was. Done twice, by two replicas, it makes them wait longer.
+-- params: 1 seconds
+update replica set introduced_at = least(introduced_at + make_interval(secs => $1), clock_timestamp()),
+                   confirmed_at = least(confirmed_at + make_interval(secs => $1), clock_timestamp())
+where greatest(introduced_at, confirmed_at) <= clock_timestamp() - make_interval(secs => $1);
+
 -- name: prune!
 delete from replica where greatest(introduced_at, confirmed_at) + make_interval(secs => longest_staleness_s) < clock_timestamp() - interval '1 day';
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import asyncpg
 import pytest
+from structlog.testing import capture_logs
 
+from authbackend import clocks
 from authbackend.errors import InvalidInput, NotFound, Unconfirmed
 from authbackend.postgres import editor, replicas
 from authbackend.postgres.connection import Target
@@ -150,6 +152,39 @@ async def test_a_silent_one_is_waited_for_until_its_copy_is_too_old_to_decide_by
         await aged(60 + 86_400 + 60)
         await north.announcer.peers()
         assert await connection.fetchval("select count(*) from replica") == 0
+
+
+async def test_one_that_is_cut_off_is_not_taken_for_gone_because_the_clock_of_the_database_was_set_forward(
+    dsn: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the clock is left alone, and everything that it has told is made older."""
+    await fleet(connection)
+    uptime = clocks.uptime
+    async with replica(dsn, "north", longest_staleness_s=900) as north, replica(dsn, "south") as south:
+        await north.look()
+        await north.announce()
+        await south.look()
+        await south.announce()
+        await south.announcer.peers()
+        for device_id, by_s in (("d1", 3600.0), ("d2", 30 * 86400.0)):
+            version = await revoke(dsn, device_id)
+            await connection.execute(
+                "update replica set introduced_at = introduced_at - make_interval(secs => $1), confirmed_at = confirmed_at - make_interval(secs => $1)",
+                by_s,
+            )
+            monkeypatch.setattr(clocks, "uptime", lambda by_s=by_s: uptime() - by_s)
+            await south.look()
+            await south.announce()
+            with capture_logs() as logged:
+                await south.announcer.peers()
+            monkeypatch.setattr(clocks, "uptime", uptime)
+            await south.announcer.peers()
+            assert [round(line["by_s"], -1) for line in logged if line["event"] == "database.clock_stepped"] == [by_s]
+            assert "north" in await unconfirmed(dsn, version)
+        left = await connection.fetchval(
+            "select counts_until - clock_timestamp() from replica_state where name = 'north'"
+        )
+        assert 0 < left.total_seconds() <= 905, "no longer than before either"
 
 
 async def test_a_version_of_another_life_is_never_confirmed(

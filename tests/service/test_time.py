@@ -67,6 +67,20 @@ def test_the_time_that_a_machine_was_suspended_counts_for_the_age_of_its_copy(mo
         assert registry.now == pytest.approx(now + 3600, abs=60)
 
 
+@pytest.mark.parametrize("by_s", [-86400.0, 86400.0])
+def test_setting_the_databases_clock_makes_a_copy_neither_younger_nor_older(by_s):
+    """The last look before a replica was cut off; what the database says of the time is no part of how long ago that was."""
+    store = new_store()
+    with store.loading(MARK, clocks.uptime() - 600, time.time() - 600):
+        pass
+    for database_time in (time.time() - 600, time.time() - 600 + by_s):
+        store.note(synced_at=clocks.uptime() - 600, database_time=database_time)
+        with store.reader() as registry:
+            assert registry.age_s == pytest.approx(600, abs=60)
+            assert registry.stale(540)
+            assert not registry.stale(900)
+
+
 async def test_workers_deny_when_the_process_that_follows_the_database_stands_still(dsn):
     await apply(dsn, POLICY.replace("HASH", f'"{HASH}"'))
     async with replica(dsn, workers=1, REGISTRY__MAX_STALENESS_S="3") as running:

@@ -244,6 +244,17 @@ def test_a_copy_that_was_written_while_the_clock_was_ahead_is_as_old_as_the_data
     assert restored(tmp_path)[1].age_s == pytest.approx(3600, abs=60)
 
 
+def test_a_copy_that_was_written_while_the_databases_clock_was_ahead_is_as_old_as_this_machine_says(
+    tmp_path, monkeypatch
+):
+    copy = disk(tmp_path)
+    copy.save(store_of("d1"), Entry(Instant.now(), MARK, Patch(), time.time() + 86400))
+    copy.close()
+    started_anew(monkeypatch)
+    set_clock(monkeypatch, 3600)
+    assert restored(tmp_path)[1].age_s == pytest.approx(3600, abs=60)
+
+
 def test_a_copy_from_the_future_is_refused(tmp_path, written, monkeypatch):
     started_anew(monkeypatch)
     set_clock(monkeypatch, -3600)
