@@ -26,6 +26,7 @@ from .service import Database, Service
 
 HERE = Path(__file__).parent
 ROOT = os.environ.get("AUTHBACKEND_TEST_RABBITMQ_ROOT", "")
+PATIENCE_CONF = HERE / "overlay/patience.conf"
 PLAIN_CONF = HERE / "overlay/plain.conf"
 WEB_MQTT = RABBITMQ_FILES / "conf.d-optional/web-mqtt.conf"
 STREAM_CONF = HERE / "overlay/stream.conf"
@@ -108,9 +109,10 @@ def booting(workplace: Path, certificates: Certificates) -> Iterator[Callable[[s
 def _broker(workplace: Path, certificates: Certificates, name: str) -> Broker:
     state = workplace / name
     state.mkdir()
-    node = Broker(Path(ROOT), state, certificates, name)
+    node = Broker(Path(ROOT), state, certificates, name, overlays=[PATIENCE_CONF])
     if name == "lax":
-        node.doors, node.overlays, node.advanced = LAX, [PLAIN_CONF, WEB_MQTT, STREAM_CONF], PLAIN_MQTT
+        node.doors, node.advanced = LAX, PLAIN_MQTT
+        node.overlays = [PATIENCE_CONF, PLAIN_CONF, WEB_MQTT, STREAM_CONF]
         node.plugins = ["rabbitmq_web_mqtt", "rabbitmq_stream"]
     node.prepare()
     if name == "lax":
@@ -122,7 +124,7 @@ def _broker(workplace: Path, certificates: Certificates, name: str) -> Broker:
 
 @pytest.fixture(scope="session")
 def broker(booting: Callable[[str], Broker]) -> Broker:
-    """The node with the files of ``rabbitmq/`` as they are."""
+    """The node with the files of ``rabbitmq/`` as they are, but that it waits longer for an answer."""
     return booting("rabbit")
 
 
@@ -173,6 +175,7 @@ def make_service(
     """This service with the least rights that do, not started."""
     dsns = (database.dsn_of("authbackend_service"), database.dsn_of(EDITOR))
     process = Service(workplace, certificates, *dsns, broker_port=broker_port, health_port=health_port)
+    process.configure(BROKER__REQUEST_TIMEOUT_S="10")  # a busy machine makes a password wait; see overlay/patience.conf
     _LOGS[f"authbackend log {process.broker_port}"] = process.log
     return process
 
