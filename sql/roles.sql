@@ -53,6 +53,7 @@ grant select, insert, update on crl to authbackend_service; -- a list never goes
 
 grant select, insert, update, delete on device_type, device, account, topic_rule to authbackend_admin;
 grant select, insert, update, delete on certificate, authority, crl to authbackend_admin;
+grant execute on function certificate_forget(interval, bigint) to authbackend_admin; -- the trail only its owner forgets
 grant select on crl_highest to authbackend_admin, authbackend_reader;
 grant select on crl_listed to authbackend_reader;
 grant select on crl_installed, crl_reporter to authbackend_admin, authbackend_reader;

@@ -160,6 +160,32 @@ CREATE FUNCTION public.attributes_fault(attributes jsonb) RETURNS text
   end
 $_$;
 
+CREATE FUNCTION public.audit_forget(older_than interval, most bigint DEFAULT 100000) RETURNS bigint
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  gone record;
+begin
+  if older_than is null or older_than < interval '90 days' then
+    perform public.refuse('the audit trail keeps the last 90 days at least. For example: select audit_forget(interval ''2 years'')');
+  end if;
+  perform set_config('authbackend.forgetting', pg_current_xact_id()::text, true);
+  with deleted as (
+    delete from public.audit where id in (
+      select id from public.audit
+      where id < coalesce((select a.id from public.audit a where a.at >= now() - older_than order by a.id limit 1), 9223372036854775807)
+      order by id limit most)
+    returning at)
+  select count(*) as number, min(at) as first, max(at) as last into gone from deleted;
+  perform set_config('authbackend.forgetting', '', true);
+  if gone.number > 0 then
+    insert into public.audit (operation, entity, before)
+    values ('FORGET', 'audit', jsonb_build_object('rows', gone.number, 'from', gone.first, 'until', gone.last));
+  end if;
+  return gone.number;
+end $$;
+
 CREATE FUNCTION public.audit_note() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'public', 'pg_temp'
@@ -192,6 +218,9 @@ CREATE FUNCTION public.audit_refuse() RETURNS trigger
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 begin
+  if tg_op = 'DELETE' and current_setting('authbackend.forgetting', true) = pg_current_xact_id()::text then
+    return null;
+  end if;
   raise exception using errcode = 'insufficient_privilege', message = format('the audit trail is append-only: %s is refused', tg_op);
 end $$;
 
@@ -456,6 +485,26 @@ begin
   return new;
 end $$;
 
+CREATE FUNCTION public.certificate_forget(older_than interval, most bigint DEFAULT 100000) RETURNS bigint
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+  n bigint;
+begin
+  if older_than is null or older_than < interval '400 days' then
+    perform public.refuse('certificates stay on record for 400 days after their end at least: a revocation list names them for up to a year. For example: select certificate_forget(interval ''2 years'')');
+  end if;
+  delete from public.certificate where fingerprint in (
+    select c.fingerprint from public.certificate c
+    where c.not_after < now() - older_than
+      and not (c.state = 'revoked' and c.reason = 'keyCompromise' and c.key_fingerprint is not null)
+      and (c.device_id is null or exists (select from public.certificate s where s.device_id = c.device_id and s.not_after > c.not_after))
+    order by c.not_after limit most);
+  get diagnostics n = row_count;
+  return n;
+end $$;
+
 CREATE FUNCTION public.certificate_serial_fault(serial text) RETURNS text
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -686,6 +735,12 @@ begin
     perform public.refuse(format('role %s reports for node %s already, so it cannot report for node %s: give each node''s host a role of its own (create role NAME login in role authbackend_crl_sync)', session_user, bound.node, left($1, 80)));
   elsif bound.role <> session_user then
     perform public.refuse(format('node %s is reported by role %s, not by role %s; if that has changed: authbackend crl hosts --forget %s', $1, bound.role, session_user, $1));
+  end if;
+  if issuer is null or octet_length(issuer) > 2048 then
+    perform public.refuse(format('the issuer of a list that node %L reports: it has at most 2048 bytes', left($1, 80)));
+  elsif (select count(*) from public.crl_installed) >= 10000
+      and not exists (select from public.crl_installed i where i.node = $1 and i.issuer = $2) then
+    perform public.refuse(format('node %L cannot report a list: 10000 are reported by others; forget those that are gone: authbackend crl hosts --forget NODE', left($1, 80)));
   end if;
   insert into public.crl_installed (node, issuer, number, next_update, counts_until)
   values ($1, $2, $3, $4, clock_timestamp() + make_interval(secs => $5))
@@ -956,6 +1011,7 @@ CREATE FUNCTION public.enforcement_cluster_forget(cluster_name text, OUT cluster
 begin
   delete from public.enforcement_cluster where name = cluster_name;
   get diagnostics clusters = row_count;
+  delete from public.enforcement_sweep where cluster = cluster_name;
   with seen as (
     select * from public.enforcement where cluster = cluster_name and finished_at is null order by id for update),
   closed as (
@@ -2823,6 +2879,8 @@ REVOKE ALL ON FUNCTION public.accept_impact(number bigint) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.account_dead_lettering_check() FROM PUBLIC;
 
+REVOKE ALL ON FUNCTION public.audit_forget(older_than interval, most bigint) FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION public.audit_note() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.brake_accepted() FROM PUBLIC;
@@ -2848,6 +2906,8 @@ REVOKE ALL ON FUNCTION public.brake_topic_rule() FROM PUBLIC;
 REVOKE ALL ON FUNCTION public.brake_truncate() FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.brake_types(types text[], cause text) FROM PUBLIC;
+
+REVOKE ALL ON FUNCTION public.certificate_forget(older_than interval, most bigint) FROM PUBLIC;
 
 REVOKE ALL ON FUNCTION public.change_note() FROM PUBLIC;
 
@@ -2946,4 +3006,5 @@ insert into public.schema_migrations (version) values
   ('20261125140000'),
   ('20261125141000'),
   ('20261125142000'),
-  ('20261125150000');
+  ('20261125150000'),
+  ('20261125180000');

@@ -215,9 +215,10 @@ class Leader:
             await asyncio.sleep(RECORD_DUE_EVERY_S)
 
     async def _monitor(self, store: TaskStore) -> None:
-        """Count what is open, and name what is held up."""
+        """Count what is open, name what is held up, and forget what was done long ago, whether clusters answer or not."""
         paused = None
         while True:
+            await store.forget_done()
             backlog = await store.backlog()
             self._observer.backlog(backlog)
             self._name_blocked(backlog.overdue)

@@ -226,7 +226,10 @@ class TaskStore(Protocol):
         """Return the certificates with these serial numbers, and the revoked ones of these common names."""
 
     async def keep_sweep(self, cluster: str, report: dict[str, Any]) -> None:
-        """Keep the report of a sweep in the place of the one before, and forget tasks that were done long ago."""
+        """Keep the report of a sweep in the place of the one before."""
+
+    async def forget_done(self) -> None:
+        """Forget tasks that were done long ago."""
 
     async def record_due(self) -> str | None:
         """Make what has become due by time: expiries and scheduled changes. Returns why one could not be made."""

@@ -168,9 +168,12 @@ class PostgresTaskStore:
         return [dict(row) for row in await self._fetch("certificates_on_record", serials, names)]
 
     async def keep_sweep(self, cluster: str, report: dict[str, Any]) -> None:
-        """Keep the report of a sweep in the place of the one before, and forget tasks that were done long ago."""
-        await self._fetch("prune", KEEP_DONE_S)
+        """Keep the report of a sweep in the place of the one before."""
         await self._fetch("keep_sweep", cluster, json.dumps(report))
+
+    async def forget_done(self) -> None:
+        """Forget tasks that were done long ago."""
+        await self._fetch("prune", KEEP_DONE_S)
 
     async def record_due(self) -> str | None:
         """Make what has become due by time: expiries and scheduled changes. Returns why one could not be made."""

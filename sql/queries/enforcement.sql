@@ -194,10 +194,11 @@ from enforcement where finished_at is null;
 
 -- name: prune!
 -- Receipts are kept as long as the trail is useful to somebody on call; the audit trail keeps the changes themselves.
+-- A parent goes after its children, so that none of them, which somebody may have locked, is touched for it.
 -- params: 1 seconds
 delete from enforcement where id in (
   select id from enforcement e where finished_at < clock_timestamp() - make_interval(secs => $1)
-    and not exists (select from enforcement c where c.parent = e.id and c.finished_at is null)
+    and not exists (select from enforcement c where c.parent = e.id)
   limit 10000 for update skip locked);
 
 -- name: keep_sweep!

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from authbackend.cli.reference import REASONS, pages
 from authbackend.policy.reasons import Reason
@@ -57,3 +58,25 @@ def test_the_builder_gets_every_file_that_the_image_is_made_of():
     sources = {source for line in copied for source in line.split()}
     assert sources
     assert {f"!{source.removeprefix('./')}" for source in sources} <= set(ignored)
+
+
+def test_every_table_has_a_bound_or_a_retention():
+    schema = (REPO / "sql/schema.sql").read_text(encoding="utf-8")
+    tables = set(re.findall(r"^CREATE (?:UNLOGGED )?TABLE public\.(\w+)", schema, re.MULTILINE))
+    page = (REPO / "docs/operations.md").read_text(encoding="utf-8")
+    section = page.partition("### What grows, and what bounds it")[2].partition("\n### ")[0]
+    named = {
+        name
+        for row in section.splitlines()
+        if row.startswith("|")
+        for name in re.findall(r"`(\w+)`", row.split("|")[1])
+    }
+    assert len(tables) > 20
+    assert tables - named == set()
+
+
+def test_no_container_keeps_its_log_without_end():
+    services = yaml.safe_load((REPO / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
+    assert {
+        name for name, service in services.items() if "max-size" not in service.get("logging", {}).get("options", {})
+    } == set()

@@ -471,7 +471,7 @@ async def test_the_security_team_can_look_and_retry_and_nothing_else(
 async def test_receipts_go_after_a_month_whatever_order_they_were_finished_in(
     connection: asyncpg.Connection, dsn: str
 ) -> None:
-    """A task that was done again lately outlives the one on whose behalf it was noted."""
+    """A task that was done again lately keeps the one on whose behalf it was noted."""
     await fleet(connection, 1)
     async with tasks_of(dsn) as work:
         await connection.execute("update device_type set vhosts = '{}'")
@@ -479,11 +479,17 @@ async def test_receipts_go_after_a_month_whatever_order_they_were_finished_in(
         await work.add(parent, {"d1": {}})
         (child,) = [task for task in await every(work) if task.parent]
         await work.finish({parent.id: {}, child.id: {}})
-        await connection.execute(
-            "update enforcement set finished_at = now() - interval '31 days' where id = $1", parent.id
-        )
-        await work.keep_sweep("c", {})
-        assert [row["id"] for row in await connection.fetch("select id from enforcement")] == [child.id]
+        old = "update enforcement set finished_at = now() - interval '31 days' where id = $1"
+        await connection.execute(old, parent.id)
+        await work.forget_done()
+        assert await connection.fetchval("select count(*) from enforcement") == 2
+        await connection.execute(old, child.id)
+        async with connected(dsn) as somebody, somebody.transaction():
+            await somebody.execute("select from enforcement where id = $1 for update", child.id)
+            await work.forget_done()  # waits for nobody
+        await work.forget_done()
+        await work.forget_done()
+        assert await connection.fetchval("select count(*) from enforcement") == 0
 
 
 @pytest.mark.parametrize(("after_s", "earliest", "latest"), [(0.3, 0.3, 0.3), (2.0, 2.0, 2.5), (6.0, 6.0, 6.5)])

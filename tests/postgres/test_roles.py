@@ -157,6 +157,17 @@ async def test_only_the_admin_edits(as_role: Callable[[str], Any], role: str, st
     await forbidden(await as_role(role), statement)
 
 
+@pytest.mark.parametrize("role", ROLES)
+async def test_only_its_owner_forgets_the_trail(as_role: Callable[[str], Any], role: str) -> None:
+    await forbidden(await as_role(role), "select audit_forget('2 years')")
+
+
+@pytest.mark.parametrize("role", [role for role in ROLES if role != ADMIN])
+async def test_only_the_security_team_forgets_certificates(as_role: Callable[[str], Any], role: str) -> None:
+    await forbidden(await as_role(role), "select certificate_forget('2 years')")
+    assert await (await as_role(ADMIN)).fetchval("select certificate_forget('2 years')") == 0
+
+
 @pytest.mark.parametrize("role", [ADMIN, READER, OUTSIDER])
 async def test_only_the_service_prunes(as_role: Callable[[str], Any], role: str) -> None:
     await forbidden(await as_role(role), "select change_prune('0 s')")
