@@ -52,8 +52,14 @@ class Replica(Running):
 
 
 @contextlib.asynccontextmanager
-async def replica(dsn, *, workers=2, ready=True, files=None, **environment):
-    """Run a replica for the time of the block; ``files``: how many each of its processes may have open."""
+async def replica(dsn, *, workers=2, ready=True, files=None, patience_s=60, **environment):
+    """
+    Run a replica for the time of the block.
+
+    Args:
+        files: How many each of its processes may have open.
+        patience_s: How long a busy machine may take to start it.
+    """
     others = {name: value for name, value in os.environ.items() if not name.startswith("AUTHBACKEND")}
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "authbackend", "serve", "--workers", str(workers)),
@@ -86,10 +92,10 @@ async def replica(dsn, *, workers=2, ready=True, files=None, **environment):
             async def up():
                 return await running.ready() and (await running.status())[1]["workers"]["serving"] == workers
 
-            (where,) = await until(listening, "the replica listens", 60)
+            (where,) = await until(listening, "the replica listens", patience_s)
             running.broker, running.admin, running.health = where["broker"], where["admin"], where["health"]
             if ready:
-                await until(up, "the replica is ready", 60)
+                await until(up, "the replica is ready", patience_s)
             yield running
         finally:
             if process.returncode is None:
