@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl, urlencode
 
 import pytest
 
-from tests.service.conftest import HASH, apply, running
+from tests.service.conftest import HASH, apply, running, until
 
 TRACES = sorted((Path(__file__).parent.parent / "cases" / "traces").glob("*.ndjson"))
 
@@ -149,6 +149,16 @@ async def service(dsn):
         yield started
 
 
+async def decided(service, question, form):
+    """Ask until there is a decision: a request that waits too long for its turn, on a busy machine, is answered 503."""
+
+    async def asked():
+        found = await service.ask(question, form)
+        return found if found[0] != 503 else None
+
+    return await until(asked, f"{question} {form} is decided")
+
+
 async def replay(service, trace):
     """Send each line; returns what was expected and answered, with its reason."""
     results = []
@@ -162,7 +172,7 @@ async def replay(service, trace):
                 form["password"] = "correct horse"  # what the recorded account's password is here
             raw = urlencode(form)
         expected, why = justified(recorded["path"], form)
-        status, answered = await service.ask(recorded["path"].rsplit("/", 1)[1], raw)
+        status, answered = await decided(service, recorded["path"].rsplit("/", 1)[1], raw)
         results.append((recorded["step"], raw, why, expected, answered if status == 200 else status))
     return results
 
@@ -207,5 +217,5 @@ async def test_a_device_that_may_everything_is_never_denied_what_its_connection_
                 if form["username"] in DEVICES and "password" not in form:
                     asked += 1
                     question = recorded["path"].rsplit("/", 1)[1]
-                    assert await service.ask(question, urlencode(form)) == (200, "allow"), recorded
+                    assert await decided(service, question, urlencode(form)) == (200, "allow"), recorded
     assert asked == 125
