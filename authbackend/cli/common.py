@@ -7,6 +7,7 @@ import functools
 import getpass
 import json
 import os
+import re
 import socket
 import sys
 import time
@@ -27,6 +28,7 @@ from authbackend.settings import Settings, load
 T = TypeVar("T")
 
 NOT_ENABLED = "enforcement is off; a replica with enforcement.clusters switches it on when it leads"
+_NOT_FOR_TERMINALS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -42,7 +44,7 @@ class Commands(click.Group):
                     warnings.simplefilter("ignore")
                 return super().invoke(ctx)
         except AuthbackendError as error:
-            click.echo(f"authbackend: {error.detail}", err=True)
+            click.echo(harmless(f"authbackend: {error.detail}"), err=True)
             sys.exit(error.exit_code)
 
 
@@ -314,10 +316,10 @@ def actor() -> str:
 def show(value: Any, as_json: bool, lines: Callable[[], Iterable[str]]) -> None:
     """Print a result as JSON or as lines for a person."""
     if as_json:
-        click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+        click.echo(harmless(json.dumps(value, indent=2, ensure_ascii=False, default=str)))
         return
     for line in lines():
-        click.echo(line)
+        click.echo(harmless(line))
 
 
 def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> Iterable[str]:
@@ -326,6 +328,11 @@ def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> Iterable[str]
     widths = [max(len(line[n]) for line in cells) for n in range(len(columns))]
     for line in cells:
         yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+
+
+def harmless(text: str) -> str:
+    """Return a text, or JSON, that may quote somebody's file: nothing in it drives a terminal or cannot be written."""
+    return _NOT_FOR_TERMINALS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def printable(value: Any) -> str:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import click
 
-from authbackend.cli.common import actor, json_option, run, show, show_change, target_of, wait_options
+from authbackend.cli.common import actor, harmless, json_option, run, show, show_change, target_of, wait_options
 from authbackend.document.changes import Change, Impact
 from authbackend.document.devices import read_devices
 from authbackend.document.lint import lint
 from authbackend.document.model import Document, Problem
-from authbackend.document.read import read
+from authbackend.document.read import decode, read
 from authbackend.document.write import as_tree, write
 from authbackend.errors import Forbidden, InvalidInput
 from authbackend.pki.files import write_file
@@ -37,18 +37,17 @@ def policy() -> None:
 
 
 def _read(file: Path, devices: Path | None) -> tuple[Document, list[Problem]]:
-    try:
-        if str(file) == "-":
-            file = Path("standard input")
-            text = sys.stdin.buffer.read().decode("utf-8")
-        else:
-            text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        return Document(), [Problem(str(file), 0, 0, f"not UTF-8: {error.reason} at byte {error.start}")]
+    data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+    if str(file) == "-":
+        file = Path("standard input")
+    text, fault = decode(data, str(file))
+    if fault is not None:
+        return Document(), [fault]
     document, problems = read(text, str(file))
     if devices is not None:
         if document.devices is not None:
-            problems.append(Problem(str(file), 0, 0, "has a devices section; it and --devices exclude each other"))
+            place = document.places["devices",]
+            problems.append(Problem(str(file), *place, "has a devices section; it and --devices exclude each other"))
         document.devices, more = read_devices(devices)
         document.speaks_of_device_rules = False
         problems += more
@@ -60,7 +59,7 @@ def _read(file: Path, devices: Path | None) -> tuple[Document, list[Problem]]:
 def _read_or_refuse(file: Path, devices: Path | None) -> Document:
     document, problems = _read(file, devices)
     for problem in problems:
-        click.echo(str(problem), err=True)
+        click.echo(harmless(str(problem)), err=True)
     if any(not problem.warning for problem in problems):
         raise InvalidInput("nothing was changed: the file has errors")
     return document

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from authbackend.document.model import DeviceEntry, Problem
-from authbackend.document.read import parse_time
+from authbackend.document.read import decode, parse_time
 from authbackend.policy import names
 from authbackend.policy.rules import Status
 
@@ -30,28 +31,23 @@ def read_devices(path: Path) -> tuple[dict[str, DeviceEntry], list[Problem]]:
     policy file, without ``rules``: rules of devices, and attributes that the file does not speak of, are left alone.
     Reading stops after 100 problems.
     """
-    text, fault = _text(path)
+    return parse_devices(path.read_bytes(), str(path), json_lines=path.suffix in _JSON_SUFFIXES)
+
+
+def parse_devices(content: bytes, file: str, *, json_lines: bool) -> tuple[dict[str, DeviceEntry], list[Problem]]:
+    """Read devices from what is in a file; see :func:`read_devices`."""
+    text, fault = decode(content, file)
     if fault is not None:
         return {}, [fault]
     devices: dict[str, DeviceEntry] = {}
     problems: list[Problem] = []
     common_names: dict[str, str] = {}
-    for number, row in (_json_lines if path.suffix in _JSON_SUFFIXES else _csv_lines)(text):
+    for number, row in (_json_lines if json_lines else _csv_lines)(text):
         faults = [row] if isinstance(row, str) else _faults(row) or _add(row, devices, common_names)
-        problems += [Problem(str(path), number, 1, message) for message in faults]
+        problems += [Problem(file, number, 1, message) for message in faults]
         if len(problems) >= _MOST_PROBLEMS:
             break
     return devices, problems
-
-
-def _text(path: Path) -> tuple[str, Problem | None]:
-    content = path.read_bytes()
-    try:
-        return content.decode("utf-8-sig"), None
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        column = error.start - content.rfind(b"\n", 0, error.start)
-        return "", Problem(str(path), line, column, f"not UTF-8: {error.reason}; save the file as UTF-8")
 
 
 def _csv_lines(text: str) -> Iterator[tuple[int, Mapping[str, object] | str]]:
@@ -65,7 +61,7 @@ def _csv_lines(text: str) -> Iterator[tuple[int, Mapping[str, object] | str]]:
         for row in reader:
             yield reader.line_num, _csv_row(row, attributes_told)
     except csv.Error as error:
-        yield reader.line_num, f"not CSV: {error}"
+        yield max(1, reader.line_num), f"not CSV: {error}"  # of the first line, before it has been counted
 
 
 def _header_fault(header: list[str]) -> str | None:
@@ -76,7 +72,7 @@ def _header_fault(header: list[str]) -> str | None:
     if "device_id" not in header or "type" not in header:
         first = repr(",".join(header)[:60]) if header else "nothing"
         return f"not a list of devices: the first line must name the columns, device_id and type among them, but is {first}"
-    if repeated := [name for name in header if header.count(name) > 1]:
+    if repeated := [name for name, times in Counter(header).items() if times > 1]:
         return f"the column {repeated[0]} twice"
     if unknown := [name for name in header if name not in _COLUMNS and not name.startswith("attr.")]:
         return f"unknown: {', '.join(unknown)}; possible columns are {', '.join(_COLUMNS)} and attr.NAME"

@@ -31,7 +31,7 @@ def _place(document: Document, key: tuple[str, ...]) -> tuple[int, int]:
 
 
 def _rule(where: str, rule: RuleEntry) -> tuple[str, ...]:
-    return (where, "rule", rule.effect, rule.action, rule.topic)
+    return (where, "rule", rule.effect, rule.action, rule.topic, rule.exchange or "")
 
 
 def _foreign(where: str, rules: tuple[RuleEntry, ...]) -> Iterator[Warned]:

@@ -88,7 +88,7 @@ class Document:
     Args:
         speaks_of_device_rules: False where the devices come from a file that cannot say them: they are left alone.
         places: Line and column, from 1, of what warnings speak of: ("device type T",), ("device type T", value),
-            ("device type T", "rule", effect, action, topic), and the same of devices and accounts.
+            ("device type T", "rule", effect, action, topic, exchange), the same of devices and accounts, and ("devices",).
     """
 
     device_types: dict[str, DeviceTypeEntry] | None = None
@@ -115,8 +115,7 @@ class Problem:
     Something wrong in a file; ``warning`` does not stop an apply.
 
     Args:
-        line: From 1; 0 when the whole file is meant.
-        column: From 1.
+        line: From 1, as the column.
     """
 
     file: str

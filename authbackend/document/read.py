@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from datetime import UTC, datetime
@@ -27,6 +28,7 @@ from authbackend.policy.topics import topic_filter_fault
 T = TypeVar("T")
 Node = yaml.Node
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
 _STRING = "tag:yaml.org,2002:str"
 _NULL = "tag:yaml.org,2002:null"
 
@@ -40,14 +42,31 @@ def read(text: str, file: str) -> tuple[Document, list[Problem]]:
                 reader.fault(event, "aliases are not possible: write the value out")
         root = None if reader.problems else yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line, column = (mark.line + 1, mark.column + 1) if mark else (0, 0)
-        problem = getattr(error, "problem", None) or "not YAML"
-        return Document(), [Problem(file, line, column, f"not YAML: {problem}")]
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "not YAML"
+        return Document(), [Problem(file, *_place_of(error, text), f"not YAML: {problem}")]
     document = reader.document(root) if root is not None else Document()
     if root is None and not reader.problems:
-        reader.problems.append(Problem(file, 0, 0, f"the file is empty; it begins with: schema: {SCHEMA}"))
+        reader.problems.append(Problem(file, 1, 1, f"the file is empty; it begins with: schema: {SCHEMA}"))
     return document, sorted(reader.problems)
+
+
+def decode(content: bytes, file: str) -> tuple[str, Problem | None]:
+    """Return a file's text without its byte order mark, or where it is not UTF-8."""
+    try:
+        return content.decode("utf-8-sig"), None
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        column = error.start - content.rfind(b"\n", 0, error.start)
+        return "", Problem(file, line, column, f"not UTF-8: {error.reason}; save the file as UTF-8")
+
+
+def _place_of(error: yaml.YAMLError, text: str) -> tuple[int, int]:
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    if mark is not None:
+        last = len(_LINE_BREAK.findall(text)) + 1  # what is missing at the end is missed on a line that is not there
+        return min(mark.line + 1, last), mark.column + 1
+    before = text.encode()[: getattr(error, "position", 0)].decode(errors="ignore")  # a character that YAML forbids
+    return before.count("\n") + 1, len(before) - before.rfind("\n")
 
 
 def parse_time(text: str) -> datetime:
@@ -90,6 +109,8 @@ class _Reader:
         if "device_types" in found:
             document.device_types = self.section(found["device_types"], self.device_type)
         if "devices" in found:
+            self.where = "devices"
+            self.place(found["devices"])
             document.devices = self.listed(found["devices"], self.device, "device_id")
             self.unique_common_names(found["devices"], document.devices)
         if "accounts" in found:
@@ -192,13 +213,13 @@ class _Reader:
         )
 
     def rules(self, node: Node | None, *, account: bool) -> tuple[RuleEntry, ...]:
-        rules: dict[tuple[str, str, str, str | None], RuleEntry] = {}
+        rules: dict[tuple[str, str, str, str], RuleEntry] = {}
         for item in self.items(node):
             rule = self.rule(item, account=account)
-            if (key := (rule.effect, rule.action, rule.topic, rule.exchange)) in rules:
+            if (key := (rule.effect, rule.action, rule.topic, rule.exchange or "")) in rules:
                 self.fault(item, f"the rule {rule.effect} {rule.action} {rule.topic} is there twice")
             rules[key] = rule
-            self.place(item, "rule", rule.effect, rule.action, rule.topic)
+            self.place(item, "rule", *key)
         return tuple(rules.values())
 
     def rule(self, node: Node, *, account: bool) -> RuleEntry:

@@ -167,3 +167,20 @@ accounts: [{name: a, login: certificate, vhosts: ["/"], rules: [{effect: allow, 
 
 def test_a_clean_file_has_no_warning():
     assert lint(read(GOOD, "f")[0]) == []
+
+
+def test_every_warning_names_the_line_it_is_about():
+    """Also of two rules that differ in their exchange only."""
+    text = """\
+schema: authbackend/1
+accounts:
+  - name: a
+    login: certificate
+    vhosts: ["/"]
+    rules:
+      - {effect: allow, action: publish, topic: "%c/x"}
+      - {effect: allow, action: publish, topic: "%c/x", exchange: events}
+"""
+    document, problems = read(text, "f")
+    assert problems == []
+    assert [(problem.line, problem.column) for problem in lint(document, "f")] == [(7, 9), (8, 9)]
