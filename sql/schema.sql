@@ -510,9 +510,8 @@ CREATE FUNCTION public.certificate_serial_fault(serial text) RETURNS text
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $_$
   select case
-    when serial is null or serial !~ '^[0-9a-f]{1,40}$' then 'it is written as 1 to 40 lower-case hexadecimal digits without separators'
-    when serial ~ '^[89a-f].{39}$' then 'it has more than 20 octets, because as a DER integer it begins with a zero one'
-    when serial ~ '^0' then 'it is written without leading zeros, and zero is not possible'
+    when serial is null or serial !~ '^-?[0-9a-f]+$' or length(ltrim(serial, '-')) > 256 then 'it is written as 1 to 256 lower-case hexadecimal digits without separators, after a minus sign if it is negative'
+    when serial ~ '^(-0|0.)' then 'it is written without leading zeros'
   end
 $_$;
 
@@ -3007,4 +3006,5 @@ insert into public.schema_migrations (version) values
   ('20261125141000'),
   ('20261125142000'),
   ('20261125150000'),
+  ('20261125170000'),
   ('20261125180000');

@@ -153,10 +153,14 @@ def _many(
 
 def _requests(table: Path, device_type: str | None, generate: bool) -> Iterator[Request]:
     try:
-        reader = csv.DictReader(io.StringIO(read_input(table).decode("utf-8-sig"), newline=""))
-        columns = set(reader.fieldnames or ())
+        yield from _rows(table, device_type, generate)
     except (UnicodeDecodeError, csv.Error) as error:
         raise InvalidInput(f"{table} is not CSV in UTF-8: {error}") from None
+
+
+def _rows(table: Path, device_type: str | None, generate: bool) -> Iterator[Request]:
+    reader = csv.DictReader(io.StringIO(read_input(table).decode("utf-8-sig"), newline=""), strict=True)
+    columns = set(reader.fieldnames or ())
     if "device_id" not in columns or not columns <= set(COLUMNS):
         raise InvalidInput(
             f"{table}: the first line names the columns: device_id and, if wanted, {', '.join(COLUMNS[1:])}"

@@ -27,7 +27,7 @@ SESSION_QUEUES = "^mqtt-(subscription|will)-"
 _QUEUE = re.compile(r"mqtt-(?:subscription-(?P<session>.*)qos[01]|will-(?P<will>.*))", re.DOTALL)
 _NOT_FAULTS = (Reason.ALLOWED, Reason.ENFORCEMENT_IN_PROGRESS, Reason.REGISTRY_STALE)
 _ATTRIBUTE = re.compile(r"\{attr\.")
-_SERIAL = re.compile(r"[0-9a-f]+")
+_SERIAL = re.compile(r"0|-?[1-9a-f][0-9a-f]*")
 
 
 class Registry(lookups.Registry, Protocol):
@@ -241,7 +241,8 @@ def contradiction(registry: Registry, connection: LiveConnection) -> str | None:
 
 def serial(text: str) -> str:
     """Return a certificate's serial number as the registry writes it: lower-case hexadecimal without leading zeros."""
-    return text.replace(":", "").lower().lstrip("0") or "0"
+    sign = "-" if text.startswith("-") else ""
+    return sign + (text.removeprefix("-").replace(":", "").lower().lstrip("0") or "0")
 
 
 class CertificatesOnRecord:

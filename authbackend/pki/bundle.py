@@ -56,7 +56,7 @@ def blocks(lines: Iterable[bytes]) -> Iterator[Block]:
     if first[:2] in (b"\xff\xfe", b"\xfe\xff"):
         yield Block(1, None, "this is UTF-16; save the file as UTF-8 or ASCII")
         return
-    label, begin, content, size = b"", 0, [], 0
+    label, too_long, begin, content, size = b"", b"", 0, [], 0
     for number, line in enumerate(_again(first, lines), 1):
         rest = 0
         for boundary in _BOUNDARY.finditer(line):
@@ -65,14 +65,16 @@ def blocks(lines: Iterable[bytes]) -> Iterator[Block]:
                 content.append(line[rest : boundary.start()])
                 same = kind == b"END" and name == label
                 yield _block(begin, label, content) if same else _cut_off(begin, label, number)
-            label, begin, content, size = (name if kind == b"BEGIN" else b""), number, [], 0
+            elif kind == b"END" and name != too_long:
+                yield Block(number, None, f"{name.decode()} has no beginning: there is only its end")
+            label, too_long, begin, content, size = (name if kind == b"BEGIN" else b""), b"", number, [], 0
             rest = boundary.end()
         if label:
             content.append(line[rest:])
             size += len(line) - rest
             if size > _LONGEST_BYTES:
                 yield Block(begin, None, f"{label.decode()} is longer than 64 KiB")
-                label = b""
+                label, too_long = b"", label
     if label:
         yield _cut_off(begin, label, None)
 

@@ -13,15 +13,8 @@ def element(der: bytes) -> tuple[int, bytes, bytes]:
     Raises:
         ValueError: It is cut off.
     """
-    if len(der) < 2:
-        raise ValueError("DER is cut off")
-    length, begin = der[1], 2
-    if length & 0x80:
-        begin += length & 0x7F
-        length = int.from_bytes(der[2:begin], "big")
-    if len(der) < begin + length:
-        raise ValueError("DER is cut off")
-    return der[0], der[begin : begin + length], der[begin + length :]
+    begin, end = _bounds(der, 0)
+    return der[0], der[begin:end], der[end:]
 
 
 def elements(der: bytes) -> Iterator[tuple[int, bytes]]:
@@ -31,9 +24,24 @@ def elements(der: bytes) -> Iterator[tuple[int, bytes]]:
     Raises:
         ValueError: One is cut off.
     """
-    while der:
-        tag, content, der = element(der)
-        yield tag, content
+    at = 0
+    while at < len(der):
+        begin, end = _bounds(der, at)
+        yield der[at], der[begin:end]
+        at = end
+
+
+def _bounds(der: bytes, at: int) -> tuple[int, int]:
+    """Return where the content of the element at a place begins and ends."""
+    if len(der) < at + 2:
+        raise ValueError("DER is cut off")
+    length, begin = der[at + 1], at + 2
+    if length & 0x80:
+        begin += length & 0x7F
+        length = int.from_bytes(der[at + 2 : begin], "big")
+    if len(der) < begin + length:
+        raise ValueError("DER is cut off")
+    return begin, begin + length
 
 
 def encode(tag: int, content: bytes) -> bytes:
@@ -45,6 +53,11 @@ def encode(tag: int, content: bytes) -> bytes:
     return bytes([tag, 0x80 | len(octets)]) + octets + content
 
 
+def integer(number: int) -> bytes:
+    """Return an INTEGER's content, as short as possible."""
+    return number.to_bytes((number if number >= 0 else ~number).bit_length() // 8 + 1, "big", signed=True)
+
+
 def time(text: str) -> datetime:
     """
     Parse a UTCTime or a GeneralizedTime (RFC 5280 4.1.2.5: two-digit years are 1950 to 2049).
@@ -54,7 +67,17 @@ def time(text: str) -> datetime:
     """
     if len(text) == 13:
         text = ("19" if text[:2] >= "50" else "20") + text
-    return datetime.strptime(text, "%Y%m%d%H%M%SZ").replace(tzinfo=UTC)
+    if len(text) != 15 or text[14] != "Z" or not (text.isascii() and text[:14].isdigit()):
+        raise ValueError(f"{text[:32]!r} is no time")
+    month, day, hour, minute, second = (int(text[at : at + 2]) for at in range(4, 14, 2))
+    return datetime(int(text[:4]), month, day, hour, minute, second, tzinfo=UTC)
+
+
+def encode_time(moment: datetime) -> bytes:
+    """Return a time, in UTC and whole seconds, as the element that RFC 5280 4.1.2.5 asks for."""
+    if 1950 <= moment.year < 2050:
+        return encode(0x17, moment.strftime("%y%m%d%H%M%SZ").encode())
+    return encode(0x18, f"{moment.year:04}{moment:%m%d%H%M%SZ}".encode())
 
 
 def dotted(oid: bytes) -> str:

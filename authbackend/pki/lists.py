@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.x509.oid import CRLEntryExtensionOID, ExtensionOID
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.x509.oid import ExtensionOID
 
-from authbackend.pki.der import element, elements, encode
-from authbackend.pki.reading import LIBRARY_FAULTS, PKIError, PrivateKey, PublicKey, is_authority, plain
+from authbackend.pki import list_der
+from authbackend.pki.der import dotted, element, elements, encode
+from authbackend.pki.list_der import ListParts, RawEntry
+from authbackend.pki.reading import LIBRARY_FAULTS, PKIError, PrivateKey, PublicKey, is_authority, plain, serial_is_kept
 
-REASONS = {flag.value: flag for flag in x509.ReasonFlags if flag is not x509.ReasonFlags.remove_from_crl}
-"""Reason names of RFC 5280 5.3.1 as they are kept; every other text is listed as unspecified."""
+REASONS = {
+    "unspecified": 0,
+    "keyCompromise": 1,
+    "cACompromise": 2,
+    "affiliationChanged": 3,
+    "superseded": 4,
+    "cessationOfOperation": 5,
+    "certificateHold": 6,
+    "privilegeWithdrawn": 9,
+    "aACompromise": 10,
+}
+"""Reasons of RFC 5280 5.3.1 as they are kept, and their numbers; every other text is listed as unspecified."""
 
 HOLD = "certificateHold"
 """The one reason that is not for good; kept nowhere, and effective while a list of an outside authority has it."""
 
 CLOCK_SKEW = timedelta(minutes=5)
+_NO_LIST = "it is no certificate revocation list that can be read, neither DER nor PEM"
 _UNDERSTOOD = {ExtensionOID.CRL_NUMBER, ExtensionOID.AUTHORITY_KEY_IDENTIFIER}
-_UNDERSTOOD_OF_ENTRIES = {CRLEntryExtensionOID.CRL_REASON, CRLEntryExtensionOID.INVALIDITY_DATE}
+_UNDERSTOOD_OF_ENTRIES = {list_der.CRL_REASON, list_der.INVALIDITY_DATE}
+_REASON_NAMES = {number: name for name, number in REASONS.items()}
+_PEM = re.compile(rb"-----BEGIN X509 CRL-----(.*?)-----END X509 CRL-----", re.DOTALL)
+_PEM_COLUMNS = 64
+_LARGEST_NUMBER = 2**159
 _STRINGS = {0x0C: "utf-8", 0x13: "latin-1", 0x14: "latin-1", 0x16: "latin-1", 0x1A: "latin-1"}
 _WIDE_STRINGS = {0x1C: "utf-32-be", 0x1E: "utf-16-be"}
 _SPACES = " \t\n\v\f\r"
@@ -35,7 +56,7 @@ class Entry:
     A revoked certificate on a list.
 
     Attributes:
-        serial: lower-case hexadecimal digits, as in the table ``certificate``.
+        serial: lower-case hexadecimal digits, after a minus sign if it is negative, as in the table ``certificate``.
         reason: a reason name of RFC 5280, or any text, which is listed without a reason; empty for none.
     """
 
@@ -80,31 +101,29 @@ def sign_list(
     Cost: about 10 microseconds an entry.
     """
     now = now.replace(microsecond=0)
-    builder = x509.CertificateRevocationListBuilder(
-        issuer.subject, revoked_certificates=[_revoked(entry, now) for entry in entries]
-    )
-    signed = (
-        builder.last_update(now)
+    empty = (
+        x509.CertificateRevocationListBuilder(issuer.subject)
+        .last_update(now)
         .next_update(now + lifetime)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False)
         .add_extension(x509.CRLNumber(number), critical=False)
         .sign(key, hashes.SHA256())
+        .public_bytes(serialization.Encoding.DER)
     )
-    return RevocationList(
-        issuer.subject.rfc4514_string(), number, now, now + lifetime, signed.public_bytes(serialization.Encoding.DER)
-    )
+    listed = b"".join(_encoded(entry, now) for entry in entries)
+    whole = list_der.put_together(empty, listed, lambda body: _signature(key, body)) if listed else empty
+    return RevocationList(issuer.subject.rfc4514_string(), number, now, now + lifetime, whole)
 
 
-def _revoked(entry: Entry, now: datetime) -> x509.RevokedCertificate:
-    builder = (
-        x509.RevokedCertificateBuilder()
-        .serial_number(int(entry.serial, 16))
-        .revocation_date(min(entry.revoked_at, now).replace(microsecond=0))
-    )
-    reason = REASONS.get(entry.reason, x509.ReasonFlags.unspecified)
-    if reason is not x509.ReasonFlags.unspecified:  # RFC 5280 5.3.1: then the extension should be absent
-        builder = builder.add_extension(x509.CRLReason(reason), critical=False)
-    return builder.build()
+def _signature(key: PrivateKey, body: bytes) -> bytes:
+    if isinstance(key, ec.EllipticCurvePrivateKey):
+        return key.sign(body, ec.ECDSA(hashes.SHA256()))
+    return key.sign(body, padding.PKCS1v15(), hashes.SHA256())
+
+
+def _encoded(entry: Entry, now: datetime) -> bytes:
+    moment = min(entry.revoked_at, now).astimezone(UTC)
+    return list_der.encode_entry(int(entry.serial, 16), moment, REASONS.get(entry.reason, 0))
 
 
 def read_list(
@@ -124,8 +143,10 @@ def read_list(
             is of a kind that RabbitMQ and this service do not understand: a delta, an indirect one, one without
             nextUpdate.
     """
-    parsed = _parse(content)
-    authority = _signer(parsed, authorities)
+    der = _der(content)
+    parts = _parse(der)
+    parsed = parts.empty
+    authority = _signer(parts, authorities)
     for extension in parsed.extensions:
         if extension.oid == ExtensionOID.DELTA_CRL_INDICATOR:
             raise PKIError("it is a delta list; a complete one is needed")
@@ -140,7 +161,8 @@ def read_list(
         number = parsed.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
     except x509.ExtensionNotFound:
         number = int(parsed.last_update_utc.timestamp())
-    der = parsed.public_bytes(serialization.Encoding.DER)
+    if not 0 <= number < _LARGEST_NUMBER:
+        raise PKIError("its number has more than 20 octets (RFC 5280 5.2.3)")
     found = RevocationList(parsed.issuer.rfc4514_string(), number, parsed.last_update_utc, parsed.next_update_utc, der)
     return found, authority
 
@@ -169,45 +191,98 @@ def check_entries(der: bytes) -> None:
     Raises:
         PKIError: An entry is not such.
     """
-    for revoked in x509.load_der_x509_crl(der):
-        try:
-            odd = [one for one in revoked.extensions if one.critical and one.oid not in _UNDERSTOOD_OF_ENTRIES]
-        except LIBRARY_FAULTS as error:
-            raise PKIError(f"its entry for serial number {revoked.serial_number:x} cannot be read: {error}") from None
-        if odd:
-            raise PKIError(
-                f"its entry for serial number {revoked.serial_number:x} has the critical extension {odd[0].oid.dotted_string}, which is not understood here"
-            )
+    try:
+        for entry in list_der.entries_in(_parse(der).entries):
+            _check(entry)
+    except ValueError as error:
+        raise PKIError(f"it has an entry that cannot be read: {error}") from error
 
 
-def _parse(content: bytes) -> x509.CertificateRevocationList:
+def _check(entry: RawEntry) -> None:
+    where = f"its entry for serial number {entry.serial:x}"
+    if odd := [oid for oid, critical, _ in entry.extensions if critical and oid not in _UNDERSTOOD_OF_ENTRIES]:
+        raise PKIError(f"{where} has the critical extension {dotted(odd[0])}, which is not understood here")
+    if not serial_is_kept(entry.serial) or not entry.revoked_at.year >= 1950:
+        raise PKIError(f"{where} has a serial number or a time that cannot be kept")
+    try:
+        _reason(entry)
+    except ValueError as error:
+        raise PKIError(f"{where} cannot be read: {error}") from None
+
+
+def _reason(entry: RawEntry) -> str:
+    """Return the name of an entry's reason; empty if it has none."""
+    found = [list_der.reason_in(value) for oid, _, value in entry.extensions if oid == list_der.CRL_REASON]
+    if not found:
+        return ""
+    if len(found) > 1 or found[0] not in _REASON_NAMES:
+        raise ValueError(f"its reason {found[0]} is none that a complete list can have")
+    return _REASON_NAMES[found[0]]
+
+
+def _der(content: bytes) -> bytes:
+    """
+    Return the list in a file, DER.
+
+    Raises:
+        PKIError: There is none in it.
+    """
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise PKIError("it is UTF-16 text; save it as ASCII, or take the DER form")
+    if content[:1] == b"\x30":
+        return content
     try:
-        pem = b"-----BEGIN" in content and content[:1] != b"\x30"
-        parsed = x509.load_pem_x509_crl(content) if pem else x509.load_der_x509_crl(content)
-        list(parsed.extensions)
-        return parsed
+        if found := _PEM.search(content):
+            return base64.b64decode(b"".join(found[1].split()), validate=True)
+    except binascii.Error:
+        pass
+    raise PKIError(f"{_NO_LIST}: there is no PEM of this kind in it")
+
+
+def _parse(der: bytes) -> ListParts:
+    try:
+        parts = list_der.take_apart(der)
+        _ = list(parts.empty.extensions), parts.empty.issuer  # the library reads them when they are asked for
     except LIBRARY_FAULTS as error:
-        raise PKIError(
-            f"it is no certificate revocation list that can be read, neither DER nor PEM: {plain(error)}"
-        ) from error
+        raise PKIError(f"{_NO_LIST}: {plain(error)}") from error
+    return parts
 
 
-def _signer(parsed: x509.CertificateRevocationList, authorities: Iterable[x509.Certificate]) -> x509.Certificate:
+def _signer(parts: ListParts, authorities: Iterable[x509.Certificate]) -> x509.Certificate:
+    issuer = parts.empty.issuer
     for authority in authorities:
-        if authority.subject == parsed.issuer and is_authority(authority):
+        if authority.subject == issuer and is_authority(authority):
             try:
                 key = authority.public_key()
                 if not isinstance(key, PublicKey):
                     raise UnsupportedAlgorithm("possible are EC and RSA keys")
-                if parsed.is_signature_valid(key):
+                if _is_signed_by(parts, key):
                     return authority
             except UnsupportedAlgorithm as error:
                 raise PKIError(
-                    f"the kind of signature of {_name(parsed.issuer)} is not supported, so it cannot be checked: {error}"
+                    f"the kind of signature of {_name(issuer)} is not supported, so it cannot be checked: {error}"
                 ) from None
-    raise PKIError(f"it is signed by none of the authorities given here; it says to be of {_name(parsed.issuer)}")
+    raise PKIError(f"it is signed by none of the authorities given here; it says to be of {_name(issuer)}")
+
+
+def _is_signed_by(parts: ListParts, key: PublicKey) -> bool:
+    """
+    Check the signature over the list as it is.
+
+    Raises:
+        UnsupportedAlgorithm: It is of a kind that is not known.
+    """
+    algorithm, digest = parts.empty.signature_algorithm_parameters, parts.empty.signature_hash_algorithm
+    try:
+        if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(algorithm, ec.ECDSA):
+            key.verify(parts.signature, parts.signed, algorithm)
+        elif isinstance(key, rsa.RSAPublicKey) and isinstance(algorithm, padding.PKCS1v15 | padding.PSS) and digest:
+            key.verify(parts.signature, parts.signed, algorithm, digest)
+        else:
+            return False
+    except InvalidSignature:
+        return False
+    return True
 
 
 def _name(name: x509.Name) -> str:
@@ -225,12 +300,8 @@ def age_fault(found: RevocationList, now: datetime) -> str | None:
 
 def entries_of(der: bytes) -> Iterator[Entry]:
     """Yield what is on a list that was checked before; a reason that is not there is the empty text."""
-    for revoked in x509.load_der_x509_crl(der):
-        try:
-            reason = str(revoked.extensions.get_extension_for_class(x509.CRLReason).value.reason.value)
-        except x509.ExtensionNotFound:
-            reason = ""
-        yield Entry(f"{revoked.serial_number:x}", reason, revoked.revocation_date_utc)
+    for entry in list_der.entries_in(_parse(der).entries):
+        yield Entry(f"{entry.serial:x}", _reason(entry), entry.revoked_at)
 
 
 def next_number(highest: int | None, now: datetime) -> int:
@@ -244,7 +315,9 @@ def next_number(highest: int | None, now: datetime) -> int:
 
 def list_pem(der: bytes) -> bytes:
     """Return a list as PEM, the only form that Erlang reads from a hash directory."""
-    return x509.load_der_x509_crl(der).public_bytes(serialization.Encoding.PEM)
+    text = base64.b64encode(der)
+    lines = [text[at : at + _PEM_COLUMNS] for at in range(0, len(text), _PEM_COLUMNS)]
+    return b"\n".join([b"-----BEGIN X509 CRL-----", *lines, b"-----END X509 CRL-----", b""])
 
 
 def issuer_hash(authority: x509.Certificate) -> str:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from authbackend.pki import der
 from authbackend.pki.lists import REASONS, Entry
-from authbackend.pki.reading import PKIError
+from authbackend.pki.reading import MOST_SERIAL_DIGITS, PKIError
 
 _REASONS = {name.lower(): name for name in REASONS} | {
     "keytime": "keyCompromise",
     "cakeytime": "cACompromise",
     "holdinstruction": "certificateHold",
 }
+_SERIAL = re.compile(f"-?[0-9A-Fa-f]{{1,{MOST_SERIAL_DIGITS}}}")
 
 
 def index_of(text: str, name: str) -> Iterator[tuple[str, Entry | None]]:
@@ -33,10 +35,9 @@ def index_of(text: str, name: str) -> Iterator[tuple[str, Entry | None]]:
         fields = line.split("\t")
         if len(fields) not in (5, 6) or fields[0] not in {"V", "R", "E"}:
             raise PKIError(f"{name}:{number}: not a line of openssl's index.txt (six fields with tabs between them)")
-        try:
-            serial = f"{int(fields[3], 16):x}"
-        except ValueError:
-            raise PKIError(f"{name}:{number}: the serial number {fields[3]!r} cannot be read") from None
+        if not _SERIAL.fullmatch(fields[3]):
+            raise PKIError(f"{name}:{number}: the serial number {fields[3][:80]!r} cannot be read")
+        serial = f"{int(fields[3], 16):x}"
         if fields[0] != "R":
             yield serial, None
             continue
@@ -44,6 +45,8 @@ def index_of(text: str, name: str) -> Iterator[tuple[str, Entry | None]]:
         reason = reason.partition(",")[0].lower()
         try:
             revoked_at = der.time(moment)
+            if revoked_at.year < 1950:
+                raise ValueError(moment)
         except ValueError:
             raise PKIError(f"{name}:{number}: the time of the revocation cannot be read") from None
         yield serial, Entry(serial, _REASONS.get(reason, "unspecified"), revoked_at)

@@ -23,11 +23,16 @@ PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 KEY_KINDS = ("ec-p256", "ec-p384", "rsa-2048", "rsa-3072", "rsa-4096")
 """Kinds of keys that are made and signed for; the first is the default."""
 
+MOST_SERIAL_DIGITS = 256
+"""Of a serial number that is kept. RFC 5280 allows 40, and no zero or negative ones; RabbitMQ lets in all of them."""
+
+_LONGEST_NAME, _LONGEST_COMMON_NAME, _FIRST_YEAR = 2048, 1024, 1950
 _CURVES: tuple[type[ec.EllipticCurve], ...] = (ec.SECP256R1, ec.SECP384R1)
 
 
 LIBRARY_FAULTS = (
     ValueError,
+    TypeError,
     OverflowError,
     UnsupportedAlgorithm,
     x509.InvalidVersion,
@@ -48,7 +53,7 @@ class Record:
 
     Attributes:
         fingerprint: SHA-256 of the DER form, 64 lower-case hexadecimal digits.
-        serial: lower-case hexadecimal digits without leading zeros.
+        serial: lower-case hexadecimal digits without leading zeros, after a minus sign if it is negative.
         issuer: RFC 4514.
         subject: RFC 4514.
         common_name: as RabbitMQ reads it, several joined with a comma; empty if there is none.
@@ -113,16 +118,32 @@ def record_of(certificate: x509.Certificate) -> Record:
 
 def recordable(record: Record) -> Record:
     """
-    Return a record that can be kept.
+    Return a record that can be kept: the table ``certificate`` would refuse others, and with them a whole import.
 
     Raises:
-        PKIError: Its serial number or its names cannot.
+        PKIError: Its serial number, its names or its validity cannot.
     """
-    if not 0 < int(record.serial, 16) < 2**159:
-        raise PKIError("its serial number is not a positive number of at most 20 octets (RFC 5280 4.1.2.2)")
+    if not serial_is_kept(int(record.serial, 16)):
+        raise PKIError(f"its serial number has more than {MOST_SERIAL_DIGITS} hexadecimal digits")
     if "\x00" in record.issuer + record.subject + record.common_name:
         raise PKIError("a zero byte in a name cannot be kept")
+    if not record.issuer:
+        raise PKIError("it names no issuer")
+    for what, text, most in (
+        ("issuer", record.issuer, _LONGEST_NAME),
+        ("subject", record.subject, _LONGEST_NAME),
+        ("common name", record.common_name, _LONGEST_COMMON_NAME),
+    ):
+        if len(text.encode()) > most:
+            raise PKIError(f"its {what} has more than {most} bytes")
+    if record.not_before.year < _FIRST_YEAR or record.not_after < record.not_before:
+        raise PKIError(f"its validity ends before it begins, or begins before {_FIRST_YEAR}")
     return record
+
+
+def serial_is_kept(number: int) -> bool:
+    """Return whether a serial number can be kept: any that is not very long, since brokers look at none."""
+    return abs(number).bit_length() <= 4 * MOST_SERIAL_DIGITS
 
 
 def is_authority(certificate: x509.Certificate) -> bool:
@@ -148,7 +169,7 @@ def read_certificate(certificate_pem: bytes) -> x509.Certificate:
         PKIError: there is none.
     """
     try:
-        return x509.load_pem_x509_certificate(certificate_pem)
+        return _whole(x509.load_pem_x509_certificate(certificate_pem))
     except LIBRARY_FAULTS as error:
         raise PKIError(f"not a PEM certificate that can be read: {plain(error)}") from error
 
@@ -161,9 +182,15 @@ def read_certificates(certificates_pem: bytes) -> list[x509.Certificate]:
         PKIError: there is none, or one cannot be read.
     """
     try:
-        return x509.load_pem_x509_certificates(certificates_pem)
+        return [_whole(one) for one in x509.load_pem_x509_certificates(certificates_pem)]
     except LIBRARY_FAULTS as error:
         raise PKIError(f"not PEM certificates that can be read: {plain(error)}") from error
+
+
+def _whole(certificate: x509.Certificate) -> x509.Certificate:
+    """Return a certificate whose names and validity are known to be such; the library reads them when they are asked for."""
+    _ = certificate.subject, certificate.issuer, certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    return certificate
 
 
 def read_key(key_pem: bytes, passphrase: bytes | None = None) -> PrivateKey:

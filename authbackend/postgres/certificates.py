@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
@@ -122,15 +123,15 @@ async def find_certificates(connection: Connection, name: str) -> list[dict[str,
     Raises:
         InvalidInput: It is neither.
     """
-    digits = name.strip().lower().removeprefix("0x").replace(":", "").replace(" ", "")
-    if not digits or not all(digit in "0123456789abcdef" for digit in digits) or len(digits) > 64:
+    written = re.fullmatch("(-?)(?:0x)?([0-9a-f]{1,256})", name.lower().replace(":", "").replace(" ", ""))
+    if written is None:
         raise InvalidInput(f"{name!r} is neither a serial number nor a SHA-256 fingerprint, in hexadecimal digits")
-    by_fingerprint = len(digits) == 64
+    digits = written[2]
     found = await connection.fetch(
         load_statements("certificates").certificates.sql,
         *(None, None, None, 1000),
-        digits if by_fingerprint else None,
-        None if by_fingerprint else digits.lstrip("0"),
+        digits if len(digits) == 64 else None,
+        f"{int(written[1] + digits, 16):x}",
     )
     return [dict(row) for row in found]
 

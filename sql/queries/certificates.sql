@@ -29,14 +29,15 @@ with linked as (
 select count(*) from linked;
 
 -- name: certificates
--- params: 1 device id, 2 state, 3 has not ended and ends within this time from now, 4 at most, 5 fingerprint, 6 serial; null: any
+-- params: 1 device id, 2 state, 3 has not ended and ends within this time from now, 4 at most, 5 fingerprint, 6 serial; null: any.
+--   Of 5 and 6, one is enough.
 select c.fingerprint, c.serial, c.issuer, c.subject, c.common_name, c.not_before, c.not_after, c.device_id, c.state,
        c.reason, c.revoked_at, c.added_at, d.type, d.status,
        exists (select from certificate s where s.device_id = c.device_id and s.state = 'active' and s.not_after > c.not_after) as renewed
 from certificate c left join device d on d.device_id = c.device_id
 where ($1::text is null or c.device_id = $1) and ($2::text is null or c.state = $2)
   and ($3::interval is null or c.not_after >= now() and c.not_after < now() + $3)
-  and ($5::text is null or c.fingerprint = $5) and ($6::text is null or c.serial = $6)
+  and ($5::text is null and $6::text is null or c.fingerprint = $5 or c.serial = $6)
 order by c.not_after, c.fingerprint limit $4;
 
 -- name: expiring_by_day

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from authbackend.pki import der
 from authbackend.pki.authority import Authority, Issued
 from authbackend.pki.directory import make_certificates
 
@@ -36,6 +37,15 @@ class Identity:
 def anonymous_context(ca_file: Path | str) -> ssl.SSLContext:
     """TLS for a client that shows no certificate and checks the server's name."""
     return ssl.create_default_context(cafile=str(ca_file))
+
+
+def with_serial(certificate: x509.Certificate, serial: int, key: ec.EllipticCurvePrivateKey) -> bytes:
+    """The same certificate (PEM) with any serial number, signed anew: the library makes none of zero and below."""
+    fields = list(der.elements(der.element(certificate.tbs_certificate_bytes)[1]))
+    fields[1] = (0x02, der.integer(serial))
+    body = der.encode(0x30, b"".join(der.encode(*field) for field in fields))
+    signature = der.encode(0x03, b"\0" + key.sign(body, ec.ECDSA(hashes.SHA256())))
+    return ssl.DER_cert_to_PEM_cert(der.encode(0x30, body + der.encode(*fields[2]) + signature)).encode()
 
 
 class Certificates:
@@ -81,7 +91,7 @@ class Certificates:
             .subject_name(subject)
             .issuer_name(issuer.subject)
             .public_key(key.public_key())
-            .serial_number(serial or x509.random_serial_number())
+            .serial_number(x509.random_serial_number())
             .not_valid_before(now - timedelta(minutes=5))
             .not_valid_after(now + timedelta(days=30))
             .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
@@ -90,7 +100,10 @@ class Certificates:
         key_pem = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
-        return self._write(name, Issued(certificate.public_bytes(serialization.Encoding.PEM), key_pem))
+        pem = certificate.public_bytes(serialization.Encoding.PEM)
+        if serial is not None:
+            pem = with_serial(certificate, serial, signing_key)
+        return self._write(name, Issued(pem, key_pem))
 
     def _write(self, name: str, issued: Issued) -> Identity:
         self._count += 1

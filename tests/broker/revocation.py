@@ -8,12 +8,18 @@ import ssl
 import sys
 import time
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import cast
 
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
 from authbackend.pki.authority_folder import AuthorityFolder
 
-from .identities import Certificates, Identity
+from .identities import Certificates, Identity, with_serial
 from .mqtt import HOST
 from .node import RABBITMQ_FILES, REPOSITORY, Broker, Doors
 from .processes import Process
@@ -139,6 +145,43 @@ class Revocable:
         path = self.place / f"device-{self._count}"
         self.sign("device", "enroll", device_id, "--ca", self.ca, "--generate", "--out", path)
         return Identity(device_id, path.with_suffix(".pem"), path.with_suffix(".key"), self.ca / "ca.pem")
+
+    def certificate(self, name: str, *, serial: int | None = None, point: str | None = None) -> Identity:
+        """A certificate that is not on record, with any serial number and, if wanted, a CRL distribution point."""
+        self._count += 1
+        key = ec.generate_private_key(ec.SECP256R1())
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
+            .issuer_name(self.authority.certificate.subject)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(datetime.now(UTC) - timedelta(minutes=5))
+            .not_valid_after(datetime.now(UTC) + timedelta(days=1))
+            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+        )
+        if point is not None:
+            where = x509.DistributionPoint([x509.UniformResourceIdentifier(point)], None, None, None)
+            builder = builder.add_extension(x509.CRLDistributionPoints([where]), critical=False)
+        certificate = builder.sign(self.key, hashes.SHA256())
+        path = self.place / f"device-{self._count}"
+        pem = certificate.public_bytes(serialization.Encoding.PEM)
+        if serial is not None:
+            pem = with_serial(certificate, serial, self.key)
+        path.with_suffix(".pem").write_bytes(pem + self.authority.certificate_pem)
+        path.with_suffix(".key").write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            )
+        )
+        return Identity(name, path.with_suffix(".pem"), path.with_suffix(".key"), self.ca / "ca.pem")
+
+    @property
+    def key(self) -> ec.EllipticCurvePrivateKey:
+        """The key of the authority."""
+        key = self.authority._key
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        return key
 
 
 @dataclass(slots=True)

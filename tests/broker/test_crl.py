@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -9,8 +10,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
 
-from authbackend.pki.lists import list_pem
+from authbackend.pki.lists import list_pem, read_list
+from authbackend.pki.reading import PKIError
 
 from .conftest import make_service
 from .fleet import Fleet
@@ -164,3 +168,100 @@ async def test_the_sync_says_that_a_list_is_too_old(without_sync: Revocable) -> 
     assert sync is not None
     sync.wait_for_line("crl.expired", 10)
     without_sync.stop_sync()
+
+
+# --- serial numbers that RFC 5280 forbids --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("serial", [0, -1, -(2**62) - 77, 2**159 + 5, 2**500 + 1], ids="{:x}".format)
+async def test_whatever_the_serial_number_a_certificate_is_recorded_and_revoked(
+    revocable: Revocable, fleet: Fleet, serial: int
+) -> None:
+    """The node lets it in like any other, so it must be possible to put it on record and on a list."""
+    identity = revocable.certificate(fleet.device(), serial=serial)
+    assert [Tls(identity, version).login() for version in VERSIONS] == ["accepted"] * 2
+    revocable.replica.command("cert", "import", identity.certificate_file)
+    signing = ("--ca", revocable.ca, "--passphrase-file", revocable.secret)
+    revocable.replica.command("cert", "revoke", *signing, "--", f"{serial:x}")
+    Tls(identity).seconds_until(REVOKED, time.monotonic())
+    assert [Tls(identity, version).login() for version in VERSIONS] == [REVOKED] * 2
+
+
+# --- the scope of a list -------------------------------------------------------------------------------------------
+
+POINT = "http://ca.example.test/fleet.crl"
+OTHER = "http://ca.example.test/other.crl"
+POINTS = {"none": None, "the same": POINT, "another": OTHER}
+
+
+def scope(
+    name: str | None = None,
+    *,
+    user: bool = False,
+    ca: bool = False,
+    attribute: bool = False,
+    reasons: frozenset[x509.ReasonFlags] | None = None,
+    indirect: bool = False,
+) -> x509.IssuingDistributionPoint:
+    """An issuing distribution point."""
+    names = [x509.UniformResourceIdentifier(name)] if name else None
+    return x509.IssuingDistributionPoint(names, None, user, ca, reasons, indirect, attribute)
+
+
+BY_THE_LIST = ("accepted", REVOKED)
+NOBODY = ("SSLV3_ALERT_BAD_CERTIFICATE", "SSLV3_ALERT_BAD_CERTIFICATE")
+LISTED_OR_NOT = ("SSLV3_ALERT_BAD_CERTIFICATE", REVOKED)
+ALL_BY_THE_LIST = dict.fromkeys(POINTS, BY_THE_LIST)
+WHO_NAMES_A_POINT = {**ALL_BY_THE_LIST, "none": NOBODY}
+SCOPES = {
+    "no issuing distribution point": (None, ALL_BY_THE_LIST),
+    "names a distribution point": (scope(POINT), WHO_NAMES_A_POINT),
+    "for users' certificates, named": (scope(POINT, user=True), WHO_NAMES_A_POINT),
+    "for users' certificates": (scope(user=True), ALL_BY_THE_LIST),
+    "for authorities' certificates": (scope(ca=True), dict.fromkeys(POINTS, NOBODY)),
+    "for attribute certificates": (scope(attribute=True), dict.fromkeys(POINTS, NOBODY)),
+    "for some reasons": (
+        scope(reasons=frozenset([x509.ReasonFlags.key_compromise])),
+        dict.fromkeys(POINTS, LISTED_OR_NOT),
+    ),
+    "indirect": (scope(indirect=True), ALL_BY_THE_LIST),
+}
+"""Issuing distribution points, and what the node says to a certificate that is not on the list and to one that is."""
+
+
+def list_of(revocable: Revocable, listed: int, point: x509.IssuingDistributionPoint | None, *, critical: bool) -> bytes:
+    """A list of the authority with one entry, DER."""
+    now = datetime.now(UTC)
+    entry = x509.RevokedCertificateBuilder().serial_number(listed).revocation_date(now).build()
+    builder = (
+        x509.CertificateRevocationListBuilder(revocable.authority.certificate.subject, now, now + timedelta(days=1))
+        .add_revoked_certificate(entry)
+        .add_extension(x509.CRLNumber(10**14), critical=False)
+    )
+    if point is not None:
+        builder = builder.add_extension(point, critical=critical)
+    return builder.sign(revocable.key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
+
+
+@pytest.mark.parametrize("critical", [True, False], ids=["critical", "not critical"])
+@pytest.mark.parametrize("name", SCOPES)
+async def test_a_list_that_is_taken_lets_in_who_is_not_on_it_and_nobody_else(
+    without_sync: Revocable, fleet: Fleet, name: str, critical: bool
+) -> None:
+    """What the service takes is right on the node: with the distribution point it asks for, or without one."""
+    me = fleet.device()
+    point_of_list, expected = SCOPES[name]
+    answers = {}
+    for kind, point in POINTS.items():
+        good, bad = (without_sync.certificate(me, point=point) for _ in range(2))
+        listed = x509.load_pem_x509_certificate(bad.certificate_file.read_bytes()).serial_number
+        content = list_of(without_sync, listed, point_of_list, critical=critical)
+        without_sync.file.write_bytes(list_pem(content))
+        answers[kind] = (Tls(good).login(), Tls(bad).login())
+    assert answers == expected
+    taken = set()
+    for point, kinds in ((None, set(POINTS)), (POINT, {"the same"})):
+        with contextlib.suppress(PKIError):
+            read_list(content, [without_sync.authority.certificate], point)
+            taken |= kinds
+    assert {kind: answers[kind] for kind in taken} == dict.fromkeys(taken, BY_THE_LIST)

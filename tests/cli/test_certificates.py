@@ -2,6 +2,7 @@
 
 import csv
 import json
+import ssl
 import zipfile
 from datetime import UTC, datetime, timedelta
 
@@ -364,6 +365,50 @@ def test_folders_are_imported_and_what_cannot_be_read_is_named(cli, fleet, tmp_p
     assert "bad.pem:1: certificate 1: this is no certificate" in told
     assert "empty.pem: no certificate in it" in told
     assert "notes.txt: not named" in told
+
+
+def swapped(certificate):
+    """The certificate with the end of its validity first."""
+    der = certificate.public_bytes(serialization.Encoding.DER)
+    begin, end = (
+        f"{moment:%y%m%d%H%M%SZ}".encode()
+        for moment in (certificate.not_valid_before_utc, certificate.not_valid_after_utc)
+    )
+    return ssl.DER_cert_to_PEM_cert(der.replace(begin + b"\x17\x0d" + end, end + b"\x17\x0d" + begin)).encode()
+
+
+def of_long_subject():
+    units = [x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, "x" * 60) for _ in range(40)]
+    begin, end = signing.validity(None, None, timedelta(days=9))
+    builder = x509.CertificateBuilder().subject_name(x509.Name(units)).issuer_name(OUTSIDE_NAME)
+    builder = builder.public_key(KEY.public_key()).serial_number(7).not_valid_before(begin).not_valid_after(end)
+    return pem(builder.sign(OUTSIDE, hashes.SHA256()))
+
+
+@pytest.mark.parametrize(
+    ("odd", "fault"),
+    [
+        (swapped(*outside("D2")), "its validity ends before it begins"),
+        (of_long_subject(), "its subject has more than 2048"),
+    ],
+)
+def test_a_certificate_that_cannot_be_kept_is_named_and_the_rest_is_imported(cli, fleet, execute, odd, fault):
+    told = cli("cert", "import", "-", stdin=pem(*outside("D1")) + odd + pem(*outside("two")), exit_code=2).stdout
+    assert "2 new" in told
+    assert f"certificate 2: {fault}" in told
+
+
+def test_an_end_without_a_beginning_is_named(cli, fleet):
+    broken = pem(*outside("D1")).replace(b"-----BEGIN", b"----BEGIN") + pem(*outside("two"))
+    told = cli("cert", "import", "-", stdin=broken, exit_code=2).stdout
+    assert "1 new" in told
+    assert "CERTIFICATE has no beginning" in told
+
+
+def test_a_table_with_a_broken_line_is_refused_with_words(cli, ca, fleet, tmp_path):
+    (tmp_path / "fleet.csv").write_text('device_id\nD1\n"D2\n')
+    refused = cli("device", "enroll", "--from", "fleet.csv", "--generate", "--ca", ca, exit_code=2)
+    assert "fleet.csv is not CSV in UTF-8: unexpected end of data" in refused.stderr
 
 
 def test_a_second_certificate_with_the_same_serial_number_is_named(cli, fleet, execute):

@@ -1,8 +1,10 @@
 """A pooler for each transaction is refused at the start; one for sessions works."""
 
 import asyncio
+import configparser
 import os
 import sys
+from pathlib import Path
 
 import asyncpg
 import pytest
@@ -12,6 +14,10 @@ from authbackend.postgres import pooling
 from authbackend.postgres.connection import Target, connected
 from tests.service.conftest import HASH, POLICY, apply, running, until
 from tests.support.pgbouncer import pgbouncer
+
+FIELD = configparser.ConfigParser()
+FIELD.read(Path(__file__).parent.parent / "cases/field/env/pgbouncer-transaction.ini")
+FIELD = FIELD["pgbouncer"]
 
 
 def pooled(folder, database):
@@ -48,6 +54,7 @@ def nothing_remembered(monkeypatch):
         {"pool_mode": "transaction", "default_pool_size": "1"},
         {"pool_mode": "statement"},
         {"pool_mode": "transaction", "ignore_startup_parameters": "statement_timeout"},
+        {name: FIELD[name] for name in ("pool_mode", "default_pool_size")},
     ],
     ids=lambda settings: " ".join(map("=".join, settings.items())),
 )

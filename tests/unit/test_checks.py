@@ -346,6 +346,7 @@ def test_what_is_not_told_is_reported_as_that(connection, why):
         (shown(certificate_issuer="O=org,CN=Fleet CA"), True),
         (shown(certificate_subject="CN=other"), True),  # revocation lists name issuer and serial number, no more
         (shown(certificate_serial="AC"), False),
+        (shown(certificate_serial="-AB"), False),
         (shown(certificate_issuer="CN=Other CA,O=Org"), False),
         (shown(certificate_issuer=None), None),
         (shown(certificate_issuer=None, certificate_subject="CN=other"), False),

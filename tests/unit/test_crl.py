@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.x509.name import _ASN1Type
 from cryptography.x509.oid import CRLEntryExtensionOID, NameOID
 
@@ -20,6 +20,7 @@ from authbackend.admin.listener import show_errors
 from authbackend.errors import Unavailable
 from authbackend.pki import signing
 from authbackend.pki.lists import (
+    REASONS,
     Entry,
     age_fault,
     check_entries,
@@ -40,9 +41,9 @@ FIELD = Path(__file__).parent.parent / "cases" / "field"
 openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
 
 
-def authority(name=None):
+def authority(name=None, key=None):
     """A root and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
+    key = key or ec.generate_private_key(ec.SECP256R1())
     name = name or signing.subject_of(["test CA"])
     valid = signing.validity(None, None, timedelta(days=30))
     return signing.sign_authority(name, key.public_key(), issuer=name, key=key, valid=valid, path_length=0), key
@@ -78,6 +79,86 @@ def test_a_list_holds_what_was_revoked_when_and_why():
         ("2", ""),
     ]
     assert next(iter(entries_of(found.der))).revoked_at == (NOW - timedelta(days=1)).replace(microsecond=0)
+
+
+ODD_SERIALS = [0, -1, -128, -129, -(2**63), 2**159, 2**1000]
+
+
+def test_a_list_holds_serial_numbers_that_the_library_refuses():
+    made = signed([Entry(f"{number:x}", "superseded", NOW) for number in ODD_SERIALS])
+    found, _ = read_list(list_pem(made.der), [CA])
+    check_entries(found.der)
+    assert found == made
+    assert [(entry.serial, entry.reason) for entry in entries_of(found.der)] == [
+        (f"{number:x}", "superseded") for number in ODD_SERIALS
+    ]
+
+
+@openssl
+def test_openssl_reads_serial_numbers_that_the_library_refuses(tmp_path):
+    shown = ODD_SERIALS[:-1]  # it breaks longer ones into lines
+    ca = tmp_path / "ca.pem"
+    ca.write_bytes(signing.certificate_pem(CA))
+    made = signed([Entry(f"{number:x}", "", NOW) for number in shown])
+    asked = subprocess.run(
+        ["openssl", "crl", "-CAfile", str(ca), "-text", "-noout"],
+        input=list_pem(made.der),
+        capture_output=True,
+        check=True,
+    )
+    assert b"verify OK" in asked.stderr
+    numbers = re.findall(r"Serial Number: (\S+)", asked.stdout.decode())
+    assert [int(number, 16) for number in numbers] == shown
+
+
+@pytest.mark.parametrize("reason", REASONS)
+@pytest.mark.parametrize("year", [1950, 1999, 2049, 2050, 9999])
+def test_the_library_reads_what_is_on_a_list_as_it_was_written(reason, year):
+    moment = NOW.replace(year=year, month=2, day=3, microsecond=0)
+    signed_at = max(moment, NOW.replace(microsecond=0))
+    der = signed([Entry("7f" + "ff" * 19, reason, moment)], now=signed_at, lifetime=timedelta(days=1)).der
+    (theirs,) = x509.load_der_x509_crl(der)
+    (ours,) = entries_of(der)
+    assert theirs.serial_number == int(ours.serial, 16) == 2**159 - 1
+    assert theirs.revocation_date_utc == ours.revoked_at == moment
+    named = [one.value.reason.value for one in theirs.extensions]
+    assert named == ([] if reason == "unspecified" else [reason])
+    assert ours.reason == ("" if reason == "unspecified" else reason)
+
+
+def pss_signed():
+    builder = x509.CertificateRevocationListBuilder(RSA_CA.subject, NOW, NOW + WEEK)
+    how = padding.PSS(padding.MGF1(hashes.SHA384()), padding.PSS.DIGEST_LENGTH)
+    made = builder.sign(RSA_KEY, hashes.SHA384(), rsa_padding=how)
+    return made.public_bytes(serialization.Encoding.DER)
+
+
+RSA_CA, RSA_KEY = authority(key=rsa.generate_private_key(65537, 2048))
+
+
+@pytest.mark.parametrize(
+    "der", [signed([Entry("a1", "", NOW)], issuer=RSA_CA, key=RSA_KEY).der, pss_signed()], ids=["PKCS #1 v1.5", "PSS"]
+)
+def test_lists_are_signed_with_rsa_as_well(der):
+    assert x509.load_der_x509_crl(der).is_signature_valid(RSA_KEY.public_key())
+    assert read_list(der, [CA, RSA_CA])[1] is RSA_CA
+    at = len(der) - 30
+    with pytest.raises(PKIError, match="none of the authorities"):
+        read_list(der[:at] + bytes([der[at] ^ 1]) + der[at + 1 :], [CA, RSA_CA])
+
+
+def test_two_algorithms_are_none():
+    der = signed().der
+    ecdsa = bytes.fromhex("06082a8648ce3d040302")
+    assert der.count(ecdsa) == 2
+    with pytest.raises(PKIError, match="another algorithm than it says inside"):
+        read_list(der[::-1].replace(ecdsa[::-1], bytes.fromhex("06082a8648ce3d040303")[::-1], 1)[::-1], [CA])
+
+
+def test_a_number_that_cannot_be_kept_is_refused():
+    assert read_list(extended(x509.CRLNumber(2**159 - 1), critical=False), [CA])[0].number == 2**159 - 1
+    with pytest.raises(PKIError, match="more than 20 octets"):
+        read_list(extended(x509.CRLNumber(2**159), critical=False), [CA])
 
 
 @openssl
@@ -230,6 +311,19 @@ def test_no_list_is_taken_that_locks_out_who_does_not_name_its_distribution_poin
         read_list(field(name), [FIELD_CA])
 
 
+def test_the_distribution_point_that_a_refusal_names_is_the_one_that_it_needs():
+    for name in ("stepca.crl", "boulder.crl", "idp-noncritical.crl"):
+        with pytest.raises(PKIError) as refused:
+            read_list(field(name), [FIELD_CA])
+        found, _ = read_list(field(name), [FIELD_CA], refused.value.detail.split()[-1])
+        assert found.der == field(name)
+
+
+def test_what_only_a_delta_can_say_is_refused():
+    with pytest.raises(PKIError, match="serial number 7 cannot be read: its reason 8 is none"):
+        check_entries(extended_entry(8))
+
+
 @pytest.mark.parametrize("name", ["reason7.crl", "reason11.crl"])
 def test_an_entry_that_brokers_cannot_read_is_named(name):
     found, _ = read_list(field(name), [FIELD_CA])
@@ -332,7 +426,17 @@ def test_revocations_of_an_openssl_authority_are_read():
 
 
 @pytest.mark.parametrize(
-    "line", ["R\t271124120000Z\tyesterday\t0A\tunknown\t/CN=b", "R\t1\t2\tXY\tz\tw", "hello", "R\t1\t2\t3"]
+    "line",
+    [
+        "R\t271124120000Z\tyesterday\t0A\tunknown\t/CN=b",
+        "R\t271124120000Z\t19491231235959Z\t0A\tunknown\t/CN=b",
+        "R\t1\t2\tXY\tz\tw",
+        "V\t1\t\t0x1\tz\tw",
+        "V\t1\t\t1_0\tz\tw",
+        "V\t1\t\t+1\tz\tw",
+        "hello",
+        "R\t1\t2\t3",
+    ],
 )
 def test_what_is_no_index_is_refused_with_the_line(line):
     with pytest.raises(PKIError, match=r"index.txt:2: "):
@@ -407,7 +511,7 @@ async def test_a_list_is_written_as_pem_for_all_to_read(source, sync, file):
         (signed(number=9, now=NOW + timedelta(days=1)).der, "clock is wrong"),
         (signed(number=9).der[:100], "neither DER nor PEM"),
         (extended(point(POINT), critical=False), "brokers then refuse every certificate that does not name it"),
-        (extended_entry(11), "cannot be read: Unsupported reason code: 11"),
+        (extended_entry(11), "cannot be read: its reason 11 is none"),
     ],
     ids=by_words,
 )
