@@ -4,6 +4,8 @@
 # make bench   measure everything side by side with its references; writes docs/performance.md (root, about an hour)
 # make mutants change the code that decides in one place at a time; prints the changes that no test notices (10 minutes;
 #              one module: make mutants ONLY=authbackend/policy/decide.py)
+# make fuzz    feed made-up inputs to everything that reads what others write, for a minute each; stops at what is found
+#              (make fuzz SECONDS=600 ONLY=crl)
 # make check   format, lint, types, layers, dead code, and the tests that need no broker
 # make format  let the formatter rewrite the code
 # make docs    write the generated parts of docs/ again
@@ -14,7 +16,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 CHECKS := check-format check-lint check-types check-layers check-dead-code
-.PHONY: run test bench mutants check checks $(CHECKS) format docs clean
+.PHONY: run test bench mutants fuzz check checks $(CHECKS) format docs clean
 .DEFAULT_GOAL := check
 
 # A missing part of Debian is named with the line that installs it.
@@ -75,6 +77,10 @@ bench: $(VENV)/.dev
 mutants: $(VENV)/.dev
 	@$(BIN)/python tools/mutants $(ONLY)
 
+fuzz: $(VENV)/.dev
+	@$(BIN)/pip install --quiet --require-hashes --requirement requirements/fuzz.lock
+	@$(BIN)/python tools/fuzz --seconds $(or $(SECONDS),60) $(ONLY)
+
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -83,4 +89,4 @@ docs: $(VENV)/.dev
 	$(BIN)/python tools/generate-docs
 
 clean:
-	rm -rf $(VENV) $(VENV)-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache mutants
+	rm -rf $(VENV) $(VENV)-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache mutants .fuzz
