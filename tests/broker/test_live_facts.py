@@ -232,6 +232,20 @@ async def test_a_forged_certificate_does_not_share_the_fate_of_a_revoked_one(
     assert await namesake.alive()
 
 
+@pytest.mark.parametrize("serial", [0, -77, -(2**63), 2**400], ids="{:x}".format)
+async def test_whatever_its_serial_number_a_revoked_certificate_is_closed(
+    mqtt: Clients, lax_broker: Broker, certificates: Certificates, fleet: Fleet, enforcing: Service, serial: int
+) -> None:
+    """The node tells numbers that RFC 5280 forbids as it tells others."""
+    me = fleet.device()
+    identity = certificates.named(me, x509.Name([_attribute(NameOID.COMMON_NAME, me)]), serial=serial)
+    enforcing.command("cert", "import", str(identity.certificate_file))
+    client = mqtt(identity, port=lax_broker.doors.mqtt_tls)  # the lax node looks at no list
+    await connected(client)
+    enforcing.command("cert", "revoke", "--", f"{serial:x}")
+    assert await client.disconnected(30) is not None
+
+
 async def test_a_device_gets_no_stream(
     lax_broker: Broker, certificates: Certificates, fleet: Fleet, enforcing: Service
 ) -> None:

@@ -241,8 +241,8 @@ def test_a_file_cannot_drive_the_terminal_that_its_faults_are_shown_on(cli, tmp_
     (tmp_path / "p.yaml").write_text(
         'schema: authbackend/1\ndevices: [{device_id: A, type: T, rules: ["\\e]0;x\\a"]}]\n'
     )
-    (tmp_path / "d.csv").write_text("device_id,type,\x1b[2J\n")
-    (tmp_path / "d.jsonl").write_text('{"device_id": "A\\ud800", "type": "\\u009b2J"}\n')
+    (tmp_path / "d.csv").write_text("device_id,type,\x1b]0;x\x07\n")
+    (tmp_path / "d.jsonl").write_text('{"device_id": "A", "type": "T", "A\\ud800": "", "\\u009b2J": ""}\n')
     (tmp_path / "i.txt").write_text("R\t1\t2\t\x1b[2J\tz\tw\n")
     for command in (
         ("policy", "check", "p.yaml"),
