@@ -61,7 +61,9 @@ def passphrase_of(file: Path | None, *, new: bool = False, key: KeyOwner = SIGNI
     """
     found = given_passphrase(file, new=new, key=key)
     if found is None:
-        raise ConfigurationError(f"no passphrase of {key.whose}: give {key.option} FILE or set {key.variable} or {key.file_variable}")
+        raise ConfigurationError(
+            f"no passphrase of {key.whose}: give {key.option} FILE or set {key.variable} or {key.file_variable}"
+        )
     return found
 
 
