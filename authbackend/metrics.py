@@ -22,9 +22,9 @@ from prometheus_client.registry import Collector
 
 from authbackend import __version__, clocks
 from authbackend.policy.decide import Decision
-from authbackend.registry.presence import Peers
+from authbackend.registry.announcer import Peers
 from authbackend.registry.store import State
-from authbackend.registry.sync import Look, Refreshed
+from authbackend.registry.follower import Look, Refreshed
 
 REQUEST_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 SYNC_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from authbackend.pki.authority import Authority, PKIError
-from authbackend.pki.directory import device_name_fault, make_certificates
+from authbackend.pki.bench_ca import Authority, PKIError
+from authbackend.pki.bench_certificates import device_name_fault, make_certificates
 from authbackend_load.plan import CERTIFICATES, DEVICES_FILE, PUBLISH, SUBSCRIBE, LoadError
 
 POLICY_FILE = "policy.yaml"

@@ -13,10 +13,10 @@ from typing import Any
 import click
 
 from authbackend_load.run import machine
-from benchmarks import braking, report, scene, topics
+from benchmarks import braking, report, fixtures, topics
 from benchmarks.measurements import ALL, QUICK, Extent, staged
 from benchmarks.namespaces import CannotRun, run_inside
-from benchmarks.scene import BenchmarkError
+from benchmarks.fixtures import BenchmarkError
 from benchmarks.storm import Options
 from benchmarks.storm import run as storm
 
@@ -64,7 +64,7 @@ def _measure(parts: tuple[str, ...], quick: bool) -> None:
     if "brake" in parts:
         _say("--- brake")
         started = time.monotonic()
-        with scene.postgres() as server:
+        with fixtures.postgres() as server:
             found = braking.measure(server, 5000 if quick else 100_000, 2 if quick else 5, _say)
         _keep("brake", found, started, quick)
     if "storm" in parts:
@@ -98,7 +98,7 @@ def _measure(parts: tuple[str, ...], quick: bool) -> None:
         _say("--- revocation")
         started = time.monotonic()
         small = {"revocations": 10, "fleet": 300, "registered": 3000, "mass": 300, "swept": 200, "certificates": 2}
-        _keep("revocation", run_inside("benchmarks.revocation.inside", small if quick else {}), started, quick)
+        _keep("revocation", run_inside("benchmarks.revocation.run", small if quick else {}), started, quick)
     if "lanes" in parts:
         _say("--- lanes")
         started = time.monotonic()

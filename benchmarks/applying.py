@@ -16,10 +16,10 @@ from typing import Any
 import asyncpg
 
 from authbackend.errors import AuthbackendError
-from authbackend.postgres import editor
+from authbackend.postgres import registry_edits
 from authbackend.postgres.connection import Target
 from authbackend.postgres.statements import SQL
-from benchmarks.scene import REPOSITORY, BenchmarkError
+from benchmarks.fixtures import REPOSITORY, BenchmarkError
 from tests.support.postgres import Server
 
 ROLE = "authbackend_admin"
@@ -180,7 +180,7 @@ class _Moves:
                 await psql.execute("update device set status = 'revoked' where device_id = $1", device_id)
             else:
                 target = Target(self._dsn, application_name="revoking")
-                await editor.set_device_status(target, "bench", device_id, "revoked", "stolen")
+                await registry_edits.set_device_status(target, "bench", device_id, "revoked", "stolen")
         except (AuthbackendError, asyncpg.PostgresError) as error:
             self._faults.append(f"{kind}: {error}")
         else:

@@ -11,10 +11,10 @@ from typing import Any
 
 import asyncpg
 
-from authbackend.document.model import DeviceEntry, Document
+from authbackend.policy_file.model import DeviceEntry, Document
 from authbackend.postgres import policy_apply
 from authbackend.postgres.connection import Target
-from benchmarks import scene
+from benchmarks import fixtures
 from tests.support.postgres import Server
 
 Say = Callable[[str], None]
@@ -29,7 +29,7 @@ STATEMENTS = {
 
 def measure(server: Server, devices: int, rounds: int, say: Say) -> dict[str, Any]:
     """Change every device of a fleet in each way, each time rolled back, and apply a policy of all of them."""
-    dsn = scene.registry(server, devices)
+    dsn = fixtures.registry(server, devices)
     took: dict[str, dict[str, list[float]]] = {}
     for number in range(rounds + 1):
         for braked in (True, False) if number % 2 else (False, True):
@@ -92,7 +92,7 @@ async def _round(dsn: str, devices: int, number: int) -> dict[str, float]:
     await connection.close()
     site = f"moved {number}, {time.monotonic()}"
     entries = {
-        f"d{n:07d}": DeviceEntry(f"d{n:07d}", f"d{n:07d}", scene.type_of(n), attributes=(("site", site),))
+        f"d{n:07d}": DeviceEntry(f"d{n:07d}", f"d{n:07d}", fixtures.type_of(n), attributes=(("site", site),))
         for n in range(devices)
     }
     document = Document(devices=entries, speaks_of_device_rules=False)

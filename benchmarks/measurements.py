@@ -19,13 +19,13 @@ from typing import Any
 import asyncpg
 import uvloop
 
-from benchmarks import applying, asking, scene
-from benchmarks.following import Watcher
-from benchmarks.scene import Running
+from benchmarks import applying, load_client, fixtures
+from benchmarks.propagation import Watcher
+from benchmarks.fixtures import Running
 from tests.support.postgres import Server
 
 Say = Callable[[str], None]
-SMALL, LARGE = 2000 + 2 * scene.SPECIAL, 1_000_000
+SMALL, LARGE = 2000 + 2 * fixtures.SPECIAL, 1_000_000
 THIRD = 1 / 3
 _CLIENTS_GIVE_WAY = 10
 """A client that makes thousands of requests a second costs more CPU than answering them does, and is not measured."""
@@ -63,10 +63,10 @@ class Stage:
 @contextmanager
 def staged(extent: Extent, say: Say) -> Iterator[Stage]:
     """Run PostgreSQL with a small and a large fleet for the time of the block."""
-    with scene.postgres() as server:
+    with fixtures.postgres() as server:
         say(f"registering {SMALL} and {extent.devices} devices")
-        small = scene.registry(server, SMALL)
-        large = small if extent.devices == SMALL else scene.registry(server, extent.devices)
+        small = fixtures.registry(server, SMALL)
+        large = small if extent.devices == SMALL else fixtures.registry(server, extent.devices)
         yield Stage(extent, server, large, small, say)
 
 
@@ -91,21 +91,21 @@ def ratio(one: list[float], other: list[float]) -> dict[str, float]:
 
 def throughput(stage: Stage) -> dict[str, Any]:
     """One process against a bare aiohttp handler and Django under gunicorn."""
-    forms = asking.publishes(stage.extent.devices, 20_000)
+    forms = load_client.publishes(stage.extent.devices, 20_000)
     with ExitStack() as stack:
-        ours = stack.enter_context(scene.service("one", stage.large))
-        bare = stack.enter_context(scene.bare())
-        gunicorns = {kind: stack.enter_context(scene.django(kind)) for kind in ("sync", "gthread")}
+        ours = stack.enter_context(fixtures.service("one", stage.large))
+        bare = stack.enter_context(fixtures.bare())
+        gunicorns = {kind: stack.enter_context(fixtures.django(kind)) for kind in ("sync", "gthread")}
         seconds = stage.extent.seconds
 
         def django(running: Running) -> Callable[[], float]:
-            return lambda: asking.throughput(running.port, forms, seconds, method="GET")
+            return lambda: load_client.throughput(running.port, forms, seconds, method="GET")
 
         found = alternating(
             stage,
             {
-                "authbackend": lambda: asking.throughput(ours.port, forms, seconds),
-                "aiohttp": lambda: asking.throughput(bare.port, forms, seconds),
+                "authbackend": lambda: load_client.throughput(ours.port, forms, seconds),
+                "aiohttp": lambda: load_client.throughput(bare.port, forms, seconds),
                 **{f"django {kind}": django(running) for kind, running in gunicorns.items()},
             },
         )
@@ -121,13 +121,13 @@ def throughput(stage: Stage) -> dict[str, Any]:
 
 def workers(stage: Stage) -> dict[str, Any]:
     """Two workers against one."""
-    forms = asking.publishes(stage.extent.devices, 20_000)
-    with scene.service("one", stage.large) as one, scene.service("two", stage.large, 2) as two:
+    forms = load_client.publishes(stage.extent.devices, 20_000)
+    with fixtures.service("one", stage.large) as one, fixtures.service("two", stage.large, 2) as two:
         found = alternating(
             stage,
             {
-                "1 worker": lambda: asking.throughput(one.port, forms, stage.extent.seconds, connections=64),
-                "2 workers": lambda: asking.throughput(two.port, forms, stage.extent.seconds, connections=64),
+                "1 worker": lambda: load_client.throughput(one.port, forms, stage.extent.seconds, connections=64),
+                "2 workers": lambda: load_client.throughput(two.port, forms, stage.extent.seconds, connections=64),
             },
         )
     return {"requests_per_s": found, "two_to_one": ratio(found["2 workers"], found["1 worker"])}
@@ -137,21 +137,21 @@ def sizes(stage: Stage) -> dict[str, Any]:
     """The fleet's size, the number of rules, and the size of what is asked."""
     extent = stage.extent
     rate = stage.capacity * THIRD
-    with scene.service("small", stage.small) as small, scene.service("large", stage.large) as large:
-        forms = {"small": asking.publishes(SMALL), "large": asking.publishes(extent.devices)}
+    with fixtures.service("small", stage.small) as small, fixtures.service("large", stage.large) as large:
+        forms = {"small": load_client.publishes(SMALL), "large": load_client.publishes(extent.devices)}
 
         def p99(running: Running, which: str) -> Callable[[], float]:
-            return lambda: 1000 * asking.latencies(running.port, forms[which], rate, extent.seconds).quantile(0.99)
+            return lambda: 1000 * load_client.latencies(running.port, forms[which], rate, extent.seconds).quantile(0.99)
 
         stage.say(f"p99 at {rate:.0f} requests a second")
         fleet = alternating(stage, {"small": p99(small, "small"), "large": p99(large, "large")})
-        five = asking.publishes(extent.devices, kind="T5")
-        many = asking.publishes(extent.devices, kind="T500")
+        five = load_client.publishes(extent.devices, kind="T5")
+        many = load_client.publishes(extent.devices, kind="T500")
         rules = alternating(
             stage,
             {
-                "5 rules": lambda: asking.throughput(large.port, five, extent.seconds),
-                "500 rules": lambda: asking.throughput(large.port, many, extent.seconds),
+                "5 rules": lambda: load_client.throughput(large.port, five, extent.seconds),
+                "500 rules": lambda: load_client.throughput(large.port, many, extent.seconds),
             },
         )
         curves = _curves(large, extent)
@@ -165,11 +165,11 @@ def sizes(stage: Stage) -> dict[str, Any]:
 
 
 def _curves(running: Running, extent: Extent) -> dict[str, dict[str, list[float]]]:
-    device = f"d{2 * scene.SPECIAL:07d}"
+    device = f"d{2 * fixtures.SPECIAL:07d}"
 
     def micros(key: str, permission: str = "write") -> float:
-        form = asking.topic_form(device, key, permission)
-        return round(1e6 / asking.throughput(running.port, [form], extent.seconds), 1)
+        form = load_client.topic_form(device, key, permission)
+        return round(1e6 / load_client.throughput(running.port, [form], extent.seconds), 1)
 
     levels = [3, 5, 10, 20, 40]
     lengths = [64, 1024, 4096, 16_384, 65_000]
@@ -190,8 +190,8 @@ def memory(stage: Stage) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, dsn in (("small", stage.small), ("large", stage.large)):
         for number in (1, 2, 4):
-            with scene.service(name, dsn, number) as running:
-                asking.throughput(running.port, asking.publishes(SMALL if name == "small" else stage.extent.devices), 1)
+            with fixtures.service(name, dsn, number) as running:
+                load_client.throughput(running.port, load_client.publishes(SMALL if name == "small" else stage.extent.devices), 1)
                 found[f"{name}, {number} workers"] = sum(running.memory_bytes().values())
     grown = stage.extent.devices - SMALL
     for number in (1, 2, 4):
@@ -207,16 +207,16 @@ def loading(stage: Stage) -> dict[str, Any]:
     with TemporaryDirectory(prefix="bench-snapshot-") as folder:
         settings = {"REGISTRY__SNAPSHOT_DIR": str(Path(folder) / "snapshot")}
         for _ in range(3):
-            with scene.service("database", stage.large) as running:
+            with fixtures.service("database", stage.large) as running:
                 found["postgresql_s"].append(round(running.ready_after_s, 2))
                 found["postgresql_load_s"].append(running.load_s())
-        with scene.service("writer", stage.large, **settings) as running:
+        with fixtures.service("writer", stage.large, **settings) as running:
             while "authbackend_registry_on_disk 1.0" not in running.metrics():
                 time.sleep(0.1)
         stage.server.stop()
         try:
             for _ in range(3):
-                with scene.service("disk", stage.large, **settings) as running:
+                with fixtures.service("disk", stage.large, **settings) as running:
                     found["disk_s"].append(round(running.ready_after_s, 2))
         finally:
             stage.server.start()
@@ -227,8 +227,8 @@ def loading(stage: Stage) -> dict[str, Any]:
 def changes(stage: Stage) -> dict[str, Any]:
     """From a commit until the last worker of two replicas decides by it, under load."""
     extent = stage.extent
-    forms = asking.publishes(extent.devices)
-    with scene.service("north", stage.large, 2) as north, scene.service("south", stage.large, 2) as south:
+    forms = load_client.publishes(extent.devices)
+    with fixtures.service("north", stage.large, 2) as north, fixtures.service("south", stage.large, 2) as south:
         with _load((north, south), forms, stage.capacity * THIRD / 2):
             single = uvloop.run(Watcher(stage.large, (north, south)).changes(extent.changes, stage.say))
             mass = uvloop.run(Watcher(stage.large, (north, south)).mass(extent.mass, stage.say))
@@ -276,11 +276,11 @@ def _load(replicas: tuple[Running, ...], forms: list[str], rate: float | None) -
 def _ask_on(port: int, forms: list[str], rate: float, over: Any) -> None:
     os.nice(_CLIENTS_GIVE_WAY)
     while not over.is_set():
-        asking.latencies(port, forms, rate, 1.0)
+        load_client.latencies(port, forms, rate, 1.0)
 
 
 def _ask_without_pause(port: int, forms: list[str], over: Any) -> None:
-    requests = [asking.http_post("/auth/topic", form) for form in forms]
+    requests = [load_client.http_post("/auth/topic", form) for form in forms]
     with socket.create_connection(("127.0.0.1", port)) as connection:
         for request in itertools.cycle(requests):
             connection.sendall(request)
@@ -306,15 +306,15 @@ def _stalls(metrics: str) -> float:
 def overload(stage: Stage) -> dict[str, Any]:
     """Revoked devices try again and again, at a third of the capacity; what the others notice."""
     extent = stage.extent
-    good = asking.publishes(extent.devices)
+    good = load_client.publishes(extent.devices)
     revoked = [f"username=gone{n:05d}&client_id=gone{n:05d}" for n in range(10_000)]
     uvloop.run(_revoke(stage.large, len(revoked)))
     rate = stage.capacity * THIRD
     shed = 0
-    with scene.service("one", stage.large) as running:
+    with fixtures.service("one", stage.large) as running:
 
         def quiet() -> float:
-            return 1000 * asking.latencies(running.port, good, rate / 4, extent.seconds).quantile(0.99)
+            return 1000 * load_client.latencies(running.port, good, rate / 4, extent.seconds).quantile(0.99)
 
         def attacked() -> float:
             nonlocal shed
@@ -322,10 +322,10 @@ def overload(stage: Stage) -> dict[str, Any]:
             attack = _SPAWN.Process(target=_attack, args=(running.port, revoked, rate, extent.seconds + 2))
             attack.start()
             time.sleep(1.0)
-            answers = asking.latencies(running.port, good, rate / 4, extent.seconds)
+            answers = load_client.latencies(running.port, good, rate / 4, extent.seconds)
             attack.join()
             if attack.exitcode:
-                raise scene.BenchmarkError("a revoked device was not denied")
+                raise fixtures.BenchmarkError("a revoked device was not denied")
             shed += sum(count for text, count in answers.texts.items() if text != b"200 allow")
             return 1000 * answers.quantile(0.99)
 
@@ -335,8 +335,8 @@ def overload(stage: Stage) -> dict[str, Any]:
 
 def _attack(port: int, forms: list[str], rate: float, seconds: float) -> None:
     os.nice(_CLIENTS_GIVE_WAY)
-    requests = [asking.http_post("/auth/user", form) for form in forms]
-    answers = uvloop.run(asking.open_loop(port, requests, rate, seconds, 8))
+    requests = [load_client.http_post("/auth/user", form) for form in forms]
+    answers = uvloop.run(load_client.open_loop(port, requests, rate, seconds, 8))
     if set(answers.texts) != {b"200 deny"}:
         sys.exit(1)
 

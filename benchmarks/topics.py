@@ -10,7 +10,7 @@ from typing import Any
 from authbackend.policy import decide
 from authbackend.policy.rules import Effect, Permission, RuleSet, TopicRule, Values
 from authbackend.policy.topics import MOST_WORDS_WITH_MANY
-from authbackend.registry.compiled import CompiledDevices
+from authbackend.registry.device_cache import CompiledDevices
 
 LONG = 32_000
 _SAME = ".".join(["a"] * LONG)

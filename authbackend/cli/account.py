@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from authbackend.broker.passwords import hash_password
+from authbackend.passwords import hash_password
 from authbackend.cli.common import actor, json_option, run, show, show_change, table, target_of, wait_options
 from authbackend.errors import InvalidInput
 from authbackend.policy.names import RABBITMQ_TAGS
-from authbackend.postgres import editor
+from authbackend.postgres import registry_edits
 
 _SHORTEST_PASSWORD = 8
 _password_file = click.option(
@@ -78,7 +78,7 @@ def add(
     password_hash = hash_password(_password(password_file)) if login == "password" else None
     target = target_of(context)
     version = run(
-        editor.insert_account(target, actor(), name=name, login=login, password_hash=password_hash, lists=lists)
+        registry_edits.insert_account(target, actor(), name=name, login=login, password_hash=password_hash, lists=lists)
     )
     lines = [f"account {name} added, version {version}"]
     show_change(target, {"name": name, "version": version}, as_json, lambda: lines, wait_s)
@@ -98,7 +98,7 @@ def passwd(context: click.Context, name: str, password_file: Path | None, as_jso
     enforcement.clusters.
     """
     target = target_of(context)
-    version = run(editor.set_password(target, actor(), name, hash_password(_password(password_file))))
+    version = run(registry_edits.set_password(target, actor(), name, hash_password(_password(password_file))))
     lines = [f"password of {name} set, version {version}"]
     show_change(target, {"name": name, "version": version}, as_json, lambda: lines, wait_s)
 
@@ -108,7 +108,7 @@ def passwd(context: click.Context, name: str, password_file: Path | None, as_jso
 @click.pass_context
 def list_(context: click.Context, as_json: bool) -> None:
     """List accounts; of a password only whether it is set."""
-    found = run(editor.list_accounts(target_of(context)))
+    found = run(registry_edits.list_accounts(target_of(context)))
     columns = (
         "name",
         "login",

@@ -23,13 +23,13 @@ from authbackend.cli.authorities import (
     write_pair,
 )
 from authbackend.cli.common import actor, json_option, run, show, target_of
-from authbackend.enrolment import record
+from authbackend.certificates.enroll import record
 from authbackend.errors import ConfigurationError, InvalidInput
 from authbackend.pki import signing
-from authbackend.pki.authority_folder import AuthorityFolder, Signed, create_authority, renew_intermediate
-from authbackend.pki.directory import RENEW_WITHIN, read_pair
+from authbackend.pki.ca import AuthorityFolder, Signed, create_authority, renew_intermediate
+from authbackend.pki.bench_certificates import RENEW_WITHIN, read_pair
 from authbackend.pki.profiles import Profile
-from authbackend.pki.reading import (
+from authbackend.pki.parsing import (
     KEY_KINDS,
     PKIError,
     PublicKey,
@@ -41,8 +41,8 @@ from authbackend.pki.reading import (
     server_names,
 )
 from authbackend.postgres.connection import Target, database_time
-from authbackend.postgres.editor import editing
-from authbackend.revocation import keep_authority
+from authbackend.postgres.registry_edits import editing
+from authbackend.certificates.crl_publisher import keep_authority
 
 offline_option = click.option(
     "--offline",

@@ -24,14 +24,14 @@ from authbackend.cli.common import (
     target_of,
 )
 from authbackend.errors import InvalidInput, Unconfirmed
-from authbackend.pki.authority_folder import AuthorityFolder
-from authbackend.pki.lists import HOLD, REASONS
+from authbackend.pki.ca import AuthorityFolder
+from authbackend.pki.crl import HOLD, REASONS
 from authbackend.postgres import certificates as store
 from authbackend.postgres import enforcement
 from authbackend.postgres.connection import Target, connected
-from authbackend.postgres.editor import editing
-from authbackend.postgres.lists import StoredList
-from authbackend.revocation import keep_authority, sign
+from authbackend.postgres.registry_edits import editing
+from authbackend.postgres.crls import StoredList
+from authbackend.certificates.crl_publisher import keep_authority, sign
 
 _DURATION = re.compile(r"(\d{1,5})([dhw])")
 _UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}

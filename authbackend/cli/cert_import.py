@@ -15,9 +15,9 @@ import click
 from authbackend.cli.authorities import read_input
 from authbackend.cli.common import printable
 from authbackend.pki.bundle import blocks, read_record
-from authbackend.pki.lists import HOLD
+from authbackend.pki.crl import HOLD
 from authbackend.pki.openssl_index import index_of
-from authbackend.pki.reading import PKIError, read_certificate
+from authbackend.pki.parsing import PKIError, read_certificate
 from authbackend.postgres import certificates as store
 from authbackend.postgres.certificates import CertificateRow
 from authbackend.postgres.connection import Connection, Target, connected, name_actor

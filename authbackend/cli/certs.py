@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from authbackend.cli.common import json_option, show
-from authbackend.pki.authority import PKIError
-from authbackend.pki.directory import Outcome, make_certificates
+from authbackend.pki.bench_ca import PKIError
+from authbackend.pki.bench_certificates import Outcome, make_certificates
 
 _PURPOSE = {
     "ca": "authority of devices and broker; ca.pem goes to every device and to the broker",

@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 
 import click
 
-from authbackend import ground
+from authbackend.service import replica
 from authbackend.enforcement.tasks import Pause
 from authbackend.errors import AuthbackendError, Unconfirmed
-from authbackend.postgres import editor, enforcement, replicas
+from authbackend.postgres import registry_edits, enforcement, replicas
 from authbackend.postgres.connection import Target
 from authbackend.settings import Settings, load
 
@@ -66,7 +66,7 @@ def target_of(context: click.Context) -> Target:
     Raises:
         ConfigurationError: None is set.
     """
-    return ground.target(settings_of(context), "authbackend cli")
+    return replica.target(settings_of(context), "authbackend cli")
 
 
 def wait_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,7 +113,7 @@ def show_change(
     if wait_s is not None:
         began = time.monotonic()
         try:
-            version = result["version"] or run(editor.present_version(target))
+            version = result["version"] or run(registry_edits.present_version(target))
             result["confirmed_by"] = [found["name"] for found in run(replicas.wait(target, version, wait_s))]
         except Unconfirmed as error:
             fault, result["confirmed_by"] = error, None

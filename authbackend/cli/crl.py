@@ -16,18 +16,18 @@ from authbackend.cli.authorities import authority_argument, file_type, folder_ty
 from authbackend.cli.common import actor, json_option, run, settings_of, show, table, target_of
 from authbackend.errors import Conflict, InvalidInput, NotFound
 from authbackend.pki import signing
-from authbackend.pki.authority_folder import AuthorityFolder
+from authbackend.pki.ca import AuthorityFolder
 from authbackend.pki.client_tls import ClientTLS
-from authbackend.pki.lists import HOLD, RevocationList, age_fault, check_entries, entries_of, list_pem, read_list
-from authbackend.pki.reading import Certificate, PKIError, read_certificates
-from authbackend.pki.sync import Sync, Synced
+from authbackend.pki.crl import HOLD, RevocationList, age_fault, check_entries, entries_of, list_pem, read_list
+from authbackend.pki.parsing import Certificate, PKIError, read_certificates
+from authbackend.pki.crl_sync import Sync, Synced
 from authbackend.postgres import certificates as store
-from authbackend.postgres import lists
+from authbackend.postgres import crls
 from authbackend.postgres.connection import Target, connected
-from authbackend.postgres.editor import editing
-from authbackend.postgres.lists import StoredAuthority, StoredList
-from authbackend.revocation import InstallReporter, Keeper, keep_authority
-from authbackend.revocation import sign as sign_list
+from authbackend.postgres.registry_edits import editing
+from authbackend.postgres.crls import StoredAuthority, StoredList
+from authbackend.certificates.crl_publisher import InstallReporter, Keeper, keep_authority
+from authbackend.certificates.crl_publisher import sign as sign_list
 
 _distribution_point = click.option(
     "--distribution-point",
@@ -145,8 +145,8 @@ async def _take_over(
     listed = [(one.serial, one.reason or "unspecified", one.revoked_at) for one in entries if one.reason != HOLD]
     async with editing(target, actor()) as connection:
         await store.keep_authority(connection, name, found.issuer, pem, ends)
-        await lists.lock_list(connection, name)
-        moment = await lists.fetch_moment(connection, found.issuer)
+        await crls.lock_list(connection, name)
+        moment = await crls.fetch_moment(connection, found.issuer)
         if fault := age_fault(found, moment.now):
             raise InvalidInput(f"the list cannot be used: {fault}")
         if moment.kept is not None and found.number < moment.kept:
@@ -154,14 +154,14 @@ async def _take_over(
                 f"number {found.number} is older than number {moment.kept}, which its lists have reached; nothing was changed"
             )
         stored = StoredList(found.number, found.this_update, found.next_update, found.der)
-        await lists.keep_list(connection, name, stored, [serial for serial, _, _ in listed])
+        await crls.keep_list(connection, name, stored, [serial for serial, _, _ in listed])
         revoked, unknown = await store.revoke_listed(connection, found.issuer, listed)
     return revoked, unknown, len(entries) - len(listed)
 
 
 async def _authorities(target: Target, name: str | None = None) -> list[StoredAuthority]:
     async with connected(target) as connection:
-        return await lists.fetch_authorities(connection, name)
+        return await crls.fetch_authorities(connection, name)
 
 
 @crl.command("list")
@@ -319,14 +319,14 @@ def hosts(context: click.Context, forget: str | None, as_json: bool) -> None:
     """
     target = target_of(context)
     if forget:
-        run(lists.forget_node(target, actor(), forget))
+        run(crls.forget_node(target, actor(), forget))
     found = [
         {
             **row,
             "next_update": row["next_update"].isoformat(timespec="seconds"),
             "reported_at": row["reported_at"].isoformat(timespec="seconds"),
         }
-        for row in run(lists.list_installed(target))
+        for row in run(crls.list_installed(target))
     ]
     shown = [{**row, "counts": "yes" if row["counts"] else "no"} for row in found]
     columns = ("node", "role", "issuer", "number", "next_update", "reported_at", "counts")

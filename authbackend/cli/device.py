@@ -20,10 +20,10 @@ from authbackend.cli.common import (
     wait_options,
     who,
 )
-from authbackend.document.read import parse_time
+from authbackend.policy_file.read import parse_time
 from authbackend.errors import InvalidInput
 from authbackend.policy.rules import Status
-from authbackend.postgres import editor
+from authbackend.postgres import registry_edits
 from authbackend.postgres.connection import Target
 from authbackend.postgres.enforcement import is_enabled
 
@@ -41,7 +41,7 @@ def device() -> None:
 @click.pass_context
 def list_(context: click.Context, device_type: str | None, status: str | None, limit: int, as_json: bool) -> None:
     """List devices by id."""
-    found = run(editor.list_devices(target_of(context), device_type=device_type, status=status, limit=limit))
+    found = run(registry_edits.list_devices(target_of(context), device_type=device_type, status=status, limit=limit))
 
     def lines() -> Iterator[str]:
         yield from table(found, ("device_id", "common_name", "type", "status", "status_reason", "expires_at"))
@@ -57,7 +57,7 @@ def list_(context: click.Context, device_type: str | None, status: str | None, l
 @click.pass_context
 def show_(context: click.Context, name: str, as_json: bool) -> None:
     """Show a device, by its id or common name, and the rules it is decided by."""
-    found = run(editor.get_device(target_of(context), name))
+    found = run(registry_edits.get_device(target_of(context), name))
 
     def lines() -> Iterator[str]:
         for key in ("device_id", "common_name", "type", "status", "status_reason", "status_changed_at", "expires_at"):
@@ -105,7 +105,7 @@ def add(
     expires_at = _time("--expires", expires)
     target = target_of(context)
     version = run(
-        editor.insert_device(
+        registry_edits.insert_device(
             target,
             actor(),
             device_id=device_id,
@@ -137,7 +137,7 @@ def _change(
     until: datetime | None = None,
 ) -> None:
     target = target_of(context)
-    version = run(editor.set_device_status(target, actor(), device_id, status, reason, until))
+    version = run(registry_edits.set_device_status(target, actor(), device_id, status, reason, until))
     end = f"is {status} already; nothing was changed" if version is None else f"is {status}, version {version}"
     if until is not None:
         end += f", to be active again at {until.isoformat()}"
@@ -194,7 +194,7 @@ def revoke(
         _change(context, device_id, "revoked", reason, as_json, wait_s)
         return
     target = target_of(context)
-    version = run(editor.schedule_device_status(target, actor(), device_id, "revoked", reason, due))
+    version = run(registry_edits.schedule_device_status(target, actor(), device_id, "revoked", reason, due))
     result = {"device_id": device_id, "status": "revoked", "at": due.isoformat(), "version": version}
     _warn_of_schedule(target)
     show_change(target, result, as_json, lambda: [f"device {device_id} is to be revoked at {due.isoformat()}"], wait_s)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from authbackend import enrolment
+from authbackend.certificates import enroll as certificates_enroll
 from authbackend.cli.authorities import (
     file_type,
     folder_type,
@@ -22,14 +22,14 @@ from authbackend.cli.authorities import (
 )
 from authbackend.cli.ca import lines_of, result_of
 from authbackend.cli.common import actor, json_option, run, show, target_of
-from authbackend.enrolment import Enrolled, Request
+from authbackend.certificates.enroll import Enrolled, Request
 from authbackend.errors import InvalidInput
 from authbackend.pki import signing
-from authbackend.pki.authority_folder import AuthorityFolder
+from authbackend.pki.ca import AuthorityFolder
 from authbackend.pki.files import write_file
 from authbackend.pki.profiles import Profile
 from authbackend.postgres.connection import Target
-from authbackend.postgres.editor import editing
+from authbackend.postgres.registry_edits import editing
 
 COLUMNS = ("device_id", "type", "common_name", "csr")
 _ONE_DAY_MANY = 100
@@ -107,7 +107,7 @@ async def _enroll(
     target: Target, authority: AuthorityFolder, profile: Profile, requests: list[Request]
 ) -> list[Enrolled]:
     async with editing(target, actor()) as connection:
-        return await enrolment.enroll(connection, authority, profile, requests)
+        return await certificates_enroll.enroll(connection, authority, profile, requests)
 
 
 def _many(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import click
 
-from authbackend import ground
-from authbackend.admin.explanations import ACTIONS, as_text
-from authbackend.admin.explanations import as_json as to_json
+from authbackend.service import replica
+from authbackend.api.explanations import ACTIONS, as_text
+from authbackend.api.explanations import as_json as to_json
 from authbackend.cli.common import json_option, run, settings_of, show
 from authbackend.policy.decide import DecisionSettings
 from authbackend.policy.explain import Attempt
 from authbackend.policy.explain import explain as explain_attempt
-from authbackend.postgres import excerpt
+from authbackend.postgres import partial_registry
 
 DENIED = 6
 
@@ -40,7 +40,7 @@ def explain(
     nearest ones and what is missing. Exit code 0 when allowed, 6 when denied.
     """
     settings = settings_of(context)
-    registry, found = run(excerpt.registry_around(ground.target(settings, "authbackend cli"), device, client_id))
+    registry, found = run(partial_registry.registry_around(replica.target(settings, "authbackend cli"), device, client_id))
     attempt = Attempt(ACTIONS[action], topic, client_id, vhost, address)
     explanation = explain_attempt(
         registry, found, attempt, registry.now, DecisionSettings(settings.broker.mqtt_exchange)

@@ -10,9 +10,11 @@ from pathlib import Path
 import click
 from pydantic import SecretStr
 
-from authbackend import bootstrap, ground, logs, revocation, supervisor
+from authbackend.service import components, replica, supervisor
+from authbackend import logs
+from authbackend.certificates import crl_publisher
 from authbackend.cli.common import json_option, run, settings_of, show, target_of
-from authbackend.document.read import read
+from authbackend.policy_file.read import read
 from authbackend.errors import ConfigurationError, Unavailable
 from authbackend.postgres import migrate as migrations
 from authbackend.postgres import policy_apply
@@ -49,9 +51,9 @@ def serve(context: click.Context, folder: Path | None, sample: bool, workers: in
             "--sample goes with --embedded DIR; for your own database: authbackend policy apply FILE"
         )
     logs.configure(settings.log.format, settings.log.level)
-    bootstrap.broker_tls(settings.broker)  # say what is wrong before anything is started
-    bootstrap.health_tls(settings.health)
-    revocation.open_authority(settings.pki)
+    components.broker_tls(settings.broker)  # say what is wrong before anything is started
+    components.health_tls(settings.health)
+    crl_publisher.open_authority(settings.pki)
     with _database(settings, folder, sample) as ready:
         supervisor.serve(ready, lambda where: _greet(ready, where, folder, sample))
 
@@ -59,7 +61,7 @@ def serve(context: click.Context, folder: Path | None, sample: bool, workers: in
 @contextlib.contextmanager
 def _database(settings: Settings, folder: Path | None, sample: bool) -> Iterator[Settings]:
     if folder is None:
-        _require_migrated(ground.target(settings))
+        _require_migrated(replica.target(settings))
         yield settings
         return
     if settings.database.dsn is not None:
@@ -76,7 +78,7 @@ def _database(settings: Settings, folder: Path | None, sample: bool) -> Iterator
                 ),
             }
         )
-        target = ground.target(ready)
+        target = replica.target(ready)
         applied = run(migrations.migrate(target))
         if applied:
             _say(f"applied {len(applied)} migrations")
@@ -109,7 +111,7 @@ def _greet(settings: Settings, where: dict[str, str], folder: Path | None, sampl
     )
     if folder is None:
         return
-    dsn = ground.target(settings).dsn
+    dsn = replica.target(settings).dsn
     _say(f"database: {dsn}  (psql: {tools() / 'psql'} '{dsn}')")
     _say(f"for the other commands in another shell:  export AUTHBACKEND_DATABASE__DSN='{dsn}'")
     if sample and is_loopback(settings.admin.listen) and where["broker"].startswith("http:"):

@@ -13,7 +13,7 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from authbackend.pki import der
-from authbackend.pki.reading import PKIError, Record, key_fingerprint, recordable
+from authbackend.pki.parsing import PKIError, Record, key_fingerprint, recordable
 
 _LONGEST_BYTES = 65536
 _BOUNDARY = re.compile(rb"-----(BEGIN|END) ([A-Z0-9 ]+)-----")

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 
 from authbackend.pki import der
-from authbackend.pki.lists import REASONS, Entry
-from authbackend.pki.reading import MOST_SERIAL_DIGITS, PKIError
+from authbackend.pki.crl import REASONS, Entry
+from authbackend.pki.parsing import MOST_SERIAL_DIGITS, PKIError
 
 _REASONS = {name.lower(): name for name in REASONS} | {
     "keytime": "keyCompromise",

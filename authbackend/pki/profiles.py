@@ -11,7 +11,7 @@ from typing import Any, Literal
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from authbackend.pki.reading import KEY_KINDS, PKIError
+from authbackend.pki.parsing import KEY_KINDS, PKIError
 
 Purpose = Literal["client", "server"]
 

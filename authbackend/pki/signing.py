@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
 
-from authbackend.pki.reading import PKIError, PrivateKey, PublicKey
+from authbackend.pki.parsing import PKIError, PrivateKey, PublicKey
 
 LONGEST_COMMON_NAME = 64
 """RFC 5280 appendix A: ub-common-name."""

@@ -13,7 +13,7 @@ from typing import Any
 import asyncpg
 
 from authbackend.errors import AuthbackendError, Conflict, Forbidden, InvalidInput, Unavailable, Unwritable
-from authbackend.postgres.faults import connection_fault
+from authbackend.postgres.connection_errors import connection_fault
 from authbackend.postgres.pooling import check_pooling
 from authbackend.postgres.uri import ConnectionURI, parse, tls_context
 

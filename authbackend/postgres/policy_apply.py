@@ -20,12 +20,12 @@ from typing import Any, TypeVar
 
 import asyncpg
 
-from authbackend.document.changes import Applied, Impact, Planned, change_of, shown
-from authbackend.document.model import Document
+from authbackend.policy_file.changes import Applied, Impact, Planned, change_of, shown
+from authbackend.policy_file.model import Document
 from authbackend.errors import AuthbackendError, Conflict, InvalidInput, Unavailable
 from authbackend.postgres.connection import Connection, Target, connected, name_actor, translated_errors
 from authbackend.postgres.locks import APPLY
-from authbackend.postgres.policy_store import (
+from authbackend.postgres.policy_file import (
     RULES,
     TYPES,
     Table,
@@ -36,7 +36,7 @@ from authbackend.postgres.policy_store import (
     tables,
     work_out,
 )
-from authbackend.postgres.waiting import GaveWay, Watch, watching
+from authbackend.postgres.lock_waits import GaveWay, Watch, watching
 
 PAUSES_S = (0.5, 1.0, 2.0)
 """Before each further attempt, when the last one gave way."""

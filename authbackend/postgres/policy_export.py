@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from authbackend.document.model import AccountEntry, DeviceEntry, DeviceTypeEntry, Document, RuleEntry
+from authbackend.policy_file.model import AccountEntry, DeviceEntry, DeviceTypeEntry, Document, RuleEntry
 from authbackend.postgres.connection import Target, connected
-from authbackend.postgres.policy_store import patient
+from authbackend.postgres.policy_file import patient
 
 
 async def export(target: Target) -> Document:

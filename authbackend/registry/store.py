@@ -24,8 +24,8 @@ from authbackend import clocks
 from authbackend.errors import NoRoom, Unavailable
 from authbackend.policy.rules import Account, Device, DeviceType
 from authbackend.registry import records
-from authbackend.registry.compiled import CompiledDevices
-from authbackend.registry.mark import Mark
+from authbackend.registry.device_cache import CompiledDevices
+from authbackend.registry.position import Mark
 from authbackend.registry.records import DeviceRow, Patch
 
 DATA_FILE = "data.mdb"

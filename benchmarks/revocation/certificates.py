@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.revocation.stage import Device, accounts_file
+from benchmarks.revocation.environment import Device, accounts_file
 from tests.broker.identities import Certificates, Identity
 from tests.broker.mounts import remove_tree
 from tests.broker.revocation import DOORS, VERSIONS, Revocable, Tls

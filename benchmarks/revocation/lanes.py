@@ -28,9 +28,9 @@ import uvloop
 from authbackend.enforcement.management_api import Access, ManagementAPI
 from authbackend_load.fleet import Fleet
 from authbackend_load.plan import Plan
-from benchmarks import asking
-from benchmarks.revocation.inside import keep_connected, quantiles, say
-from benchmarks.revocation.stage import SENDER, Device, Options, Stage, stage
+from benchmarks import load_client
+from benchmarks.revocation.run import keep_connected, quantiles, say
+from benchmarks.revocation.environment import SENDER, Device, Options, Stage, stage
 from tests.broker.processes import HarnessError
 
 RATE = 20
@@ -243,9 +243,9 @@ def _ask(port: int, over: Any, found: Any) -> None:
     """Put the p99 of two seconds into a queue, once or until it is over; the one who measures waits for nobody."""
     os.setsid()
     os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
-    forms = [asking.topic_form(SENDER, f"fleet.{SENDER}.telemetry.x")]
+    forms = [load_client.topic_form(SENDER, f"fleet.{SENDER}.telemetry.x")]
     while True:
-        found.put(asking.latencies(port, forms, 300, 2.0).quantile(0.99))
+        found.put(load_client.latencies(port, forms, 300, 2.0).quantile(0.99))
         if over is None or over.is_set():
             return
 

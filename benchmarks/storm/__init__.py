@@ -21,4 +21,4 @@ def run(options: Options | None = None) -> dict[str, Any]:
     Raises:
         CannotRun: it could not run; what failed is on standard error.
     """
-    return run_inside("benchmarks.storm.inside", (options or Options()).as_dict())
+    return run_inside("benchmarks.storm.run", (options or Options()).as_dict())

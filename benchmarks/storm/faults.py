@@ -19,7 +19,7 @@ from authbackend_load.fleet import Fleet
 from authbackend_load.run import timeline
 from benchmarks.storm.processes import descendants
 from benchmarks.storm.rounds import Say, make_plan
-from benchmarks.storm.stage import RELAY_PORT, Stage
+from benchmarks.storm.environment import RELAY_PORT, Stage
 
 KILL_EVERY_S = 10.0
 CUT_EVERY_S = 1.0

@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 from benchmarks.storm.rounds import Say, make_plan, storm
-from benchmarks.storm.stage import Stage
+from benchmarks.storm.environment import Stage
 from tests.broker.node import RABBITMQ_FILES
 
 QUIET = RABBITMQ_FILES / "conf.d-optional/quiet-logins.conf"

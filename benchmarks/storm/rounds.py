@@ -11,7 +11,7 @@ from authbackend_load.plan import STEPS, Plan
 from authbackend_load.record import Record
 from authbackend_load.run import timeline
 from benchmarks.storm import processes
-from benchmarks.storm.stage import Stage
+from benchmarks.storm.environment import Stage
 
 Say = Callable[[str], None]
 WARM_UP = 300

@@ -14,8 +14,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from authbackend.pki import der
-from authbackend.pki.authority import Authority, Issued
-from authbackend.pki.directory import make_certificates
+from authbackend.pki.bench_ca import Authority, Issued
+from authbackend.pki.bench_certificates import make_certificates
 
 
 @dataclass(frozen=True, slots=True)

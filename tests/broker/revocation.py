@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from authbackend.pki.authority_folder import AuthorityFolder
+from authbackend.pki.ca import AuthorityFolder
 
 from .identities import Certificates, Identity, with_serial
 from .mqtt import HOST

@@ -13,8 +13,8 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 
-from authbackend.pki.lists import list_pem, read_list
-from authbackend.pki.reading import PKIError
+from authbackend.pki.crl import list_pem, read_list
+from authbackend.pki.parsing import PKIError
 
 from .conftest import make_service
 from .fleet import Fleet

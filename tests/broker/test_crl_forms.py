@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from authbackend.pki.lists import Entry, issuer_hash, list_pem, sign_list
+from authbackend.pki.crl import Entry, issuer_hash, list_pem, sign_list
 
 from .conftest import ROOT
 from .identities import Certificates, Identity

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from authbackend.cli import main
-from authbackend.pki.authority_folder import create_authority
+from authbackend.pki.ca import create_authority
 from tests.support.postgres import connected, run
 
 PASSPHRASE, ROOT_PASSPHRASE = "correct horse battery", "staple in a vault"

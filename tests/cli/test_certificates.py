@@ -12,8 +12,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from authbackend.pki import signing
-from authbackend.pki.lists import Entry, entries_of, sign_list
-from authbackend.pki.reading import new_key, read_certificate, read_certificates, read_key, server_names
+from authbackend.pki.crl import Entry, entries_of, sign_list
+from authbackend.pki.parsing import new_key, read_certificate, read_certificates, read_key, server_names
 from tests.cli.conftest import PASSPHRASE
 
 KEY = new_key("ec-p256")

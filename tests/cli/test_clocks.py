@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from authbackend.pki.reading import read_certificate
+from authbackend.pki.parsing import read_certificate
 from tests.cli.test_certificates import request
 from tests.support.clock import set_time_of_day
 

@@ -10,9 +10,9 @@ from urllib.parse import parse_qs, urlsplit
 import argon2
 import pytest
 
-from authbackend.credentials import read_dsn, read_password
+from authbackend.secrets import read_dsn, read_password
 from authbackend.errors import ConfigurationError, Unavailable
-from authbackend.ground import target
+from authbackend.service.replica import target
 from authbackend.postgres.uri import parse, tls_context
 from authbackend.settings import Database, Enforcement, load
 from tests.cli.test_certificates import as_json

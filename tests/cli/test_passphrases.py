@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from authbackend.pki import signing
-from authbackend.pki.authority_folder import AuthorityFolder
+from authbackend.pki.ca import AuthorityFolder
 from authbackend.pki.files import write_file
-from authbackend.pki.reading import PKIError, read_key
+from authbackend.pki.parsing import PKIError, read_key
 from tests.cli.conftest import PASSPHRASE, ROOT_PASSPHRASE
 
 NOT_SET = {"AUTHBACKEND_CA_PASSPHRASE": "", "AUTHBACKEND_CA_ROOT_PASSPHRASE": ""}

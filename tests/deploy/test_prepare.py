@@ -10,8 +10,8 @@ import pytest
 import yaml
 from cryptography.hazmat.primitives import serialization
 
-from authbackend.pki.authority import Authority
-from authbackend.pki.reading import read_certificate, read_certificates, server_names
+from authbackend.pki.bench_ca import Authority
+from authbackend.pki.parsing import read_certificate, read_certificates, server_names
 
 REPO = Path(__file__).parent.parent.parent
 COPIED = ("deploy", "rabbitmq", "sql", "authbackend/sample-fleet.yaml", "docker-compose.yml")

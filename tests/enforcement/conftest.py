@@ -23,8 +23,8 @@ from authbackend.policy.decide import DecisionSettings
 from authbackend.postgres.connection import Target
 from authbackend.postgres.enforcement import leading, open_store
 from authbackend.postgres.replicas import Announcer, Identity
-from authbackend.registry.boots import Boot
-from authbackend.registry.presence import Peers, Presence
+from authbackend.registry.identity import Boot
+from authbackend.registry.announcer import Peers, Presence
 from authbackend.registry.store import Store
 from tests.support.memory_cluster import Broker, MemoryCluster
 from tests.support.registry import Following, following

@@ -18,8 +18,8 @@ from authbackend.policy import decide
 from authbackend.policy.requests import VhostRequest
 from authbackend.postgres import enforcement
 from authbackend.postgres.connection import Target
-from authbackend.postgres.feed import ChangeFeed
-from authbackend.postgres.lists import StoredList, keep_list
+from authbackend.postgres.change_feed import ChangeFeed
+from authbackend.postgres.crls import StoredList, keep_list
 from tests.enforcement.conftest import Rig
 from tests.support.memory_cluster import Broker, MemoryCluster
 from tests.support.postgres import connected

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from authbackend.postgres.feed import ChangeFeed
+from authbackend.postgres.change_feed import ChangeFeed
 from tests.enforcement.conftest import Rig
 
 BEHIND_S = 3600.0

@@ -28,24 +28,24 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from prometheus_client import CollectorRegistry
 
-from authbackend.broker import wire
-from authbackend.broker.endpoints import QUESTIONS, Endpoints, Limits
+from authbackend.broker import protocol
+from authbackend.broker.handlers import QUESTIONS, Endpoints, Limits
 from authbackend.cli.cert_import import Report, _stream
 from authbackend.cli.enroll import _requests
-from authbackend.document.devices import parse_devices
-from authbackend.document.lint import lint
-from authbackend.document.model import DeviceEntry, Problem
-from authbackend.document.read import decode, read
-from authbackend.document.write import write
+from authbackend.policy_file.devices import parse_devices
+from authbackend.policy_file.lint import lint
+from authbackend.policy_file.model import DeviceEntry, Problem
+from authbackend.policy_file.read import decode, read
+from authbackend.policy_file.write import write
 from authbackend.errors import ConfigurationError, InvalidInput
 from authbackend.logs import Sampler
 from authbackend.metrics import BrokerMetrics
 from authbackend.pki import der, signing
 from authbackend.pki.bundle import blocks, read_record
-from authbackend.pki.lists import age_fault, check_entries, entries_of, list_pem, read_list
+from authbackend.pki.crl import age_fault, check_entries, entries_of, list_pem, read_list
 from authbackend.pki.openssl_index import index_of
 from authbackend.pki.profiles import read_configuration
-from authbackend.pki.reading import (
+from authbackend.pki.parsing import (
     LIBRARY_FAULTS,
     PKIError,
     Record,
@@ -425,13 +425,13 @@ def _read_otherwise(content: bytes) -> dict[str, str] | None:
     """Return the parameters that a form has by another reading; None if it is none that a broker sends."""
     try:
         text = content.decode()
-        found = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=wire.MOST_PARAMETERS)
+        found = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=protocol.MOST_PARAMETERS)
     except ValueError:
         return None
-    pairs = [(name, value) for name, value in found if name in wire._LIMITS]
+    pairs = [(name, value) for name, value in found if name in protocol._LIMITS]
     known = dict(pairs)
     bad = len(known) != len(pairs) or any(
-        "\0" in value or len(value.encode()) > wire._LIMITS[name] for name, value in pairs
+        "\0" in value or len(value.encode()) > protocol._LIMITS[name] for name, value in pairs
     )
     return None if bad or re.search("%(?![0-9A-Fa-f]{2})", text) else known
 
@@ -526,7 +526,7 @@ READERS = {
             "username=amqp-machine&vhost=%2F&resource=exchange&name=events&permission=write&variable_map.username=amqp-machine",
         ),
         (
-            *(f"{name}=" for name in wire._LIMITS),
+            *(f"{name}=" for name in protocol._LIMITS),
             "&",
             "%00",
             "%C3%A9",

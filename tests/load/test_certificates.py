@@ -8,9 +8,9 @@ from pathlib import Path
 from click.testing import CliRunner, Result
 from cryptography import x509
 
-from authbackend.document.devices import read_devices
-from authbackend.document.lint import lint
-from authbackend.document.read import read
+from authbackend.policy_file.devices import read_devices
+from authbackend.policy_file.lint import lint
+from authbackend.policy_file.read import read
 from authbackend_load.cli import main
 from authbackend_load.plan import read_identities
 

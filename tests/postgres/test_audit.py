@@ -8,7 +8,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from authbackend.postgres import editor
+from authbackend.postgres import registry_edits
 from authbackend.postgres.connection import Target
 from tests.postgres.test_constraints import HASH
 from tests.support.postgres import Server, connected
@@ -66,7 +66,7 @@ async def test_the_actor_of_one_transaction_is_not_that_of_the_next(scratch: asy
     target = Target(dsn)
     async with connected(dsn) as connection:
         await connection.execute("insert into device_type (name) values ('agv')")
-        await editor.insert_device(target, "bob", device_id="d1", device_type="agv")
+        await registry_edits.insert_device(target, "bob", device_id="d1", device_type="agv")
         await connection.execute("update device set status = 'suspended'")
         assert [(row["operation"], row["claimed_by"]) for row in await trail(connection, "device")] == [
             ("INSERT", "bob"),
@@ -240,7 +240,7 @@ async def test_the_trail_cannot_be_redirected_by_a_search_path(scratch: asyncpg.
 async def test_the_version_in_the_trail_is_the_one_that_an_edit_returns(dsn: str, postgres: Server) -> None:
     async with connected(dsn) as connection:
         await connection.execute("insert into device_type (name) values ('agv')")
-        version = await editor.insert_device(Target(dsn), "bob", device_id="d1", device_type="agv")
+        version = await registry_edits.insert_device(Target(dsn), "bob", device_id="d1", device_type="agv")
         assert (
             await connection.fetchval("select version::text from audit where key = 'd1'") == version.partition("@")[0]
         )

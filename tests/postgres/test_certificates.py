@@ -10,7 +10,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from authbackend.postgres import certificates, lists
+from authbackend.postgres import certificates, crls
 from authbackend.postgres.statements import load_statements
 from tests.postgres.test_constraints import add_device, add_type, refused
 from tests.support.postgres import connected
@@ -358,7 +358,7 @@ async def test_numbers_go_on_after_a_list_or_its_authority_was_deleted(
     await add_authority(scratch, "again")
     assert "older than number 5" in await refused(scratch, insert_list.format("again", 4, "01"))
     assert "another list with number 5" in await refused(scratch, insert_list.format("again", 5, "02"))
-    assert (await lists.fetch_moment(scratch, "CN=CA")).highest == 5
+    assert (await crls.fetch_moment(scratch, "CN=CA")).highest == 5
     await scratch.execute(insert_list.format("again", 6, "02"))
 
 
@@ -411,9 +411,9 @@ async def test_two_that_sign_at_once_wait_for_each_other(dsn: str) -> None:
     try:
         first = one.transaction()
         await first.start()
-        await lists.lock_list(one, "fleet")
+        await crls.lock_list(one, "fleet")
         async with two.transaction():
-            waiting = asyncio.create_task(lists.lock_list(two, "fleet"))
+            waiting = asyncio.create_task(crls.lock_list(two, "fleet"))
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(waiting), 0.2)
             await first.rollback()
@@ -448,6 +448,6 @@ async def test_what_ends_soon_is_counted_by_type_without_what_has_a_successor(sc
     await certificate("server", 5)
     await certificate("old server", 4)
     await certificate("old server", 300)
-    found = await lists.fetch_expiring(scratch)
+    found = await crls.fetch_expiring(scratch)
     assert found.within == {"agv": (1, 2, 3), "unknown": (1, 1, 1)}
     assert (found.expired, found.most_on_a_day) == (1, 2)

@@ -10,12 +10,12 @@ import asyncpg
 import pytest
 
 from authbackend.errors import Unavailable
-from authbackend.postgres import editor
+from authbackend.postgres import registry_edits
 from authbackend.postgres.connection import Target
-from authbackend.postgres.feed import ChangeFeed
-from authbackend.registry.mark import Mark
+from authbackend.postgres.change_feed import ChangeFeed
+from authbackend.registry.position import Mark
 from authbackend.registry.records import Patch
-from authbackend.registry.sync import Look, SyncTimes
+from authbackend.registry.follower import Look, SyncTimes
 from tests.support.postgres import Server, connected, until
 from tests.support.registry import DeafFeed, Following, copied, fleet, following, loaded
 
@@ -390,7 +390,7 @@ async def test_a_copy_serves_a_version_from_the_refresh_that_saw_it(
         transaction = writer.transaction()
         await transaction.start()
         open_version = int(await writer.fetchval("select pg_current_xact_id()::text"))
-        printed = await editor.set_device_status(Target(dsn), "ann", "d1", "revoked", "")
+        printed = await registry_edits.set_device_status(Target(dsn), "ann", "d1", "revoked", "")
         assert printed is not None
         version = int(printed.partition("@")[0])
         assert version is not None

@@ -21,10 +21,10 @@ from authbackend.policy import decide
 from authbackend.policy.requests import LoginRequest
 from authbackend.postgres import migrate as migrations
 from authbackend.postgres.connection import Target
-from authbackend.postgres.feed import ChangeFeed
+from authbackend.postgres.change_feed import ChangeFeed
 from authbackend.postgres.statements import SQL
-from authbackend.registry.mark import Mark
-from authbackend.registry.sync import SyncTimes
+from authbackend.registry.position import Mark
+from authbackend.registry.follower import SyncTimes
 from tests.support.postgres import Server, connected, run, until
 from tests.support.registry import Following, copied, fleet, following, loaded
 

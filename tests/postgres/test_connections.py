@@ -7,12 +7,12 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from authbackend import ground
+from authbackend.service import replica
 from authbackend.errors import ConfigurationError, Unavailable
-from authbackend.pki.authority import Authority
+from authbackend.pki.bench_ca import Authority
 from authbackend.postgres import connection as connections
 from authbackend.postgres.connection import Target, connect, connected
-from authbackend.postgres.feed import ChangeFeed
+from authbackend.postgres.change_feed import ChangeFeed
 from authbackend.settings import load
 from tests.support.tls_front import TLSFront
 
@@ -223,7 +223,7 @@ async def test_a_new_password_in_the_file_is_used_for_the_next_connection(postgr
             await owner.execute("create role rotating login password 'first'")
             await owner.execute("select pg_reload_conf()")
             file.write_text("first\n")
-            target = ground.target(settings)
+            target = replica.target(settings)
             async with connected(target) as connection:
                 await owner.execute("alter role rotating password 'second'")
                 with pytest.raises(Unavailable, match="refuses the role"):

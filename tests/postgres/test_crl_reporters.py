@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 
 from authbackend.errors import AuthbackendError, Forbidden, InvalidInput
-from authbackend.postgres import lists
+from authbackend.postgres import crls
 from authbackend.postgres.connection import Target
 from tests.postgres.test_roles import ADMIN, OUTSIDER, READER, SERVICE, give_roles
 from tests.support.postgres import Server, connected
@@ -34,11 +34,11 @@ async def target(
 
 
 async def report(target: Target, node: str, number: int = 5, counts_s: float = 220.0, issuer: str = "CN=ca") -> None:
-    await lists.report_list(target, node, issuer, number, datetime.now(UTC) + timedelta(days=1), counts_s)
+    await crls.report_list(target, node, issuer, number, datetime.now(UTC) + timedelta(days=1), counts_s)
 
 
 async def installed(target: Target) -> list[tuple[str, str, str, bool]]:
-    return [(row["node"], row["role"], row["number"], row["counts"]) for row in await lists.list_installed(target)]
+    return [(row["node"], row["role"], row["number"], row["counts"]) for row in await crls.list_installed(target)]
 
 
 async def test_a_role_reports_for_its_node_and_for_no_other(target: Callable[..., Target]) -> None:
@@ -76,7 +76,7 @@ async def test_a_node_that_was_forgotten_may_be_reported_by_another_role(
     target: Callable[..., Target], connection: asyncpg.Connection
 ) -> None:
     await report(target("crl_one"), "rabbit@one", 5)
-    await lists.forget_node(target(ADMIN), "ann@ops1", "rabbit@one")
+    await crls.forget_node(target(ADMIN), "ann@ops1", "rabbit@one")
     await report(target("crl_two"), "rabbit@one", 6)
     assert await installed(target(READER)) == [("rabbit@one", "crl_two", "6", True)]
     rows = await connection.fetch("select * from audit where entity in ('crl_reporter', 'crl_installed') order by id")
@@ -134,7 +134,7 @@ async def test_nobody_else_reports(target: Callable[..., Target], role: str) -> 
 async def test_who_reports_reads_and_forgets_nothing(target: Callable[..., Target]) -> None:
     with contextlib.suppress(AuthbackendError):
         await report(target("crl_one"), "rabbit@one")
-    for work in (lists.list_installed(target("crl_one")), lists.forget_node(target("crl_one"), "x", "rabbit@one")):
+    for work in (crls.list_installed(target("crl_one")), crls.forget_node(target("crl_one"), "x", "rabbit@one")):
         with pytest.raises(Forbidden):
             await work
     async with connected(target("crl_one").dsn) as host:

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from authbackend.document.changes import Planned
-from authbackend.document.model import AccountEntry, DeviceEntry, DeviceTypeEntry, Document, RuleEntry
-from authbackend.document.read import read
+from authbackend.policy_file.changes import Planned
+from authbackend.policy_file.model import AccountEntry, DeviceEntry, DeviceTypeEntry, Document, RuleEntry
+from authbackend.policy_file.read import read
 from authbackend.errors import AuthbackendError, Forbidden, InvalidInput, Unavailable
 from authbackend.postgres import policy_apply
 from authbackend.postgres.connection import Target
@@ -234,7 +234,7 @@ async def test_who_may_only_read_plans_without_the_impact(registry: Target, post
 async def test_a_plan_gives_way_and_says_so(
     registry: Target, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("authbackend.postgres.waiting.LOCK_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("authbackend.postgres.lock_waits.LOCK_TIMEOUT_S", 0.1)
     async with connection.transaction():
         await connection.execute("update device set status_reason = 'x' where device_id = 'D1'")
         found = await planned(registry, FLEET.replace("D1, type: T,", "D1, type: T, status: revoked,"))

@@ -13,9 +13,9 @@ from authbackend import __version__
 from authbackend.errors import Unavailable
 from authbackend.postgres import migrate as migrations
 from authbackend.postgres.connection import Target
-from authbackend.postgres.excerpt import registry_around
-from authbackend.postgres.feed import ChangeFeed
-from authbackend.postgres.fit import require_fit
+from authbackend.postgres.partial_registry import registry_around
+from authbackend.postgres.change_feed import ChangeFeed
+from authbackend.postgres.compatibility import require_fit
 from tests.support.postgres import connected, until
 from tests.support.registry import Following, copied, fleet, following
 
@@ -172,7 +172,7 @@ async def test_a_newer_schema_without_a_table_of_today_says_why_too(
 async def test_a_schema_that_changes_between_the_question_and_the_locks_is_not_decided_by(
     follower: Following, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from authbackend.postgres import feed
+    from authbackend.postgres import change_feed
 
     asked = 0
 
@@ -182,7 +182,7 @@ async def test_a_schema_that_changes_between_the_question_and_the_locks_is_not_d
         if asked > 1:  # the first answer is before the locks; what a migration did meanwhile is in the second
             require_fit(stated, "0.0.1")
 
-    monkeypatch.setattr(feed, "require_fit", between)
+    monkeypatch.setattr(change_feed, "require_fit", between)
     await connection.execute("update device set status = 'revoked' where device_id = 'd1'")
     with pytest.raises(Unavailable, match="or later, and this is 0\\.0\\.1"):
         await follower.copy.refresh()

@@ -7,9 +7,9 @@ import socket
 
 import pytest
 
-from authbackend.document.read import read
+from authbackend.policy_file.read import read
 from authbackend.errors import Conflict, Unavailable
-from authbackend.postgres import editor, locks, policy_apply, policy_store, waiting
+from authbackend.postgres import registry_edits, locks, policy_apply, policy_file, lock_waits
 from authbackend.postgres.connection import Target, connect, translated_errors
 from tests.postgres.test_constraints import HASH
 from tests.postgres.test_roles import ADMIN, give_roles
@@ -242,7 +242,7 @@ async def test_a_revocation_gets_through_while_rows_are_held_and_stays(registry,
         await (await session("psql")).execute("update device set status = 'revoked' where device_id = 'D1'")
     else:
         revoking = Target(registry.dsn, application_name="psql")
-        assert await editor.set_device_status(revoking, "bob", "D1", "revoked", "stolen")
+        assert await registry_edits.set_device_status(revoking, "bob", "D1", "revoked", "stolen")
     await transaction.rollback()
     with pytest.raises(Conflict, match='device D1: .*status: the plan saw "active", now "revoked"'):
         await task
@@ -300,7 +300,7 @@ async def test_who_waits_for_the_guard_of_names_gets_through(registry, session, 
         "insert into topic_rule (device_id, effect, action, topic) values ('D1', 'deny', 'publish', 'n')"
     )
     task = await begun(connection, idle, registry, text, say=said.append)
-    await editor.insert_account(registry, "bob", name="new", login="certificate", password_hash=None, lists={})
+    await registry_edits.insert_account(registry, "bob", name="new", login="certificate", password_hash=None, lists={})
     await transaction.rollback()
     applied = await task
     assert said
@@ -360,7 +360,7 @@ async def test_two_applies_take_turns(registry, session, connection, monkeypatch
     await transaction.start()
     await idle.execute("select from device where device_id = 'D2' for update")
     first = await begun(connection, idle, registry, MOVED, say=first_said.append)
-    monkeypatch.setattr(waiting, "LOCK_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(lock_waits, "LOCK_TIMEOUT_S", 0.05)
     second = asyncio.create_task(apply(registry, MOVED.replace("hamburg", "bremen"), say=said.append))
 
     async def told():
@@ -378,7 +378,7 @@ async def test_two_applies_take_turns(registry, session, connection, monkeypatch
 
 
 async def test_a_turn_that_does_not_come_is_told_with_the_one_who_has_it(registry, connection, monkeypatch):
-    monkeypatch.setattr(waiting, "LOCK_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(lock_waits, "LOCK_TIMEOUT_S", 0.05)
     monkeypatch.setattr(policy_apply, "TURN_S", 0.0)
     await connection.execute("select pg_advisory_lock($1)", locks.APPLY)
     with pytest.raises(Unavailable, match=f"another policy is being applied by pid {connection.get_server_pid()} "):
@@ -387,7 +387,7 @@ async def test_a_turn_that_does_not_come_is_told_with_the_one_who_has_it(registr
 
 @pytest.mark.parametrize("role", ["admin", "superuser"])
 async def test_an_idle_transaction_in_the_way_is_named(registry, session, connection, dsn, monkeypatch, role):
-    monkeypatch.setattr(waiting, "LOCK_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(lock_waits, "LOCK_TIMEOUT_S", 0.2)
     async with connected(dsn, server_settings={"application_name": "forgotten psql"}) as superuser:
         idle = await session("forgotten psql") if role == "admin" else superuser
         async with idle.transaction():
@@ -407,7 +407,7 @@ async def test_an_idle_transaction_in_the_way_is_named(registry, session, connec
 
 
 async def test_a_locked_table_is_named(registry, connection, monkeypatch):
-    monkeypatch.setattr(waiting, "LOCK_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(lock_waits, "LOCK_TIMEOUT_S", 0.2)
     async with connection.transaction():
         await connection.execute("lock table device in access exclusive mode")
         with pytest.raises(
@@ -449,8 +449,8 @@ async def test_interrupted_it_lets_go_of_everything(registry, session, connectio
 async def test_to_plan_locks_nothing_against_anybody(registry, session, postgres, database, connection):
     planning = await session()
     async with planning.transaction(isolation="repeatable_read"):
-        await policy_store.stage(planning, document(MOVED))
-        assert len(await policy_store.work_out(planning, document(MOVED), prune=True)) == 4
+        await policy_file.stage(planning, document(MOVED))
+        assert len(await policy_file.work_out(planning, document(MOVED), prune=True)) == 4
         held = await connection.fetch(
             "select distinct mode from pg_locks where pid = $1 and relation = any ($2::regclass[])",
             planning.get_server_pid(),
@@ -487,7 +487,7 @@ async def test_a_statement_that_waited_too_long_is_not_told_as_no_connection(reg
         await idle.execute("select from device where device_id = 'D1' for update")
         hasty = Target(registry.dsn, statement_timeout_s=0.2)
         with pytest.raises(Unavailable) as caught:
-            await editor.set_device_status(hasty, "bob", "D1", "revoked", "")
+            await registry_edits.set_device_status(hasty, "bob", "D1", "revoked", "")
     assert caught.value.detail.startswith(
         "nothing was changed: PostgreSQL ended the statement before it was done (canceling statement due to statement timeout). "
         "Most often another transaction holds what it needs"

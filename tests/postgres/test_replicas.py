@@ -17,12 +17,12 @@ from structlog.testing import capture_logs
 
 from authbackend import clocks
 from authbackend.errors import InvalidInput, NotFound, Unconfirmed
-from authbackend.postgres import editor, replicas
+from authbackend.postgres import registry_edits, replicas
 from authbackend.postgres.connection import Target
-from authbackend.postgres.feed import ChangeFeed
+from authbackend.postgres.change_feed import ChangeFeed
 from authbackend.postgres.replicas import Announcer, Identity
-from authbackend.registry.boots import Boot
-from authbackend.registry.disk import DiskCopy
+from authbackend.registry.identity import Boot
+from authbackend.registry.snapshot import DiskCopy
 from tests.postgres.test_roles import ADMIN, READER, SERVICE, give_roles
 from tests.support.postgres import Server, connected, until
 from tests.support.registry import Following, fleet
@@ -59,7 +59,7 @@ async def replica(dsn: str, name: str, **kwargs: Any) -> AsyncIterator[Replica]:
 
 
 async def revoke(dsn: str, device_id: str = "d1") -> str:
-    version = await editor.set_device_status(Target(dsn), "ann", device_id, "revoked", "")
+    version = await registry_edits.set_device_status(Target(dsn), "ann", device_id, "revoked", "")
     assert version is not None
     return version
 
@@ -411,7 +411,7 @@ async def test_each_role_can_do_its_part(postgres: Server, database: str, connec
         await north.announce()
         assert (await north.announcer.peers()).states["live"] == 1
         admin = Target(postgres.dsn(database, ADMIN))
-        version = await editor.set_device_status(admin, "ann", "d1", "revoked", "")
+        version = await registry_edits.set_device_status(admin, "ann", "d1", "revoked", "")
         assert version is not None
         await north.look()
         await north.announce()

@@ -15,8 +15,8 @@ from click.testing import CliRunner, Result
 
 from authbackend.cli import main
 from authbackend.postgres.connection import Target
-from authbackend.postgres.feed import ChangeFeed
-from authbackend.postgres.lists import StoredList, keep_list
+from authbackend.postgres.change_feed import ChangeFeed
+from authbackend.postgres.crls import StoredList, keep_list
 from authbackend.postgres.statements import SQL
 from tests.postgres.test_constraints import HASH
 from tests.support.postgres import Server, connected, run
@@ -298,10 +298,10 @@ async def test_the_admin_and_no_other_role_can_be_missing_a_right_without_a_clea
     postgres: Server, roles_database: str
 ) -> None:
     from authbackend.errors import Forbidden
-    from authbackend.postgres import editor
+    from authbackend.postgres import registry_edits
 
     with pytest.raises(Forbidden, match="the database role may not do this: permission denied for table device"):
-        await editor.set_device_status(Target(postgres.dsn(roles_database, READER)), "eve", "d1", "revoked", "")
+        await registry_edits.set_device_status(Target(postgres.dsn(roles_database, READER)), "eve", "d1", "revoked", "")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from structlog.testing import capture_logs
 
 from authbackend.cli import main
-from authbackend.postgres import editor, enforcement, replicas
+from authbackend.postgres import registry_edits, enforcement, replicas
 from authbackend.postgres.connection import Target
 from authbackend.postgres.enforcement import PostgresTaskStore
 from authbackend.postgres.locks import ENFORCE
@@ -88,7 +88,7 @@ async def test_the_trails_person_is_who_logged_in_whatever_the_client_says(
         await ann.execute("set authbackend.actor = 'bob'; set role authbackend_admin")
         await ann.execute("update device set attributes = '{\"site\": \"x\"}' where device_id = 'd1'")
     assert people(await trail(fleet, "device"))[-1] == ("ann", "ann", "bob")
-    await editor.set_device_status(Target(postgres.dsn(database, "ann")), "root@laptop", "d1", "revoked", "")
+    await registry_edits.set_device_status(Target(postgres.dsn(database, "ann")), "root@laptop", "d1", "revoked", "")
     assert people(await trail(fleet, "device"))[-1] == ("ann", "ann", "root@laptop")
     (task,) = await enforcement.list_tasks(Target(postgres.dsn(database, READER)), name="d1")
     assert (task["by"], task["claimed_by"]) == ("ann", "root@laptop")
@@ -97,13 +97,13 @@ async def test_the_trails_person_is_who_logged_in_whatever_the_client_says(
 async def test_who_may_speak_for_others_names_the_person_and_nobody_else_does(
     fleet: asyncpg.Connection, postgres: Server, database: str
 ) -> None:
-    await editor.set_device_status(Target(postgres.dsn(database, "api")), "ann", "d1", "suspended", "")
+    await registry_edits.set_device_status(Target(postgres.dsn(database, "api")), "ann", "d1", "suspended", "")
     assert people(await trail(fleet, "device"))[-1] == ("api", "ann", "ann")
     async with connected(postgres.dsn(database, "api")) as api:
         await api.execute("update device set status_reason = 'x' where device_id = 'd1'")
     assert people(await trail(fleet, "device"))[-1] == ("api", "api", None)
     # Not the owner either, who is a member of every role as PostgreSQL counts for superusers.
-    await editor.set_device_status(Target(postgres.dsn(database)), "ann", "d1", "revoked", "")
+    await registry_edits.set_device_status(Target(postgres.dsn(database)), "ann", "d1", "revoked", "")
     assert people(await trail(fleet, "device"))[-1] == ("postgres", "postgres", "ann")
 
 
@@ -150,15 +150,15 @@ async def test_what_is_scheduled_is_made_in_the_name_of_who_scheduled_it_and_of_
 async def test_a_schedule_that_somebody_else_changes_is_that_persons_and_a_renamed_device_keeps_its_own(
     fleet: asyncpg.Connection, postgres: Server, database: str
 ) -> None:
-    await editor.schedule_device_status(
+    await registry_edits.schedule_device_status(
         *(Target(postgres.dsn(database, "ann")), "ann@ops1", "d1", "revoked", ""),
         at=await fleet.fetchval("select now() + interval '1 h'"),
     )
     await fleet.execute("update device set device_id = 'd9' where device_id = 'd1'")
-    (shown,) = (await editor.get_device(Target(postgres.dsn(database, ADMIN)), "d9"))["scheduled"]
+    (shown,) = (await registry_edits.get_device(Target(postgres.dsn(database, ADMIN)), "d9"))["scheduled"]
     assert (shown["actor"], shown["claimed_by"]) == ("ann", "ann@ops1")
     again = Target(postgres.dsn(database, "api"))
-    await editor.schedule_device_status(again, "ben", "d9", "suspended", "", at=datetime.fromisoformat(shown["at"]))
+    await registry_edits.schedule_device_status(again, "ben", "d9", "suspended", "", at=datetime.fromisoformat(shown["at"]))
     assert tuple(await fleet.fetchrow("select actor, claimed_by from device_schedule")) == ("ben", "ben")
     async with connected(postgres.dsn(database, "api")) as api:
         await api.execute("update device_schedule set status = 'suspended'")

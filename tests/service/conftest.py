@@ -12,8 +12,8 @@ import aiohttp
 import asyncpg
 import pytest
 
-from authbackend import bootstrap
-from authbackend.document.read import read
+from authbackend.service import components
+from authbackend.policy_file.read import read
 from authbackend.postgres import policy_apply
 from authbackend.postgres.connection import Target
 from authbackend.settings import load
@@ -132,7 +132,7 @@ async def running(dsn, *, wait=True, **environment):
             **variables,
         }
     )
-    async with memory() as folder, bootstrap.service(settings, folder) as where, aiohttp.ClientSession() as http:
+    async with memory() as folder, components.service(settings, folder) as where, aiohttp.ClientSession() as http:
         service = Running(where["broker"], where["admin"], where["health"], http)
         if wait:
             await until(service.ready, "the service is ready")

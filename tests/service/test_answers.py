@@ -14,7 +14,7 @@ import asyncpg
 import pytest
 import structlog.testing
 
-from authbackend.broker import listener
+from authbackend.broker import server
 from tests.service.conftest import HASH, POLICY, apply, running, until
 
 
@@ -314,7 +314,7 @@ async def test_a_wrong_path_is_logged_once_a_minute(service, monkeypatch):
     began = time.monotonic()
     with structlog.testing.capture_logs() as lines:
         for passed in (0, 59, 59, 61, 62):
-            monkeypatch.setattr(listener.time, "monotonic", lambda passed=passed: began + passed)
+            monkeypatch.setattr(server.time, "monotonic", lambda passed=passed: began + passed)
             async with service.http.post(f"{service.broker}/topic", data=b"") as response:
                 assert response.status == 404
     found = [line for line in lines if line["event"] == "broker.unknown_path"]

@@ -7,8 +7,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from authbackend.broker.endpoints import Endpoints
-from authbackend.broker.listener import BrokerServer
+from authbackend.broker.handlers import Endpoints
+from authbackend.broker.server import BrokerServer
 from tests.service.conftest import HASH, POLICY, apply, running, until
 
 FORM = (

@@ -15,12 +15,13 @@ import asyncpg
 import pytest
 from cryptography import x509
 
-from authbackend import bootstrap, revocation
-from authbackend.admin.crl import PublishedLists
+from authbackend.service import components
+from authbackend.certificates import crl_publisher
+from authbackend.certificates.crl_endpoint import PublishedLists
 from authbackend.errors import ConfigurationError
-from authbackend.pki.authority_folder import AuthorityFolder, create_authority
-from authbackend.pki.lists import entries_of
-from authbackend.revocation import keep_authority, open_authority, sign
+from authbackend.pki.ca import AuthorityFolder, create_authority
+from authbackend.pki.crl import entries_of
+from authbackend.certificates.crl_publisher import keep_authority, open_authority, sign
 from authbackend.settings import Pki, load
 from tests.service.conftest import until
 from tests.support.postgres import connected
@@ -58,7 +59,7 @@ async def serving(dsn, made=None):
     folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
     try:
         async with (
-            bootstrap.service(load(environment), folder) as where,
+            components.service(load(environment), folder) as where,
             aiohttp.ClientSession(where["health"]) as asking,
         ):
             yield asking
@@ -280,7 +281,7 @@ async def test_a_list_is_signed_by_the_clock_of_the_database(connection, authori
         def now(cls, tz=None):
             return datetime.now(tz) + timedelta(days=400)
 
-    monkeypatch.setattr(revocation, "datetime", Ahead, raising=False)
+    monkeypatch.setattr(crl_publisher, "datetime", Ahead, raising=False)
     async with connection.transaction():
         signed = await sign(connection, authority, timedelta(days=7))
     assert signed.this_update <= await connection.fetchval("select now()")

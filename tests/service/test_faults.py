@@ -10,8 +10,8 @@ import sys
 import aiohttp
 import pytest
 
-from authbackend import bootstrap
-from authbackend.registry.sync import RegistryCopy
+from authbackend.service import components
+from authbackend.registry.follower import RegistryCopy
 from authbackend.settings import load
 from tests.service.conftest import HASH, POLICY, apply, memory, running, until
 from tests.service.test_tls import bench  # noqa: F401 - a fixture
@@ -85,7 +85,7 @@ async def test_it_is_told_when_the_task_that_keeps_the_copy_ends(dsn, monkeypatc
         }
     )
     ended = asyncio.get_running_loop().create_future()
-    async with memory() as folder, bootstrap.service(settings, folder, ended.set_result):
+    async with memory() as folder, components.service(settings, folder, ended.set_result):
         assert await asyncio.wait_for(ended, 30) == "registry"
 
 

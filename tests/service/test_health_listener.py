@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import pytest
 
-from authbackend.pki.authority_folder import create_authority
+from authbackend.pki.ca import create_authority
 from tests.service.conftest import running, until
 from tests.service.test_tls import Bench
 

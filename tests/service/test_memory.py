@@ -14,7 +14,7 @@ import pytest
 
 from authbackend.errors import NoRoom
 from authbackend.metric_files import FILE_BYTES
-from authbackend.registry.mark import Mark
+from authbackend.registry.position import Mark
 from authbackend.registry.records import DeviceRow, Patch
 from authbackend.registry.store import Store
 from tests.service.conftest import HASH, POLICY, apply, until

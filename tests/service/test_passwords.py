@@ -6,7 +6,7 @@ import threading
 import pytest
 from argon2 import PasswordHasher
 
-from authbackend.broker.passwords import Busy, PasswordChecker
+from authbackend.passwords import Busy, PasswordChecker
 from tests.service.conftest import HASH, until
 from tests.unit.fleet import account
 

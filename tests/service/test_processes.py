@@ -17,7 +17,7 @@ import aiohttp
 import asyncpg
 import pytest
 
-from authbackend.postgres import editor, replicas
+from authbackend.postgres import registry_edits, replicas
 from authbackend.postgres.connection import Target
 from tests.service.conftest import HASH, PATIENT, POLICY, Running, apply, memory, until
 from tests.service.test_tls import Bench
@@ -366,7 +366,7 @@ async def test_a_hangup_has_the_listener_for_health_read_its_certificates_again(
 async def test_a_replica_that_starts_without_the_database_decides_by_its_disk(dsn, policy, tmp_path):
     disk = {"REGISTRY__SNAPSHOT_DIR": str(tmp_path / "disk")}
     async with replica(dsn, **disk) as running:
-        version = await editor.set_device_status(Target(dsn), "ann", "APM0001", "revoked", "")
+        version = await registry_edits.set_device_status(Target(dsn), "ann", "APM0001", "revoked", "")
         await replicas.wait(Target(dsn), version, 60)  # announced when it is on disk
         assert await running.metric("authbackend_registry_on_disk") == 1
         running.process.kill()
@@ -401,8 +401,8 @@ async def test_a_killed_replica_that_is_started_again_is_one_and_copies_of_its_f
 
     async def serving():
         """The replicas that confirm a change made now."""
-        version = await editor.set_device_status(Target(dsn), "ann", "APM0001", "suspended", "")
-        version = version or await editor.set_device_status(Target(dsn), "ann", "APM0001", "active", "")
+        version = await registry_edits.set_device_status(Target(dsn), "ann", "APM0001", "suspended", "")
+        version = version or await registry_edits.set_device_status(Target(dsn), "ann", "APM0001", "active", "")
         return await replicas.wait(Target(dsn), version, 60)
 
     async with replica(dsn, **disk) as running:
@@ -492,7 +492,7 @@ async def test_a_database_that_was_stopped_is_followed_again_by_every_part(postg
         await until(well, "the copy follows again", 60)
         attempts, lasted_s = await failures() - before, time.monotonic() - began
         assert attempts <= lasted_s / 0.25 + 10  # the longest pause, shortened by half, and the first ones
-        version = await editor.set_device_status(Target(dsn), "ann", "APM0001", "revoked", "")
+        version = await registry_edits.set_device_status(Target(dsn), "ann", "APM0001", "revoked", "")
         assert [one["serves"] for one in await replicas.wait(Target(dsn), version, 60)] == [True]  # it announces again
         assert await running.login("APM0001") == "deny"
         faults = [line["fault"] for line in running.logged("registry.refresh_failed")]
@@ -541,7 +541,7 @@ async def test_a_database_that_accepts_and_hangs_is_noticed(dsn, policy):
 async def test_too_old_requests_are_shed_logins_first(monkeypatch):
     from prometheus_client import CollectorRegistry
 
-    from authbackend.broker.endpoints import QUESTIONS, Endpoints, Limits
+    from authbackend.broker.handlers import QUESTIONS, Endpoints, Limits
     from authbackend.logs import Sampler
     from authbackend.metrics import BrokerMetrics
     from authbackend.policy.decide import DecisionSettings

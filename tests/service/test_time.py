@@ -10,7 +10,7 @@ from authbackend import clocks
 from tests.service.conftest import HASH, POLICY, apply, until
 from tests.service.test_processes import children, replica
 from tests.support.registry import new_store
-from tests.unit.test_disk import MARK
+from tests.unit.test_snapshot import MARK
 
 
 def set_clock(monkeypatch, by_s):

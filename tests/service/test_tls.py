@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import serialization
 
 from authbackend import tls
 from authbackend.errors import ConfigurationError
-from authbackend.pki.authority import Authority
+from authbackend.pki.bench_ca import Authority
 from authbackend.tls import TLSFiles
 from tests.service.conftest import HASH, POLICY, apply, running, until
 

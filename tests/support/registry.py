@@ -16,13 +16,13 @@ import asyncpg
 
 from authbackend.policy.rules import Device, DeviceType
 from authbackend.postgres.connection import Target
-from authbackend.postgres.feed import ChangeFeed
+from authbackend.postgres.change_feed import ChangeFeed
 from authbackend.registry import records
-from authbackend.registry.disk import DiskCopy
-from authbackend.registry.mark import Mark
+from authbackend.registry.snapshot import DiskCopy
+from authbackend.registry.position import Mark
 from authbackend.registry.records import Patch
 from authbackend.registry.store import Store
-from authbackend.registry.sync import Look, Refreshed, RegistryCopy, SyncTimes
+from authbackend.registry.follower import Look, Refreshed, RegistryCopy, SyncTimes
 from tests.support.postgres import connected
 
 Contents = tuple[dict[bytes, bytes], dict[str, bytes], dict[str, bytes]]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from authbackend.errors import ConfigurationError
-from authbackend.ground import prepared, target
+from authbackend.service.replica import prepared, target
 from authbackend.postgres.uri import PARAMETERS, parse
 from authbackend.settings import load
 

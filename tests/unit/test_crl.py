@@ -15,11 +15,11 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.x509.name import _ASN1Type
 from cryptography.x509.oid import CRLEntryExtensionOID, NameOID
 
-from authbackend.admin.crl import Published, PublishedLists
-from authbackend.admin.listener import show_errors
+from authbackend.certificates.crl_endpoint import Published, PublishedLists
+from authbackend.api.server import show_errors
 from authbackend.errors import Unavailable
 from authbackend.pki import signing
-from authbackend.pki.lists import (
+from authbackend.pki.crl import (
     REASONS,
     Entry,
     age_fault,
@@ -32,8 +32,8 @@ from authbackend.pki.lists import (
     sign_list,
 )
 from authbackend.pki.openssl_index import index_of
-from authbackend.pki.reading import PKIError
-from authbackend.pki.sync import Sync
+from authbackend.pki.parsing import PKIError
+from authbackend.pki.crl_sync import Sync
 
 NOW = datetime.now(UTC)
 WEEK = timedelta(days=7)

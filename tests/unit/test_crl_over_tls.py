@@ -10,14 +10,14 @@ import structlog.testing
 from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from authbackend.admin.crl import Published, PublishedLists
-from authbackend.admin.listener import show_errors
+from authbackend.certificates.crl_endpoint import Published, PublishedLists
+from authbackend.api.server import show_errors
 from authbackend.errors import InvalidInput, Unavailable
 from authbackend.pki import signing
-from authbackend.pki.authority import Authority
+from authbackend.pki.bench_ca import Authority
 from authbackend.pki.client_tls import ClientTLS
-from authbackend.pki.lists import issuer_hash, list_pem
-from authbackend.pki.sync import Sync
+from authbackend.pki.crl import issuer_hash, list_pem
+from authbackend.pki.crl_sync import Sync
 from tests.unit.test_crl import CA, _until, authority, signed
 
 AGO = datetime.now(UTC) - timedelta(days=2)

@@ -8,14 +8,14 @@ from datetime import UTC, datetime
 import pytest
 from structlog.testing import capture_logs
 
-from authbackend import revocation
+from authbackend.certificates import crl_publisher
 from authbackend.backoff import Reachability
 from authbackend.errors import Forbidden, NoRoom, Unavailable
-from authbackend.registry.mark import Mark
-from authbackend.registry.presence import Peers, Presence
+from authbackend.registry.position import Mark
+from authbackend.registry.announcer import Peers, Presence
 from authbackend.registry.records import Patch
-from authbackend.registry.sync import Look, RegistryCopy
-from authbackend.revocation import Keeper
+from authbackend.registry.follower import Look, RegistryCopy
+from authbackend.certificates.crl_publisher import Keeper
 from tests.support.clock import run_on_clock
 from tests.support.registry import Observed, new_store
 
@@ -161,7 +161,7 @@ def run_replica(monkeypatch):
             await server.lost()
             raise AWAY
 
-        monkeypatch.setattr(revocation, "Listener", Listener)
+        monkeypatch.setattr(crl_publisher, "Listener", Listener)
         monkeypatch.setattr(Keeper, "_follow", follow)
 
         async def scene():

@@ -9,7 +9,7 @@ from aiohttp.test_utils import TestServer
 from structlog.testing import capture_logs
 
 from authbackend.enforcement.management_api import Access, ClusterUnreachable, ManagementAPI
-from authbackend.pki.authority import Authority
+from authbackend.pki.bench_ca import Authority
 
 FULL = {
     "name": "full",

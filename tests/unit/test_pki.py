@@ -16,8 +16,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
 from authbackend.cli.certs import certs
-from authbackend.pki.authority import Authority, Issued, PKIError, read_certificate, server_names
-from authbackend.pki.directory import SERVICE_NAMES, device_name_fault, make_certificates
+from authbackend.pki.bench_ca import Authority, Issued, PKIError, read_certificate, server_names
+from authbackend.pki.bench_certificates import SERVICE_NAMES, device_name_fault, make_certificates
 
 AUTHORITY = Authority.create("test CA")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import annotated_types
 import pytest
 
-from authbackend import bootstrap, ground
-from authbackend.credentials import read_dsn
+from authbackend.service import components, replica
+from authbackend.secrets import read_dsn
 from authbackend.errors import ConfigurationError
 from authbackend.settings import Settings, load, setting_names, variable
 
@@ -76,13 +76,13 @@ def test_a_missing_file_is_an_error(tmp_path):
 
 def test_without_a_database_the_two_ways_are_named():
     with pytest.raises(ConfigurationError, match=r"(?s)AUTHBACKEND_DATABASE__DSN.*--embedded"):
-        ground.target(load({}))
+        replica.target(load({}))
 
 
 def test_a_secret_is_in_no_repr_and_no_error():
     settings = load({"AUTHBACKEND_DATABASE__DSN": DSN})
     assert "hunter2" not in repr(settings)
-    assert "hunter2" not in repr(ground.target(settings))
+    assert "hunter2" not in repr(replica.target(settings))
     with pytest.raises(ConfigurationError) as refused:
         load({"AUTHBACKEND_DATABASE__DSN": DSN, "AUTHBACKEND_BROKER__LISTEN": "nonsense"})
     assert "hunter2" not in str(refused.value)
@@ -100,9 +100,9 @@ def test_the_password_can_come_from_a_file(tmp_path):
 @pytest.mark.parametrize("listen", ["0.0.0.0:8080", "[::]:8080", "192.0.2.1:8080", "authbackend:8080"])
 def test_a_listener_beyond_loopback_needs_mutual_tls(listen):
     with pytest.raises(ConfigurationError, match="mutual TLS"):
-        bootstrap.broker_tls(load({"AUTHBACKEND_BROKER__LISTEN": listen}).broker)
+        components.broker_tls(load({"AUTHBACKEND_BROKER__LISTEN": listen}).broker)
     insecure = load({"AUTHBACKEND_BROKER__LISTEN": listen, "AUTHBACKEND_BROKER__INSECURE": "true"})
-    assert bootstrap.broker_tls(insecure.broker) is None
+    assert components.broker_tls(insecure.broker) is None
 
 
 def test_tls_without_client_certificates_is_not_enough(tmp_path):
@@ -114,7 +114,7 @@ def test_tls_without_client_certificates_is_not_enough(tmp_path):
         }
     )
     with pytest.raises(ConfigurationError, match="client_ca_file"):
-        bootstrap.broker_tls(settings.broker)
+        components.broker_tls(settings.broker)
 
 
 @pytest.mark.parametrize(
@@ -129,16 +129,16 @@ def test_tls_without_client_certificates_is_not_enough(tmp_path):
 def test_half_of_the_files_for_health_over_tls_is_refused(files, fault):
     settings = load({f"AUTHBACKEND_HEALTH__TLS__{name}": value for name, value in files.items()})
     with pytest.raises(ConfigurationError, match=fault):
-        bootstrap.health_tls(settings.health)
+        components.health_tls(settings.health)
 
 
 def test_health_is_answered_without_tls_unless_that_is_set():
-    assert bootstrap.health_tls(load({"AUTHBACKEND_HEALTH__LISTEN": "0.0.0.0:8082"}).health) is None
+    assert components.health_tls(load({"AUTHBACKEND_HEALTH__LISTEN": "0.0.0.0:8082"}).health) is None
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "localhost:0", "[::1]:0", "127.9.9.9:1"])
 def test_loopback_needs_none(listen):
-    assert bootstrap.broker_tls(load({"AUTHBACKEND_BROKER__LISTEN": listen}).broker) is None
+    assert components.broker_tls(load({"AUTHBACKEND_BROKER__LISTEN": listen}).broker) is None
 
 
 def field_of(path):

@@ -1,0 +1,76 @@
+"""The listener for people: explanations, on loopback."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from authbackend.api.explanations import as_json, read_attempt
+from authbackend.errors import AuthbackendError, NotFound, Unavailable
+from authbackend.policy import decide
+from authbackend.policy.explain import explain
+from authbackend.registry.store import Reader
+
+_LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
+_STATUS = {2: 400, 3: 404, 5: 503}
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def application(reader: Reader, settings: decide.DecisionSettings, *, loopback: bool) -> web.Application:
+    """
+    Build the application.
+
+    Args:
+        loopback: Whether it is reachable from this host only; else it shows no policy, since nobody logs in.
+    """
+
+    async def elsewhere(request: web.Request) -> web.Response:
+        raise NotFound(f"{request.path} is answered by another listener: health.listen (8082 unless set)")
+
+    async def show_explanation(request: web.Request) -> web.Response:
+        name, attempt = read_attempt(request.query)
+        with reader as registry:
+            if registry.state is None:
+                raise Unavailable("the registry has not been loaded yet")
+            device = registry.device_by_id(name) or registry.device_by_name(name)
+            if device is None:
+                raise NotFound(f"no device has the id or common name {name!r}")
+            explanation = explain(registry, device, attempt, registry.now, settings)
+        return web.json_response(as_json(device, attempt, explanation), dumps=_dumps)
+
+    app = web.Application(middlewares=[show_errors])
+    for path in ("/metrics", "/health/{name}", "/crl/{name}"):
+        app.router.add_get(path, elsewhere)
+    if loopback:
+        app.router.add_get("/api/explain", _for_this_host(show_explanation))
+    return app
+
+
+def _dumps(value: object) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _for_this_host(handler: Handler) -> Handler:
+    """Refuse a request whose Host is another name: a web page could have pointed that name at this host."""
+
+    async def guarded(request: web.Request) -> web.StreamResponse:
+        if request.host.rpartition(":")[0] not in _LOOPBACK_NAMES and request.host not in _LOOPBACK_NAMES:
+            return web.Response(status=421, text="this listener answers to 127.0.0.1, localhost and [::1] only\n")
+        return await handler(request)
+
+    return guarded
+
+
+@web.middleware
+async def show_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer errors of this project as problems (RFC 9457)."""
+    try:
+        return await handler(request)
+    except AuthbackendError as error:
+        problem = {"title": type(error).__name__, "detail": error.detail}
+        return web.json_response(
+            problem, status=_STATUS.get(error.exit_code, 500), content_type="application/problem+json", dumps=_dumps
+        )

@@ -1,0 +1,295 @@
+"""The four endpoints that RabbitMQ asks, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from aiohttp import ClientPayloadError, web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from authbackend.broker import protocol
+from authbackend.passwords import Busy, PasswordChecker
+from authbackend.broker.responses import Responses
+from authbackend.broker.protocol import Malformed, MalformedRequest
+from authbackend.logs import Sampler
+from authbackend.metrics import BrokerMetrics
+from authbackend.policy import decide
+from authbackend.policy.decide import Decision, PasswordCheck
+from authbackend.policy.reasons import Reason
+from authbackend.registry.store import Reader
+
+log = structlog.get_logger(__name__)
+
+_LONGEST_LOGGED = 256
+_HTTP_1_1 = (1, 1)
+_STALE = Decision(False, Reason.REGISTRY_STALE)
+_MALFORMED = Decision(False, Reason.MALFORMED_REQUEST)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """
+    One endpoint: how its request is read and how it is decided.
+
+    Args:
+        patience: The share of the time limit that a request may wait for its turn before it is shed. Logins go first:
+            a refused publish or subscription closes a connection, which costs a login and all that follows.
+    """
+
+    name: str
+    patience: float
+    parse: Callable[[dict[str, str]], Any]
+    decide: Callable[[Reader, Any, float, decide.DecisionSettings], Decision | PasswordCheck]
+
+
+QUESTIONS = {
+    f"/auth/{question.name}": question
+    for question in (
+        Question("user", 0.25, protocol.login_request, lambda copy, request, now, _: decide.login(copy, request, now)),
+        Question("vhost", 0.5, protocol.vhost_request, lambda copy, request, now, _: decide.vhost(copy, request, now)),
+        Question("resource", 1.0, protocol.resource_request, decide.resource),
+        Question("topic", 1.0, protocol.topic_request, decide.topic),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """
+    Of time.
+
+    Args:
+        request_s: Longest time from a request's arrival to its answer.
+        staleness_s: Oldest copy of the registry to decide by.
+    """
+
+    request_s: float = 1.0
+    staleness_s: float = 900.0
+
+
+class Endpoints:
+    """
+    Answers RabbitMQ: 200 with ``allow``, ``allow TAGS`` or ``deny``; 503 when this service itself fails.
+
+    Args:
+        deny_reasons: Answer ``deny REASON``; for RabbitMQ 4.3 and later.
+    """
+
+    def __init__(
+        self,
+        registry: Reader,
+        passwords: PasswordChecker,
+        metrics: BrokerMetrics,
+        sampler: Sampler,
+        settings: decide.DecisionSettings,
+        limits: Limits,
+        *,
+        deny_reasons: bool = False,
+    ) -> None:
+        self._registry = registry
+        self._passwords = passwords
+        self._metrics = metrics
+        self._sampler = sampler
+        self._settings = settings
+        self._limits = limits
+        self._deny_reasons = deny_reasons
+        self._responses = Responses()
+
+    def at_once(self, question: Question, form: bytes, arrived: float) -> bytes | None:
+        """
+        Answer a request that is here as a whole; never raises.
+
+        Args:
+            arrived: When its last bytes did, by the monotonic clock.
+        Returns:
+            The whole response, as it goes to the client; None if it must wait for a password check.
+        """
+        outcome: Decision | PasswordCheck | None = None
+        try:
+            if self._waited_too_long(question, arrived):
+                return self._responses.unavailable_message()
+            parsed = question.parse(protocol.parse_form(form))
+            outcome = self._outcome(question, parsed)
+            if isinstance(outcome, PasswordCheck):
+                return None
+            if outcome is None:
+                return self._responses.unavailable_message()
+            return self._responses.message(self._told(question, parsed, outcome))
+        except MalformedRequest as fault:
+            self._count_malformed(question.name, fault.cause)
+            return self._responses.message(protocol.answer(_MALFORMED, with_reason=self._deny_reasons))
+        except Exception as error:
+            self._crashed(question, error)
+            return self._responses.unavailable_message()
+        finally:
+            if not isinstance(outcome, PasswordCheck):
+                self._metrics.answered(question.name, time.monotonic() - arrived)
+
+    async def answer(self, question: Question, request: web.BaseRequest, arrived: float) -> web.StreamResponse:
+        """
+        Answer any request; never raises but for cancellation.
+
+        Args:
+            arrived: When its last bytes did, by the monotonic clock.
+        """
+        try:
+            if self._waited_too_long(question, arrived):
+                whole = _form_at_hand(request) is not None
+                return self._responses.unavailable(request) if whole else self._failed(question.name, "timeout")
+            return await self._answer(question, request, arrived + self._limits.request_s)
+        except TimeoutError:
+            return self._failed(question.name, "timeout")
+        except ConnectionError:
+            return self._failed(question.name, "connection_lost")
+        except Exception as error:
+            self._crashed(question, error)
+            return self._responses.unavailable(request)
+        finally:
+            self._metrics.answered(question.name, time.monotonic() - arrived)
+
+    def malformed(self, endpoint: str, cause: Malformed) -> web.Response:
+        """Deny a request that is not RabbitMQ's, and count why."""
+        self._count_malformed(endpoint, cause)
+        return web.Response(text=protocol.answer(_MALFORMED, with_reason=self._deny_reasons))
+
+    async def _answer(self, question: Question, request: web.BaseRequest, deadline: float) -> web.StreamResponse:
+        try:
+            form = _form_at_hand(request)
+            if form is None:
+                with self._metrics.in_flight.track_inprogress():
+                    form = await _form(request, deadline)
+            parsed = question.parse(protocol.parse_form(form))
+        except MalformedRequest as fault:
+            return self.malformed(question.name, fault.cause)
+        outcome = self._outcome(question, parsed)
+        if outcome is None:
+            return self._responses.unavailable(request)
+        if isinstance(outcome, PasswordCheck):
+            with self._metrics.in_flight.track_inprogress():
+                async with asyncio.timeout_at(_loop_time(deadline)):
+                    outcome = await self._checked(outcome, parsed.password)
+        return self._responses.ok(request, self._told(question, parsed, outcome))
+
+    def _outcome(self, question: Question, parsed: Any) -> Decision | PasswordCheck | None:
+        """Decide at one version of the registry; None if it has not been loaded."""
+        with self._registry as registry:
+            if registry.state is None:
+                self._metrics.failures.labels(question.name, "not_ready").inc()
+                return None
+            if registry.stale(self._limits.staleness_s):
+                return _STALE
+            return question.decide(registry, parsed, registry.now, self._settings)
+
+    def _told(self, question: Question, parsed: Any, decision: Decision) -> str:
+        """Count and log a decision, and return what RabbitMQ is told."""
+        self._metrics.decided(question.name, decision)
+        if not decision.allowed:
+            self._log_denial(question.name, parsed, decision)
+        return protocol.answer(decision, with_reason=self._deny_reasons)
+
+    async def _checked(self, check: PasswordCheck, password: str) -> Decision:
+        try:
+            right = await self._passwords.check(check.account, password)
+        except Busy:
+            return Decision(False, Reason.PASSWORD_CHECKS_BUSY, check.otherwise.kind)
+        if not right or check.account is None:
+            return check.otherwise
+        with self._registry as registry:
+            if registry.account(check.account.name) != check.account:
+                return check.otherwise  # the account changed while its password was being checked
+        return check.then
+
+    def _waited_too_long(self, question: Question, arrived: float) -> bool:
+        if time.monotonic() - arrived <= question.patience * self._limits.request_s:
+            return False
+        self._metrics.shed.labels(question.name).inc()
+        return True
+
+    def _failed(self, endpoint: str, cause: str) -> web.Response:
+        """Return 503 and end the connection, on which the rest of the body may still come."""
+        self._metrics.failures.labels(endpoint, cause).inc()
+        response = web.Response(status=503, text="unavailable")
+        response.force_close()
+        return response
+
+    def _crashed(self, question: Question, error: Exception) -> None:
+        log.error("broker.request_crashed", endpoint=question.name, error=type(error).__name__, exc_info=error)
+        self._metrics.failures.labels(question.name, "crash").inc()
+
+    def _count_malformed(self, endpoint: str, cause: Malformed) -> None:
+        self._metrics.malformed.labels(endpoint, cause).inc()
+        self._metrics.decided(endpoint, _MALFORMED)
+        admitted, suppressed = self._sampler.admit(f"\x00{cause}")
+        if admitted:
+            log.info("malformed", endpoint=endpoint, cause=str(cause), unlogged=suppressed)
+
+    def _log_denial(self, endpoint: str, request: Any, decision: Decision) -> None:
+        admitted, suppressed = self._sampler.admit(request.username)
+        if suppressed:
+            log.info("denials_not_logged", number=suppressed)
+        if not admitted:
+            return
+        facts = {"device": request.username, "client_id": request.client_id}
+        for field in ("vhost", "ip", "resource", "name", "permission", "routing_key"):
+            value = getattr(request, field, None)
+            if value is not None:
+                facts["address" if field == "ip" else field] = value
+        rule = decision.rule
+        log.info(
+            "denied",
+            endpoint=endpoint,
+            reason=str(decision.reason),
+            rule=rule.rule_id if rule else None,
+            kind=decision.kind,
+            **{name: value and value[:_LONGEST_LOGGED] for name, value in facts.items()},
+        )
+
+
+def _loop_time(deadline: float) -> float:
+    return asyncio.get_running_loop().time() + deadline - time.monotonic()
+
+
+def _form_at_hand(request: web.BaseRequest) -> bytes | None:
+    """Return the form if it came with the head, as it nearly always does; None if it must be waited for."""
+    if request.method == "POST" and request.content.is_eof():
+        # What was read before it was known that the answer has to wait lies with the connection, for this request only.
+        payload, form = getattr(request.protocol, "form", (None, b""))
+        if payload is not request.content:
+            form = request.content.read_nowait()
+        if len(form) > protocol.LONGEST_BODY_BYTES:
+            raise MalformedRequest(Malformed.TOO_LARGE)
+        return form
+    return None
+
+
+def _let_send(request: web.BaseRequest) -> None:
+    """Tell a client that waits for it to send its body (RFC 9110 section 10.1.1), unless that is too large anyway."""
+    if request.version < _HTTP_1_1 or request.headers.get("Expect", "").lower() != "100-continue":
+        return
+    if (request.content_length or 0) > protocol.LONGEST_BODY_BYTES:
+        raise MalformedRequest(Malformed.TOO_LARGE)
+    if request.transport is not None:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
+async def _form(request: web.BaseRequest, deadline: float) -> bytes:
+    """Return the form that carries the parameters: the body of a POST, the query of a GET."""
+    if request.method == "POST":
+        _let_send(request)
+        try:
+            async with asyncio.timeout_at(_loop_time(deadline)):
+                return await request.read()
+        except web.HTTPRequestEntityTooLarge:
+            raise MalformedRequest(Malformed.TOO_LARGE) from None
+        except (web.RequestPayloadError, ClientPayloadError, HttpProcessingError):
+            raise MalformedRequest(Malformed.NOT_HTTP) from None
+    if request.method == "GET":
+        if len(request.raw_path) + len("GET  HTTP/1.1") > protocol.LONGEST_REQUEST_LINE_BYTES:
+            raise MalformedRequest(Malformed.TOO_LARGE)
+        return request.raw_path.partition("?")[2].encode("utf-8", "surrogateescape")
+    raise MalformedRequest(Malformed.NOT_HTTP)

@@ -1,0 +1,366 @@
+"""
+Revocation lists from the table of certificates to whoever asks for them: signed anew when something is revoked and long
+before nextUpdate, and kept in memory to be served.
+
+Whoever signs (a command, any replica that has the authority's key) does it in one transaction under one lock, from
+what is committed: two at once give two lists, and the later one holds everything that the earlier one does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+
+import structlog
+
+from authbackend.certificates.crl_endpoint import Published
+from authbackend.backoff import Backoff, Reachability
+from authbackend.errors import AuthbackendError, ConfigurationError
+from authbackend.fault_log import FaultLog
+from authbackend.file_stamps import Stamps, stamps
+from authbackend.metrics import CertificateMetrics
+from authbackend.pki.ca import AUTHORITY_FILES, AuthorityFolder
+from authbackend.pki.crl import Entry, RevocationList, entries_of, next_number
+from authbackend.pki.crl_sync import WAIT_S
+from authbackend.postgres import certificates as store
+from authbackend.postgres import crls
+from authbackend.postgres.connection import Connection, Target, translated_errors
+from authbackend.postgres.crls import Listener, StoredList
+from authbackend.settings import Pki
+
+log = structlog.get_logger(__name__)
+
+CHECK_S = 30.0
+"""How often the keeper looks without being told of a change."""
+EXPIRY_S = 300.0
+MISSED_REPORTS = 4
+"""A report of what is installed counts until so many more should have come."""
+
+
+def open_authority(pki: Pki) -> AuthorityFolder | None:
+    """
+    Return the authority whose list this replica signs, None without ``pki.authority_dir``.
+
+    Raises:
+        ConfigurationError: It cannot be taken up.
+    """
+    if pki.authority_dir is None:
+        return None
+    if pki.passphrase_file is None:
+        raise ConfigurationError(
+            "pki.authority_dir needs pki.passphrase_file, with the passphrase of the authority's key"
+        )
+    try:
+        passphrase = read_passphrase(pki.passphrase_file)
+        return AuthorityFolder.open(pki.authority_dir, passphrase)
+    except AuthbackendError as error:
+        raise ConfigurationError(f"pki.authority_dir: {error.detail}") from error
+
+
+class WatchedAuthority:
+    """
+    The authority of ``pki.authority_dir``, which is read again when one of its files changes.
+
+    Raises:
+        ConfigurationError: It cannot be taken up.
+    """
+
+    def __init__(self, pki: Pki) -> None:
+        self._pki = pki
+        self._seen = self._stamps()
+        self.current = open_authority(pki)
+
+    def read_if_changed(self) -> None:
+        """
+        Read the files again if one of them changed.
+
+        Raises:
+            ConfigurationError: They cannot be used, or not yet; ``current`` stays, and the next call tries again.
+        """
+        found = self._stamps()
+        if found == self._seen:
+            return
+        self.current = open_authority(self._pki)
+        self._seen = found
+        if self.current is not None:
+            log.info("crl.authority_reloaded", authority=self.current.name)
+
+    def _stamps(self) -> Stamps:
+        folder, passphrase_file = self._pki.authority_dir, self._pki.passphrase_file
+        if folder is None or passphrase_file is None:
+            return ()
+        return stamps([passphrase_file, *(folder / name for name in AUTHORITY_FILES)])
+
+
+def read_passphrase(file: Path) -> bytes:
+    """
+    Return the passphrase in a file, without its last newline.
+
+    Raises:
+        ConfigurationError: The file cannot be read or is empty.
+    """
+    try:
+        passphrase = file.read_bytes().removesuffix(b"\n").removesuffix(b"\r")
+    except OSError as error:
+        raise ConfigurationError(f"cannot read the passphrase file {file}: {error.strerror}") from error
+    if not passphrase:
+        raise ConfigurationError(f"the passphrase file {file} is empty")
+    return passphrase
+
+
+async def keep_authority(connection: Connection, authority: AuthorityFolder) -> None:
+    """
+    Make an authority known to the database.
+
+    Raises:
+        Conflict: Another one has its name.
+    """
+    pem = authority.certificate_pem.decode("ascii")
+    await store.keep_authority(connection, authority.name, authority.subject, pem, authority.not_after)
+
+
+async def sign(
+    connection: Connection,
+    authority: AuthorityFolder,
+    lifetime: timedelta,
+    *,
+    anyway: bool = False,
+    known: Mapping[str, StoredList] | None = None,
+) -> StoredList | None:
+    """
+    Sign the list of an authority if something revoked is missing from it or half its lifetime has passed.
+
+    In a transaction of the caller's: what that revoked is on the list, and both are committed or neither. The time is the
+    database's, so that a replica whose clock is wrong signs nothing that brokers refuse.
+
+    Args:
+        anyway: Sign in any case.
+        known: Lists that the caller has seen, by authority, so that they are not fetched again.
+    Returns:
+        The new list, or None if the present one is right.
+    """
+    if not anyway and not await _due(connection, authority, lifetime, known):
+        return None
+    await crls.lock_list(connection, authority.name)
+    if not anyway and not await _due(connection, authority, lifetime, known):
+        return None  # somebody else did it meanwhile
+    moment = await crls.fetch_moment(connection, authority.subject)
+    now = moment.now
+    revoked = await crls.fetch_revoked(connection, authority.subject, now - lifetime)
+    entries = [Entry(*row) for row in revoked]
+    number = next_number(moment.highest, now)
+    signed = await asyncio.to_thread(authority.sign_list, entries, number, now, lifetime)
+    stored = StoredList(number, signed.this_update, signed.next_update, signed.der)
+    await crls.keep_list(connection, authority.name, stored, [entry.serial for entry in entries])
+    return stored
+
+
+async def _present(connection: Connection, name: str, known: Mapping[str, StoredList] | None) -> StoredList | None:
+    found = await crls.fetch_authorities(connection, name, known)
+    return found[0].list if found else None
+
+
+async def _due(
+    connection: Connection,
+    authority: AuthorityFolder,
+    lifetime: timedelta,
+    known: Mapping[str, StoredList] | None,
+) -> bool:
+    present = await _present(connection, authority.name, known)
+    moment = await crls.fetch_moment(connection, authority.subject)
+    now = moment.now
+    if present is None or present.this_update > now:  # brokers refuse what is not valid yet
+        return True
+    if (moment.highest or 0) > present.number:  # the database was restored: hosts of brokers have a later list
+        return True
+    if now >= present.this_update + min(lifetime, present.next_update - present.this_update) / 2:
+        return True
+    revoked = await crls.fetch_revoked(connection, authority.subject, now)
+    listed = await asyncio.to_thread(_listed, present.der)
+    # A version that kept no record of what is listed has signed it: receipts would wait for what is there already.
+    return moment.listed != len(listed) or not {serial for serial, _, _ in revoked} <= listed
+
+
+@functools.lru_cache(maxsize=2)
+def _listed(der: bytes) -> frozenset[str]:
+    """Return the serial numbers on a list; asked again at every change of a certificate."""
+    return frozenset(entry.serial for entry in entries_of(der))
+
+
+class InstallReporter:
+    """
+    Tells the database which lists are installed on the host of a node.
+
+    Args:
+        node: As RabbitMQ calls it: ``rabbit@HOST``.
+        every_s: How often the lists are looked at.
+    """
+
+    def __init__(self, target: Target, node: str, every_s: float) -> None:
+        self._target = target
+        self._node = node
+        self._counts_s = MISSED_REPORTS * (CHECK_S + max(every_s, WAIT_S))
+        self._present: dict[str, RevocationList] = {}
+        self._reported: dict[str, tuple[int, float]] = {}
+        self._seen = asyncio.Event()
+
+    def seen(self, found: RevocationList) -> None:
+        """Note a list that has just been read from its file."""
+        self._present[found.issuer] = found
+        number, at = self._reported.get(found.issuer, (None, 0.0))
+        if number != found.number or time.monotonic() - at >= CHECK_S:
+            self._seen.set()
+
+    async def report(self) -> None:
+        """
+        Report what was seen.
+
+        Raises:
+            AuthbackendError: The database cannot be reached or refuses.
+        """
+        for issuer, found in list(self._present.items()):
+            await crls.report_list(self._target, self._node, issuer, found.number, found.next_update, self._counts_s)
+            self._reported[issuer] = found.number, time.monotonic()
+
+    async def run(self) -> None:
+        """Report until cancelled; a fault is logged once, and the report is tried again."""
+        faults, backoff, reachability = (
+            FaultLog("crl.not_reported", "crl.reported", node=self._node),
+            Backoff(),
+            Reachability(),
+        )
+        while True:
+            await self._seen.wait()
+            self._seen.clear()
+            try:
+                await self.report()
+                faults.succeeded()
+                backoff.reset()
+            except AuthbackendError as error:
+                faults.failed(error.detail)
+                self._seen.set()
+                await reachability.pause(backoff)
+
+
+class Keeper:
+    """
+    Keeps the lists of all authorities in memory, signs that of one, and counts what expires.
+
+    Args:
+        authority: Whose list this replica signs; None: it signs none. A watched one is read again as it changes.
+        lifetime_s: From thisUpdate to nextUpdate of what it signs.
+        reachability: Shared with whatever else in this process needs the database.
+        publish: Takes the lists of all authorities, to be served; they stay while the database is away.
+        tell: Takes what is counted.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        authority: AuthorityFolder | WatchedAuthority | None,
+        lifetime_s: float,
+        reachability: Reachability | None = None,
+        publish: Callable[[dict[str, Published]], object] = lambda _: None,
+        tell: Callable[[CertificateMetrics], object] = lambda _: None,
+    ) -> None:
+        self._publish_lists = publish
+        self._tell_metrics = tell
+        self.metrics = CertificateMetrics()
+        self._target = target
+        self._watched = authority if isinstance(authority, WatchedAuthority) else None
+        self._authority = authority.current if isinstance(authority, WatchedAuthority) else authority
+        self._lifetime = timedelta(seconds=lifetime_s)
+        self._known: dict[str, StoredList] = {}
+        self._counted_at: float | None = None
+        self._reachability = reachability or Reachability()
+        self._backoff = Backoff()
+        self._faults = FaultLog("crl.refresh_failed", "crl.following")
+
+    async def run(self) -> None:
+        """Work until cancelled; what fails is logged, once for each fault, and tried again."""
+        while True:
+            try:
+                listener = await Listener.open(self._target)
+                self._reachability.succeeded()
+                try:
+                    await self._follow(listener)
+                finally:
+                    await listener.close()
+            except AuthbackendError as error:
+                self._faults.failed(error.detail)
+            except Exception as error:  # lists are late then, which brokers and an alert notice; decisions go on
+                if not self._faults.failing:
+                    log.exception("crl.refresh_crashed")
+                self._faults.failed(f"{type(error).__name__} while reading revocation lists")
+            await self._reachability.pause(self._backoff)
+
+    async def _follow(self, listener: Listener) -> None:
+        connection = listener.connection
+        with translated_errors():
+            while not connection.is_closed():
+                fault = await self._read_authority()
+                if self._authority is not None:
+                    stranger = await self._stranger(connection, self._authority)
+                    if stranger is None:
+                        await self._sign(connection, self._authority)
+                    fault = fault or stranger
+                await self._publish(connection)
+                await self._count(connection)
+                self._tell_metrics(self.metrics)
+                if fault is None:
+                    self._faults.succeeded()
+                else:
+                    self._faults.failed(fault)
+                self._backoff.reset()
+                await listener.changed(CHECK_S)
+
+    async def _read_authority(self) -> str | None:
+        """Take the authority's files as they are now; return why they cannot be used, or None."""
+        if self._watched is None:
+            return None
+        try:
+            await asyncio.to_thread(self._watched.read_if_changed)
+        except ConfigurationError as error:
+            return error.detail
+        self._authority = self._watched.current
+        return None
+
+    async def _stranger(self, connection: Connection, authority: AuthorityFolder) -> str | None:
+        """Return why the list of ``pki.authority_dir`` cannot be signed, or None."""
+        found = await crls.fetch_authorities(connection, authority.name, self._known)
+        if found and found[0].subject == authority.subject:
+            return None
+        return f"authority {authority.name} of pki.authority_dir is not in the database; run: authbackend crl sign DIR"
+
+    async def _sign(self, connection: Connection, authority: AuthorityFolder) -> None:
+        async with connection.transaction():
+            signed = await sign(connection, authority, self._lifetime, known=self._known)
+        if signed is not None:
+            log.info(
+                "crl.signed",
+                authority=authority.name,
+                number=signed.number,
+                next_update=signed.next_update.isoformat(),
+                size_bytes=len(signed.der),
+            )
+
+    async def _publish(self, connection: Connection) -> None:
+        found = await crls.fetch_authorities(connection, None, self._known)
+        self._known = present = {authority.name: authority.list for authority in found if authority.list is not None}
+        self.metrics.authorities = {authority.name: authority.not_after.timestamp() for authority in found}
+        self.metrics.this_updates = {name: stored.this_update.timestamp() for name, stored in present.items()}
+        self.metrics.next_updates = {name: stored.next_update.timestamp() for name, stored in present.items()}
+        self._publish_lists({name: Published(each.der, each.this_update) for name, each in present.items()})
+
+    async def _count(self, connection: Connection) -> None:
+        if self._counted_at is not None and time.monotonic() - self._counted_at < EXPIRY_S:
+            return
+        expiring = await crls.fetch_expiring(connection)
+        self.metrics.within = expiring.within
+        self.metrics.expired = expiring.expired
+        self.metrics.most_on_a_day = expiring.most_on_a_day
+        self._counted_at = time.monotonic()

@@ -1,0 +1,366 @@
+"""
+Reads the registry and follows the change feed, as docs/decisions/0002-change-feed.md tells.
+
+Every look is one REPEATABLE READ transaction that takes its locks before its snapshot. The mark is the whole
+snapshot, so each change row is read once, whatever the order of commits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+import asyncpg
+import structlog
+
+from authbackend.errors import Unavailable, Unwritable
+from authbackend.postgres import locks
+from authbackend.postgres.connection import Connection, Target, connect, translated_errors
+from authbackend.postgres.compatibility import require_fit
+from authbackend.postgres.replicas import Identity, introduce
+from authbackend.postgres.statements import load_statements
+from authbackend.postgres.lock_waits import locked_out
+from authbackend.registry.position import Mark
+from authbackend.registry.records import DeviceRow, Patch
+from authbackend.registry.store import Store
+from authbackend.registry.follower import Confirmation, Look
+from authbackend.registry.writability import Writability
+
+log = structlog.get_logger(__name__)
+
+WATCHED_TABLES = ("device_type", "client_id_move", "device", "device_hold", "account", "topic_rule")
+"""Those that this program reads; a newer schema may watch more."""
+TRIGGERS_A_TABLE = 4
+CHUNK_ROWS = 2000
+CHANNEL = "registry"
+PROBE_S = 5.0
+LOCK_TIMEOUT = "500ms"
+"""Shorter than PostgreSQL's deadlock_timeout (1 s): a look gives way to a migration, which is never ended for it."""
+_PATCH_AT_MOST_SHARE = 0.2  # above it a full load is cheaper
+
+_ENTITIES = ("device_type", "device", "account")
+
+
+class ChangeFeed:
+    """
+    One replica's reader; not for several tasks at once.
+
+    Args:
+        change_retention_s: How long change rows are kept by :meth:`prune`.
+        identity: Who reads, made known on each new connection before the first look; None: somebody who answers nobody.
+        on_ignored: Is told how many changes were of an entity that this program does not know.
+        writability: Shared with whatever else in this process writes to the database.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        change_retention_s: float = 3600.0,
+        identity: Identity | None = None,
+        on_ignored: Callable[[int], object] | None = None,
+        writability: Writability | None = None,
+    ) -> None:
+        self._identity = identity
+        self._on_ignored = on_ignored
+        self._unknown: set[str] = set()
+        self._introduced = False
+        self._row: uuid.UUID | None = None
+        self._vouches_for: uuid.UUID | None = None
+        self._writability = writability or Writability()
+        self._target = target
+        self._retention_s = change_retention_s
+        self._connection: Connection | None = None
+        self._statements = load_statements("registry")
+
+    async def load(self, store: Store, synced_at: float) -> Look:
+        """
+        Fill a store with everything; its readers see it at the end.
+
+        Raises:
+            Unavailable: The server cannot be reached, is a standby, has no registry, its triggers are missing, its schema
+                needs a newer program, or the store has no room.
+        """
+        # Workers that answer from what is there meanwhile are not to notice; nobody else gives way, since a revocation
+        # hangs on the follower.
+        rest = 1.0 if store.state() is not None else 0.0
+        async with self._look() as (connection, look, _):
+            with store.loading(look.mark, synced_at, look.confirmed_at.timestamp()) as loader:
+                for entity, statement in (("device_type", "all_device_types"), ("account", "all_accounts")):
+                    for row in await self._fetch(connection, statement):
+                        loader.add(entity, row["name"], row["record"])
+                async for chunk in self._chunks(connection, self._statements.all_devices.sql):
+                    began = time.monotonic()
+                    loader.add_devices(chunk)
+                    await asyncio.sleep(rest * (time.monotonic() - began))
+            return look
+
+    async def changes(self, mark: Mark, devices: int) -> tuple[Patch, Look] | None:
+        """
+        Return what changed since a mark, and where this look stands.
+
+        None when everything must be loaded anew: another life of the server, change rows pruned or counters gone
+        back, a table emptied, or so many changes, of that many devices, that a load is cheaper.
+
+        Raises:
+            Unavailable: As :meth:`load`.
+        """
+        async with self._look() as (connection, look, floor):
+            patch = await self._changes(connection, mark, look.mark, floor, devices)
+            return None if patch is None else (patch, look)
+
+    async def suspects(self, store: Store) -> Patch:
+        """
+        Compare a store with the database value by value, on a connection of its own, and return the rows that differ.
+
+        The store may move on meanwhile, so that a row may differ for that reason: see :meth:`confirm`.
+
+        Raises:
+            Unavailable: As :meth:`load`.
+        """
+        other = ChangeFeed(self._target)
+        try:
+            async with other._look() as (connection, _, _):
+                return await self._compare(connection, store)
+        finally:
+            await other.close()
+
+    async def _compare(self, connection: Connection, store: Store) -> Patch:
+        types: dict[str, bytes | None] = {}
+        devices: dict[str, DeviceRow | None] = {}
+        accounts: dict[str, bytes | None] = {}
+        here = store.reader()
+        for entity, statement, differ in (
+            ("device_type", "all_device_types", types),
+            ("account", "all_accounts", accounts),
+        ):
+            rows = await self._fetch(connection, statement)
+            with here:
+                differ.update((r["name"], r["record"]) for r in rows if here.record(entity, r["name"]) != r["record"])
+        async for chunk in self._chunks(connection, self._statements.all_devices.sql):
+            with here:
+                for row in chunk:
+                    device = DeviceRow(row["name"], row["record"], row["other_id"])
+                    if not here.same(device):
+                        devices[(device.other_id or device.name).decode()] = device
+            await asyncio.sleep(0)
+        return Patch(types, devices, accounts)
+
+    async def confirm(self, mark: Mark, devices: int, suspects: Patch) -> Confirmation | None:
+        """
+        Read suspects again, together with what changed since a mark.
+
+        None if everything must be loaded anew anyway.
+
+        Raises:
+            Unavailable: As :meth:`load`.
+        """
+        async with self._look() as (connection, look, floor):
+            patch = await self._changes(connection, mark, look.mark, floor, devices)
+            if patch is None:
+                return None
+            keys = (suspects.device_types, suspects.devices, suspects.accounts)
+            present = await self._patch(connection, dict(zip(_ENTITIES, map(list, keys), strict=True)))
+            sizes = await connection.fetchrow(self._statements.sizes.sql)
+            assert sizes is not None
+            return Confirmation(patch, present, dict(sizes), look)
+
+    async def later_changes(self, mark: Mark) -> set[tuple[str, str]] | None:
+        """
+        Return the keys of what was changed after a mark of an earlier life of the database; None if it cannot be told.
+
+        A standby that was promoted goes on with the transaction ids of its primary; another cluster or database does not,
+        and there no change is later.
+
+        Raises:
+            Unavailable: As :meth:`load`.
+        """
+        async with self._look() as (connection, look, floor):
+            if mark.epoch.split("/")[:2] != look.mark.epoch.split("/")[:2]:  # system and database
+                return set()
+            if mark.xmin < floor:
+                return None
+            rows = await connection.fetch(self._statements.changes_since.sql, str(mark.xmax), mark.running)
+            return {(row["entity"], row["key"]) for row in rows}
+
+    async def prune(self) -> None:
+        """Delete change rows that every reader of the retention time has seen."""
+        with translated_errors():
+            connection = await self._connected()
+            await connection.fetchval(self._statements.prune.sql, self._retention_s)
+
+    @contextlib.asynccontextmanager
+    async def wake_ups(self) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+        """
+        Listen on a connection of its own; repeated notifications are one wake-up.
+
+        Raises:
+            Unavailable: The connection cannot be made or is lost.
+        """
+        woken = asyncio.Event()
+        lost = False
+
+        def on_lost(_: Any) -> None:
+            nonlocal lost
+            lost = True
+            woken.set()
+
+        async def next_change() -> None:
+            while not woken.is_set():
+                try:
+                    async with asyncio.timeout(PROBE_S):
+                        await woken.wait()
+                except TimeoutError:
+                    with translated_errors():  # a connection whose other end is gone says nothing by itself
+                        await connection.fetchval("select 1")
+            if lost:
+                raise Unavailable("the listening connection was lost")
+            woken.clear()
+
+        name = f"{self._target.application_name} listener"
+        connection = await connect(replace(self._target, application_name=name))
+        try:
+            connection.add_termination_listener(on_lost)
+            with translated_errors():
+                await connection.add_listener(CHANNEL, lambda *_: woken.set())
+            yield next_change
+        finally:
+            with contextlib.suppress(Exception):
+                await connection.close(timeout=1)
+
+    async def close(self) -> None:
+        """Drop the connection; the next call opens one."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(Exception):
+                await connection.close(timeout=1)
+
+    async def _connected(self) -> Connection:
+        if self._connection is None or self._connection.is_closed():
+            self._connection = await connect(self._target)
+            self._introduced, self._vouches_for = False, None
+        return self._connection
+
+    @contextlib.asynccontextmanager
+    async def _look(self) -> AsyncIterator[tuple[Connection, Look, int]]:
+        """Open the reading transaction; yields the connection, where it stands, and the floor of the feed."""
+        with translated_errors():
+            connection = await self._connected()
+            server = await connection.fetchrow(self._statements.server.sql)
+            assert server is not None
+            require_fit(server["oldest_program"])
+            if server["standby"]:
+                raise Unavailable(
+                    "the server is a standby; its snapshots do not show running transactions, so changes could be missed. Connect to the primary"
+                )
+            if self._identity is not None:
+                await self._make_known(connection, self._identity)
+            for _ in range(2):
+                try:
+                    async with connection.transaction(isolation="repeatable_read", readonly=True):
+                        await connection.execute(f"set local lock_timeout = '{LOCK_TIMEOUT}'")
+                        await connection.execute(self._statements.lock_registry.sql)
+                        look, floor = self._position(
+                            await connection.fetchrow(self._statements.position.sql, WATCHED_TABLES)
+                        )
+                        if look is not None:
+                            yield connection, look, floor
+                            return
+                except asyncpg.LockNotAvailableError as error:
+                    raise Unavailable(await locked_out(connection, LOCK_TIMEOUT)) from error
+                # Empty after a crash recovery: a new one tells every reader to load anew.
+                await connection.fetchval(self._statements.renew_incarnation.sql)
+            raise Unavailable("the incarnation of the server cannot be renewed")
+
+    async def _make_known(self, connection: Connection, identity: Identity) -> None:
+        """See to it that whoever waits for the replicas waits for this one."""
+        statements = load_statements("replicas")
+        if not self._introduced:
+            try:
+                with translated_errors():
+                    await introduce(connection, identity)
+                self._introduced, self._row = True, identity.boot.id
+            except Unwritable as error:
+                self._writability.failed(error.detail)
+                # Whoever waits for the boot before this one waits for this one, as long as it cannot take that one's place.
+                ids = [identity.boot.id, *reversed(identity.boot.former)]
+                self._row = await connection.fetchval(statements.known.sql, ids)
+                if self._row is None:
+                    raise Unavailable(
+                        "the database does not know this replica, and cannot note it, so that nobody would wait for it "
+                        f"when something is revoked: {error.detail}"
+                    ) from error
+        if (self._vouches_for is not None) != (self._writability.fault is not None):
+            statement = statements.vouch if self._vouches_for is None else statements.no_vouch
+            await connection.fetchval(statement.sql, locks.REPLICA, self._vouches_for or self._row)
+            self._vouches_for = None if self._vouches_for else self._row
+
+    def _position(self, row: Any) -> tuple[Look | None, int]:
+        require_fit(row["oldest_program"])  # again: the schema may have changed before the locks were taken
+        expected = len(WATCHED_TABLES) * TRIGGERS_A_TABLE
+        if row["triggers"] != expected:
+            raise Unavailable(
+                f"{row['triggers']} of {expected} change triggers are there and enabled: a restore is running, or it "
+                "left them disabled. Run: authbackend migrate --repair-triggers"
+            )
+        if row["incarnation"] is None:
+            return None, 0
+        return Look(Mark(row["epoch"], row["incarnation"], row["snapshot"]), row["at"]), int(row["floor"])
+
+    async def _changes(self, connection: Connection, old: Mark, new: Mark, floor: int, devices: int) -> Patch | None:
+        if not _follows(old, new, floor):
+            return None
+        changed: dict[str, list[str]] = {entity: [] for entity in _ENTITIES}
+        unknown: Counter[str] = Counter()
+        for row in await connection.fetch(self._statements.changes_since.sql, str(old.xmax), old.running):
+            if row["entity"] not in changed:
+                unknown[row["entity"]] += 1
+            elif row["key"] == "*":
+                return None
+            else:
+                changed[row["entity"]].append(row["key"])
+        self._ignore(unknown)
+        if len(changed["device"]) > max(CHUNK_ROWS, devices * _PATCH_AT_MOST_SHARE):
+            return None
+        return await self._patch(connection, changed)
+
+    def _ignore(self, unknown: Counter[str]) -> None:
+        for entity in unknown.keys() - self._unknown:
+            log.warning("registry.entity_unknown", entity=entity, next="its changes are ignored and counted")
+        self._unknown |= unknown.keys()
+        if unknown and self._on_ignored is not None:
+            self._on_ignored(unknown.total())
+
+    async def _patch(self, connection: Connection, changed: dict[str, list[str]]) -> Patch:
+        types: dict[str, bytes | None] = dict.fromkeys(changed["device_type"])
+        devices: dict[str, DeviceRow | None] = dict.fromkeys(changed["device"])
+        accounts: dict[str, bytes | None] = dict.fromkeys(changed["account"])
+        for found, statement in ((types, "device_types"), (accounts, "accounts")):
+            if found:
+                rows = await self._fetch(connection, statement, list(found))
+                found.update((row["name"], row["record"]) for row in rows)
+        if devices:
+            async for chunk in self._chunks(connection, self._statements.devices.sql, changed["device"]):
+                for device_id, *row in chunk:
+                    devices[device_id] = DeviceRow(*row)
+                await asyncio.sleep(0)
+        return Patch(types, devices, accounts)
+
+    async def _fetch(self, connection: Connection, statement: str, *arguments: Any) -> list[Any]:
+        return await connection.fetch(getattr(self._statements, statement).sql, *arguments)
+
+    @staticmethod
+    async def _chunks(connection: Connection, statement: str, *arguments: Any) -> AsyncIterator[list[Any]]:
+        cursor = await connection.cursor(statement, *arguments)
+        while chunk := await cursor.fetch(CHUNK_ROWS):
+            yield chunk
+
+
+def _follows(old: Mark, new: Mark, floor: int) -> bool:
+    """Return whether the change feed can lead from one mark to another."""
+    return old.same_life(new) and old.xmin >= floor and new.xmin >= old.xmin and new.xmax >= old.xmax

@@ -1,0 +1,374 @@
+"""
+Keeps the copy true: load, follow the change feed, notice staleness.
+
+One look at a time. A notification only wakes the loop up; what changed is read from the change feed, which is also
+polled, so a lost notification delays a change by a second and loses nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol
+
+import structlog
+
+from authbackend import clocks
+from authbackend.backoff import Backoff, Reachability
+from authbackend.clocks import Instant
+from authbackend.errors import AuthbackendError, NoRoom, Unwritable
+from authbackend.fault_log import FaultLog
+from authbackend.registry import lost_changes
+from authbackend.registry.snapshot import DiskCopy, Entry
+from authbackend.registry.position import Mark
+from authbackend.registry.records import Patch
+from authbackend.registry.store import Reader, Store
+from authbackend.registry.writability import Writability
+
+log = structlog.get_logger(__name__)
+
+NO_ROOM_S = 10.0
+"""How long to wait when the registry does not fit: each attempt reads all of it from the database, in vain."""
+CONFIRM_ON_DISK_S = 10.0
+_AT_ONCE = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """
+    Where a look at the database stood.
+
+    Args:
+        confirmed_at: The database's clock when the look began.
+    """
+
+    mark: Mark
+    confirmed_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Refreshed:
+    """
+    What one look at the database gave.
+
+    Args:
+        full: True when the copy was loaded anew.
+        changed: Rows read.
+        duration_s: From the start of the look to the moment decisions use it.
+    """
+
+    full: bool
+    changed: int
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmation:
+    """
+    What the database holds, all at one look.
+
+    Args:
+        patch: What changed since the mark.
+        present: The suspects.
+        sizes: How many rows there are, by entity.
+    """
+
+    patch: Patch
+    present: Patch
+    sizes: dict[str, int]
+    look: Look
+
+
+class Feed(Protocol):
+    """Reads the registry from the database; ``postgres.feed`` has the real one."""
+
+    async def load(self, store: Store, synced_at: float) -> Look:
+        """Fill a store with everything."""
+
+    async def changes(self, mark: Mark, devices: int) -> tuple[Patch, Look] | None:
+        """Return what changed since a mark, None if it must be loaded anew; ``devices``: how many there were."""
+
+    async def suspects(self, store: Store) -> Patch:
+        """Return the rows in which a store, which may move on meanwhile, seems to differ from the database."""
+
+    async def confirm(self, mark: Mark, devices: int, suspects: Patch) -> Confirmation | None:
+        """Look at suspects again, together with what changed since a mark; None if all must be loaded anew anyway."""
+
+    async def later_changes(self, mark: Mark) -> set[lost_changes.Key] | None:
+        """
+        Return what was changed after a mark of an earlier life of the database, as far as its change feed tells.
+
+        None if it does not reach back so far.
+        """
+
+    async def prune(self) -> None:
+        """Delete change rows that every reader has seen."""
+
+    def wake_ups(self) -> contextlib.AbstractAsyncContextManager[Callable[[], Awaitable[None]]]:
+        """Listen for changes; the value waits for the next one and raises when the connection is lost."""
+
+    async def close(self) -> None:
+        """Drop the connection; the next call opens one."""
+
+
+class Observer(Protocol):
+    """Is told what happens, for metrics and for the other replicas."""
+
+    def refreshed(self, look: Look, refreshed: Refreshed, *, lasting: bool) -> None:
+        """
+        A look at the database succeeded.
+
+        Args:
+            lasting: False if what changed should be on disk and is not: a restart could go back behind it.
+        """
+
+    def refresh_failed(self) -> None:
+        """A look at the database failed; the copy stays as it is."""
+
+    def compared(self, differences: int) -> None:
+        """The copy was compared with the database row by row."""
+
+    def served_changes_gone(self, number: int) -> None:
+        """A database in another life lacks changes that were served."""
+
+
+@dataclass(frozen=True, slots=True)
+class SyncTimes:
+    """Intervals in seconds; see ``settings.Registry``."""
+
+    poll_s: float = 1.0
+    compare_s: float = 3600.0
+    prune_s: float = 60.0
+
+
+class RegistryCopy:
+    """
+    Follows the database and writes the store that decisions are made from.
+
+    Args:
+        reachability: Shared with whatever else in this process needs the database.
+        writability: Shared with whatever else in this process writes to it; its fault is noted in the store.
+    """
+
+    def __init__(
+        self,
+        feed: Feed,
+        store: Store,
+        observer: Observer,
+        times: SyncTimes | None = None,
+        disk: DiskCopy | None = None,
+        reachability: Reachability | None = None,
+        writability: Writability | None = None,
+    ) -> None:
+        self.store = store
+        self.fault: str | None = "the registry has not been loaded yet"
+        self._faults = FaultLog("registry.refresh_failed")
+        self._feed = feed
+        self._observer = observer
+        self._times = times or SyncTimes()
+        self._disk = disk
+        self._on_disk_until = 0.0  # monotonic: when the disk must be told again that the copy is true
+        self._wake = asyncio.Event()
+        self._reachability = reachability or Reachability()
+        self._writability = writability or Writability()
+        self._backoff = Backoff()
+        self._no_room = Backoff(NO_ROOM_S, NO_ROOM_S)
+        self._looking = asyncio.Lock()  # one look at a time: an older result must never follow a newer one
+        self._next_prune = 0.0
+
+    async def run(self) -> None:
+        """Follow the database until cancelled; never raises for a fault of the database."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._listen())
+            tasks.create_task(self._compare_regularly())
+            while True:
+                await self._look()
+
+    async def _look(self) -> None:
+        """Look once, then wait for a notification or the next poll, or after a failure until it may be over."""
+        self._wake.clear()
+        try:
+            async with self._looking:
+                await self.refresh()
+                await self._maintain()
+        except NoRoom as error:
+            await self._failed(error.detail)
+            await asyncio.sleep(self._no_room.next_s())
+        except AuthbackendError as error:
+            await self._failed(error.detail)
+            await self._reachability.pause(self._backoff)
+        except Exception as error:  # a fault of ours must not stop the copy from following
+            fault = f"{type(error).__name__} while reading the registry"
+            if self.fault != fault:
+                log.exception("registry.refresh_crashed")
+            await self._failed(fault)
+            await self._reachability.pause(self._backoff)
+        else:
+            self._backoff.reset()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._times.poll_s):
+                    await self._wake.wait()
+
+    async def refresh(self, *, full: bool = False) -> Refreshed:
+        """
+        Look at the database once and apply what changed, or load everything anew.
+
+        Raises:
+            AuthbackendError: The database could not be read; the copy stays as it was.
+        """
+        began = Instant.now()
+        state = self.store.state()
+        found = None
+        if state is not None and not full:
+            found = await self._feed.changes(state.mark, self.store.sizes()["device"])
+        if found is not None:
+            return await self._apply(*found, began)
+        with self.store.reader() as before:  # what was served stays readable until it has been compared
+            look = await self._feed.load(self.store, began.uptime)
+            sizes = self.store.sizes()
+            refreshed = Refreshed(True, sum(sizes.values()), clocks.uptime() - began.uptime)
+            log.info("registry.loaded", **sizes, duration_s=round(refreshed.duration_s, 3))
+            await self._succeeded(look, refreshed, Entry(began, look.mark, Patch(), look.confirmed_at.timestamp()))
+            if state is not None and not look.mark.same_life(state.mark):
+                await self._compare_with_served(before, state.mark)
+        return refreshed
+
+    async def _compare_with_served(self, before: Reader, mark: Mark) -> None:
+        try:
+            later = await self._feed.later_changes(mark)
+        except AuthbackendError:
+            later = None
+        found = set()
+        with self.store.reader() as after:
+            for number, key in enumerate(lost_changes.differing(before, after)):
+                if key is not None:
+                    found.add(key)
+                if number % _AT_ONCE == 0:
+                    await asyncio.sleep(0)
+        self._observer.served_changes_gone(lost_changes.report(found, later))
+
+    async def _apply(self, patch: Patch, look: Look, began: Instant) -> Refreshed:
+        time_there = look.confirmed_at.timestamp()
+        if len(patch):
+            self.store.apply(patch, look.mark, began.uptime, time_there)
+        else:
+            fault = self._writability.fault
+            self.store.note(mark=look.mark, synced_at=began.uptime, fault=fault, database_time=time_there)
+        refreshed = Refreshed(False, len(patch), clocks.uptime() - began.uptime)
+        if len(patch):
+            log.info("registry.changed", rows=len(patch), duration_s=round(refreshed.duration_s, 4))
+        await self._succeeded(look, refreshed, Entry(began, look.mark, patch, time_there))
+        return refreshed
+
+    async def _succeeded(self, look: Look, refreshed: Refreshed, entry: Entry) -> None:
+        if self.fault is not None:
+            log.info("registry.following")
+            self._reachability.succeeded()
+        self._faults.succeeded()
+        self.fault = None
+        if self._writability.fault is not None and (len(entry.patch) or refreshed.full):
+            self.store.note(fault=self._writability.fault)
+        lasting = await self._written(entry, new_image=refreshed.full)
+        self._observer.refreshed(look, refreshed, lasting=lasting)
+
+    async def _written(self, entry: Entry, *, new_image: bool) -> bool:
+        """Write a look to disk where it matters; False: it is not there, so nobody may rely on it after a crash."""
+        disk = self._disk
+        if disk is None:
+            return True
+        now = time.monotonic()
+        if not (new_image or len(entry.patch) or disk.wants_image or now >= self._on_disk_until):
+            return True
+        try:
+            if new_image or disk.wants_image:
+                disk.close_journal()
+                await asyncio.to_thread(disk.save, self.store, entry)
+            else:
+                await asyncio.to_thread(disk.append, entry)
+        except OSError as error:
+            log.error("registry.not_on_disk", fault=error.strerror)
+            return False
+        self._on_disk_until = now + CONFIRM_ON_DISK_S
+        return True
+
+    async def compare(self) -> int:
+        """
+        Compare the copy with the database row by row and load it anew when they differ.
+
+        Finds what no trigger can see, for example a restore that disabled them. The copy follows on meanwhile.
+        """
+        suspects = await self._feed.suspects(self.store)
+        async with self._looking:
+            began = Instant.now()
+            state = self.store.state()
+            assert state is not None
+            found = await self._feed.confirm(state.mark, self.store.sizes()["device"], suspects)
+            if found is None:
+                await self.refresh(full=True)
+                return 0
+            await self._apply(found.patch, found.look, began)
+            differences = self.store.differences(found.present) or sum(
+                abs(size - found.sizes[entity]) for entity, size in self.store.sizes().items()
+            )
+            self._observer.compared(differences)
+            if differences:
+                log.error("registry.differs", rows=differences, next="loading it anew")
+                await self.refresh(full=True)
+            return differences
+
+    async def _maintain(self) -> None:
+        now = time.monotonic()
+        self.store.forget_dead_readers()
+        if now >= self._next_prune:
+            self._next_prune = now + self._times.prune_s
+            try:
+                await self._feed.prune()
+            except Unwritable as error:
+                self._writability.failed(error.detail)
+
+    async def _compare_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(self._times.compare_s)
+            try:
+                if self.store.state() is not None:
+                    await self.compare()
+            except AuthbackendError as error:
+                log.warning("registry.compare_failed", fault=error.detail)
+            except Exception:  # a fault of ours must not end the comparisons for good
+                log.exception("registry.compare_crashed")
+
+    async def _failed(self, detail: str) -> None:
+        self._faults.failed(detail, copy_age_s=self._age_s())
+        self.fault = detail
+        with contextlib.suppress(AuthbackendError):
+            self.store.note(fault=detail)
+        self._observer.refresh_failed()
+        await self._feed.close()
+
+    def _age_s(self) -> float | None:
+        state = self.store.state()
+        return None if state is None else round(clocks.uptime() - state.synced_at, 3)
+
+    async def _listen(self) -> None:
+        backoff = Backoff()
+        crash: str | None = None
+        while True:
+            try:
+                async with self._feed.wake_ups() as next_change:
+                    self._reachability.succeeded()
+                    self._wake.set()
+                    while True:
+                        await next_change()
+                        self._wake.set()
+                        backoff.reset()
+            except AuthbackendError:
+                pass  # the poll follows meanwhile, and says what is wrong with the database
+            except Exception as error:  # a fault of ours must not end the listening for good
+                if crash != str(error):
+                    log.exception("registry.listen_crashed")
+                crash = str(error)
+            await self._reachability.pause(backoff)

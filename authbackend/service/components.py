@@ -1,0 +1,542 @@
+"""Builds the service from its settings, starts it and stops it: the only place that knows every part."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import structlog
+from aiohttp import web
+from prometheus_client import CollectorRegistry
+
+from authbackend import __version__, metrics
+from authbackend.certificates.crl_endpoint import PublishedLists, as_note, of_note
+from authbackend.service.health import Health
+from authbackend.service.health_listener import health_application
+from authbackend.api.server import application
+from authbackend.backoff import Reachability
+from authbackend.service.heartbeats import Board
+from authbackend.bounded_server import BoundedServer, Bounds, accepting
+from authbackend.broker.handlers import Endpoints, Limits
+from authbackend.broker.server import BrokerServer, listening
+from authbackend.passwords import PasswordChecker
+from authbackend.broker.protocol import LONGEST_REQUEST_LINE_BYTES
+from authbackend.secrets import read_password
+from authbackend.enforcement.leader import Leader, LeaderSettings
+from authbackend.enforcement.management_api import Access, ManagementAPI
+from authbackend.enforcement.metrics import EnforcementMetrics
+from authbackend.enforcement.sweep import SweepSettings
+from authbackend.errors import ConfigurationError
+from authbackend.service.replica import Ground, prepared, target
+from authbackend.logs import Sampler
+from authbackend.metrics import BrokerMetrics, CertificateMetrics, ListenerMetrics, RegistryMetrics, ReplicaMetrics
+from authbackend.service.shared_value import Note
+from authbackend.policy.decide import DecisionSettings
+from authbackend.postgres.enforcement import leading, open_store
+from authbackend.postgres.change_feed import ChangeFeed
+from authbackend.postgres.replicas import Announcer, Identity
+from authbackend.registry.announcer import Presence
+from authbackend.registry.store import Store
+from authbackend.registry.follower import Look, Refreshed, RegistryCopy, SyncTimes
+from authbackend.registry.writability import Writability
+from authbackend.certificates.crl_publisher import Keeper, WatchedAuthority
+from authbackend.settings import TLS, Broker, Settings, host_and_port, is_loopback
+from authbackend.settings import Health as HealthSettings
+from authbackend.tls import TLSFiles, watch
+
+log = structlog.get_logger(__name__)
+
+BEAT_S = 0.1
+KEEPALIVE_S = 75.0
+DRAIN_S = 2.0
+LISTS_LOOK_S = 0.05
+
+
+def broker_tls(broker: Broker) -> TLSFiles | None:
+    """
+    Return the certificates of the broker's listener, None for plain HTTP.
+
+    Raises:
+        ConfigurationError: The listener could be reached from elsewhere without mutual TLS, or the files do not fit.
+    """
+    _check_tls("broker", broker.tls)
+    if not is_loopback(broker.listen) and not broker.insecure and broker.tls.client_ca_file is None:
+        raise ConfigurationError(
+            f"broker.listen {broker.listen} can be reached from other hosts, where anybody could ask and guess passwords: "
+            "set broker.tls.certificate_file, broker.tls.key_file and broker.tls.client_ca_file for mutual TLS, "
+            "listen on 127.0.0.1, or accept it with broker.insecure = true"
+        )
+    return _tls_files("broker", broker.tls)
+
+
+def health_tls(health: HealthSettings) -> TLSFiles | None:
+    """
+    Return the certificates of the listener for health, None for plain HTTP.
+
+    Raises:
+        ConfigurationError: The files do not fit.
+    """
+    _check_tls("health", health.tls)
+    return _tls_files("health", health.tls)
+
+
+def _check_tls(section: str, tls: TLS) -> None:
+    name = f"{section}.tls"
+    if (tls.certificate_file is None) != (tls.key_file is None):
+        raise ConfigurationError(f"{name}.certificate_file and {name}.key_file go together: set both or none")
+    if tls.client_ca_file is not None and tls.certificate_file is None:
+        raise ConfigurationError(f"{name}.client_ca_file needs {name}.certificate_file and {name}.key_file")
+
+
+def _tls_files(section: str, tls: TLS) -> TLSFiles | None:
+    if tls.certificate_file is None or tls.key_file is None:
+        return None
+    return TLSFiles(section, tls.certificate_file, tls.key_file, tls.client_ca_file)
+
+
+OnEnd = Callable[[str], object]
+
+
+@contextlib.asynccontextmanager
+async def following(
+    settings: Settings,
+    ground: Ground,
+    store: Store,
+    on_end: OnEnd,
+    collected: CollectorRegistry | None = None,
+) -> AsyncIterator[None]:
+    """
+    Follow the database and enforce, for the time of the block; what one process of a replica does.
+
+    Args:
+        collected: The metrics of this process; those of others come from files.
+        on_end: Is told the name of a background task that ended by itself, which it never should.
+    Raises:
+        ConfigurationError: ``pki.authority_dir`` cannot be taken up.
+    """
+    collected = collected or CollectorRegistry()
+    counted = RegistryMetrics(collected, ground.replica_note.write)
+    database = target(settings)
+    reachability = Reachability()
+    feed, presence, copy = _registry_parts(settings, ground, store, counted, reachability)
+    certificates, lists = ground.certificates_note, ground.lists_note
+    keeper = Keeper(
+        database,
+        WatchedAuthority(settings.pki),
+        settings.pki.crl_lifetime_s,
+        reachability,
+        lambda found: lists.write(as_note(found)),
+        lambda found: certificates.write(found.told()),
+    )
+    parts = [("registry", copy.run), ("presence", presence.run), ("crl", keeper.run)]
+    if leader := _leader(settings, store, collected, reachability):
+        parts.append(("enforcement", leader.run))
+
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(feed.close)
+        stack.push_async_callback(presence.leave)
+        for name, run in parts:
+            await stack.enter_async_context(_background(name, run(), on_end))
+        yield
+
+
+def _registry_parts(
+    settings: Settings, ground: Ground, store: Store, counted: RegistryMetrics, reachability: Reachability
+) -> tuple[ChangeFeed, Presence, RegistryCopy]:
+    database, identity, writability = target(settings), _identity(settings, ground), Writability()
+    feed = ChangeFeed(database, settings.registry.change_retention_s, identity, counted.ignored, writability)
+    presence = Presence(
+        Announcer(database, identity),
+        counted,
+        reachability,
+        comes_back=ground.disk is not None,
+        writability=writability,
+    )
+    observers = _Observers(counted, presence)
+    copy = RegistryCopy(feed, store, observers, _times(settings), ground.disk, reachability, writability)
+    return feed, presence, copy
+
+
+def _present(store: Store, board: Board) -> metrics.Present:
+    return metrics.Present(store.state(), store.sizes(), board.states(), board.restarts, store.memory_bytes())
+
+
+@contextlib.asynccontextmanager
+async def answering_people(
+    settings: Settings, store: Store, opened: socket.socket, collected: CollectorRegistry | None = None
+) -> AsyncIterator[None]:
+    """
+    Answer people for the time of the block; what one process of a replica does.
+
+    Args:
+        opened: The listening socket.
+        collected: The metrics of this process.
+    """
+    counted = metrics.admin_metrics(collected or CollectorRegistry())
+    app = application(
+        store.reader(),
+        DecisionSettings(mqtt_exchange=settings.broker.mqtt_exchange),
+        loopback=is_loopback(settings.admin.listen),
+    )
+    bounds = Bounds(KEEPALIVE_S, settings.admin.request_timeout_s, settings.admin.max_connections)
+    async with _application_listening(app, opened, bounds, counted):
+        yield
+
+
+@contextlib.asynccontextmanager
+async def answering_health(
+    settings: Settings,
+    ground: Ground,
+    store: Store,
+    opened: socket.socket,
+    on_end: OnEnd,
+    collected: CollectorRegistry | None = None,
+    reload: asyncio.Event | None = None,
+) -> AsyncIterator[None]:
+    """
+    Answer balancers, brokers' hosts and Prometheus for the time of the block; what one process of a replica does.
+
+    Args:
+        opened: The listening socket.
+        collected: The metrics of this process; those of others come from files.
+        on_end: Is told the name of a background task that ended by itself, which it never should.
+        reload: Set to have the certificates read again at once.
+    Raises:
+        ConfigurationError: The certificates cannot be used.
+    """
+    collected = collected or CollectorRegistry()
+    board, tls = ground.board, health_tls(settings.health)
+    replica = ReplicaMetrics(lambda: _present(store, board), ground.replica_note.read)
+    certificates = CertificateMetrics(ground.certificates_note.read)
+    lists = PublishedLists()
+    app = health_application(
+        lambda: metrics.exposition(collected, ground.metrics, replica, certificates),
+        Health(store.reader(), board, settings.registry.max_staleness_s),
+        lists,
+    )
+    bounds = Bounds(KEEPALIVE_S, settings.health.request_timeout_s, settings.health.max_connections)
+    async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(_background("lists", _take_lists(ground.lists_note, lists), on_end))
+        if tls is not None:
+            await stack.enter_async_context(_background("certificates", watch(tls, reload or asyncio.Event()), on_end))
+        counted = metrics.health_metrics(collected)
+        await stack.enter_async_context(_application_listening(app, opened, bounds, counted, tls))
+        yield
+
+
+async def _take_lists(note: Note, lists: PublishedLists) -> None:
+    """Serve the revocation lists as the process that follows the database publishes them."""
+    seen = None
+    while True:
+        known = note.read()
+        if known is not None and known is not seen:
+            seen = known
+            lists.replace(of_note(known))
+        await asyncio.sleep(LISTS_LOOK_S)
+
+
+def _leader(
+    settings: Settings, store: Store, collected: CollectorRegistry, reachability: Reachability
+) -> Leader | None:
+    """
+    Return what makes verdicts true for what is connected; None without clusters.
+
+    Raises:
+        ConfigurationError: A URL or a file cannot be used.
+    """
+    enforcement = settings.enforcement
+    if not enforcement.clusters:
+        return None
+    database = target(settings)
+    limit_s = float("inf") if enforcement.hold_until_done else enforcement.hold_limit_s
+    clusters = clusters_of(settings)
+    metrics = EnforcementMetrics(collected)
+    return Leader(
+        lambda: leading(database, limit_s, list(clusters), metrics.lock_taken),
+        lambda part: open_store(database, part),
+        store,
+        metrics,
+        LeaderSettings(
+            clusters,
+            enforcement.kicks_per_second,
+            DecisionSettings(mqtt_exchange=settings.broker.mqtt_exchange),
+            SweepSettings(enforcement.sweep_interval_s, frozenset(enforcement.sweep_closes)),
+        ),
+        reachability,
+    )
+
+
+def clusters_of(settings: Settings) -> dict[str, Callable[[], ManagementAPI]]:
+    """
+    Return the clusters to enforce on, by name, each with a function that opens connections of its own to it.
+
+    Raises:
+        ConfigurationError: A URL or a file cannot be used, or two clusters have the same name.
+    """
+    enforcement = settings.enforcement
+    ca_file = None if enforcement.ca_file is None else str(enforcement.ca_file)
+
+    def credentials() -> tuple[str, str]:
+        return enforcement.username, read_password(enforcement)
+
+    def opened(urls: str) -> Callable[[], ManagementAPI]:
+        return lambda: ManagementAPI(Access(tuple(urls.split()), credentials, ca_file, enforcement.timeout_s))
+
+    read_password(enforcement)
+    found: dict[str, Callable[[], ManagementAPI]] = {}
+    for urls in enforcement.clusters:
+        name = opened(urls)().name
+        if name in found:
+            raise ConfigurationError(
+                f"enforcement.clusters: two clusters begin with the host {name}, by which a cluster is named; "
+                "begin one of them with another of its nodes"
+            )
+        found[name] = opened(urls)
+    return found
+
+
+class _Observers:
+    """Tells metrics and presence what the copy does."""
+
+    def __init__(self, counted: RegistryMetrics, presence: Presence) -> None:
+        self._presence = presence
+        self._counted = counted
+        self.refresh_failed = counted.refresh_failed
+        self.compared = counted.compared
+        self.served_changes_gone = counted.served_changes_gone
+
+    def refreshed(self, look: Look, refreshed: Refreshed, *, lasting: bool) -> None:
+        self._counted.refreshed(look, refreshed, lasting=lasting)
+        if lasting:
+            self._presence.serves(look)
+
+
+def _times(settings: Settings) -> SyncTimes:
+    registry = settings.registry
+    return SyncTimes(registry.poll_interval_s, registry.compare_interval_s, registry.prune_interval_s)
+
+
+def _identity(settings: Settings, ground: Ground) -> Identity:
+    return Identity(
+        boot=ground.boot,
+        name=settings.replica.name or socket.gethostname(),
+        program_version=__version__,
+        workers=settings.replica.workers,
+        longest_staleness_s=settings.registry.max_staleness_s,
+    )
+
+
+@contextlib.asynccontextmanager
+async def answering(
+    settings: Settings,
+    ground: Ground,
+    store: Store,
+    worker: int,
+    port: int,
+    on_end: OnEnd,
+    collected: CollectorRegistry | None = None,
+    reload: asyncio.Event | None = None,
+) -> AsyncIterator[int]:
+    """
+    Answer RabbitMQ for the time of the block and yield the port; what each worker does.
+
+    Args:
+        reload: Set to have the certificates read again at once.
+    Raises:
+        ConfigurationError: The address or the certificates cannot be used.
+    """
+    tls = broker_tls(settings.broker)
+    counted = BrokerMetrics(collected or CollectorRegistry())
+    broker = settings.broker
+    passwords = _password_checker(settings, counted)
+    server = _broker_server(settings, ground, store, counted, passwords)
+    host, _ = host_and_port(broker.listen)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(passwords.close)
+        if tls is not None:
+            await stack.enter_async_context(_background("certificates", watch(tls, reload or asyncio.Event()), on_end))
+        port = await stack.enter_async_context(
+            listening(
+                server,
+                host,
+                port,
+                tls=tls,
+                backlog=broker.backlog,
+                shared=ground.shared,
+                drain_s=settings.replica.drain_timeout_s / 2,
+            )
+        )
+        await stack.enter_async_context(_background("beat", _beat(ground.board, worker, counted), on_end))
+        yield port
+
+
+def _broker_server(
+    settings: Settings, ground: Ground, store: Store, counted: BrokerMetrics, passwords: PasswordChecker
+) -> BrokerServer:
+    broker = settings.broker
+    health = Health(store.reader(), ground.board, settings.registry.max_staleness_s)
+    endpoints = Endpoints(
+        store.reader(),
+        passwords,
+        counted,
+        Sampler(settings.log.denials_per_device, settings.log.denials),
+        DecisionSettings(mqtt_exchange=broker.mqtt_exchange),
+        Limits(broker.request_timeout_s, settings.registry.max_staleness_s),
+        deny_reasons=broker.deny_reasons,
+    )
+    return BrokerServer(
+        endpoints,
+        {"/health/live": health.live, "/health/ready": health.ready},
+        counted,
+        Bounds(
+            broker.keepalive_timeout_s,
+            broker.request_timeout_s,
+            broker.max_connections,
+            line_bytes=LONGEST_REQUEST_LINE_BYTES,
+        ),
+    )
+
+
+async def _beat(board: Board, worker: int, counted: BrokerMetrics) -> None:
+    """Say that the worker serves, and notice how late its event loop is."""
+    process_id = os.getpid()
+    while True:
+        board.beat(worker, process_id)
+        due = time.monotonic() + BEAT_S
+        await asyncio.sleep(BEAT_S)
+        counted.stalls.observe(max(0.0, time.monotonic() - due))
+
+
+class _PasswordMetrics:
+    def __init__(self, counted: BrokerMetrics) -> None:
+        self._counted = counted
+
+    def checked(self, result: str) -> None:
+        self._counted.password_checks.labels(result).inc()
+
+    def running(self, number: int) -> None:
+        self._counted.passwords_running.set(number)
+
+
+def _password_checker(settings: Settings, counted: BrokerMetrics) -> PasswordChecker:
+    accounts = settings.accounts
+    return PasswordChecker(
+        _PasswordMetrics(counted),
+        threads=accounts.hashing_threads,
+        queue=accounts.hashing_queue,
+        reserved=accounts.reserved,
+        remember_s=accounts.remember_s,
+        remember_most=accounts.remember_most,
+    )
+
+
+@contextlib.asynccontextmanager
+async def service(settings: Settings, folder: Path, on_end: OnEnd = log.error) -> AsyncIterator[dict[str, str]]:
+    """
+    Run everything in this process, with one worker, for the time of the block; yields the URLs ``broker``, ``admin`` and ``health``.
+
+    Listens at once and answers 503 until the registry is loaded. For tests; ``supervisor.serve`` runs the processes
+    of a replica from the same parts.
+
+    Args:
+        folder: Empty, on a file system in memory.
+    Raises:
+        ConfigurationError: A setting cannot be used.
+    """
+    _, port = host_and_port(settings.broker.listen)
+    with prepared(settings, folder, shared=False) as made, contextlib.closing(Store(folder)) as store:
+        admin = listening_socket("admin.listen", settings.admin.listen)
+        health = listening_socket("health.listen", settings.health.listen)
+        collected = CollectorRegistry()
+        async with (
+            following(settings, made, store, on_end, collected),
+            answering_people(settings, store, admin, collected),
+            answering_health(settings, made, store, health, on_end, collected),
+            answering(settings, made, store, 0, port, on_end, collected) as found,
+        ):
+            where = urls(settings, found, admin, health)
+            log.info("service.listening", **where)
+            yield where
+            log.info("service.stopping")
+
+
+def urls(settings: Settings, port: int, admin: socket.socket, health: socket.socket) -> dict[str, str]:
+    """Return where everybody is answered: RabbitMQ (at a port), people, and balancers, brokers' hosts and Prometheus."""
+    return {
+        "broker": _url(settings.broker.listen, port, settings.broker.tls),
+        "admin": _url(settings.admin.listen, admin.getsockname()[1]),
+        "health": _url(settings.health.listen, health.getsockname()[1], settings.health.tls),
+    }
+
+
+def _url(listen: str, port: int, tls: TLS | None = None) -> str:
+    host, _ = host_and_port(listen)
+    scheme = "https" if tls is not None and tls.certificate_file else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def listening_socket(setting: str, listen: str) -> socket.socket:
+    """
+    Return a socket that listens already.
+
+    Raises:
+        ConfigurationError: The address cannot be listened on.
+    """
+    opened = bound_socket(setting, listen)
+    opened.listen(128)
+    return opened
+
+
+def bound_socket(setting: str, listen: str, port: int | None = None, *, shared: bool = False) -> socket.socket:
+    """
+    Return a socket that is bound and does not listen.
+
+    Raises:
+        ConfigurationError: The address cannot be had.
+    """
+    host, wanted = host_and_port(listen)
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(
+            host or None, wanted if port is None else port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        opened = socket.socket(family, kind)
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        opened.bind(address)
+    except OSError as error:
+        raise ConfigurationError(f"{setting}: cannot listen on {listen}: {error.strerror}") from error
+    return opened
+
+
+@contextlib.asynccontextmanager
+async def _application_listening(
+    app: web.Application, opened: socket.socket, bounds: Bounds, counted: ListenerMetrics, tls: TLSFiles | None = None
+) -> AsyncIterator[None]:
+    runner = web.AppRunner(app)
+    await runner.setup()
+    made = runner.server
+    assert made is not None
+    server = BoundedServer(made.request_handler, bounds, counted, request_factory=made.request_factory)
+    async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(accepting(server, DRAIN_S, sock=opened, tls=tls.context if tls else None))
+        stack.push_async_callback(runner.cleanup)  # first: whoever waits for a list is answered
+        yield
+
+
+@contextlib.asynccontextmanager
+async def _background(name: str, coroutine: Coroutine[Any, Any, None], on_end: OnEnd) -> AsyncIterator[None]:
+    task = asyncio.create_task(coroutine, name=name)
+    task.add_done_callback(lambda ended: None if ended.cancelled() else on_end(name))
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await task

@@ -1,0 +1,53 @@
+"""Liveness and readiness, for both listeners."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from aiohttp import web
+
+from authbackend.service.heartbeats import Board
+from authbackend.registry.store import Reader
+
+
+class Health:
+    """
+    ``/health/live``: the process answers. ``/health/ready``: the replica can decide, and if not, why.
+
+    Not ready before the first load, when the copy is older than ``registry.max_staleness_s``, when no worker serves,
+    and when one hangs, since the kernel still gives it connections.
+    """
+
+    def __init__(self, registry: Reader, board: Board, max_staleness_s: float) -> None:
+        self._registry = registry
+        self._board = board
+        self._max_staleness_s = max_staleness_s
+
+    async def live(self, _: web.BaseRequest) -> web.Response:
+        """Return 200."""
+        return web.Response(text='{"status": "live"}', content_type="application/json")
+
+    async def ready(self, _: web.BaseRequest) -> web.Response:
+        """Return 200, or 503 with the reason."""
+        workers = self._board.states()
+        with self._registry as registry:
+            known, age_s, stale = registry.state, registry.age_s, registry.stale(self._max_staleness_s)
+        fault = "the registry has not been loaded yet" if known is None else known.fault
+        state: dict[str, Any] = {
+            "status": "ready",
+            "sync_age_s": None if known is None else round(age_s, 3),
+            "fault": fault,
+            "workers": workers,
+        }
+        if known is None:
+            state["status"] = "not ready: the registry has not been loaded"
+        elif stale:
+            state["status"] = "not ready: the copy of the registry is stale, everything is denied"
+        elif workers["hanging"]:
+            state["status"] = f"not ready: {workers['hanging']} of {self._board.workers} workers hang"
+        elif not workers["serving"]:
+            state["status"] = "not ready: no worker serves yet"
+        return web.Response(
+            status=200 if state["status"] == "ready" else 503, text=json.dumps(state), content_type="application/json"
+        )

@@ -1,0 +1,149 @@
+"""What the processes of a replica stand on: the shared store, filled from disk where there is a copy, and a board."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlencode, urlsplit
+
+import structlog
+
+from authbackend import clocks, metric_files
+from authbackend.service.heartbeats import Board
+from authbackend.secrets import read_dsn
+from authbackend.service.shared_value import Note
+from authbackend.postgres.connection import Target
+from authbackend.postgres.uri import parse
+from authbackend.registry.identity import Boot
+from authbackend.registry.snapshot import DiskCopy, Refused, Restored
+from authbackend.registry.store import Store, in_memory
+from authbackend.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+FOLLOWER = "registry"
+"""The process that follows the database."""
+ADMIN = "admin"
+"""The process that answers people."""
+HEALTH = "health"
+"""The process that answers balancers, brokers' hosts and Prometheus."""
+
+
+def worker_names(settings: Settings) -> list[str]:
+    """Return the names of the workers, by place."""
+    return [f"worker-{place}" for place in range(settings.replica.workers)]
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """
+    What the processes of a replica stand on, made before the first of them.
+
+    Args:
+        folder: In memory; the store is in it.
+        shared: Whether the processes share metrics, in ``folder / "metrics"``.
+        disk: The copy on disk, None without ``registry.snapshot_dir``.
+    """
+
+    folder: Path
+    board: Board
+    shared: bool
+    boot: Boot
+    disk: DiskCopy | None = None
+
+    @property
+    def replica_note(self) -> Note:
+        """What the process that follows the database knows of its copy and of the other replicas."""
+        return Note(self.folder / "notes", "replica")
+
+    @property
+    def certificates_note(self) -> Note:
+        """What it counts of certificates."""
+        return Note(self.folder / "notes", "certificates")
+
+    @property
+    def lists_note(self) -> Note:
+        """The revocation lists that are served."""
+        return Note(self.folder / "notes", "lists")
+
+    @property
+    def metrics(self) -> Path | None:
+        """Where shared metrics are, None if there is one process only."""
+        return self.folder / "metrics" if self.shared else None
+
+
+def target(settings: Settings, application_name: str = "authbackend") -> Target:
+    """
+    Return where the database is.
+
+    Raises:
+        ConfigurationError: No connection URI is set, or it is not valid.
+    """
+    database = settings.database
+    dsn = read_dsn(database)
+    parse(dsn)
+    read_again = None if database.password_file is None else lambda: read_dsn(database)
+    return Target(dsn, database.connect_timeout_s, database.statement_timeout_s, application_name, read_again)
+
+
+@contextlib.contextmanager
+def prepared(settings: Settings, folder: Path, *, shared: bool) -> Iterator[Ground]:
+    """
+    Lay the ground in an empty folder: the store, with what a copy on disk held, if there is one.
+
+    Raises:
+        ConfigurationError: ``registry.snapshot_dir`` cannot be used.
+        Unavailable: There is no room in memory.
+    """
+    registry = settings.registry
+    (folder / "notes").mkdir(mode=0o700)
+    if shared:
+        metric_files.reserve(folder / "metrics", (FOLLOWER, ADMIN, HEALTH, *worker_names(settings)))
+    with contextlib.ExitStack() as stack:
+        disk = None
+        restored = None
+        if registry.snapshot_dir is not None:
+            disk = DiskCopy(registry.snapshot_dir, _database_name(target(settings)), registry.max_staleness_s)
+            stack.callback(disk.close)
+            try:
+                restored = disk.restore(folder)
+            except Refused as error:
+                log.error("registry.disk_copy_refused", fault=str(error))
+        store = Store(folder)
+        try:
+            if restored is not None:
+                _restore(store, restored)
+        finally:
+            store.close()
+        board = Board(settings.replica.workers)
+        boot = disk.begin_boot() if disk else Boot(uuid.uuid4())
+        yield Ground(folder, board, shared, boot, disk)
+
+
+def _restore(store: Store, restored: Restored) -> None:
+    for entry in restored.entries:
+        store.apply(entry.patch, entry.mark, 0.0)
+    synced_at = clocks.uptime() - restored.age_s
+    store.restored(synced_at, restored.longest_staleness_s, restored.entries[-1].database_time)
+    log.info("registry.restored", **store.sizes(), age_s=round(restored.age_s, 1))
+
+
+def _database_name(database: Target) -> str:
+    """Return hosts and name of a database, without role, password and how to connect."""
+    parts = urlsplit(database.dsn)
+    place = {k: v for k, v in parse(database.dsn).parameters.items() if k in ("host", "port", "dbname", "service")}
+    return f"{parts.netloc.rpartition('@')[2]}{parts.path}?{urlencode(place, safe='/,')}"
+
+
+def memory_fault(settings: Settings) -> str | None:
+    """Return what is wrong with ``registry.memory_dir``, or None."""
+    folder = settings.registry.memory_dir
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        return f"registry.memory_dir {folder} is not a folder that can be written"
+    if not in_memory(folder):
+        return f"registry.memory_dir {folder} is not on a file system in memory (tmpfs), and decisions must not wait for a disk"
+    return None

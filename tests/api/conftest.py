@@ -1,0 +1,110 @@
+"""The listeners for people and for health in this process, over a registry that the test writes itself: no database, no other process."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from authbackend import clocks, metrics
+from authbackend.certificates.crl_endpoint import PublishedLists
+from authbackend.service.health import Health
+from authbackend.service.health_listener import health_application
+from authbackend.api.server import application
+from authbackend.service.heartbeats import Board
+from authbackend.metrics import CertificateMetrics, RegistryMetrics, ReplicaMetrics
+from authbackend.policy.decide import DecisionSettings
+from authbackend.registry.position import Mark
+from authbackend.registry.records import DeviceRow, Patch
+from tests.support.registry import new_store
+
+MARK = Mark("epoch", "incarnation", "100:100:")
+MAX_STALENESS_S = 900.0
+TYPE = {
+    "name": "APM",
+    "client_ids": ["{device_id}", "{device_id}_*"],
+    "vhosts": ["/"],
+    "networks": None,
+    "max_staleness_s": None,
+    "rules": [
+        [1, "allow", "publish", "fleet/{device_id}/telemetry/#", None],
+        [2, "deny", "publish", "fleet/{device_id}/telemetry/raw", None],
+        [3, "allow", "subscribe", "fleet/{device_id}/commands/#", None],
+    ],
+}
+
+
+def device(name, status="active", other_id=None):
+    """A device of the type APM as the database would hand it over."""
+    return DeviceRow(
+        name.encode(), f"{status[0]}APM\t{other_id or ''}\t\t\t\t".encode(), other_id and other_id.encode()
+    )
+
+
+class Replica:
+    """What the listeners show, for the test to change."""
+
+    def __init__(self):
+        self.store = new_store()
+        self.board = Board(2)
+        self.lists = PublishedLists()
+        self.certificates = CertificateMetrics()
+        self.collected = CollectorRegistry()
+        self.known = None
+        self.counted = RegistryMetrics(self.collected, lambda known: setattr(self, "known", known))
+        self.present = ReplicaMetrics(
+            lambda: metrics.Present(
+                self.store.state(),
+                self.store.sizes(),
+                self.board.states(),
+                self.board.restarts,
+                self.store.memory_bytes(),
+            ),
+            lambda: self.known,
+        )
+
+    def application(self, *, loopback=True):
+        """The application for people."""
+        return application(self.store.reader(), DecisionSettings(), loopback=loopback)
+
+    def exposition(self):
+        """What Prometheus reads."""
+        return metrics.exposition(self.collected, None, self.present, self.certificates)
+
+    def health_application(self):
+        """The application for balancers, brokers' hosts and Prometheus."""
+        health = Health(self.store.reader(), self.board, MAX_STALENESS_S)
+        return health_application(lambda: self.exposition(), health, self.lists)
+
+    def load(self, *devices, age_s=0.0):
+        """Load a registry, ``age_s`` ago."""
+        patch = Patch({"APM": json.dumps(TYPE).encode()}, {row.name.decode(): row for row in devices}, {})
+        self.store.apply(patch, MARK, clocks.uptime() - age_s)
+
+    def serve(self):
+        """All workers say that they serve."""
+        for worker in range(self.board.workers):
+            self.board.beat(worker, os.getpid())
+
+
+@pytest.fixture
+def replica():
+    """A replica that has loaded two devices and serves."""
+    made = Replica()
+    made.load(device("APM0001"), device("gone", "revoked", other_id="APM0009"))
+    made.serve()
+    return made
+
+
+@pytest.fixture
+def empty():
+    """A replica that has not loaded anything yet."""
+    return Replica()
+
+
+@pytest.fixture
+async def client(aiohttp_client, replica):
+    """A client of the replica's listener for health."""
+    return await aiohttp_client(replica.health_application())

@@ -1,0 +1,90 @@
+"""Liveness and readiness: what a container's check and a balancer act on."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from authbackend.service import heartbeats
+from authbackend import clocks
+from tests.api.conftest import MARK, MAX_STALENESS_S
+
+
+async def ready(client):
+    async with client.get("/health/ready") as answer:
+        assert answer.content_type == "application/json"
+        return answer.status, await answer.json()
+
+
+async def test_a_process_that_answers_is_live_whatever_it_knows(aiohttp_client, empty):
+    client = await aiohttp_client(empty.health_application())
+    async with client.get("/health/live") as answer:
+        assert (answer.status, answer.content_type) == (200, "application/json")
+        assert await answer.json() == {"status": "live"}
+
+
+async def test_a_replica_in_step_is_ready(client):
+    status, told = await ready(client)
+    assert status == 200
+    assert told["status"] == "ready"
+    assert told["fault"] is None
+    assert told["workers"] == {"serving": 2, "starting": 0, "hanging": 0}
+    assert 0 <= told["sync_age_s"] < MAX_STALENESS_S
+
+
+async def test_before_the_first_load_it_is_not_ready(aiohttp_client, empty):
+    empty.serve()
+    status, told = await ready(await aiohttp_client(empty.health_application()))
+    assert status == 503
+    assert told["status"] == "not ready: the registry has not been loaded"
+    assert (told["sync_age_s"], told["fault"]) == (None, "the registry has not been loaded yet")
+
+
+async def test_a_copy_that_grows_old_is_ready_and_says_why_it_does(client, replica):
+    replica.store.note(synced_at=clocks.uptime() - 600)
+    replica.store.note(fault="PostgreSQL cannot be reached: TimeoutError")
+    status, told = await ready(client)
+    assert (status, told["fault"]) == (200, "PostgreSQL cannot be reached: TimeoutError")
+    assert 600 <= told["sync_age_s"] < MAX_STALENESS_S
+
+
+async def test_a_copy_that_is_too_old_is_not_ready_until_it_is_in_step_again(client, replica):
+    replica.store.note(synced_at=clocks.uptime() - MAX_STALENESS_S - 1)
+    status, told = await ready(client)
+    assert status == 503
+    assert told["status"] == "not ready: the copy of the registry is stale, everything is denied"
+    assert told["sync_age_s"] > MAX_STALENESS_S
+    replica.store.note(mark=MARK, synced_at=clocks.uptime())
+    assert (await ready(client))[0] == 200
+
+
+async def test_a_copy_from_disk_is_stale_by_the_limit_it_was_written_under(client, replica):
+    replica.store.restored(clocks.uptime() - 20, longest_staleness_s=10)
+    assert (await ready(client))[0] == 503
+
+
+@pytest.mark.parametrize(
+    ("worker", "serving", "said", "status"),
+    [
+        ("gone", 1, "ready", 200),
+        ("hangs", 1, "not ready: 1 of 2 workers hang", 503),
+        ("all gone", 0, "not ready: no worker serves yet", 503),
+    ],
+)
+async def test_workers_count(client, replica, monkeypatch, worker, serving, said, status):
+    if worker == "hangs":
+        long_ago = SimpleNamespace(monotonic=lambda: clocks.uptime() - heartbeats.HANGS_AFTER_S - 1)
+        with monkeypatch.context() as then:
+            then.setattr(heartbeats, "time", long_ago)
+            replica.board.beat(1, 1)
+    for number in {"gone": (0,), "all gone": (0, 1)}.get(worker, ()):
+        replica.board.gone(number)
+    found, told = await ready(client)
+    assert (found, told["status"], told["workers"]["serving"]) == (status, said, serving)
+
+
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready"])
+async def test_health_is_read_only(client, path):
+    async with client.post(path) as answer:
+        assert answer.status == 405
+    async with client.head(path) as answer:
+        assert answer.status == 200
