@@ -14,13 +14,14 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from authbackend.broker import protocol
 from authbackend.passwords import Busy, PasswordChecker
-from authbackend.broker.responses import Responses
+from authbackend.broker.responses import Prepared, Responses
 from authbackend.broker.protocol import Malformed, MalformedRequest
 from authbackend.logs import Sampler
 from authbackend.metrics import BrokerMetrics
 from authbackend.policy import decide
 from authbackend.policy.decide import Decision, PasswordCheck
 from authbackend.policy.reasons import Reason
+from authbackend.policy.requests import LoginRequest
 from authbackend.registry.store import Reader
 
 log = structlog.get_logger(__name__)
@@ -72,7 +73,16 @@ class Limits:
     staleness_s: float = 900.0
 
 
-class Endpoints:
+@dataclass(frozen=True, slots=True, repr=False)
+class PendingLogin:
+    """A login that hangs on a password, which takes long to check."""
+
+    question: Question
+    request: LoginRequest
+    check: PasswordCheck
+
+
+class Handlers:
     """
     Answers RabbitMQ: 200 with ``allow``, ``allow TAGS`` or ``deny``; 503 when this service itself fails.
 
@@ -93,104 +103,105 @@ class Endpoints:
     ) -> None:
         self._registry = registry
         self._passwords = passwords
-        self._metrics = metrics
+        self.metrics = metrics
         self._sampler = sampler
         self._settings = settings
         self._limits = limits
         self._deny_reasons = deny_reasons
         self._responses = Responses()
 
-    def at_once(self, question: Question, form: bytes, arrived: float) -> bytes | None:
+    def answer(self, question: Question, form: bytes, arrived: float) -> Prepared | PendingLogin:
         """
-        Answer a request that is here as a whole; never raises.
+        Answer a question whose form is complete; never raises.
 
         Args:
             arrived: When its last bytes did, by the monotonic clock.
         Returns:
-            The whole response, as it goes to the client; None if it must wait for a password check.
+            The response, or a login that hangs on a password.
         """
-        outcome: Decision | PasswordCheck | None = None
         try:
             if self._waited_too_long(question, arrived):
-                return self._responses.unavailable_message()
-            parsed = question.parse(protocol.parse_form(form))
-            outcome = self._outcome(question, parsed)
+                return self._responses.unavailable
+            request = question.parse(protocol.parse_form(form))
+            outcome = self._decide(question, request)
             if isinstance(outcome, PasswordCheck):
-                return None
-            if outcome is None:
-                return self._responses.unavailable_message()
-            return self._responses.message(self._told(question, parsed, outcome))
+                return PendingLogin(question, request, outcome)
+            return self._response(question, request, outcome)
         except MalformedRequest as fault:
             self._count_malformed(question.name, fault.cause)
-            return self._responses.message(protocol.answer(_MALFORMED, with_reason=self._deny_reasons))
+            return self._responses.ok(protocol.answer(_MALFORMED, with_reason=self._deny_reasons))
         except Exception as error:
             self._crashed(question, error)
-            return self._responses.unavailable_message()
-        finally:
-            if not isinstance(outcome, PasswordCheck):
-                self._metrics.answered(question.name, time.monotonic() - arrived)
+            return self._responses.unavailable
 
-    async def answer(self, question: Question, request: web.BaseRequest, arrived: float) -> web.StreamResponse:
+    async def handle(
+        self, question: Question, request: web.BaseRequest, arrived: float, pending: PendingLogin | None = None
+    ) -> web.StreamResponse:
         """
-        Answer any request; never raises but for cancellation.
+        Answer a request that :meth:`answer` alone could not; never raises but for cancellation.
 
         Args:
-            arrived: When its last bytes did, by the monotonic clock.
+            arrived: When its last bytes so far did, by the monotonic clock.
+            pending: What :meth:`answer` said of its form, if the form was complete.
         """
+        deadline = arrived + self._limits.request_s
         try:
-            if self._waited_too_long(question, arrived):
-                whole = _form_at_hand(request) is not None
-                return self._responses.unavailable(request) if whole else self._failed(question.name, "timeout")
-            return await self._answer(question, request, arrived + self._limits.request_s)
+            answer = pending or await self._read_and_answer(question, request, arrived, deadline)
+            if isinstance(answer, PendingLogin):
+                answer = await self._check_password(answer, deadline)
+            return answer if isinstance(answer, web.Response) else answer.suited_to(request)
+        except MalformedRequest as fault:
+            return self.malformed(question.name, fault.cause)
         except TimeoutError:
             return self._failed(question.name, "timeout")
         except ConnectionError:
             return self._failed(question.name, "connection_lost")
         except Exception as error:
             self._crashed(question, error)
-            return self._responses.unavailable(request)
+            return self._responses.unavailable.suited_to(request)
         finally:
-            self._metrics.answered(question.name, time.monotonic() - arrived)
+            self.metrics.answered(question.name, time.monotonic() - arrived)
 
     def malformed(self, endpoint: str, cause: Malformed) -> web.Response:
         """Deny a request that is not RabbitMQ's, and count why."""
         self._count_malformed(endpoint, cause)
         return web.Response(text=protocol.answer(_MALFORMED, with_reason=self._deny_reasons))
 
-    async def _answer(self, question: Question, request: web.BaseRequest, deadline: float) -> web.StreamResponse:
-        try:
-            form = _form_at_hand(request)
-            if form is None:
-                with self._metrics.in_flight.track_inprogress():
-                    form = await _form(request, deadline)
-            parsed = question.parse(protocol.parse_form(form))
-        except MalformedRequest as fault:
-            return self.malformed(question.name, fault.cause)
-        outcome = self._outcome(question, parsed)
-        if outcome is None:
-            return self._responses.unavailable(request)
-        if isinstance(outcome, PasswordCheck):
-            with self._metrics.in_flight.track_inprogress():
-                async with asyncio.timeout_at(_loop_time(deadline)):
-                    outcome = await self._checked(outcome, parsed.password)
-        return self._responses.ok(request, self._told(question, parsed, outcome))
+    async def _read_and_answer(
+        self, question: Question, request: web.BaseRequest, arrived: float, deadline: float
+    ) -> Prepared | PendingLogin | web.Response:
+        if request.method == "POST" and request.content.is_eof():
+            return self.answer(question, _complete_form(request), arrived)
+        if self._waited_too_long(question, arrived):
+            return self._failed(question.name, "timeout")
+        with self.metrics.in_flight.track_inprogress():
+            form = await _form(request, deadline)
+        return self.answer(question, form, time.monotonic())  # its turn came before the form was complete
 
-    def _outcome(self, question: Question, parsed: Any) -> Decision | PasswordCheck | None:
+    async def _check_password(self, login: PendingLogin, deadline: float) -> Prepared:
+        with self.metrics.in_flight.track_inprogress():
+            async with asyncio.timeout_at(_loop_time(deadline)):
+                decision = await self._checked(login.check, login.request.password)
+        return self._response(login.question, login.request, decision)
+
+    def _decide(self, question: Question, request: Any) -> Decision | PasswordCheck | None:
         """Decide at one version of the registry; None if it has not been loaded."""
         with self._registry as registry:
             if registry.state is None:
-                self._metrics.failures.labels(question.name, "not_ready").inc()
+                self.metrics.failures.labels(question.name, "not_ready").inc()
                 return None
             if registry.stale(self._limits.staleness_s):
                 return _STALE
-            return question.decide(registry, parsed, registry.now, self._settings)
+            return question.decide(registry, request, registry.now, self._settings)
 
-    def _told(self, question: Question, parsed: Any, decision: Decision) -> str:
-        """Count and log a decision, and return what RabbitMQ is told."""
-        self._metrics.decided(question.name, decision)
+    def _response(self, question: Question, request: Any, decision: Decision | None) -> Prepared:
+        """Count and log a decision, and return the response with it."""
+        if decision is None:
+            return self._responses.unavailable
+        self.metrics.decided(question.name, decision)
         if not decision.allowed:
-            self._log_denial(question.name, parsed, decision)
-        return protocol.answer(decision, with_reason=self._deny_reasons)
+            self._log_denial(question.name, request, decision)
+        return self._responses.ok(protocol.answer(decision, with_reason=self._deny_reasons))
 
     async def _checked(self, check: PasswordCheck, password: str) -> Decision:
         try:
@@ -207,23 +218,23 @@ class Endpoints:
     def _waited_too_long(self, question: Question, arrived: float) -> bool:
         if time.monotonic() - arrived <= question.patience * self._limits.request_s:
             return False
-        self._metrics.shed.labels(question.name).inc()
+        self.metrics.shed.labels(question.name).inc()
         return True
 
     def _failed(self, endpoint: str, cause: str) -> web.Response:
         """Return 503 and end the connection, on which the rest of the body may still come."""
-        self._metrics.failures.labels(endpoint, cause).inc()
+        self.metrics.failures.labels(endpoint, cause).inc()
         response = web.Response(status=503, text="unavailable")
         response.force_close()
         return response
 
     def _crashed(self, question: Question, error: Exception) -> None:
         log.error("broker.request_crashed", endpoint=question.name, error=type(error).__name__, exc_info=error)
-        self._metrics.failures.labels(question.name, "crash").inc()
+        self.metrics.failures.labels(question.name, "crash").inc()
 
     def _count_malformed(self, endpoint: str, cause: Malformed) -> None:
-        self._metrics.malformed.labels(endpoint, cause).inc()
-        self._metrics.decided(endpoint, _MALFORMED)
+        self.metrics.malformed.labels(endpoint, cause).inc()
+        self.metrics.decided(endpoint, _MALFORMED)
         admitted, suppressed = self._sampler.admit(f"\x00{cause}")
         if admitted:
             log.info("malformed", endpoint=endpoint, cause=str(cause), unlogged=suppressed)
@@ -254,17 +265,12 @@ def _loop_time(deadline: float) -> float:
     return asyncio.get_running_loop().time() + deadline - time.monotonic()
 
 
-def _form_at_hand(request: web.BaseRequest) -> bytes | None:
-    """Return the form if it came with the head, as it nearly always does; None if it must be waited for."""
-    if request.method == "POST" and request.content.is_eof():
-        # What was read before it was known that the answer has to wait lies with the connection, for this request only.
-        payload, form = getattr(request.protocol, "form", (None, b""))
-        if payload is not request.content:
-            form = request.content.read_nowait()
-        if len(form) > protocol.LONGEST_BODY_BYTES:
-            raise MalformedRequest(Malformed.TOO_LARGE)
-        return form
-    return None
+def _complete_form(request: web.BaseRequest) -> bytes:
+    """Return the form of a request that has come as a whole."""
+    form = request.content.read_nowait()
+    if len(form) > protocol.LONGEST_BODY_BYTES:
+        raise MalformedRequest(Malformed.TOO_LARGE)
+    return form
 
 
 def _let_send(request: web.BaseRequest) -> None:

@@ -50,14 +50,22 @@ class Prepared(web.StreamResponse):
     def __init__(self, status: str, text: str) -> None:
         super().__init__(status=int(status[:3]))
         self._keep_alive = True
-        self._text = text.encode("ascii")
+        self._text = text
+        self._body = text.encode("ascii")
         self._head = (
             f"HTTP/1.1 {status}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: {len(text)}\r\n"
         ).encode()
 
     def message(self) -> bytes:
         """Return it as it goes to the client."""
-        return self._head + _clock.line() + self._text
+        return self._head + _clock.line() + self._body
+
+    def suited_to(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Return it, or for an old client or another method one that aiohttp makes for this request alone."""
+        plain = request.method in (hdrs.METH_POST, hdrs.METH_GET)
+        if request.version == _HTTP_1_1 and request.keep_alive and plain:
+            return self
+        return web.Response(status=self.status, text=self._text)
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         """Write it all."""
@@ -84,34 +92,15 @@ def write(transport: Any, message: bytes) -> None:
 
 
 class Responses:
-    """The prepared responses by their text."""
+    """The responses by their text; ``unavailable`` is 503."""
 
     def __init__(self) -> None:
-        self._prepared: dict[str, Prepared] = {}
-        self._unavailable = Prepared("503 Service Unavailable", "unavailable")
+        self._ok: dict[str, Prepared] = {}
+        self.unavailable = Prepared("503 Service Unavailable", "unavailable")
 
-    def message(self, text: str) -> bytes:
-        """Return 200 with a text of RabbitMQ's protocol, as it goes to the client."""
-        return self._ok(text).message()
-
-    def unavailable_message(self) -> bytes:
-        """Return 503, as it goes to the client."""
-        return self._unavailable.message()
-
-    def ok(self, request: web.BaseRequest, text: str) -> web.StreamResponse:
+    def ok(self, text: str) -> Prepared:
         """Return 200 with a text of RabbitMQ's protocol."""
-        return self._ok(text) if _prepared_suits(request) else web.Response(text=text)
-
-    def unavailable(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Return 503."""
-        return self._unavailable if _prepared_suits(request) else web.Response(status=503, text="unavailable")
-
-    def _ok(self, text: str) -> Prepared:
-        response = self._prepared.get(text)
+        response = self._ok.get(text)
         if response is None:
-            response = self._prepared[text] = Prepared("200 OK", text)
+            response = self._ok[text] = Prepared("200 OK", text)
         return response
-
-
-def _prepared_suits(request: web.BaseRequest) -> bool:
-    return request.version == _HTTP_1_1 and request.keep_alive and request.method in (hdrs.METH_POST, hdrs.METH_GET)

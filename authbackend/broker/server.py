@@ -14,7 +14,7 @@ from aiohttp.web_protocol import RequestHandler
 
 from authbackend.bounded_server import BoundedConnection, BoundedServer, Bounds, accepting
 from authbackend.broker import protocol as broker_protocol
-from authbackend.broker.handlers import QUESTIONS, Endpoints
+from authbackend.broker.handlers import QUESTIONS, Handlers, PendingLogin
 from authbackend.broker.responses import write
 from authbackend.broker.protocol import Malformed
 from authbackend.errors import ConfigurationError
@@ -36,10 +36,10 @@ class BrokerServer(BoundedServer):
     """
 
     def __init__(
-        self, endpoints: Endpoints, others: Mapping[str, Handler], metrics: BrokerMetrics, bounds: Bounds
+        self, handlers: Handlers, others: Mapping[str, Handler], metrics: BrokerMetrics, bounds: Bounds
     ) -> None:
         super().__init__(self._dispatch, bounds, metrics)
-        self.endpoints = endpoints
+        self.handlers = handlers
         self._others = others
         self._unknown_paths = _UnknownPaths(metrics)
         self.request_factory = self._limited_request
@@ -59,7 +59,7 @@ class BrokerServer(BoundedServer):
         path = request.raw_path.partition("?")[0]
         question = QUESTIONS.get(path)
         if question is not None:
-            return await self.endpoints.answer(question, request, protocol.received)
+            return await self.handlers.handle(question, request, protocol.received, protocol.pending_login(request))
         other = self._others.get(path)
         if other is not None:
             return await other(request)
@@ -100,14 +100,20 @@ class _Protocol(BoundedConnection):
     One connection.
 
     Args:
-        form: A request's payload and what was read of it, before it was known that its answer has to wait.
+        pending: A request's payload, and the login in it that waits for a password check.
     """
 
-    __slots__ = ("form",)
+    __slots__ = ("_pending",)
 
     def __init__(self, manager: BrokerServer, **kwargs: Any) -> None:
         super().__init__(manager, **kwargs)
-        self.form: tuple[Any, bytes] = (None, b"")
+        self._pending: tuple[Any, PendingLogin | None] = (None, None)
+
+    def pending_login(self, request: web.BaseRequest) -> PendingLogin | None:
+        """Return, once, the login that this request was found to be before it was handed to aiohttp, if it was."""
+        payload, pending = self._pending
+        self._pending = None, None
+        return pending if payload is request.content else None
 
     def data_received(self, data: bytes) -> None:
         """Answer at once what can be; aiohttp does the rest."""
@@ -121,10 +127,10 @@ class _Protocol(BoundedConnection):
             RequestHandler.data_received(self, data)
         finally:
             self._waiter = waiter
-        if self._messages and not self._answered_at_once() and not waiter.done():
+        if self._messages and not self._answer_inline() and not waiter.done():
             waiter.set_result(None)
 
-    def _answered_at_once(self) -> bool:
+    def _answer_inline(self) -> bool:
         """
         Answer without a task of its own, if this is one whole, plain POST, as RabbitMQ sends them.
 
@@ -140,16 +146,17 @@ class _Protocol(BoundedConnection):
         question = QUESTIONS.get(message.path)
         if question is None or message.should_close or message.upgrade or not payload.is_eof() or payload.exception():
             return False
-        form = payload.read_nowait()
-        answer = server.endpoints.at_once(question, form, self.received)
-        if answer is None:
-            self.form = payload, form
+        handlers = server.handlers
+        answer = handlers.answer(question, payload.read_nowait(), self.received)
+        if isinstance(answer, PendingLogin):
+            self._pending = payload, answer
             return False
+        handlers.metrics.answered(question.name, time.monotonic() - self.received)
         self._messages.popleft()
         parser.message_consumed()
         self.answered = True
         try:
-            write(self.transport, answer)
+            write(self.transport, answer.message())
         except ConnectionResetError:
             return True
         self._keepalive = True
@@ -173,7 +180,7 @@ class _Protocol(BoundedConnection):
             response = web.Response(status=503, text="unavailable")
         else:
             too_long = type(exc).__name__ == "LineTooLong"
-            response = server.endpoints.malformed("none", Malformed.TOO_LARGE if too_long else Malformed.NOT_HTTP)
+            response = server.handlers.malformed("none", Malformed.TOO_LARGE if too_long else Malformed.NOT_HTTP)
         response.force_close()
         return response
 

@@ -23,7 +23,7 @@ from authbackend.api.server import application
 from authbackend.backoff import Reachability
 from authbackend.service.heartbeats import Board
 from authbackend.bounded_server import BoundedServer, Bounds, accepting
-from authbackend.broker.handlers import Endpoints, Limits
+from authbackend.broker.handlers import Handlers, Limits
 from authbackend.broker.server import BrokerServer, listening
 from authbackend.passwords import PasswordChecker
 from authbackend.broker.protocol import LONGEST_REQUEST_LINE_BYTES
@@ -381,7 +381,7 @@ def _broker_server(
 ) -> BrokerServer:
     broker = settings.broker
     health = Health(store.reader(), ground.board, settings.registry.max_staleness_s)
-    endpoints = Endpoints(
+    handlers = Handlers(
         store.reader(),
         passwords,
         counted,
@@ -391,7 +391,7 @@ def _broker_server(
         deny_reasons=broker.deny_reasons,
     )
     return BrokerServer(
-        endpoints,
+        handlers,
         {"/health/live": health.live, "/health/ready": health.ready},
         counted,
         Bounds(

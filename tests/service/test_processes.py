@@ -541,14 +541,14 @@ async def test_a_database_that_accepts_and_hangs_is_noticed(dsn, policy):
 async def test_too_old_requests_are_shed_logins_first(monkeypatch):
     from prometheus_client import CollectorRegistry
 
-    from authbackend.broker.handlers import QUESTIONS, Endpoints, Limits
+    from authbackend.broker.handlers import QUESTIONS, Handlers, Limits
     from authbackend.logs import Sampler
     from authbackend.metrics import BrokerMetrics
     from authbackend.policy.decide import DecisionSettings
     from tests.support.registry import new_store
 
     registry = CollectorRegistry()
-    endpoints = Endpoints(
+    handlers = Handlers(
         new_store().reader(), None, BrokerMetrics(registry), Sampler(1, 1), DecisionSettings(), Limits(1.0)
     )
     now = asyncio.get_running_loop().time()
@@ -557,10 +557,10 @@ async def test_too_old_requests_are_shed_logins_first(monkeypatch):
         monkeypatch.setattr("time.monotonic", lambda waited=waited: now + waited)
         for path, question in QUESTIONS.items():
             before = registry.get_sample_value("authbackend_requests_shed_total", {"endpoint": question.name}) or 0
-            answer = endpoints.at_once(question, b"username=a&vhost=b&ip=c", now)
+            answer = handlers.answer(question, b"username=a&vhost=b&ip=c", now)
             after = registry.get_sample_value("authbackend_requests_shed_total", {"endpoint": question.name}) or 0
             shed[path, waited] = after > before
-            assert not shed[path, waited] or answer.startswith(b"HTTP/1.1 503")
+            assert not shed[path, waited] or answer.message().startswith(b"HTTP/1.1 503")
     assert {path for path, waited in shed if waited == 0.1 and shed[path, waited]} == set()
     assert {path for path, waited in shed if waited == 0.3 and shed[path, waited]} == {"/auth/user"}
     assert {path for path, waited in shed if waited == 0.7 and shed[path, waited]} == {"/auth/user", "/auth/vhost"}

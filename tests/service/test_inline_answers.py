@@ -1,4 +1,4 @@
-"""Whole requests are answered without a task of their own; whatever is not one takes the long way, with the same answer."""
+"""Whole requests are answered inline, in ``data_received``; others by a task of aiohttp, with the same answer."""
 
 import asyncio
 import dataclasses
@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from authbackend.broker.handlers import Endpoints
+from authbackend.broker.handlers import Handlers
 from authbackend.broker.server import BrokerServer
 from tests.service.conftest import HASH, POLICY, apply, running, until
 
@@ -32,23 +32,23 @@ def exchange(service, *parts, answers=1):
 
 
 @pytest.fixture
-def long_way(monkeypatch):
+def tasks(monkeypatch):
     """Counts the requests that a task answers."""
     taken = []
-    original = Endpoints.answer
+    original = Handlers.handle
 
-    async def counted(self, question, request, arrived):
+    async def counted(self, question, *args):
         taken.append(question.name)
-        return await original(self, question, request, arrived)
+        return await original(self, question, *args)
 
-    monkeypatch.setattr(Endpoints, "answer", counted)
+    monkeypatch.setattr(Handlers, "handle", counted)
     return taken
 
 
-async def test_a_whole_request_is_answered_at_once(service, long_way):
+async def test_a_whole_request_is_answered_inline(service, tasks):
     received = await asyncio.to_thread(exchange, service, HEAD + b"\r\n" + FORM)
     assert received.endswith(b"allow")
-    assert long_way == []
+    assert tasks == []
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ async def test_what_is_not_one_whole_plain_request_gets_the_same_answer(service,
     assert received.count(b"\r\n\r\nallow") == answers
 
 
-async def test_many_requests_one_after_the_other_on_one_connection(service, long_way):
+async def test_many_requests_one_after_the_other_on_one_connection(service, tasks):
     def ask():
         where = urlsplit(service.broker)
         with socket.create_connection((where.hostname, where.port), timeout=10) as connection:
@@ -90,7 +90,7 @@ async def test_many_requests_one_after_the_other_on_one_connection(service, long
                     received += connection.recv(65536)
 
     await asyncio.to_thread(ask)
-    assert long_way == []
+    assert tasks == []
 
 
 async def test_an_idle_connection_is_closed_after_its_time(dsn, monkeypatch):
@@ -125,7 +125,7 @@ async def test_a_fault_of_ours_is_503_and_the_connection_lives_on(service, monke
         raise RuntimeError("a fault that nobody thought of")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Endpoints, "_outcome", broken)
+        patched.setattr(Handlers, "_decide", broken)
         received = await asyncio.to_thread(exchange_one, service)
     assert received.startswith(b"HTTP/1.1 503")
     assert await service.metric("authbackend_request_failures_total", cause="crash") == 1
@@ -139,19 +139,19 @@ def exchange_one(service):
         return connection.recv(65536)
 
 
-async def test_a_login_by_certificate_is_answered_at_once_and_one_by_password_is_not(service, long_way):
+async def test_a_login_by_certificate_is_answered_inline_and_one_by_password_is_not(service, tasks):
     """Only a password has to wait; what was read of it is used for that request and no other."""
     head = "POST /auth/user HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n"
     certificate = b"username=APM0001&client_id=APM0001"
     password = b"username=ops&password=correct+horse"
-    nothing = head.format(0).replace("Host", "Connection: close\r\nHost").encode()  # takes the long way
+    nothing = head.format(0).replace("Host", "Connection: close\r\nHost").encode()  # is answered by a task
     requests = [head.format(len(form)).encode() + form for form in (certificate, password)]
     received = await asyncio.to_thread(exchange, service, requests[0])
     assert received.endswith(b"allow")
-    assert long_way == []
+    assert tasks == []
     received = await asyncio.to_thread(exchange, service, requests[1])
     assert b"\r\n\r\nallow monitoring management" in received
-    assert long_way == ["user"]
+    assert tasks == ["user"]
 
     def both():
         where = urlsplit(service.broker)
