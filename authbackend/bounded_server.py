@@ -41,7 +41,7 @@ class Bounds:
     line_bytes: int = LONGEST_LINE_BYTES
 
 
-class Observer(Protocol):
+class ConnectionObserver(Protocol):
     """Is told about connections, for metrics."""
 
     def connections_open(self, number: int) -> None:
@@ -58,7 +58,7 @@ class BoundedServer(web.Server):
         self,
         handler: Callable[[Any], Awaitable[web.StreamResponse]],
         bounds: Bounds,
-        observer: Observer,
+        observer: ConnectionObserver,
         **options: Any,
     ) -> None:
         async def handle(request: web.BaseRequest) -> web.StreamResponse:

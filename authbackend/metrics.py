@@ -24,7 +24,7 @@ from authbackend import __version__, clocks
 from authbackend.policy.decide import Decision
 from authbackend.registry.announcer import Peers
 from authbackend.registry.store import State
-from authbackend.registry.follower import Look, Refreshed
+from authbackend.registry.follower import FeedRead, RefreshResult
 
 REQUEST_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 SYNC_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -245,7 +245,7 @@ class RegistryMetrics:
         """Changes were of an entity that a newer schema has."""
         self._ignored.inc(changes)
 
-    def refreshed(self, _: Look, refreshed: Refreshed, *, lasting: bool) -> None:
+    def refreshed(self, _: FeedRead, refreshed: RefreshResult, *, lasting: bool) -> None:
         """A look at the database succeeded."""
         self._sync_duration.labels("full" if refreshed.full else "changes").observe(refreshed.duration_s)
         known = {**self._known, "lasting": lasting}
@@ -297,7 +297,7 @@ class ReplicaMetrics(Collector):
         yield _gauge(
             "registry_version",
             "Upper end of the transactions that the copy contains (PostgreSQL transaction id).",
-            None if state is None else state.mark.xmax,
+            None if state is None else state.position.xmax,
         )
         yield _gauges("registry_entries", "Entries of the copy in memory.", "entity", now.sizes)
         taken, available = now.memory_bytes

@@ -31,7 +31,7 @@ class Busy(Exception):
     """All threads are taken and as many checks wait as may."""
 
 
-class Observer(Protocol):
+class PasswordObserver(Protocol):
     """Is told about checks, for metrics."""
 
     def checked(self, result: str) -> None:
@@ -60,7 +60,7 @@ class PasswordChecker:
 
     def __init__(
         self,
-        observer: Observer,
+        observer: PasswordObserver,
         *,
         threads: int = 2,
         queue: int = 16,

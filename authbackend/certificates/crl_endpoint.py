@@ -22,7 +22,7 @@ _WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?:;|,|$)", re.IGNOR
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
+class PublishedCrl:
     """A list as it is served: DER."""
 
     der: bytes
@@ -34,7 +34,7 @@ class Published:
         return f'"{hashlib.sha256(self.der).hexdigest()[:32]}"'
 
 
-def as_note(lists: Mapping[str, Published]) -> dict[str, Any]:
+def to_plain(lists: Mapping[str, PublishedCrl]) -> dict[str, Any]:
     """Return lists as JSON values."""
     return {
         name: {"der": base64.b64encode(each.der).decode("ascii"), "this_update": each.this_update.isoformat()}
@@ -42,15 +42,15 @@ def as_note(lists: Mapping[str, Published]) -> dict[str, Any]:
     }
 
 
-def of_note(note: Mapping[str, Any]) -> dict[str, Published]:
+def from_plain(note: Mapping[str, Any]) -> dict[str, PublishedCrl]:
     """Return the lists that :func:`as_note` wrote."""
     return {
-        name: Published(base64.b64decode(each["der"]), datetime.fromisoformat(each["this_update"]))
+        name: PublishedCrl(base64.b64decode(each["der"]), datetime.fromisoformat(each["this_update"]))
         for name, each in note.items()
     }
 
 
-class PublishedLists:
+class PublishedCrls:
     """
     The present lists.
 
@@ -59,11 +59,11 @@ class PublishedLists:
     """
 
     def __init__(self) -> None:
-        self._lists: dict[str, Published] | None = None
+        self._lists: dict[str, PublishedCrl] | None = None
         self._changed = asyncio.Event()
         self._closing = False
 
-    def replace(self, lists: Mapping[str, Published]) -> None:
+    def replace(self, lists: Mapping[str, PublishedCrl]) -> None:
         """Serve these from now on, by the names of their authorities."""
         if self._lists != lists:
             self._lists = dict(lists)
@@ -78,7 +78,7 @@ class PublishedLists:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _present(self, name: str) -> Published:
+    def _present(self, name: str) -> PublishedCrl:
         if self._lists is None:
             raise Unavailable("the revocation lists have not been loaded yet")
         if name not in self._lists:
@@ -108,7 +108,7 @@ class PublishedLists:
             return web.Response(status=304, headers=headers)
         return web.Response(body=found.der, content_type=CONTENT_TYPE, headers=headers)
 
-    async def _next(self, name: str, known: Published, changed: asyncio.Event, wait_s: float) -> Published:
+    async def _next(self, name: str, known: PublishedCrl, changed: asyncio.Event, wait_s: float) -> PublishedCrl:
         try:
             async with asyncio.timeout(wait_s):
                 while True:

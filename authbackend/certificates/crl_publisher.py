@@ -17,19 +17,19 @@ from pathlib import Path
 
 import structlog
 
-from authbackend.certificates.crl_endpoint import Published
+from authbackend.certificates.crl_endpoint import PublishedCrl
 from authbackend.backoff import Backoff, Reachability
 from authbackend.errors import AuthbackendError, ConfigurationError
 from authbackend.fault_log import FaultLog
 from authbackend.file_stamps import Stamps, stamps
 from authbackend.metrics import CertificateMetrics
 from authbackend.pki.ca import AUTHORITY_FILES, AuthorityFolder
-from authbackend.pki.crl import Entry, RevocationList, entries_of, next_number
+from authbackend.pki.crl import CrlEntry, RevocationList, entries_of, next_number
 from authbackend.pki.crl_sync import WAIT_S
 from authbackend.postgres import certificates as store
 from authbackend.postgres import crls
 from authbackend.postgres.connection import Connection, Target, translated_errors
-from authbackend.postgres.crls import Listener, StoredList
+from authbackend.postgres.crls import Listener, StoredCrl
 from authbackend.settings import Pki
 
 log = structlog.get_logger(__name__)
@@ -112,7 +112,7 @@ def read_passphrase(file: Path) -> bytes:
     return passphrase
 
 
-async def keep_authority(connection: Connection, authority: AuthorityFolder) -> None:
+async def save_authority(connection: Connection, authority: AuthorityFolder) -> None:
     """
     Make an authority known to the database.
 
@@ -120,7 +120,7 @@ async def keep_authority(connection: Connection, authority: AuthorityFolder) -> 
         Conflict: Another one has its name.
     """
     pem = authority.certificate_pem.decode("ascii")
-    await store.keep_authority(connection, authority.name, authority.subject, pem, authority.not_after)
+    await store.save_authority(connection, authority.name, authority.subject, pem, authority.not_after)
 
 
 async def sign(
@@ -129,8 +129,8 @@ async def sign(
     lifetime: timedelta,
     *,
     anyway: bool = False,
-    known: Mapping[str, StoredList] | None = None,
-) -> StoredList | None:
+    known: Mapping[str, StoredCrl] | None = None,
+) -> StoredCrl | None:
     """
     Sign the list of an authority if something revoked is missing from it or half its lifetime has passed.
 
@@ -151,15 +151,15 @@ async def sign(
     moment = await crls.fetch_moment(connection, authority.subject)
     now = moment.now
     revoked = await crls.fetch_revoked(connection, authority.subject, now - lifetime)
-    entries = [Entry(*row) for row in revoked]
+    entries = [CrlEntry(*row) for row in revoked]
     number = next_number(moment.highest, now)
     signed = await asyncio.to_thread(authority.sign_list, entries, number, now, lifetime)
-    stored = StoredList(number, signed.this_update, signed.next_update, signed.der)
-    await crls.keep_list(connection, authority.name, stored, [entry.serial for entry in entries])
+    stored = StoredCrl(number, signed.this_update, signed.next_update, signed.der)
+    await crls.save_crl(connection, authority.name, stored, [entry.serial for entry in entries])
     return stored
 
 
-async def _present(connection: Connection, name: str, known: Mapping[str, StoredList] | None) -> StoredList | None:
+async def _present(connection: Connection, name: str, known: Mapping[str, StoredCrl] | None) -> StoredCrl | None:
     found = await crls.fetch_authorities(connection, name, known)
     return found[0].list if found else None
 
@@ -168,7 +168,7 @@ async def _due(
     connection: Connection,
     authority: AuthorityFolder,
     lifetime: timedelta,
-    known: Mapping[str, StoredList] | None,
+    known: Mapping[str, StoredCrl] | None,
 ) -> bool:
     present = await _present(connection, authority.name, known)
     moment = await crls.fetch_moment(connection, authority.subject)
@@ -246,7 +246,7 @@ class InstallReporter:
                 await reachability.pause(backoff)
 
 
-class Keeper:
+class CrlPublisher:
     """
     Keeps the lists of all authorities in memory, signs that of one, and counts what expires.
 
@@ -264,7 +264,7 @@ class Keeper:
         authority: AuthorityFolder | WatchedAuthority | None,
         lifetime_s: float,
         reachability: Reachability | None = None,
-        publish: Callable[[dict[str, Published]], object] = lambda _: None,
+        publish: Callable[[dict[str, PublishedCrl]], object] = lambda _: None,
         tell: Callable[[CertificateMetrics], object] = lambda _: None,
     ) -> None:
         self._publish_lists = publish
@@ -274,7 +274,7 @@ class Keeper:
         self._watched = authority if isinstance(authority, WatchedAuthority) else None
         self._authority = authority.current if isinstance(authority, WatchedAuthority) else authority
         self._lifetime = timedelta(seconds=lifetime_s)
-        self._known: dict[str, StoredList] = {}
+        self._known: dict[str, StoredCrl] = {}
         self._counted_at: float | None = None
         self._reachability = reachability or Reachability()
         self._backoff = Backoff()
@@ -354,7 +354,7 @@ class Keeper:
         self.metrics.authorities = {authority.name: authority.not_after.timestamp() for authority in found}
         self.metrics.this_updates = {name: stored.this_update.timestamp() for name, stored in present.items()}
         self.metrics.next_updates = {name: stored.next_update.timestamp() for name, stored in present.items()}
-        self._publish_lists({name: Published(each.der, each.this_update) for name, each in present.items()})
+        self._publish_lists({name: PublishedCrl(each.der, each.this_update) for name, each in present.items()})
 
     async def _count(self, connection: Connection) -> None:
         if self._counted_at is not None and time.monotonic() - self._counted_at < EXPIRY_S:

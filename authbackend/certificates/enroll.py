@@ -19,7 +19,7 @@ from authbackend.pki.parsing import PKIError, PublicKey, new_key, read_request
 from authbackend.postgres import certificates as store
 from authbackend.postgres.certificates import CertificateRow
 from authbackend.postgres.connection import Connection, database_time
-from authbackend.certificates.crl_publisher import keep_authority
+from authbackend.certificates.crl_publisher import save_authority
 
 MOST_AT_ONCE = 100_000
 _SHOWN_FAULTS = 20
@@ -72,7 +72,7 @@ async def enroll(
     """
     if len(requests) > MOST_AT_ONCE:
         raise InvalidInput(f"{len(requests)} at once are too many; at most {MOST_AT_ONCE} are possible")
-    await keep_authority(connection, authority)
+    await save_authority(connection, authority)
     if any(request.device_type is not None for request in requests):
         await _register(connection, requests)
     found = await connection.fetch(

@@ -42,7 +42,7 @@ from authbackend.pki.parsing import (
 )
 from authbackend.postgres.connection import Target, database_time
 from authbackend.postgres.registry_edits import editing
-from authbackend.certificates.crl_publisher import keep_authority
+from authbackend.certificates.crl_publisher import save_authority
 
 offline_option = click.option(
     "--offline",
@@ -315,7 +315,7 @@ async def _sign_and_record(target: Target, authority: AuthorityFolder, what: _To
         if not_of and await connection.fetchval("select exists (select from device where common_name = $1)", name):
             raise InvalidInput(f"{name!r} is the common name of a device; use: authbackend device enroll")
         signed = authority.sign(*what, now=await database_time(connection))
-        await keep_authority(connection, authority)
+        await save_authority(connection, authority)
         await record(connection, [(signed, None)])
         return signed
 

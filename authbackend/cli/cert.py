@@ -30,8 +30,8 @@ from authbackend.postgres import certificates as store
 from authbackend.postgres import enforcement
 from authbackend.postgres.connection import Target, connected
 from authbackend.postgres.registry_edits import editing
-from authbackend.postgres.crls import StoredList
-from authbackend.certificates.crl_publisher import keep_authority, sign
+from authbackend.postgres.crls import StoredCrl
+from authbackend.certificates.crl_publisher import save_authority, sign
 
 _DURATION = re.compile(r"(\d{1,5})([dhw])")
 _UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
@@ -245,7 +245,7 @@ async def _revoke(
     reason: str,
     authority: AuthorityFolder | None,
     lifetime: timedelta,
-) -> tuple[list[dict[str, Any]], StoredList | None, str]:
+) -> tuple[list[dict[str, Any]], StoredCrl | None, str]:
     name, device_id, kept = chosen
     async with editing(target, actor()) as connection:
         if device_id is not None:
@@ -262,7 +262,7 @@ async def _revoke(
         version = str(await connection.fetchval("select pg_current_xact_id()::text"))
         if authority is None:
             return revoked, None, version
-        await keep_authority(connection, authority)
+        await save_authority(connection, authority)
         return revoked, await sign(connection, authority, lifetime), version
 
 

@@ -25,8 +25,8 @@ from authbackend.postgres import certificates as store
 from authbackend.postgres import crls
 from authbackend.postgres.connection import Target, connected
 from authbackend.postgres.registry_edits import editing
-from authbackend.postgres.crls import StoredAuthority, StoredList
-from authbackend.certificates.crl_publisher import InstallReporter, Keeper, keep_authority
+from authbackend.postgres.crls import StoredAuthority, StoredCrl
+from authbackend.certificates.crl_publisher import InstallReporter, CrlPublisher, save_authority
 from authbackend.certificates.crl_publisher import sign as sign_list
 
 _distribution_point = click.option(
@@ -68,13 +68,13 @@ def sign(context: click.Context, authority: AuthorityFolder, watch: bool, as_jso
     if watch:
         sys.stdout.flush()
         logs.configure(settings.log.format, settings.log.level)
-        keeper = Keeper(target, authority, settings.pki.crl_lifetime_s)
-        run(_until_interrupted(keeper.run()))
+        publisher = CrlPublisher(target, authority, settings.pki.crl_lifetime_s)
+        run(_until_interrupted(publisher.run()))
 
 
-async def _sign(target: Target, authority: AuthorityFolder, lifetime: timedelta) -> StoredList:
+async def _sign(target: Target, authority: AuthorityFolder, lifetime: timedelta) -> StoredCrl:
     async with editing(target, actor()) as connection:
-        await keep_authority(connection, authority)
+        await save_authority(connection, authority)
         signed = await sign_list(connection, authority, lifetime, anyway=True)
         assert signed is not None
         return signed
@@ -144,7 +144,7 @@ async def _take_over(
     entries = list(entries_of(found.der))
     listed = [(one.serial, one.reason or "unspecified", one.revoked_at) for one in entries if one.reason != HOLD]
     async with editing(target, actor()) as connection:
-        await store.keep_authority(connection, name, found.issuer, pem, ends)
+        await store.save_authority(connection, name, found.issuer, pem, ends)
         await crls.lock_list(connection, name)
         moment = await crls.fetch_moment(connection, found.issuer)
         if fault := age_fault(found, moment.now):
@@ -153,8 +153,8 @@ async def _take_over(
             raise Conflict(
                 f"number {found.number} is older than number {moment.kept}, which its lists have reached; nothing was changed"
             )
-        stored = StoredList(found.number, found.this_update, found.next_update, found.der)
-        await crls.keep_list(connection, name, stored, [serial for serial, _, _ in listed])
+        stored = StoredCrl(found.number, found.this_update, found.next_update, found.der)
+        await crls.save_crl(connection, name, stored, [serial for serial, _, _ in listed])
         revoked, unknown = await store.revoke_listed(connection, found.issuer, listed)
     return revoked, unknown, len(entries) - len(listed)
 

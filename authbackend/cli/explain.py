@@ -40,7 +40,7 @@ def explain(
     nearest ones and what is missing. Exit code 0 when allowed, 6 when denied.
     """
     settings = settings_of(context)
-    registry, found = run(partial_registry.registry_around(replica.target(settings, "authbackend cli"), device, client_id))
+    registry, found = run(partial_registry.load_partial(replica.target(settings, "authbackend cli"), device, client_id))
     attempt = Attempt(ACTIONS[action], topic, client_id, vhost, address)
     explanation = explain_attempt(
         registry, found, attempt, registry.now, DecisionSettings(settings.broker.mqtt_exchange)

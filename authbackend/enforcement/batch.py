@@ -32,7 +32,7 @@ from authbackend.enforcement.plans import (
     receipt,
     unseen,
 )
-from authbackend.enforcement.tasks import Confirmation, Task, TaskStore, TaskStoreError
+from authbackend.enforcement.tasks import ReplicaConfirmation, Task, TaskStore, TaskStoreError
 from authbackend.errors import AuthbackendError, Unavailable
 from authbackend.policy.decide import DecisionSettings
 from authbackend.registry.store import Reader
@@ -54,7 +54,7 @@ _CONFIRM_EVERY_S = 0.01
 T = TypeVar("T")
 
 
-class Observer(Protocol):
+class EnforcerObserver(Protocol):
     """Is told what happens, for metrics."""
 
     def ended(self, done: Actions) -> None:
@@ -82,7 +82,7 @@ class Enforcer:
         store: TaskStore,
         actions: ClusterActions,
         registry: Reader,
-        observer: Observer,
+        observer: EnforcerObserver,
         settings: DecisionSettings,
         confirm_s: float,
     ) -> None:
@@ -122,7 +122,7 @@ class Enforcer:
             await asyncio.sleep(0)
         return found
 
-    async def confirmed(self, versions: set[str]) -> Confirmation:
+    async def confirmed(self, versions: set[str]) -> ReplicaConfirmation:
         """Wait for the replicas that will confirm soon, for up to ``confirm_s``; return who confirmed and who did not."""
         deadline = time.monotonic() + self._confirm_s
         while True:
@@ -162,7 +162,7 @@ class Batch:
         self._actions = enforcer.actions
         self._inventory = inventory
         self._between = between
-        self._confirmed = Confirmation([], [])
+        self._confirmed = ReplicaConfirmation([], [])
         self._nodes: dict[str, dict[str, bool]] = {}
         self._unreachable: ClusterUnreachable | None = None
         self._paused = False
@@ -174,7 +174,7 @@ class Batch:
         """Return those of these tasks of which nothing has been recorded."""
         return [task for task in tasks if task.id not in self._recorded]
 
-    async def enforce(self, tasks: list[Task], confirmed: Confirmation, nodes: dict[str, bool]) -> None:
+    async def enforce(self, tasks: list[Task], confirmed: ReplicaConfirmation, nodes: dict[str, bool]) -> None:
         """
         Do all of them, those that are connected first.
 
@@ -295,7 +295,7 @@ class Batch:
                 plans[0].fault = error.detail
             return
         holding = await self._enforcer.confirmed({version})
-        self._confirmed = Confirmation(
+        self._confirmed = ReplicaConfirmation(
             self._confirmed.by, sorted({*self._confirmed.missing, *holding.missing}), self._confirmed.awaited
         )
 

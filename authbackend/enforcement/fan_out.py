@@ -10,7 +10,7 @@ from authbackend.enforcement.clusters import inspect_session
 from authbackend.enforcement.inventory import LOOK_AGAIN_S, STATISTICS_LATE_S
 from authbackend.enforcement.management_api import LiveConnection
 from authbackend.enforcement.plans import CLOCKS_S, narrowed, since, unseen
-from authbackend.enforcement.tasks import Confirmation, Task
+from authbackend.enforcement.tasks import ReplicaConfirmation, Task
 from authbackend.policy.rules import Device
 
 _OWNER = "client_id_owner"
@@ -19,7 +19,7 @@ _LOOKS = 2
 """Looks at which all replicas decided by the change and every node was seen; the second sees what was too young for the first."""
 
 
-async def fan_out(enforcer: Enforcer, task: Task, confirmed: Confirmation, nodes: dict[str, bool]) -> None:
+async def fan_out(enforcer: Enforcer, task: Task, confirmed: ReplicaConfirmation, nodes: dict[str, bool]) -> None:
     """
     Note tasks for the devices of a type, or finish when all of those are finished.
 

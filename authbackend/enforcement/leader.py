@@ -19,10 +19,10 @@ import structlog
 
 from authbackend.backoff import Backoff, Reachability
 from authbackend.enforcement.batch import OLDEST_COPY_S, Enforcer
-from authbackend.enforcement.batch import Observer as EnforcerObserver
+from authbackend.enforcement.batch import EnforcerObserver
 from authbackend.enforcement.clusters import Cluster, ClusterActions
 from authbackend.enforcement.lanes import BulkLane, UrgentLane
-from authbackend.enforcement.sweep import Observer as SweepObserver
+from authbackend.enforcement.sweep import SweepObserver
 from authbackend.enforcement.sweep import Sweep, SweepSettings
 from authbackend.enforcement.tasks import MASS, URGENT, Backlog, Overdue, TaskStore
 from authbackend.errors import AuthbackendError, Unavailable
@@ -44,7 +44,7 @@ OpenStore = Callable[[str], AbstractAsyncContextManager[TaskStore]]
 Part = Callable[[TaskStore], Awaitable[None]]
 
 
-class Observer(EnforcerObserver, SweepObserver, Protocol):
+class LeaderObserver(EnforcerObserver, SweepObserver, Protocol):
     """Is told everything, for metrics."""
 
     def leads(self, leading: bool) -> None:
@@ -93,7 +93,7 @@ class Leader:
         lock: Callable[[], AbstractAsyncContextManager[Lock]],
         open_store: OpenStore,
         registry: Store,
-        observer: Observer,
+        observer: LeaderObserver,
         settings: LeaderSettings,
         reachability: Reachability,
     ) -> None:

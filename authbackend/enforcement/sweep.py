@@ -66,7 +66,7 @@ _REPORTED_INCOMPLETE = 50
 _OLDEST_COPY_S = 30.0
 
 
-class Observer(Protocol):
+class SweepObserver(Protocol):
     """Is told what a sweep found, for metrics."""
 
     def swept(self, cluster: str, report: Report) -> None:
@@ -135,7 +135,7 @@ class Sweep:
         store: TaskStore,
         actions: ClusterActions,
         registry: Reader,
-        observer: Observer,
+        observer: SweepObserver,
         decisions: DecisionSettings,
         settings: SweepSettings,
     ) -> None:
@@ -158,7 +158,7 @@ class Sweep:
             begin = time.monotonic()
             try:
                 report = await self.once()
-                await self._store.keep_sweep(name, report.as_dict())
+                await self._store.save_sweep(name, report.as_dict())
             except TaskStoreError:
                 raise
             except AuthbackendError as error:

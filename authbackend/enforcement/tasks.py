@@ -55,7 +55,7 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
-class Confirmation:
+class ReplicaConfirmation:
     """
     Which replicas decide by some versions.
 
@@ -166,7 +166,7 @@ class TaskStore(Protocol):
     async def is_paused(self, lane: str) -> bool:
         """Return whether a lane is paused; cheap enough to be asked before each connection that is closed."""
 
-    async def confirmation(self, versions: set[str]) -> Confirmation:
+    async def confirmation(self, versions: set[str]) -> ReplicaConfirmation:
         """Return who decides by all of these versions."""
 
     async def hold(self, device_ids: list[str]) -> str:
@@ -225,7 +225,7 @@ class TaskStore(Protocol):
     async def certificates_on_record(self, serials: list[str], names: list[str]) -> list[dict[str, Any]]:
         """Return the certificates with these serial numbers, and the revoked ones of these common names."""
 
-    async def keep_sweep(self, cluster: str, report: dict[str, Any]) -> None:
+    async def save_sweep(self, cluster: str, report: dict[str, Any]) -> None:
         """Keep the report of a sweep in the place of the one before."""
 
     async def forget_done(self) -> None:

@@ -25,7 +25,7 @@ from cryptography.exceptions import InvalidSignature
 
 from authbackend.pki import signing
 from authbackend.pki.files import write_file
-from authbackend.pki.crl import Entry, RevocationList, sign_list
+from authbackend.pki.crl import CrlEntry, RevocationList, sign_list
 from authbackend.pki.profiles import EXAMPLE, Profile, read_configuration
 from authbackend.pki.parsing import (
     KEY_KINDS,
@@ -253,7 +253,7 @@ class AuthorityFolder:
         pem = signing.certificate_pem(certificate)
         return Signed(record_of(certificate), pem, pem + self._pem, end > self.not_after)
 
-    def sign_list(self, entries: Sequence[Entry], number: int, now: datetime, lifetime: timedelta) -> RevocationList:
+    def sign_list(self, entries: Sequence[CrlEntry], number: int, now: datetime, lifetime: timedelta) -> RevocationList:
         """Sign a revocation list of everything that it revoked."""
         return sign_list(entries, issuer=self.certificate, key=self._key, number=number, now=now, lifetime=lifetime)
 

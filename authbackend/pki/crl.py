@@ -51,7 +51,7 @@ _SPACES = " \t\n\v\f\r"
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class CrlEntry:
     """
     A revoked certificate on a list.
 
@@ -84,7 +84,7 @@ class RevocationList:
 
 
 def sign_list(
-    entries: Sequence[Entry],
+    entries: Sequence[CrlEntry],
     *,
     issuer: x509.Certificate,
     key: PrivateKey,
@@ -121,7 +121,7 @@ def _signature(key: PrivateKey, body: bytes) -> bytes:
     return key.sign(body, padding.PKCS1v15(), hashes.SHA256())
 
 
-def _encoded(entry: Entry, now: datetime) -> bytes:
+def _encoded(entry: CrlEntry, now: datetime) -> bytes:
     moment = min(entry.revoked_at, now).astimezone(UTC)
     return list_der.encode_entry(int(entry.serial, 16), moment, REASONS.get(entry.reason, 0))
 
@@ -298,10 +298,10 @@ def age_fault(found: RevocationList, now: datetime) -> str | None:
     return None
 
 
-def entries_of(der: bytes) -> Iterator[Entry]:
+def entries_of(der: bytes) -> Iterator[CrlEntry]:
     """Yield what is on a list that was checked before; a reason that is not there is the empty text."""
     for entry in list_der.entries_in(_parse(der).entries):
-        yield Entry(f"{entry.serial:x}", _reason(entry), entry.revoked_at)
+        yield CrlEntry(f"{entry.serial:x}", _reason(entry), entry.revoked_at)
 
 
 def next_number(highest: int | None, now: datetime) -> int:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from authbackend.pki import der
-from authbackend.pki.crl import REASONS, Entry
+from authbackend.pki.crl import REASONS, CrlEntry
 from authbackend.pki.parsing import MOST_SERIAL_DIGITS, PKIError
 
 _REASONS = {name.lower(): name for name in REASONS} | {
@@ -17,7 +17,7 @@ _REASONS = {name.lower(): name for name in REASONS} | {
 _SERIAL = re.compile(f"-?[0-9A-Fa-f]{{1,{MOST_SERIAL_DIGITS}}}")
 
 
-def index_of(text: str, name: str) -> Iterator[tuple[str, Entry | None]]:
+def index_of(text: str, name: str) -> Iterator[tuple[str, CrlEntry | None]]:
     """
     Yield the serial number of each certificate in an index, with its revocation if it is revoked.
 
@@ -49,4 +49,4 @@ def index_of(text: str, name: str) -> Iterator[tuple[str, Entry | None]]:
                 raise ValueError(moment)
         except ValueError:
             raise PKIError(f"{name}:{number}: the time of the revocation cannot be read") from None
-        yield serial, Entry(serial, _REASONS.get(reason, "unspecified"), revoked_at)
+        yield serial, CrlEntry(serial, _REASONS.get(reason, "unspecified"), revoked_at)

@@ -61,10 +61,10 @@ def decode(content: bytes, file: str) -> tuple[str, Problem | None]:
 
 
 def _place_of(error: yaml.YAMLError, text: str) -> tuple[int, int]:
-    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-    if mark is not None:
+    position = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    if position is not None:
         last = len(_LINE_BREAK.findall(text)) + 1  # what is missing at the end is missed on a line that is not there
-        return min(mark.line + 1, last), mark.column + 1
+        return min(position.line + 1, last), position.column + 1
     before = text.encode()[: getattr(error, "position", 0)].decode(errors="ignore")  # a character that YAML forbids
     return before.count("\n") + 1, len(before) - before.rfind("\n")
 
@@ -96,8 +96,8 @@ class _Reader:
         self.places.setdefault((self.where, *key), (node.start_mark.line + 1, node.start_mark.column + 1))
 
     def fault(self, node: Any, message: str) -> None:
-        mark = node.start_mark
-        self.problems.append(Problem(self.file, mark.line + 1, mark.column + 1, message))
+        position = node.start_mark
+        self.problems.append(Problem(self.file, position.line + 1, position.column + 1, message))
 
     def document(self, root: Node) -> Document:
         found = self.mapping(root, "the document", ("schema", "device_types", "devices", "accounts"))

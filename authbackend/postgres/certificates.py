@@ -205,7 +205,7 @@ async def count_on_record(connection: Connection, issuer: str, serials: Collecti
     return int(await connection.fetchval(load_statements("certificates").known_serials.sql, issuer, list(serials)))
 
 
-async def keep_authority(
+async def save_authority(
     connection: Connection, name: str, subject: str, certificate: str, not_after: datetime
 ) -> None:
     """
@@ -216,6 +216,6 @@ async def keep_authority(
         InvalidInput: The database refuses it.
     """
     statements = load_statements("certificates")
-    await connection.execute(statements.keep_authority.sql, name, subject, certificate, not_after)
+    await connection.execute(statements.save_authority.sql, name, subject, certificate, not_after)
     if await connection.fetchval(statements.authority_subject.sql, name) != subject:
         raise Conflict(f"another authority is called {name!r} already; choose another name")

@@ -26,10 +26,10 @@ from authbackend.postgres.compatibility import require_fit
 from authbackend.postgres.replicas import Identity, introduce
 from authbackend.postgres.statements import load_statements
 from authbackend.postgres.lock_waits import locked_out
-from authbackend.registry.position import Mark
+from authbackend.registry.position import FeedPosition
 from authbackend.registry.records import DeviceRow, Patch
 from authbackend.registry.store import Store
-from authbackend.registry.follower import Confirmation, Look
+from authbackend.registry.follower import SuspectRows, FeedRead
 from authbackend.registry.writability import Writability
 
 log = structlog.get_logger(__name__)
@@ -78,7 +78,7 @@ class ChangeFeed:
         self._connection: Connection | None = None
         self._statements = load_statements("registry")
 
-    async def load(self, store: Store, synced_at: float) -> Look:
+    async def load(self, store: Store, synced_at: float) -> FeedRead:
         """
         Fill a store with everything; its readers see it at the end.
 
@@ -89,8 +89,8 @@ class ChangeFeed:
         # Workers that answer from what is there meanwhile are not to notice; nobody else gives way, since a revocation
         # hangs on the follower.
         rest = 1.0 if store.state() is not None else 0.0
-        async with self._look() as (connection, look, _):
-            with store.loading(look.mark, synced_at, look.confirmed_at.timestamp()) as loader:
+        async with self._look() as (connection, feed_read, _):
+            with store.loading(feed_read.position, synced_at, feed_read.confirmed_at.timestamp()) as loader:
                 for entity, statement in (("device_type", "all_device_types"), ("account", "all_accounts")):
                     for row in await self._fetch(connection, statement):
                         loader.add(entity, row["name"], row["record"])
@@ -98,9 +98,9 @@ class ChangeFeed:
                     began = time.monotonic()
                     loader.add_devices(chunk)
                     await asyncio.sleep(rest * (time.monotonic() - began))
-            return look
+            return feed_read
 
-    async def changes(self, mark: Mark, devices: int) -> tuple[Patch, Look] | None:
+    async def changes(self, position: FeedPosition, devices: int) -> tuple[Patch, FeedRead] | None:
         """
         Return what changed since a mark, and where this look stands.
 
@@ -110,9 +110,9 @@ class ChangeFeed:
         Raises:
             Unavailable: As :meth:`load`.
         """
-        async with self._look() as (connection, look, floor):
-            patch = await self._changes(connection, mark, look.mark, floor, devices)
-            return None if patch is None else (patch, look)
+        async with self._look() as (connection, feed_read, floor):
+            patch = await self._changes(connection, position, feed_read.position, floor, devices)
+            return None if patch is None else (patch, feed_read)
 
     async def suspects(self, store: Store) -> Patch:
         """
@@ -151,7 +151,7 @@ class ChangeFeed:
             await asyncio.sleep(0)
         return Patch(types, devices, accounts)
 
-    async def confirm(self, mark: Mark, devices: int, suspects: Patch) -> Confirmation | None:
+    async def confirm(self, position: FeedPosition, devices: int, suspects: Patch) -> SuspectRows | None:
         """
         Read suspects again, together with what changed since a mark.
 
@@ -160,17 +160,17 @@ class ChangeFeed:
         Raises:
             Unavailable: As :meth:`load`.
         """
-        async with self._look() as (connection, look, floor):
-            patch = await self._changes(connection, mark, look.mark, floor, devices)
+        async with self._look() as (connection, feed_read, floor):
+            patch = await self._changes(connection, position, feed_read.position, floor, devices)
             if patch is None:
                 return None
             keys = (suspects.device_types, suspects.devices, suspects.accounts)
             present = await self._patch(connection, dict(zip(_ENTITIES, map(list, keys), strict=True)))
             sizes = await connection.fetchrow(self._statements.sizes.sql)
             assert sizes is not None
-            return Confirmation(patch, present, dict(sizes), look)
+            return SuspectRows(patch, present, dict(sizes), feed_read)
 
-    async def later_changes(self, mark: Mark) -> set[tuple[str, str]] | None:
+    async def later_changes(self, position: FeedPosition) -> set[tuple[str, str]] | None:
         """
         Return the keys of what was changed after a mark of an earlier life of the database; None if it cannot be told.
 
@@ -180,12 +180,12 @@ class ChangeFeed:
         Raises:
             Unavailable: As :meth:`load`.
         """
-        async with self._look() as (connection, look, floor):
-            if mark.epoch.split("/")[:2] != look.mark.epoch.split("/")[:2]:  # system and database
+        async with self._look() as (connection, feed_read, floor):
+            if position.epoch.split("/")[:2] != feed_read.position.epoch.split("/")[:2]:  # system and database
                 return set()
-            if mark.xmin < floor:
+            if position.xmin < floor:
                 return None
-            rows = await connection.fetch(self._statements.changes_since.sql, str(mark.xmax), mark.running)
+            rows = await connection.fetch(self._statements.changes_since.sql, str(position.xmax), position.running)
             return {(row["entity"], row["key"]) for row in rows}
 
     async def prune(self) -> None:
@@ -247,7 +247,7 @@ class ChangeFeed:
         return self._connection
 
     @contextlib.asynccontextmanager
-    async def _look(self) -> AsyncIterator[tuple[Connection, Look, int]]:
+    async def _look(self) -> AsyncIterator[tuple[Connection, FeedRead, int]]:
         """Open the reading transaction; yields the connection, where it stands, and the floor of the feed."""
         with translated_errors():
             connection = await self._connected()
@@ -265,11 +265,11 @@ class ChangeFeed:
                     async with connection.transaction(isolation="repeatable_read", readonly=True):
                         await connection.execute(f"set local lock_timeout = '{LOCK_TIMEOUT}'")
                         await connection.execute(self._statements.lock_registry.sql)
-                        look, floor = self._position(
+                        feed_read, floor = self._position(
                             await connection.fetchrow(self._statements.position.sql, WATCHED_TABLES)
                         )
-                        if look is not None:
-                            yield connection, look, floor
+                        if feed_read is not None:
+                            yield connection, feed_read, floor
                             return
                 except asyncpg.LockNotAvailableError as error:
                     raise Unavailable(await locked_out(connection, LOCK_TIMEOUT)) from error
@@ -300,7 +300,7 @@ class ChangeFeed:
             await connection.fetchval(statement.sql, locks.REPLICA, self._vouches_for or self._row)
             self._vouches_for = None if self._vouches_for else self._row
 
-    def _position(self, row: Any) -> tuple[Look | None, int]:
+    def _position(self, row: Any) -> tuple[FeedRead | None, int]:
         require_fit(row["oldest_program"])  # again: the schema may have changed before the locks were taken
         expected = len(WATCHED_TABLES) * TRIGGERS_A_TABLE
         if row["triggers"] != expected:
@@ -310,9 +310,9 @@ class ChangeFeed:
             )
         if row["incarnation"] is None:
             return None, 0
-        return Look(Mark(row["epoch"], row["incarnation"], row["snapshot"]), row["at"]), int(row["floor"])
+        return FeedRead(FeedPosition(row["epoch"], row["incarnation"], row["snapshot"]), row["at"]), int(row["floor"])
 
-    async def _changes(self, connection: Connection, old: Mark, new: Mark, floor: int, devices: int) -> Patch | None:
+    async def _changes(self, connection: Connection, old: FeedPosition, new: FeedPosition, floor: int, devices: int) -> Patch | None:
         if not _follows(old, new, floor):
             return None
         changed: dict[str, list[str]] = {entity: [] for entity in _ENTITIES}
@@ -361,6 +361,6 @@ class ChangeFeed:
             yield chunk
 
 
-def _follows(old: Mark, new: Mark, floor: int) -> bool:
+def _follows(old: FeedPosition, new: FeedPosition, floor: int) -> bool:
     """Return whether the change feed can lead from one mark to another."""
     return old.same_life(new) and old.xmin >= floor and new.xmin >= old.xmin and new.xmax >= old.xmax

@@ -17,7 +17,7 @@ CHANNELS = ("certificate", "crl")
 
 
 @dataclass(frozen=True, slots=True)
-class StoredList:
+class StoredCrl:
     """A list as it is in the database."""
 
     number: int
@@ -57,7 +57,7 @@ class StoredAuthority:
     subject: str
     certificate_pem: str
     not_after: datetime
-    list: StoredList | None
+    list: StoredCrl | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Expiring:
 
 
 async def fetch_authorities(
-    connection: Connection, name: str | None = None, known: Mapping[str, StoredList] | None = None
+    connection: Connection, name: str | None = None, known: Mapping[str, StoredCrl] | None = None
 ) -> list[StoredAuthority]:
     """
     Return authorities by name, or the one of that name.
@@ -93,7 +93,7 @@ async def fetch_authorities(
             *(row["name"], row["subject"], row["certificate_pem"], row["not_after"]),
             None
             if row["number"] is None
-            else StoredList(
+            else StoredCrl(
                 int(row["number"]),
                 row["this_update"],
                 row["next_update"],
@@ -161,7 +161,7 @@ async def fetch_revoked(
     return [tuple(row) for row in rows]
 
 
-async def keep_list(connection: Connection, authority: str, stored: StoredList, serials: Sequence[str]) -> None:
+async def save_crl(connection: Connection, authority: str, stored: StoredCrl, serials: Sequence[str]) -> None:
     """
     Make a list the present one.
 
@@ -171,11 +171,11 @@ async def keep_list(connection: Connection, authority: str, stored: StoredList, 
         InvalidInput: The present one is newer.
     """
     await connection.execute(
-        load_statements("certificates").keep_list.sql,
+        load_statements("certificates").save_crl.sql,
         *(authority, str(stored.number), stored.this_update, stored.next_update, stored.der),
     )
     await connection.execute(
-        load_statements("certificates").keep_listed.sql, authority, str(stored.number), list(serials)
+        load_statements("certificates").save_crl_entries.sql, authority, str(stored.number), list(serials)
     )
 
 

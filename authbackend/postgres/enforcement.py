@@ -13,7 +13,7 @@ from typing import Any
 import asyncpg
 import structlog
 
-from authbackend.enforcement.tasks import Backlog, Confirmation, Listed, Overdue, Pause, Task, TaskStoreError
+from authbackend.enforcement.tasks import Backlog, ReplicaConfirmation, Listed, Overdue, Pause, Task, TaskStoreError
 from authbackend.errors import AuthbackendError, Conflict, NotFound, Unavailable
 from authbackend.postgres.connection import Connection, Target, connect, connected, name_actor, translated_errors
 from authbackend.postgres.locks import ENFORCE
@@ -85,10 +85,10 @@ class PostgresTaskStore:
                 self._pause_lasts_until = time.monotonic() + _PAUSE_LASTS_S
         return self._pause is not None and self._pause.stops(lane)
 
-    async def confirmation(self, versions: set[str]) -> Confirmation:
+    async def confirmation(self, versions: set[str]) -> ReplicaConfirmation:
         """Return who decides by all of these versions."""
         rows = await self._fetch("confirmation", sorted(versions))
-        return Confirmation(
+        return ReplicaConfirmation(
             [row["name"] for row in rows if row["serves"]],
             [row["name"] for row in rows if not row["serves"]],
             [row["name"] for row in rows if not row["serves"] and row["live"]],
@@ -167,9 +167,9 @@ class PostgresTaskStore:
         """Return the certificates with these serial numbers, and the revoked ones of these common names."""
         return [dict(row) for row in await self._fetch("certificates_on_record", serials, names)]
 
-    async def keep_sweep(self, cluster: str, report: dict[str, Any]) -> None:
+    async def save_sweep(self, cluster: str, report: dict[str, Any]) -> None:
         """Keep the report of a sweep in the place of the one before."""
-        await self._fetch("keep_sweep", cluster, json.dumps(report))
+        await self._fetch("save_sweep", cluster, json.dumps(report))
 
     async def forget_done(self) -> None:
         """Forget tasks that were done long ago."""

@@ -15,7 +15,7 @@ from authbackend.registry import records
 
 
 @dataclass(frozen=True, slots=True)
-class Excerpt:
+class PartialRegistry:
     """Some devices and types; implements ``policy.lookups.Registry``."""
 
     devices: dict[str, Device]
@@ -41,7 +41,7 @@ class Excerpt:
         return None
 
 
-async def registry_around(target: Target, name: str, client_id: str | None) -> tuple[Excerpt, Device]:
+async def load_partial(target: Target, name: str, client_id: str | None) -> tuple[PartialRegistry, Device]:
     """
     Return the part of the registry that decides about one device: it, the devices that could own the client id,
     and their types.
@@ -64,7 +64,7 @@ async def registry_around(target: Target, name: str, client_id: str | None) -> t
         devices = await _devices(connection, [device_id, *possible_owners(client_id)])
         types = await _types(connection, sorted({found.type for found in devices.values()}))
         now = await connection.fetchval("select extract(epoch from clock_timestamp())::float8")
-    return Excerpt(devices, types, now), device
+    return PartialRegistry(devices, types, now), device
 
 
 async def _devices(connection: Connection, device_ids: list[str]) -> dict[str, Device]:

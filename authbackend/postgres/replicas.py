@@ -17,7 +17,7 @@ from authbackend.errors import InvalidInput, NotFound, Unconfirmed
 from authbackend.postgres.connection import Connection, Target, connect, connected, name_actor, translated_errors
 from authbackend.postgres.statements import load_statements
 from authbackend.registry.identity import Boot
-from authbackend.registry.position import Mark
+from authbackend.registry.position import FeedPosition
 from authbackend.registry.announcer import Peers
 
 log = structlog.get_logger(__name__)
@@ -57,7 +57,7 @@ async def introduce(connection: Connection, identity: Identity) -> None:
     await connection.execute(load_statements("replicas").introduce.sql, *values)
 
 
-class Announcer:
+class PostgresReplicaTable:
     """Writes one replica's row, on a connection of its own; implements ``registry.presence.Announcer``."""
 
     def __init__(self, target: Target, identity: Identity) -> None:
@@ -67,14 +67,14 @@ class Announcer:
         self._clock: tuple[float, float] | None = None  # the database's, and this machine's when it was asked for
         self._statements = load_statements("replicas")
 
-    async def announce(self, mark: Mark, confirmed_at: datetime) -> None:
+    async def announce(self, position: FeedPosition, confirmed_at: datetime) -> None:
         """
         Say which version this replica serves.
 
         Raises:
             AuthbackendError: The database cannot be reached or refuses.
         """
-        values = (*self._identity.values(), mark.epoch, mark.incarnation, mark.snapshot, confirmed_at)
+        values = (*self._identity.values(), position.epoch, position.incarnation, position.snapshot, confirmed_at)
         await self._execute(self._statements.announce.sql, *values)
 
     async def sign_off(self, *, comes_back: bool) -> None:

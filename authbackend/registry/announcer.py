@@ -13,8 +13,8 @@ import structlog
 
 from authbackend.backoff import Backoff, Reachability
 from authbackend.errors import AuthbackendError, Unwritable
-from authbackend.registry.position import Mark
-from authbackend.registry.follower import Look
+from authbackend.registry.position import FeedPosition
+from authbackend.registry.follower import FeedRead
 from authbackend.registry.writability import Writability
 
 log = structlog.get_logger(__name__)
@@ -40,10 +40,10 @@ class Peers:
     twins: int = 0
 
 
-class Announcer(Protocol):
+class ReplicaTable(Protocol):
     """Writes this replica's row; ``postgres.replicas`` has the real one."""
 
-    async def announce(self, mark: Mark, confirmed_at: datetime) -> None:
+    async def announce(self, position: FeedPosition, confirmed_at: datetime) -> None:
         """Say which version this replica serves."""
 
     async def sign_off(self, *, comes_back: bool) -> None:
@@ -56,14 +56,14 @@ class Announcer(Protocol):
         """Drop the connection."""
 
 
-class Observer(Protocol):
+class AnnouncerObserver(Protocol):
     """Is told about the replicas, for metrics."""
 
     def peers(self, peers: Peers) -> None:
         """Take what the database knows of the replicas."""
 
 
-class Presence:
+class ReplicaAnnouncer:
     """
     Announces the newest version, at most fifty times a second and at least once a second.
 
@@ -78,27 +78,27 @@ class Presence:
 
     def __init__(
         self,
-        announcer: Announcer,
-        observer: Observer,
+        replica_table: ReplicaTable,
+        observer: AnnouncerObserver,
         reachability: Reachability,
         *,
         comes_back: bool,
         writability: Writability | None = None,
     ) -> None:
-        self._announcer = announcer
+        self._replica_table = replica_table
         self._observer = observer
         self._reachability = reachability
         self._comes_back = comes_back
         self._writability = writability or Writability()
-        self._newest: Look | None = None
+        self._newest: FeedRead | None = None
         self._fault: str | None = None
         self._next_peers = 0.0  # monotonic
         self._news = asyncio.Event()
 
-    def serves(self, look: Look) -> None:
+    def serves(self, feed_read: FeedRead) -> None:
         """Note the version that all workers serve from now on."""
-        changed = self._newest is None or self._newest.mark != look.mark
-        self._newest = look
+        changed = self._newest is None or self._newest.position != feed_read.position
+        self._newest = feed_read
         if changed:
             self._news.set()
 
@@ -119,14 +119,14 @@ class Presence:
             else:
                 await self._reachability.pause(backoff)
 
-    async def _announced(self, newest: Look) -> bool:
+    async def _announced(self, newest: FeedRead) -> bool:
         """Announce once; False if it failed."""
         try:
-            await self._announcer.announce(newest.mark, newest.confirmed_at)
+            await self._replica_table.announce(newest.position, newest.confirmed_at)
             self._writability.succeeded()
             if time.monotonic() >= self._next_peers:
                 self._next_peers = time.monotonic() + LONGEST_PAUSE_S
-                self._observer.peers(await self._announcer.peers())
+                self._observer.peers(await self._replica_table.peers())
         except AuthbackendError as error:
             if isinstance(error, Unwritable):
                 self._writability.failed(error.detail)
@@ -142,7 +142,7 @@ class Presence:
                 self._reachability.succeeded()
             self._fault = None
             return True
-        await self._announcer.close()
+        await self._replica_table.close()
         return False
 
     async def leave(self) -> None:
@@ -150,8 +150,8 @@ class Presence:
         try:
             async with asyncio.timeout(_LEAVING_S):
                 if self._newest is not None:
-                    await self._announcer.sign_off(comes_back=self._comes_back)
+                    await self._replica_table.sign_off(comes_back=self._comes_back)
         except (AuthbackendError, TimeoutError) as error:
             log.warning("replica.not_signed_off", fault=str(error) or "no answer in time")
         finally:
-            await self._announcer.close()
+            await self._replica_table.close()

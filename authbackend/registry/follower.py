@@ -23,8 +23,8 @@ from authbackend.clocks import Instant
 from authbackend.errors import AuthbackendError, NoRoom, Unwritable
 from authbackend.fault_log import FaultLog
 from authbackend.registry import lost_changes
-from authbackend.registry.snapshot import DiskCopy, Entry
-from authbackend.registry.position import Mark
+from authbackend.registry.snapshot import SnapshotFolder, JournalEntry
+from authbackend.registry.position import FeedPosition
 from authbackend.registry.records import Patch
 from authbackend.registry.store import Reader, Store
 from authbackend.registry.writability import Writability
@@ -38,7 +38,7 @@ _AT_ONCE = 2000
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class FeedRead:
     """
     Where a look at the database stood.
 
@@ -46,12 +46,12 @@ class Look:
         confirmed_at: The database's clock when the look began.
     """
 
-    mark: Mark
+    position: FeedPosition
     confirmed_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
-class Refreshed:
+class RefreshResult:
     """
     What one look at the database gave.
 
@@ -67,7 +67,7 @@ class Refreshed:
 
 
 @dataclass(frozen=True, slots=True)
-class Confirmation:
+class SuspectRows:
     """
     What the database holds, all at one look.
 
@@ -80,25 +80,25 @@ class Confirmation:
     patch: Patch
     present: Patch
     sizes: dict[str, int]
-    look: Look
+    feed_read: FeedRead
 
 
 class Feed(Protocol):
     """Reads the registry from the database; ``postgres.feed`` has the real one."""
 
-    async def load(self, store: Store, synced_at: float) -> Look:
+    async def load(self, store: Store, synced_at: float) -> FeedRead:
         """Fill a store with everything."""
 
-    async def changes(self, mark: Mark, devices: int) -> tuple[Patch, Look] | None:
+    async def changes(self, position: FeedPosition, devices: int) -> tuple[Patch, FeedRead] | None:
         """Return what changed since a mark, None if it must be loaded anew; ``devices``: how many there were."""
 
     async def suspects(self, store: Store) -> Patch:
         """Return the rows in which a store, which may move on meanwhile, seems to differ from the database."""
 
-    async def confirm(self, mark: Mark, devices: int, suspects: Patch) -> Confirmation | None:
+    async def confirm(self, position: FeedPosition, devices: int, suspects: Patch) -> SuspectRows | None:
         """Look at suspects again, together with what changed since a mark; None if all must be loaded anew anyway."""
 
-    async def later_changes(self, mark: Mark) -> set[lost_changes.Key] | None:
+    async def later_changes(self, position: FeedPosition) -> set[lost_changes.Key] | None:
         """
         Return what was changed after a mark of an earlier life of the database, as far as its change feed tells.
 
@@ -115,10 +115,10 @@ class Feed(Protocol):
         """Drop the connection; the next call opens one."""
 
 
-class Observer(Protocol):
+class FollowerObserver(Protocol):
     """Is told what happens, for metrics and for the other replicas."""
 
-    def refreshed(self, look: Look, refreshed: Refreshed, *, lasting: bool) -> None:
+    def refreshed(self, feed_read: FeedRead, refreshed: RefreshResult, *, lasting: bool) -> None:
         """
         A look at the database succeeded.
 
@@ -145,7 +145,7 @@ class SyncTimes:
     prune_s: float = 60.0
 
 
-class RegistryCopy:
+class RegistryFollower:
     """
     Follows the database and writes the store that decisions are made from.
 
@@ -158,9 +158,9 @@ class RegistryCopy:
         self,
         feed: Feed,
         store: Store,
-        observer: Observer,
+        observer: FollowerObserver,
         times: SyncTimes | None = None,
-        disk: DiskCopy | None = None,
+        snapshot_folder: SnapshotFolder | None = None,
         reachability: Reachability | None = None,
         writability: Writability | None = None,
     ) -> None:
@@ -170,7 +170,7 @@ class RegistryCopy:
         self._feed = feed
         self._observer = observer
         self._times = times or SyncTimes()
-        self._disk = disk
+        self._disk = snapshot_folder
         self._on_disk_until = 0.0  # monotonic: when the disk must be told again that the copy is true
         self._wake = asyncio.Event()
         self._reachability = reachability or Reachability()
@@ -213,7 +213,7 @@ class RegistryCopy:
                 async with asyncio.timeout(self._times.poll_s):
                     await self._wake.wait()
 
-    async def refresh(self, *, full: bool = False) -> Refreshed:
+    async def refresh(self, *, full: bool = False) -> RefreshResult:
         """
         Look at the database once and apply what changed, or load everything anew.
 
@@ -224,22 +224,22 @@ class RegistryCopy:
         state = self.store.state()
         found = None
         if state is not None and not full:
-            found = await self._feed.changes(state.mark, self.store.sizes()["device"])
+            found = await self._feed.changes(state.position, self.store.sizes()["device"])
         if found is not None:
             return await self._apply(*found, began)
         with self.store.reader() as before:  # what was served stays readable until it has been compared
-            look = await self._feed.load(self.store, began.uptime)
+            feed_read = await self._feed.load(self.store, began.uptime)
             sizes = self.store.sizes()
-            refreshed = Refreshed(True, sum(sizes.values()), clocks.uptime() - began.uptime)
+            refreshed = RefreshResult(True, sum(sizes.values()), clocks.uptime() - began.uptime)
             log.info("registry.loaded", **sizes, duration_s=round(refreshed.duration_s, 3))
-            await self._succeeded(look, refreshed, Entry(began, look.mark, Patch(), look.confirmed_at.timestamp()))
-            if state is not None and not look.mark.same_life(state.mark):
-                await self._compare_with_served(before, state.mark)
+            await self._succeeded(feed_read, refreshed, JournalEntry(began, feed_read.position, Patch(), feed_read.confirmed_at.timestamp()))
+            if state is not None and not feed_read.position.same_life(state.position):
+                await self._compare_with_served(before, state.position)
         return refreshed
 
-    async def _compare_with_served(self, before: Reader, mark: Mark) -> None:
+    async def _compare_with_served(self, before: Reader, position: FeedPosition) -> None:
         try:
-            later = await self._feed.later_changes(mark)
+            later = await self._feed.later_changes(position)
         except AuthbackendError:
             later = None
         found = set()
@@ -251,20 +251,20 @@ class RegistryCopy:
                     await asyncio.sleep(0)
         self._observer.served_changes_gone(lost_changes.report(found, later))
 
-    async def _apply(self, patch: Patch, look: Look, began: Instant) -> Refreshed:
-        time_there = look.confirmed_at.timestamp()
+    async def _apply(self, patch: Patch, feed_read: FeedRead, began: Instant) -> RefreshResult:
+        time_there = feed_read.confirmed_at.timestamp()
         if len(patch):
-            self.store.apply(patch, look.mark, began.uptime, time_there)
+            self.store.apply(patch, feed_read.position, began.uptime, time_there)
         else:
             fault = self._writability.fault
-            self.store.note(mark=look.mark, synced_at=began.uptime, fault=fault, database_time=time_there)
-        refreshed = Refreshed(False, len(patch), clocks.uptime() - began.uptime)
+            self.store.note(position=feed_read.position, synced_at=began.uptime, fault=fault, database_time=time_there)
+        refreshed = RefreshResult(False, len(patch), clocks.uptime() - began.uptime)
         if len(patch):
             log.info("registry.changed", rows=len(patch), duration_s=round(refreshed.duration_s, 4))
-        await self._succeeded(look, refreshed, Entry(began, look.mark, patch, time_there))
+        await self._succeeded(feed_read, refreshed, JournalEntry(began, feed_read.position, patch, time_there))
         return refreshed
 
-    async def _succeeded(self, look: Look, refreshed: Refreshed, entry: Entry) -> None:
+    async def _succeeded(self, feed_read: FeedRead, refreshed: RefreshResult, entry: JournalEntry) -> None:
         if self.fault is not None:
             log.info("registry.following")
             self._reachability.succeeded()
@@ -273,22 +273,22 @@ class RegistryCopy:
         if self._writability.fault is not None and (len(entry.patch) or refreshed.full):
             self.store.note(fault=self._writability.fault)
         lasting = await self._written(entry, new_image=refreshed.full)
-        self._observer.refreshed(look, refreshed, lasting=lasting)
+        self._observer.refreshed(feed_read, refreshed, lasting=lasting)
 
-    async def _written(self, entry: Entry, *, new_image: bool) -> bool:
+    async def _written(self, entry: JournalEntry, *, new_image: bool) -> bool:
         """Write a look to disk where it matters; False: it is not there, so nobody may rely on it after a crash."""
-        disk = self._disk
-        if disk is None:
+        snapshot_folder = self._disk
+        if snapshot_folder is None:
             return True
         now = time.monotonic()
-        if not (new_image or len(entry.patch) or disk.wants_image or now >= self._on_disk_until):
+        if not (new_image or len(entry.patch) or snapshot_folder.wants_image or now >= self._on_disk_until):
             return True
         try:
-            if new_image or disk.wants_image:
-                disk.close_journal()
-                await asyncio.to_thread(disk.save, self.store, entry)
+            if new_image or snapshot_folder.wants_image:
+                snapshot_folder.close_journal()
+                await asyncio.to_thread(snapshot_folder.save, self.store, entry)
             else:
-                await asyncio.to_thread(disk.append, entry)
+                await asyncio.to_thread(snapshot_folder.append, entry)
         except OSError as error:
             log.error("registry.not_on_disk", fault=error.strerror)
             return False
@@ -306,11 +306,11 @@ class RegistryCopy:
             began = Instant.now()
             state = self.store.state()
             assert state is not None
-            found = await self._feed.confirm(state.mark, self.store.sizes()["device"], suspects)
+            found = await self._feed.confirm(state.position, self.store.sizes()["device"], suspects)
             if found is None:
                 await self.refresh(full=True)
                 return 0
-            await self._apply(found.patch, found.look, began)
+            await self._apply(found.patch, found.feed_read, began)
             differences = self.store.differences(found.present) or sum(
                 abs(size - found.sizes[entity]) for entity, size in self.store.sizes().items()
             )

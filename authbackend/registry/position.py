@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class FeedPosition:
     """
     How far a reader has come.
 
@@ -36,7 +36,7 @@ class Mark:
         text = self.snapshot.split(":")[2]
         return text.split(",") if text else []
 
-    def same_life(self, other: Mark) -> bool:
+    def same_life(self, other: FeedPosition) -> bool:
         """Return whether transaction ids mean the same in both."""
         return (self.epoch, self.incarnation) == (other.epoch, other.incarnation)
 

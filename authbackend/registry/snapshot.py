@@ -39,7 +39,7 @@ from authbackend.clocks import Instant
 from authbackend.errors import ConfigurationError
 from authbackend.registry import identity
 from authbackend.registry.identity import Boot
-from authbackend.registry.position import Mark
+from authbackend.registry.position import FeedPosition
 from authbackend.registry.records import DeviceRow, Patch
 from authbackend.registry.store import DATA_FILE, Store
 
@@ -53,12 +53,12 @@ _LARGEST_JOURNAL_SHARE = 0.25
 _SMALLEST_JOURNAL_BYTES = 4 * 1024**2
 
 
-class Refused(Exception):
+class SnapshotRefused(Exception):
     """What is on disk cannot be used; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class JournalEntry:
     """
     A look at the database that succeeded.
 
@@ -69,13 +69,13 @@ class Entry:
     """
 
     at: Instant
-    mark: Mark
+    position: FeedPosition
     patch: Patch
     database_time: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Restored:
+class RestoredSnapshot:
     """
     What was on disk.
 
@@ -85,12 +85,12 @@ class Restored:
         longest_staleness_s: What the replica had told the others when it wrote the image.
     """
 
-    entries: list[Entry]
+    entries: list[JournalEntry]
     age_s: float
     longest_staleness_s: float
 
 
-class DiskCopy:
+class SnapshotFolder:
     """
     The folder of one replica; its methods do disk work and belong into a thread, one at a time.
 
@@ -146,7 +146,7 @@ class DiskCopy:
         self._replace(file, f"{made}\n".encode())
         return made
 
-    def restore(self, folder: Path) -> Restored | None:
+    def restore(self, folder: Path) -> RestoredSnapshot | None:
         """
         Put the image where a store can be opened, and return what changed since; None if there is none.
 
@@ -162,28 +162,28 @@ class DiskCopy:
         try:
             self._check_owner(image)
             if _copied_digest(image, partial) != chain:
-                raise Refused(f"{image} is damaged: its checksum is not the one in {MANIFEST}. {_REMEDY}")
-            image_entry = Entry(Instant(**manifest["at"]), Mark(**manifest["mark"]), Patch(), manifest["database_time"])
+                raise SnapshotRefused(f"{image} is damaged: its checksum is not the one in {MANIFEST}. {_REMEDY}")
+            image_entry = JournalEntry(Instant(**manifest["at"]), FeedPosition(**manifest["position"]), Patch(), manifest["database_time"])
             entries = [image_entry]
             entries += self._entries(self._folder / manifest["journal"], chain)
-            restored = Restored(entries, self._age_s(entries[-1]), float(manifest["longest_staleness_s"]))
+            restored = RestoredSnapshot(entries, self._age_s(entries[-1]), float(manifest["longest_staleness_s"]))
             partial.rename(folder / DATA_FILE)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise Refused(f"{self._folder} cannot be read: {error}. {_REMEDY}") from error
+            raise SnapshotRefused(f"{self._folder} cannot be read: {error}. {_REMEDY}") from error
         finally:
             partial.unlink(missing_ok=True)
         return restored
 
-    def _age_s(self, newest: Entry) -> float:
+    def _age_s(self, newest: JournalEntry) -> float:
         try:
             age_s = clocks.age_s(newest.at, newest.database_time)
         except clocks.AgeUnknown as error:
-            raise Refused(f"how old {self._folder} is cannot be told: {error}. {_REMEDY}") from error
+            raise SnapshotRefused(f"how old {self._folder} is cannot be told: {error}. {_REMEDY}") from error
         if age_s < -_CLOCK_SLACK_S:
-            raise Refused(f"{self._folder} is from the future: this machine's clock is wrong, or was. {_REMEDY}")
+            raise SnapshotRefused(f"{self._folder} is from the future: this machine's clock is wrong, or was. {_REMEDY}")
         return max(0.0, age_s)
 
-    def save(self, store: Store, look: Entry) -> None:
+    def save(self, store: Store, feed_read: JournalEntry) -> None:
         """
         Write a new image, of what a store holds since a look, and begin an empty journal.
 
@@ -211,9 +211,9 @@ class DiskCopy:
             "image": image.name,
             "journal": journal.name,
             "sha256": digest.hex(),
-            "mark": asdict(look.mark),
-            "at": asdict(look.at),
-            "database_time": look.database_time,
+            "position": asdict(feed_read.position),
+            "at": asdict(feed_read.at),
+            "database_time": feed_read.database_time,
             "longest_staleness_s": self._longest_staleness_s,
         }
         manifest["check"] = _check(manifest)
@@ -225,7 +225,7 @@ class DiskCopy:
         self._journal_bytes = 0
         self._forget_others(image.name, journal.name)
 
-    def append(self, entry: Entry) -> None:
+    def append(self, entry: JournalEntry) -> None:
         """
         Note a look at the database; returns when it is on disk.
 
@@ -233,7 +233,7 @@ class DiskCopy:
             OSError: It cannot be written; a new image is wanted then.
         """
         assert self._journal is not None
-        head = {"at": asdict(entry.at), "mark": asdict(entry.mark), "database_time": entry.database_time}
+        head = {"at": asdict(entry.at), "position": asdict(entry.position), "database_time": entry.database_time}
         payload = json.dumps({**head, **_plain(entry.patch)}).encode()
         chain = _chained(self._chain, payload)
         data = _header(self._chain, len(payload), chain) + payload
@@ -272,15 +272,15 @@ class DiskCopy:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise Refused(f"{file} cannot be read: {error}. {_REMEDY}") from error
+            raise SnapshotRefused(f"{file} cannot be read: {error}. {_REMEDY}") from error
         if not isinstance(manifest, dict) or manifest.pop("check", None) != _check(manifest):
-            raise Refused(f"{file} is damaged: its checksum does not fit. {_REMEDY}")
+            raise SnapshotRefused(f"{file} is damaged: its checksum does not fit. {_REMEDY}")
         if (manifest["format"], manifest["machine"]) != (FORMAT, platform.machine()):
-            raise Refused(f"{file} was written by another version or on another kind of machine. {_REMEDY}")
+            raise SnapshotRefused(f"{file} was written by another version or on another kind of machine. {_REMEDY}")
         if manifest["registry"] != self._registry:
-            raise Refused(f"{file} is a copy of another database than the one that is set. {_REMEDY}")
+            raise SnapshotRefused(f"{file} is a copy of another database than the one that is set. {_REMEDY}")
         if manifest.get("lock", lock := os.fstat(self._lock).st_ino) != lock:
-            raise Refused(
+            raise SnapshotRefused(
                 f"{self._folder} was copied from another replica's, and what is in it may be older than what that one "
                 f"has told since. {_REMEDY}"
             )
@@ -290,9 +290,9 @@ class DiskCopy:
         for path in (self._folder, file):
             found = path.stat()
             if found.st_uid != os.geteuid() or found.st_mode & 0o022:
-                raise Refused(f"{path} belongs to somebody else or can be written by others. {_REMEDY}")
+                raise SnapshotRefused(f"{path} belongs to somebody else or can be written by others. {_REMEDY}")
 
-    def _entries(self, file: Path, chain: bytes) -> Iterator[Entry]:
+    def _entries(self, file: Path, chain: bytes) -> Iterator[JournalEntry]:
         self._check_owner(file)
         data = file.read_bytes()
         position = 0
@@ -305,7 +305,7 @@ class DiskCopy:
             if header != _header(chain, length, digest) or (
                 len(payload) == length and _chained(chain, payload) != digest
             ):
-                raise Refused(f"{file} is damaged at byte {position}. {_REMEDY}")
+                raise SnapshotRefused(f"{file} is damaged at byte {position}. {_REMEDY}")
             if len(payload) < length:
                 return  # cut short: the length is what was written, so nothing came after it
             yield _entry(json.loads(payload))
@@ -382,7 +382,7 @@ def _plain(patch: Patch) -> dict[str, Any]:
     }
 
 
-def _entry(plain: dict[str, Any]) -> Entry:
+def _entry(plain: dict[str, Any]) -> JournalEntry:
     devices: dict[str, DeviceRow | None] = {}
     for key, row in plain["devices"].items():
         if row is None:
@@ -395,4 +395,4 @@ def _entry(plain: dict[str, Any]) -> Entry:
         accounts={key: row and row.encode() for key, row in plain["accounts"].items()},
         devices=devices,
     )
-    return Entry(Instant(**plain["at"]), Mark(**plain["mark"]), patch, plain["database_time"])
+    return JournalEntry(Instant(**plain["at"]), FeedPosition(**plain["position"]), patch, plain["database_time"])

@@ -25,7 +25,7 @@ from authbackend.errors import NoRoom, Unavailable
 from authbackend.policy.rules import Account, Device, DeviceType
 from authbackend.registry import records
 from authbackend.registry.device_cache import CompiledDevices
-from authbackend.registry.position import Mark
+from authbackend.registry.position import FeedPosition
 from authbackend.registry.records import DeviceRow, Patch
 
 DATA_FILE = "data.mdb"
@@ -61,7 +61,7 @@ class State:
         database_time: The database's clock at ``synced_at``, seconds since the epoch; None if it is not known.
     """
 
-    mark: Mark
+    position: FeedPosition
     synced_at: float
     content: int
     fault: str | None = None
@@ -153,7 +153,7 @@ class Store:
     def note(
         self,
         *,
-        mark: Mark | None = None,
+        position: FeedPosition | None = None,
         synced_at: float | None = None,
         fault: str | None = None,
         database_time: float | None = None,
@@ -161,9 +161,9 @@ class Store:
         """Note a look at the database that changed nothing, or failed; does nothing before the first load."""
         self._note(
             lambda old: (
-                replace(old, mark=mark or old.mark, fault=fault)
+                replace(old, position=position or old.position, fault=fault)
                 if synced_at is None
-                else State(mark or old.mark, synced_at, old.content, fault, database_time=database_time)
+                else State(position or old.position, synced_at, old.content, fault, database_time=database_time)
             )
         )
 
@@ -193,7 +193,7 @@ class Store:
             if state is not None:
                 transaction.put(_STATE, _text(change(state)), db=self._states)
 
-    def apply(self, patch: Patch, mark: Mark, synced_at: float, database_time: float | None = None) -> None:
+    def apply(self, patch: Patch, position: FeedPosition, synced_at: float, database_time: float | None = None) -> None:
         """
         Apply what changed; readers see all of it or nothing.
 
@@ -214,11 +214,11 @@ class Store:
                     transaction.put(row.name, row.record, db=self._devices)
                     if row.other_id is not None:
                         transaction.put(row.other_id, row.name, db=self._ids)
-            self._finish(transaction, mark, synced_at, database_time)
+            self._finish(transaction, position, synced_at, database_time)
         self._reserve_spare()
 
     @contextlib.contextmanager
-    def loading(self, mark: Mark, synced_at: float, database_time: float | None = None) -> Iterator[Loader]:
+    def loading(self, position: FeedPosition, synced_at: float, database_time: float | None = None) -> Iterator[Loader]:
         """
         Replace everything by what the loader is given in the block; readers see it when the block has ended.
 
@@ -231,7 +231,7 @@ class Store:
                 transaction.drop(table, delete=False)
             yield Loader(transaction, self._devices, self._ids, self._types, self._accounts)
             self._check_room(transaction, before_bytes)
-            self._finish(transaction, mark, synced_at, database_time)
+            self._finish(transaction, position, synced_at, database_time)
         self._reserve_spare()
 
     @contextlib.contextmanager
@@ -269,10 +269,10 @@ class Store:
             sum((one["branch_pages"] + one["leaf_pages"] + one["overflow_pages"]) * one["psize"] for one in found)
         )
 
-    def _finish(self, transaction: Any, mark: Mark, synced_at: float, database_time: float | None) -> None:
+    def _finish(self, transaction: Any, position: FeedPosition, synced_at: float, database_time: float | None) -> None:
         before = _state(transaction.get(_STATE, db=self._states))
         content = before.content + 1 if before else 1
-        transaction.put(_STATE, _text(State(mark, synced_at, content, database_time=database_time)), db=self._states)
+        transaction.put(_STATE, _text(State(position, synced_at, content, database_time=database_time)), db=self._states)
 
     def _forget(self, transaction: Any, device_id: str) -> None:
         key = device_id.encode()
@@ -495,7 +495,7 @@ def _state(text: bytes | None) -> State | None:
     if text is None:
         return None
     values = json.loads(text)
-    return State(**{**values, "mark": Mark(**values["mark"])})
+    return State(**{**values, "position": FeedPosition(**values["position"])})
 
 
 def in_memory(folder: Path) -> bool:

@@ -16,12 +16,12 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from authbackend import __version__, metrics
-from authbackend.certificates.crl_endpoint import PublishedLists, as_note, of_note
+from authbackend.certificates.crl_endpoint import PublishedCrls, to_plain, from_plain
 from authbackend.service.health import Health
 from authbackend.service.health_listener import health_application
 from authbackend.api.server import application
 from authbackend.backoff import Reachability
-from authbackend.service.heartbeats import Board
+from authbackend.service.heartbeats import WorkerHeartbeats
 from authbackend.bounded_server import BoundedServer, Bounds, accepting
 from authbackend.broker.handlers import Handlers, Limits
 from authbackend.broker.server import BrokerServer, listening
@@ -33,19 +33,19 @@ from authbackend.enforcement.management_api import Access, ManagementAPI
 from authbackend.enforcement.metrics import EnforcementMetrics
 from authbackend.enforcement.sweep import SweepSettings
 from authbackend.errors import ConfigurationError
-from authbackend.service.replica import Ground, prepared, target
+from authbackend.service.replica import ReplicaResources, open_replica, target
 from authbackend.logs import Sampler
 from authbackend.metrics import BrokerMetrics, CertificateMetrics, ListenerMetrics, RegistryMetrics, ReplicaMetrics
-from authbackend.service.shared_value import Note
+from authbackend.service.shared_value import SharedValue
 from authbackend.policy.decide import DecisionSettings
 from authbackend.postgres.enforcement import leading, open_store
 from authbackend.postgres.change_feed import ChangeFeed
-from authbackend.postgres.replicas import Announcer, Identity
-from authbackend.registry.announcer import Presence
+from authbackend.postgres.replicas import PostgresReplicaTable, Identity
+from authbackend.registry.announcer import ReplicaAnnouncer
 from authbackend.registry.store import Store
-from authbackend.registry.follower import Look, Refreshed, RegistryCopy, SyncTimes
+from authbackend.registry.follower import FeedRead, RefreshResult, RegistryFollower, SyncTimes
 from authbackend.registry.writability import Writability
-from authbackend.certificates.crl_publisher import Keeper, WatchedAuthority
+from authbackend.certificates.crl_publisher import CrlPublisher, WatchedAuthority
 from authbackend.settings import TLS, Broker, Settings, host_and_port, is_loopback
 from authbackend.settings import Health as HealthSettings
 from authbackend.tls import TLSFiles, watch
@@ -104,9 +104,9 @@ OnEnd = Callable[[str], object]
 
 
 @contextlib.asynccontextmanager
-async def following(
+async def run_follower(
     settings: Settings,
-    ground: Ground,
+    resources: ReplicaResources,
     store: Store,
     on_end: OnEnd,
     collected: CollectorRegistry | None = None,
@@ -121,54 +121,54 @@ async def following(
         ConfigurationError: ``pki.authority_dir`` cannot be taken up.
     """
     collected = collected or CollectorRegistry()
-    counted = RegistryMetrics(collected, ground.replica_note.write)
+    counted = RegistryMetrics(collected, resources.replica_state.write)
     database = target(settings)
     reachability = Reachability()
-    feed, presence, copy = _registry_parts(settings, ground, store, counted, reachability)
-    certificates, lists = ground.certificates_note, ground.lists_note
-    keeper = Keeper(
+    feed, announcer, copy = _registry_parts(settings, resources, store, counted, reachability)
+    certificates, lists = resources.certificate_counts, resources.published_crls
+    publisher = CrlPublisher(
         database,
         WatchedAuthority(settings.pki),
         settings.pki.crl_lifetime_s,
         reachability,
-        lambda found: lists.write(as_note(found)),
+        lambda found: lists.write(to_plain(found)),
         lambda found: certificates.write(found.told()),
     )
-    parts = [("registry", copy.run), ("presence", presence.run), ("crl", keeper.run)]
+    parts = [("registry", copy.run), ("presence", announcer.run), ("crl", publisher.run)]
     if leader := _leader(settings, store, collected, reachability):
         parts.append(("enforcement", leader.run))
 
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(feed.close)
-        stack.push_async_callback(presence.leave)
+        stack.push_async_callback(announcer.leave)
         for name, run in parts:
             await stack.enter_async_context(_background(name, run(), on_end))
         yield
 
 
 def _registry_parts(
-    settings: Settings, ground: Ground, store: Store, counted: RegistryMetrics, reachability: Reachability
-) -> tuple[ChangeFeed, Presence, RegistryCopy]:
-    database, identity, writability = target(settings), _identity(settings, ground), Writability()
+    settings: Settings, resources: ReplicaResources, store: Store, counted: RegistryMetrics, reachability: Reachability
+) -> tuple[ChangeFeed, ReplicaAnnouncer, RegistryFollower]:
+    database, identity, writability = target(settings), _identity(settings, resources), Writability()
     feed = ChangeFeed(database, settings.registry.change_retention_s, identity, counted.ignored, writability)
-    presence = Presence(
-        Announcer(database, identity),
+    announcer = ReplicaAnnouncer(
+        PostgresReplicaTable(database, identity),
         counted,
         reachability,
-        comes_back=ground.disk is not None,
+        comes_back=resources.snapshot_folder is not None,
         writability=writability,
     )
-    observers = _Observers(counted, presence)
-    copy = RegistryCopy(feed, store, observers, _times(settings), ground.disk, reachability, writability)
-    return feed, presence, copy
+    observers = _Observers(counted, announcer)
+    copy = RegistryFollower(feed, store, observers, _times(settings), resources.snapshot_folder, reachability, writability)
+    return feed, announcer, copy
 
 
-def _present(store: Store, board: Board) -> metrics.Present:
-    return metrics.Present(store.state(), store.sizes(), board.states(), board.restarts, store.memory_bytes())
+def _present(store: Store, heartbeats: WorkerHeartbeats) -> metrics.Present:
+    return metrics.Present(store.state(), store.sizes(), heartbeats.states(), heartbeats.restarts, store.memory_bytes())
 
 
 @contextlib.asynccontextmanager
-async def answering_people(
+async def run_admin(
     settings: Settings, store: Store, opened: socket.socket, collected: CollectorRegistry | None = None
 ) -> AsyncIterator[None]:
     """
@@ -192,7 +192,7 @@ async def answering_people(
 @contextlib.asynccontextmanager
 async def answering_health(
     settings: Settings,
-    ground: Ground,
+    resources: ReplicaResources,
     store: Store,
     opened: socket.socket,
     on_end: OnEnd,
@@ -211,18 +211,18 @@ async def answering_health(
         ConfigurationError: The certificates cannot be used.
     """
     collected = collected or CollectorRegistry()
-    board, tls = ground.board, health_tls(settings.health)
-    replica = ReplicaMetrics(lambda: _present(store, board), ground.replica_note.read)
-    certificates = CertificateMetrics(ground.certificates_note.read)
-    lists = PublishedLists()
+    heartbeats, tls = resources.heartbeats, health_tls(settings.health)
+    replica = ReplicaMetrics(lambda: _present(store, heartbeats), resources.replica_state.read)
+    certificates = CertificateMetrics(resources.certificate_counts.read)
+    lists = PublishedCrls()
     app = health_application(
-        lambda: metrics.exposition(collected, ground.metrics, replica, certificates),
-        Health(store.reader(), board, settings.registry.max_staleness_s),
+        lambda: metrics.exposition(collected, resources.metrics, replica, certificates),
+        Health(store.reader(), heartbeats, settings.registry.max_staleness_s),
         lists,
     )
     bounds = Bounds(KEEPALIVE_S, settings.health.request_timeout_s, settings.health.max_connections)
     async with contextlib.AsyncExitStack() as stack:
-        await stack.enter_async_context(_background("lists", _take_lists(ground.lists_note, lists), on_end))
+        await stack.enter_async_context(_background("lists", _take_lists(resources.published_crls, lists), on_end))
         if tls is not None:
             await stack.enter_async_context(_background("certificates", watch(tls, reload or asyncio.Event()), on_end))
         counted = metrics.health_metrics(collected)
@@ -230,14 +230,14 @@ async def answering_health(
         yield
 
 
-async def _take_lists(note: Note, lists: PublishedLists) -> None:
+async def _take_lists(note: SharedValue, lists: PublishedCrls) -> None:
     """Serve the revocation lists as the process that follows the database publishes them."""
     seen = None
     while True:
         known = note.read()
         if known is not None and known is not seen:
             seen = known
-            lists.replace(of_note(known))
+            lists.replace(from_plain(known))
         await asyncio.sleep(LISTS_LOOK_S)
 
 
@@ -304,17 +304,17 @@ def clusters_of(settings: Settings) -> dict[str, Callable[[], ManagementAPI]]:
 class _Observers:
     """Tells metrics and presence what the copy does."""
 
-    def __init__(self, counted: RegistryMetrics, presence: Presence) -> None:
-        self._presence = presence
+    def __init__(self, counted: RegistryMetrics, announcer: ReplicaAnnouncer) -> None:
+        self._presence = announcer
         self._counted = counted
         self.refresh_failed = counted.refresh_failed
         self.compared = counted.compared
         self.served_changes_gone = counted.served_changes_gone
 
-    def refreshed(self, look: Look, refreshed: Refreshed, *, lasting: bool) -> None:
-        self._counted.refreshed(look, refreshed, lasting=lasting)
+    def refreshed(self, feed_read: FeedRead, refreshed: RefreshResult, *, lasting: bool) -> None:
+        self._counted.refreshed(feed_read, refreshed, lasting=lasting)
         if lasting:
-            self._presence.serves(look)
+            self._presence.serves(feed_read)
 
 
 def _times(settings: Settings) -> SyncTimes:
@@ -322,9 +322,9 @@ def _times(settings: Settings) -> SyncTimes:
     return SyncTimes(registry.poll_interval_s, registry.compare_interval_s, registry.prune_interval_s)
 
 
-def _identity(settings: Settings, ground: Ground) -> Identity:
+def _identity(settings: Settings, resources: ReplicaResources) -> Identity:
     return Identity(
-        boot=ground.boot,
+        boot=resources.boot,
         name=settings.replica.name or socket.gethostname(),
         program_version=__version__,
         workers=settings.replica.workers,
@@ -333,9 +333,9 @@ def _identity(settings: Settings, ground: Ground) -> Identity:
 
 
 @contextlib.asynccontextmanager
-async def answering(
+async def run_worker(
     settings: Settings,
-    ground: Ground,
+    resources: ReplicaResources,
     store: Store,
     worker: int,
     port: int,
@@ -355,7 +355,7 @@ async def answering(
     counted = BrokerMetrics(collected or CollectorRegistry())
     broker = settings.broker
     passwords = _password_checker(settings, counted)
-    server = _broker_server(settings, ground, store, counted, passwords)
+    server = _broker_server(settings, resources, store, counted, passwords)
     host, _ = host_and_port(broker.listen)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(passwords.close)
@@ -368,19 +368,19 @@ async def answering(
                 port,
                 tls=tls,
                 backlog=broker.backlog,
-                shared=ground.shared,
+                shared=resources.shared,
                 drain_s=settings.replica.drain_timeout_s / 2,
             )
         )
-        await stack.enter_async_context(_background("beat", _beat(ground.board, worker, counted), on_end))
+        await stack.enter_async_context(_background("beat", _beat(resources.heartbeats, worker, counted), on_end))
         yield port
 
 
 def _broker_server(
-    settings: Settings, ground: Ground, store: Store, counted: BrokerMetrics, passwords: PasswordChecker
+    settings: Settings, resources: ReplicaResources, store: Store, counted: BrokerMetrics, passwords: PasswordChecker
 ) -> BrokerServer:
     broker = settings.broker
-    health = Health(store.reader(), ground.board, settings.registry.max_staleness_s)
+    health = Health(store.reader(), resources.heartbeats, settings.registry.max_staleness_s)
     handlers = Handlers(
         store.reader(),
         passwords,
@@ -403,11 +403,11 @@ def _broker_server(
     )
 
 
-async def _beat(board: Board, worker: int, counted: BrokerMetrics) -> None:
+async def _beat(heartbeats: WorkerHeartbeats, worker: int, counted: BrokerMetrics) -> None:
     """Say that the worker serves, and notice how late its event loop is."""
     process_id = os.getpid()
     while True:
-        board.beat(worker, process_id)
+        heartbeats.beat(worker, process_id)
         due = time.monotonic() + BEAT_S
         await asyncio.sleep(BEAT_S)
         counted.stalls.observe(max(0.0, time.monotonic() - due))
@@ -450,15 +450,15 @@ async def service(settings: Settings, folder: Path, on_end: OnEnd = log.error) -
         ConfigurationError: A setting cannot be used.
     """
     _, port = host_and_port(settings.broker.listen)
-    with prepared(settings, folder, shared=False) as made, contextlib.closing(Store(folder)) as store:
+    with open_replica(settings, folder, shared=False) as made, contextlib.closing(Store(folder)) as store:
         admin = listening_socket("admin.listen", settings.admin.listen)
         health = listening_socket("health.listen", settings.health.listen)
         collected = CollectorRegistry()
         async with (
-            following(settings, made, store, on_end, collected),
-            answering_people(settings, store, admin, collected),
+            run_follower(settings, made, store, on_end, collected),
+            run_admin(settings, store, admin, collected),
             answering_health(settings, made, store, health, on_end, collected),
-            answering(settings, made, store, 0, port, on_end, collected) as found,
+            run_worker(settings, made, store, 0, port, on_end, collected) as found,
         ):
             where = urls(settings, found, admin, health)
             log.info("service.listening", **where)

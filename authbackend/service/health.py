@@ -7,7 +7,7 @@ from typing import Any
 
 from aiohttp import web
 
-from authbackend.service.heartbeats import Board
+from authbackend.service.heartbeats import WorkerHeartbeats
 from authbackend.registry.store import Reader
 
 
@@ -19,9 +19,9 @@ class Health:
     and when one hangs, since the kernel still gives it connections.
     """
 
-    def __init__(self, registry: Reader, board: Board, max_staleness_s: float) -> None:
+    def __init__(self, registry: Reader, heartbeats: WorkerHeartbeats, max_staleness_s: float) -> None:
         self._registry = registry
-        self._board = board
+        self._board = heartbeats
         self._max_staleness_s = max_staleness_s
 
     async def live(self, _: web.BaseRequest) -> web.Response:

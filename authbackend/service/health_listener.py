@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from aiohttp import web
 
-from authbackend.certificates.crl_endpoint import PublishedLists
+from authbackend.certificates.crl_endpoint import PublishedCrls
 from authbackend.service.health import Health
 from authbackend.api.server import show_errors
 
@@ -48,7 +48,7 @@ class Exposition:
             self._not_before = ended + (ended - began) * (1 / METRICS_SHARE - 1)
 
 
-def health_application(render: Callable[[], bytes], health: Health, lists: PublishedLists) -> web.Application:
+def health_application(render: Callable[[], bytes], health: Health, lists: PublishedCrls) -> web.Application:
     """
     Build the application.
 

@@ -18,7 +18,7 @@ class WorkerState(IntEnum):
     SERVING = 1
 
 
-class Board:
+class WorkerHeartbeats:
     """
     A slot for each worker, which that worker writes, and the supervisor when it is gone.
 

@@ -13,13 +13,13 @@ from urllib.parse import urlencode, urlsplit
 import structlog
 
 from authbackend import clocks, metric_files
-from authbackend.service.heartbeats import Board
+from authbackend.service.heartbeats import WorkerHeartbeats
 from authbackend.secrets import read_dsn
-from authbackend.service.shared_value import Note
+from authbackend.service.shared_value import SharedValue
 from authbackend.postgres.connection import Target
 from authbackend.postgres.uri import parse
 from authbackend.registry.identity import Boot
-from authbackend.registry.snapshot import DiskCopy, Refused, Restored
+from authbackend.registry.snapshot import SnapshotFolder, SnapshotRefused, RestoredSnapshot
 from authbackend.registry.store import Store, in_memory
 from authbackend.settings import Settings
 
@@ -39,7 +39,7 @@ def worker_names(settings: Settings) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Ground:
+class ReplicaResources:
     """
     What the processes of a replica stand on, made before the first of them.
 
@@ -50,25 +50,25 @@ class Ground:
     """
 
     folder: Path
-    board: Board
+    heartbeats: WorkerHeartbeats
     shared: bool
     boot: Boot
-    disk: DiskCopy | None = None
+    snapshot_folder: SnapshotFolder | None = None
 
     @property
-    def replica_note(self) -> Note:
+    def replica_state(self) -> SharedValue:
         """What the process that follows the database knows of its copy and of the other replicas."""
-        return Note(self.folder / "notes", "replica")
+        return SharedValue(self.folder / "notes", "replica")
 
     @property
-    def certificates_note(self) -> Note:
+    def certificate_counts(self) -> SharedValue:
         """What it counts of certificates."""
-        return Note(self.folder / "notes", "certificates")
+        return SharedValue(self.folder / "notes", "certificates")
 
     @property
-    def lists_note(self) -> Note:
+    def published_crls(self) -> SharedValue:
         """The revocation lists that are served."""
-        return Note(self.folder / "notes", "lists")
+        return SharedValue(self.folder / "notes", "lists")
 
     @property
     def metrics(self) -> Path | None:
@@ -91,7 +91,7 @@ def target(settings: Settings, application_name: str = "authbackend") -> Target:
 
 
 @contextlib.contextmanager
-def prepared(settings: Settings, folder: Path, *, shared: bool) -> Iterator[Ground]:
+def open_replica(settings: Settings, folder: Path, *, shared: bool) -> Iterator[ReplicaResources]:
     """
     Lay the ground in an empty folder: the store, with what a copy on disk held, if there is one.
 
@@ -104,14 +104,14 @@ def prepared(settings: Settings, folder: Path, *, shared: bool) -> Iterator[Grou
     if shared:
         metric_files.reserve(folder / "metrics", (FOLLOWER, ADMIN, HEALTH, *worker_names(settings)))
     with contextlib.ExitStack() as stack:
-        disk = None
+        snapshot_folder = None
         restored = None
         if registry.snapshot_dir is not None:
-            disk = DiskCopy(registry.snapshot_dir, _database_name(target(settings)), registry.max_staleness_s)
-            stack.callback(disk.close)
+            snapshot_folder = SnapshotFolder(registry.snapshot_dir, _database_name(target(settings)), registry.max_staleness_s)
+            stack.callback(snapshot_folder.close)
             try:
-                restored = disk.restore(folder)
-            except Refused as error:
+                restored = snapshot_folder.restore(folder)
+            except SnapshotRefused as error:
                 log.error("registry.disk_copy_refused", fault=str(error))
         store = Store(folder)
         try:
@@ -119,14 +119,14 @@ def prepared(settings: Settings, folder: Path, *, shared: bool) -> Iterator[Grou
                 _restore(store, restored)
         finally:
             store.close()
-        board = Board(settings.replica.workers)
-        boot = disk.begin_boot() if disk else Boot(uuid.uuid4())
-        yield Ground(folder, board, shared, boot, disk)
+        heartbeats = WorkerHeartbeats(settings.replica.workers)
+        boot = snapshot_folder.begin_boot() if snapshot_folder else Boot(uuid.uuid4())
+        yield ReplicaResources(folder, heartbeats, shared, boot, snapshot_folder)
 
 
-def _restore(store: Store, restored: Restored) -> None:
+def _restore(store: Store, restored: RestoredSnapshot) -> None:
     for entry in restored.entries:
-        store.apply(entry.patch, entry.mark, 0.0)
+        store.apply(entry.patch, entry.position, 0.0)
     synced_at = clocks.uptime() - restored.age_s
     store.restored(synced_at, restored.longest_staleness_s, restored.entries[-1].database_time)
     log.info("registry.restored", **store.sizes(), age_s=round(restored.age_s, 1))

@@ -12,7 +12,7 @@ import structlog
 log = structlog.get_logger(__name__)
 
 
-class Note:
+class SharedValue:
     """A JSON value that one process writes and others read."""
 
     def __init__(self, folder: Path, name: str) -> None:

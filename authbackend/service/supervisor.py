@@ -33,7 +33,7 @@ from authbackend.service import components
 from authbackend import logs, metric_files
 from authbackend.backoff import Backoff
 from authbackend.errors import AuthbackendError, ConfigurationError, Unavailable
-from authbackend.service.replica import ADMIN, FOLLOWER, HEALTH, Ground, memory_fault, prepared, worker_names
+from authbackend.service.replica import ADMIN, FOLLOWER, HEALTH, ReplicaResources, memory_fault, open_replica, worker_names
 from authbackend.registry.store import Store
 from authbackend.settings import Settings
 
@@ -81,13 +81,13 @@ def serve(settings: Settings, started: Callable[[dict[str, str]], object]) -> No
     if fault := memory_fault(settings):
         raise ConfigurationError(fault)
     _raise_file_limit()
-    with _folder(settings.registry.memory_dir) as folder, prepared(settings, folder, shared=True) as ground:
+    with _folder(settings.registry.memory_dir) as folder, open_replica(settings, folder, shared=True) as resources:
         admin = components.listening_socket("admin.listen", settings.admin.listen)
         health = components.listening_socket("health.listen", settings.health.listen)
         components.bound_socket("broker.listen", settings.broker.listen).close()  # somebody listens there already?
         broker = components.bound_socket("broker.listen", settings.broker.listen, shared=True)  # keeps the port
         with admin, health, broker:
-            Supervisor(settings, ground, admin, health, broker.getsockname()[1]).run(started)
+            Supervisor(settings, resources, admin, health, broker.getsockname()[1]).run(started)
 
 
 def survive_hangups(on_hangup: Callable[[], object] = lambda: None) -> None:
@@ -104,27 +104,27 @@ class Supervisor:
     """Starts, watches and ends the children."""
 
     def __init__(
-        self, settings: Settings, ground: Ground, admin: socket.socket, health: socket.socket, port: int
+        self, settings: Settings, resources: ReplicaResources, admin: socket.socket, health: socket.socket, port: int
     ) -> None:
         self._settings = settings
-        self._ground = ground
+        self._ground = resources
         self._where = components.urls(settings, port, admin, health)
         self._life, self._lifeline = os.pipe()  # read end for children: its end is the parent's
 
         def follow(store: Store, on_end: components.OnEnd, _: asyncio.Event) -> AbstractAsyncContextManager[object]:
-            return components.following(settings, ground, store, on_end)
+            return components.run_follower(settings, resources, store, on_end)
 
         def people(store: Store, _: components.OnEnd, __: asyncio.Event) -> AbstractAsyncContextManager[object]:
-            return components.answering_people(settings, store, admin)
+            return components.run_admin(settings, store, admin)
 
         def health_and_lists(
             store: Store, on_end: components.OnEnd, reload: asyncio.Event
         ) -> AbstractAsyncContextManager[object]:
-            return components.answering_health(settings, ground, store, health, on_end, reload=reload)
+            return components.answering_health(settings, resources, store, health, on_end, reload=reload)
 
         def answer(worker: int) -> Part:
-            return lambda store, on_end, reload: components.answering(
-                settings, ground, store, worker, port, on_end, reload=reload
+            return lambda store, on_end, reload: components.run_worker(
+                settings, resources, store, worker, port, on_end, reload=reload
             )
 
         self._registry = _Process(FOLLOWER, follow)
@@ -207,9 +207,9 @@ class Supervisor:
     def _forget(self, process: _Process) -> None:
         process.process_id = None
         if process.worker is not None:
-            self._ground.board.gone(process.worker)
+            self._ground.heartbeats.gone(process.worker)
         if process.name == FOLLOWER:
-            self._ground.replica_note.forget()
+            self._ground.replica_state.forget()
         if self._ground.metrics is not None:
             metric_files.forget_gauges(self._ground.metrics, process.name)
 
@@ -250,12 +250,12 @@ class Supervisor:
         return [process.name for process in overdue]
 
 
-def _run_child(settings: Settings, ground: Ground, process: _Process, life: int, parent: int) -> int:
+def _run_child(settings: Settings, resources: ReplicaResources, process: _Process, life: int, parent: int) -> int:
     logs.configure(settings.log.format, settings.log.level, process.name)
-    assert ground.metrics is not None
-    metric_files.share(ground.metrics, process.name)
+    assert resources.metrics is not None
+    metric_files.share(resources.metrics, process.name)
     try:
-        uvloop.run(_child(ground, process, life, parent))
+        uvloop.run(_child(resources, process, life, parent))
     except AuthbackendError as error:
         log.error("process.failed", fault=error.detail)
         return error.exit_code
@@ -265,7 +265,7 @@ def _run_child(settings: Settings, ground: Ground, process: _Process, life: int,
     return 0
 
 
-async def _child(ground: Ground, process: _Process, life: int, parent: int) -> None:
+async def _child(resources: ReplicaResources, process: _Process, life: int, parent: int) -> None:
     stop = asyncio.Event()
     reload = asyncio.Event()
     ended: list[str] = []
@@ -278,7 +278,7 @@ async def _child(ground: Ground, process: _Process, life: int, parent: int) -> N
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     survive_hangups(lambda: _wake(loop, reload))
     loop.add_reader(life, stop.set)  # readable at its end: the parent is gone
-    with contextlib.closing(Store(ground.folder, readonly=process.name != FOLLOWER)) as store:
+    with contextlib.closing(Store(resources.folder, readonly=process.name != FOLLOWER)) as store:
         async with process.part(store, on_end, reload):
             gc.freeze()  # what is here by now stays: no collection has to look at it again
             gc.set_threshold(_GARBAGE)

@@ -84,7 +84,7 @@ returning c.serial;
 -- params: 1 issuer, 2 serials
 select count(*) from certificate where issuer = $1 and serial = any ($2::text[]);
 
--- name: keep_authority!
+-- name: save_authority!
 -- params: 1 name, 2 subject, 3 certificate, 4 end
 insert into authority (name, subject, certificate_pem, not_after) values ($1, $2, $3, $4)
 on conflict (name) do update set certificate_pem = excluded.certificate_pem, not_after = excluded.not_after
@@ -106,7 +106,7 @@ select clock_timestamp() as now, (select number::text from crl_highest where iss
        (select max(number)::text from crl_installed where issuer = $1) as installed,
        (select count(*) from crl_listed where issuer = $1) as listed;
 
--- name: keep_listed!
+-- name: save_crl_entries!
 -- params: 1 authority, 2 number text, 3 serials on the list
 with subject as (select subject as issuer from authority where name = $1),
      listed as (select issuer, serial from subject, unnest($3::text[]) as serial),
@@ -140,7 +140,7 @@ select a.name, a.subject, a.certificate_pem, a.not_after, c.number::text as numb
 from authority a left join crl c on c.authority = a.name
 where $1::text is null or a.name = $1 order by a.name;
 
--- name: keep_list!
+-- name: save_crl!
 -- params: 1 authority, 2 number text, 3 this update, 4 next update, 5 list
 insert into crl (authority, number, this_update, next_update, der) values ($1, $2::text::numeric, $3, $4, $5)
 on conflict (authority) do update set number = excluded.number, this_update = excluded.this_update,

@@ -201,7 +201,7 @@ delete from enforcement where id in (
     and not exists (select from enforcement c where c.parent = e.id)
   limit 10000 for update skip locked);
 
--- name: keep_sweep!
+-- name: save_sweep!
 -- params: 1 cluster, 2 report
 insert into enforcement_sweep (cluster, at, report) values ($1, clock_timestamp(), $2::text::jsonb)
 on conflict (cluster) do update set at = excluded.at, report = excluded.report;

@@ -9,18 +9,18 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from authbackend import clocks, metrics
-from authbackend.certificates.crl_endpoint import PublishedLists
+from authbackend.certificates.crl_endpoint import PublishedCrls
 from authbackend.service.health import Health
 from authbackend.service.health_listener import health_application
 from authbackend.api.server import application
-from authbackend.service.heartbeats import Board
+from authbackend.service.heartbeats import WorkerHeartbeats
 from authbackend.metrics import CertificateMetrics, RegistryMetrics, ReplicaMetrics
 from authbackend.policy.decide import DecisionSettings
-from authbackend.registry.position import Mark
+from authbackend.registry.position import FeedPosition
 from authbackend.registry.records import DeviceRow, Patch
 from tests.support.registry import new_store
 
-MARK = Mark("epoch", "incarnation", "100:100:")
+MARK = FeedPosition("epoch", "incarnation", "100:100:")
 MAX_STALENESS_S = 900.0
 TYPE = {
     "name": "APM",
@@ -48,8 +48,8 @@ class Replica:
 
     def __init__(self):
         self.store = new_store()
-        self.board = Board(2)
-        self.lists = PublishedLists()
+        self.heartbeats = WorkerHeartbeats(2)
+        self.lists = PublishedCrls()
         self.certificates = CertificateMetrics()
         self.collected = CollectorRegistry()
         self.known = None
@@ -58,8 +58,8 @@ class Replica:
             lambda: metrics.Present(
                 self.store.state(),
                 self.store.sizes(),
-                self.board.states(),
-                self.board.restarts,
+                self.heartbeats.states(),
+                self.heartbeats.restarts,
                 self.store.memory_bytes(),
             ),
             lambda: self.known,
@@ -75,7 +75,7 @@ class Replica:
 
     def health_application(self):
         """The application for balancers, brokers' hosts and Prometheus."""
-        health = Health(self.store.reader(), self.board, MAX_STALENESS_S)
+        health = Health(self.store.reader(), self.heartbeats, MAX_STALENESS_S)
         return health_application(lambda: self.exposition(), health, self.lists)
 
     def load(self, *devices, age_s=0.0):
@@ -85,8 +85,8 @@ class Replica:
 
     def serve(self):
         """All workers say that they serve."""
-        for worker in range(self.board.workers):
-            self.board.beat(worker, os.getpid())
+        for worker in range(self.heartbeats.workers):
+            self.heartbeats.beat(worker, os.getpid())
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ from datetime import UTC, datetime
 
 import pytest
 
-from authbackend.certificates.crl_endpoint import Published, PublishedLists
+from authbackend.certificates.crl_endpoint import PublishedCrl, PublishedCrls
 
-FIRST = Published(b"\x30\x01", datetime(2030, 1, 31, 12, 0, tzinfo=UTC))
-SECOND = Published(b"\x30\x02", datetime(2030, 2, 1, 12, 0, tzinfo=UTC))
+FIRST = PublishedCrl(b"\x30\x01", datetime(2030, 1, 31, 12, 0, tzinfo=UTC))
+SECOND = PublishedCrl(b"\x30\x02", datetime(2030, 2, 1, 12, 0, tzinfo=UTC))
 PATH = "/crl/fleet.crl"
 
 
@@ -22,13 +22,13 @@ def lists(replica):
 def waiting(monkeypatch):
     """Is set when a request has begun to wait."""
     begun = asyncio.Event()
-    original = PublishedLists._next
+    original = PublishedCrls._next
 
     async def watched(*arguments):
         begun.set()
         return await original(*arguments)
 
-    monkeypatch.setattr(PublishedLists, "_next", watched)
+    monkeypatch.setattr(PublishedCrls, "_next", watched)
     return begun
 
 

@@ -53,7 +53,7 @@ async def test_a_copy_that_is_too_old_is_not_ready_until_it_is_in_step_again(cli
     assert status == 503
     assert told["status"] == "not ready: the copy of the registry is stale, everything is denied"
     assert told["sync_age_s"] > MAX_STALENESS_S
-    replica.store.note(mark=MARK, synced_at=clocks.uptime())
+    replica.store.note(position=MARK, synced_at=clocks.uptime())
     assert (await ready(client))[0] == 200
 
 
@@ -75,9 +75,9 @@ async def test_workers_count(client, replica, monkeypatch, worker, serving, said
         long_ago = SimpleNamespace(monotonic=lambda: clocks.uptime() - heartbeats.HANGS_AFTER_S - 1)
         with monkeypatch.context() as then:
             then.setattr(heartbeats, "time", long_ago)
-            replica.board.beat(1, 1)
+            replica.heartbeats.beat(1, 1)
     for number in {"gone": (0,), "all gone": (0, 1)}.get(worker, ()):
-        replica.board.gone(number)
+        replica.heartbeats.gone(number)
     found, told = await ready(client)
     assert (found, told["status"], told["workers"]["serving"]) == (status, said, serving)
 

@@ -26,7 +26,7 @@ async def test_the_registry_and_its_age_are_told(client, replica):
 
 async def test_failed_looks_and_workers_that_were_started_again_are_counted(client, replica):
     replica.counted.refresh_failed()
-    replica.board.gone(0)
+    replica.heartbeats.gone(0)
     found = await series(client)
     assert found["authbackend_registry_sync_failures_total",] == 1
     assert found["authbackend_worker_restarts",] == 1

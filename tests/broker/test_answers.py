@@ -184,8 +184,8 @@ async def test_virtual_hosts(walk: Walk, fleet: Fleet) -> None:
     await walk.logged(log, "virtual host", {"ELSE001": "NAME"})
 
 
-Refused = Callable[[MQTTClient, str], Awaitable[str]]
-ATTEMPTS: dict[str, Refused] = {
+SnapshotRefused = Callable[[MQTTClient, str], Awaitable[str]]
+ATTEMPTS: dict[str, SnapshotRefused] = {
     "publish, QoS 0": lambda client, topic: publish(client, topic, 0),
     "publish, QoS 1": lambda client, topic: publish(client, topic, 1),
     "subscribe": subscribe,

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from authbackend.pki.crl import Entry, issuer_hash, list_pem, sign_list
+from authbackend.pki.crl import CrlEntry, issuer_hash, list_pem, sign_list
 
 from .conftest import ROOT
 from .identities import Certificates, Identity
@@ -56,7 +56,7 @@ class Lists:
         self._key = key
         self._ca_file = bench.ca_file
         self._count = 0
-        self._revoked: list[Entry] = []
+        self._revoked: list[CrlEntry] = []
         self._der = b""
         self.publish()
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", LIST_PORT), self._handler())
@@ -129,7 +129,7 @@ class Lists:
 
     def revoke(self, serial: str) -> None:
         """Put a certificate on the list."""
-        self._revoked.append(Entry(serial, "keyCompromise", datetime.now(UTC)))
+        self._revoked.append(CrlEntry(serial, "keyCompromise", datetime.now(UTC)))
         self.publish()
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from authbackend.pki import signing
-from authbackend.pki.crl import Entry, entries_of, sign_list
+from authbackend.pki.crl import CrlEntry, entries_of, sign_list
 from authbackend.pki.parsing import new_key, read_certificate, read_certificates, read_key, server_names
 from tests.cli.conftest import PASSPHRASE
 
@@ -582,9 +582,9 @@ def test_a_list_of_an_outside_authority_is_taken_over(cli, fleet, take_over, exe
     now = datetime.now(UTC)
     der = outside_list(
         5,
-        Entry(f"{one.serial_number:x}", "keyCompromise", now),
-        Entry("77", "", now),
-        Entry(f"{two.serial_number:x}", "certificateHold", now),
+        CrlEntry(f"{one.serial_number:x}", "keyCompromise", now),
+        CrlEntry("77", "", now),
+        CrlEntry(f"{two.serial_number:x}", "certificateHold", now),
     )
     told = take_over(der).stdout
     assert "1 certificates revoked now, 1 listed ones are not on record" in told
@@ -606,7 +606,7 @@ def test_a_list_that_is_not_in_order_changes_nothing(cli, fleet, take_over, exec
     before = execute("select * from crl")
     (one,) = outside("D1")
     cli("cert", "import", "-", stdin=pem(one))
-    entry = Entry(f"{one.serial_number:x}", "", datetime.now(UTC))
+    entry = CrlEntry(f"{one.serial_number:x}", "", datetime.now(UTC))
     assert "older than number 5, which its lists have reached" in take_over(outside_list(4, entry), exit_code=4).stderr
     assert "another list with number 5" in take_over(outside_list(5, entry), exit_code=2).stderr
     old = datetime.now(UTC) - timedelta(days=9)

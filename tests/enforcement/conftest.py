@@ -22,9 +22,9 @@ from authbackend.enforcement.tasks import Backlog
 from authbackend.policy.decide import DecisionSettings
 from authbackend.postgres.connection import Target
 from authbackend.postgres.enforcement import leading, open_store
-from authbackend.postgres.replicas import Announcer, Identity
+from authbackend.postgres.replicas import PostgresReplicaTable, Identity
 from authbackend.registry.identity import Boot
-from authbackend.registry.announcer import Peers, Presence
+from authbackend.registry.announcer import Peers, ReplicaAnnouncer
 from authbackend.registry.store import Store
 from tests.support.memory_cluster import Broker, MemoryCluster
 from tests.support.registry import Following, following
@@ -167,8 +167,8 @@ async def rig(
     monkeypatch.setattr(fan_out, "LOOK_AGAIN_S", 0.1)
     monkeypatch.setattr(fan_out, "STATISTICS_LATE_S", 0.1)
     made = Rig(dsn, connection)
-    mark = request.node.get_closest_marker("clusters")
-    made.brokers = {name: Broker(name) for name in (mark.args if mark else ("rabbit",))}
+    position = request.node.get_closest_marker("clusters")
+    made.brokers = {name: Broker(name) for name in (position.args if position else ("rabbit",))}
     await connection.execute(FLEET)
     await connection.execute("insert into enforcement_setup (hold_limit_s) values (30)")
     await connection.executemany(
@@ -188,15 +188,15 @@ async def announced(copy: Following, dsn: str) -> AsyncIterator[None]:
     """Let the other parts know which version the copy serves, as a replica does."""
     identity = Identity(Boot(uuid.uuid4()), "me", "0", 1, 600.0)
     copy.feed._identity = identity
-    presence = Presence(Announcer(Target(dsn), identity), Nobody(), Reachability(), comes_back=False)
-    copy.observed.refreshed = lambda look, _refreshed, *, lasting: presence.serves(look)  # type: ignore[method-assign]
-    task = asyncio.create_task(presence.run())
+    announcer = ReplicaAnnouncer(PostgresReplicaTable(Target(dsn), identity), Nobody(), Reachability(), comes_back=False)
+    copy.observed.refreshed = lambda feed_read, _refreshed, *, lasting: announcer.serves(feed_read)  # type: ignore[method-assign]
+    task = asyncio.create_task(announcer.run())
     try:
         yield
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        await presence.leave()
+        await announcer.leave()
 
 
 class Nobody:

@@ -19,7 +19,7 @@ from authbackend.policy.requests import VhostRequest
 from authbackend.postgres import enforcement
 from authbackend.postgres.connection import Target
 from authbackend.postgres.change_feed import ChangeFeed
-from authbackend.postgres.crls import StoredList, keep_list
+from authbackend.postgres.crls import StoredCrl, save_crl
 from tests.enforcement.conftest import Rig
 from tests.support.memory_cluster import Broker, MemoryCluster
 from tests.support.postgres import connected
@@ -678,7 +678,7 @@ async def list_certificate(rig: Rig, number: int, serials: list[str]) -> None:
     await rig.sql.execute(
         "insert into authority values ('fleet', 'CN=ca', '-----BEGIN CERTIFICATE-----', now()) on conflict do nothing"
     )
-    await keep_list(rig.sql, "fleet", StoredList(number, now, now + timedelta(days=1), str(number).encode()), serials)
+    await save_crl(rig.sql, "fleet", StoredCrl(number, now, now + timedelta(days=1), str(number).encode()), serials)
 
 
 async def looked(rig: Rig, number: int) -> dict[str, Any]:

@@ -22,9 +22,9 @@ async def test_a_receipt_of_a_replica_whose_clock_is_behind_claims_no_other_time
     position = ChangeFeed._position
 
     def ahead(feed: ChangeFeed, row: Any) -> Any:
-        look, floor = position(feed, row)
-        assert look is not None
-        return replace(look, confirmed_at=look.confirmed_at + timedelta(seconds=BEHIND_S)), floor
+        feed_read, floor = position(feed, row)
+        assert feed_read is not None
+        return replace(feed_read, confirmed_at=feed_read.confirmed_at + timedelta(seconds=BEHIND_S)), floor
 
     monkeypatch.setattr(ChangeFeed, "_position", ahead)
     await rig.devices("A")

@@ -13,9 +13,9 @@ from authbackend.errors import Unavailable
 from authbackend.postgres import registry_edits
 from authbackend.postgres.connection import Target
 from authbackend.postgres.change_feed import ChangeFeed
-from authbackend.registry.position import Mark
+from authbackend.registry.position import FeedPosition
 from authbackend.registry.records import Patch
-from authbackend.registry.follower import Look, SyncTimes
+from authbackend.registry.follower import FeedRead, SyncTimes
 from tests.support.postgres import Server, connected, until
 from tests.support.registry import DeafFeed, Following, copied, fleet, following, loaded
 
@@ -319,14 +319,14 @@ async def test_a_storm_of_commits_is_one_look_at_a_time_and_few_of_them(
         some_more = asyncio.Event()
         all_are_made = False
 
-        async def changes(self, mark: Mark, devices: int) -> tuple[Patch, Look] | None:
+        async def changes(self, position: FeedPosition, devices: int) -> tuple[Patch, FeedRead] | None:
             self.now += 1
             self.most = max(self.most, self.now)
             if not self.all_are_made:  # a slow look: changes go on meanwhile
                 await self.some_more.wait()
                 self.some_more.clear()
             try:
-                return await super().changes(mark, devices)
+                return await super().changes(position, devices)
             finally:
                 self.now -= 1
 
@@ -394,14 +394,14 @@ async def test_a_copy_serves_a_version_from_the_refresh_that_saw_it(
         assert printed is not None
         version = int(printed.partition("@")[0])
         assert version is not None
-        assert not follower.mark.serves(version)
+        assert not follower.position.serves(version)
         await refresh(follower)
-        assert follower.mark.serves(version)
-        assert not follower.mark.serves(open_version)
+        assert follower.position.serves(version)
+        assert not follower.position.serves(open_version)
         await transaction.commit()
-    assert not follower.mark.serves(open_version)
+    assert not follower.position.serves(open_version)
     await refresh(follower)
-    assert follower.mark.serves(open_version)
+    assert follower.position.serves(open_version)
 
 
 async def test_pruning_spares_readers_of_the_retention_time(
@@ -478,8 +478,8 @@ async def test_rows_and_floors_from_a_cluster_that_was_ahead_do_not_last(
 async def test_a_mark_ahead_of_the_server_leads_to_a_whole_load(
     follower: Following, connection: asyncpg.Connection
 ) -> None:
-    mark = follower.mark
-    follower.store.note(mark=type(mark)(mark.epoch, mark.incarnation, f"{mark.xmin + 10**6}:{mark.xmax + 10**6}:"))
+    position = follower.position
+    follower.store.note(position=type(position)(position.epoch, position.incarnation, f"{position.xmin + 10**6}:{position.xmax + 10**6}:"))
     await connection.execute("update device set status = 'revoked'")
     assert (await follower.copy.refresh()).full
     assert await follower.agrees()

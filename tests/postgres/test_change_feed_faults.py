@@ -23,7 +23,7 @@ from authbackend.postgres import migrate as migrations
 from authbackend.postgres.connection import Target
 from authbackend.postgres.change_feed import ChangeFeed
 from authbackend.postgres.statements import SQL
-from authbackend.registry.position import Mark
+from authbackend.registry.position import FeedPosition
 from authbackend.registry.follower import SyncTimes
 from tests.support.postgres import Server, connected, run, until
 from tests.support.registry import Following, copied, fleet, following, loaded
@@ -67,14 +67,14 @@ async def refreshed_fully(follower: Following) -> None:
     assert not (await follower.copy.refresh()).full
 
 
-async def catch_up(dsn: str, mark: Mark) -> None:
+async def catch_up(dsn: str, position: FeedPosition) -> None:
     """Let the counter of transaction ids get past a mark of a life that is over: then nothing of it looks odd."""
 
     async with connected(dsn) as connection:
 
         async def past() -> bool:
             await connection.execute("select pg_current_xact_id()")
-            return int(await connection.fetchval("select pg_snapshot_xmin(pg_current_snapshot())::text")) > mark.xmax
+            return int(await connection.fetchval("select pg_snapshot_xmin(pg_current_snapshot())::text")) > position.xmax
 
         await until(past, "the counter has caught up")
 
@@ -102,7 +102,7 @@ async def test_transaction_ids_given_out_again_after_a_crash_hide_no_change(
             for _ in range(3):
                 await victim.execute("update device set status = 'suspended' where device_id = 'd1'")
             await follower.copy.refresh()
-            seen = follower.mark
+            seen = follower.position
             assert follower.devices()["d1"][2] == "suspended"
             await postgres.kill_backend(victim.get_server_pid())
         async with connected(dsn) as writer, writer.transaction():
@@ -117,8 +117,8 @@ async def test_transaction_ids_given_out_again_after_a_crash_hide_no_change(
     await catch_up(dsn, seen)
     await refreshed_fully(follower)
     assert follower.devices()["d2"][2] == "revoked"
-    assert follower.mark.incarnation != seen.incarnation
-    assert follower.mark.epoch == seen.epoch  # nothing but the incarnation told
+    assert follower.position.incarnation != seen.incarnation
+    assert follower.position.epoch == seen.epoch  # nothing but the incarnation told
 
 
 @pytest.mark.parametrize("mode", ["immediate", "fast"])
@@ -127,7 +127,7 @@ async def test_a_server_that_was_stopped_is_followed_again(postgres: Server, dsn
     async with connected(dsn) as connection:
         await fleet(connection)
     async with in_background(dsn) as follower:
-        before = follower.mark
+        before = follower.position
         postgres.stop(mode)
         try:
             await until(lambda: _is(follower.copy.fault is not None), "the fault is told")
@@ -140,8 +140,8 @@ async def test_a_server_that_was_stopped_is_followed_again(postgres: Server, dsn
         await execute(dsn, "update device set status = 'revoked'")
         await until(lambda: _is({s for *_, s in follower.devices().values()} == {"revoked"}), "the change is followed")
         await until(lambda: _is(follower.copy.fault is None), "the fault is over")
-        assert follower.mark.epoch != before.epoch
-        assert (follower.mark.incarnation != before.incarnation) == (mode == "immediate")
+        assert follower.position.epoch != before.epoch
+        assert (follower.position.incarnation != before.incarnation) == (mode == "immediate")
         assert [refreshed.full for refreshed in follower.observed.refreshes].count(True) == 2
 
 
@@ -150,7 +150,7 @@ async def test_replicas_agree_on_the_incarnation_that_a_crash_made_necessary(
 ) -> None:
     postgres.crash()
     found = await asyncio.gather(*(loaded(ChangeFeed(Target(dsn))) for _ in range(4)))
-    assert len({(look.mark.epoch, look.mark.incarnation) for _, look in found}) == 1
+    assert len({(feed_read.position.epoch, feed_read.position.incarnation) for _, feed_read in found}) == 1
 
 
 @pytest.mark.parametrize("hosts", [1, 2], ids=["a host", "two hosts"])
@@ -301,7 +301,7 @@ async def test_a_restore_into_the_same_database_never_empties_the_copy(
     await fleet(connection)
     dump = postgres.folder / f"{database}.dump"
     async with in_background(dsn) as follower:
-        before = follower.mark
+        before = follower.position
         postgres.run("pg_dump", "-Fc", "-f", dump, database)
         await connection.execute("update device set status = 'suspended'")
         await until(lambda: _is({s for *_, s in follower.devices().values()} == {"suspended"}), "the last change")
@@ -321,8 +321,8 @@ async def test_a_restore_into_the_same_database_never_empties_the_copy(
         await until(lambda: _is({s for *_, s in follower.devices().values()} == {"active"}), "the restore is followed")
         await until(lambda: _is(follower.copy.fault is None), "the fault is over")
         assert sizes == {str({"device": 3, "device_type": 1, "account": 1})}
-        assert follower.mark.epoch != before.epoch
-        assert follower.mark.incarnation == before.incarnation  # it travels in the dump: the tables alone are new
+        assert follower.position.epoch != before.epoch
+        assert follower.position.incarnation == before.incarnation  # it travels in the dump: the tables alone are new
         await execute(dsn, "update device set status = 'revoked'")
         await until(lambda: _is({s for *_, s in follower.devices().values()} == {"revoked"}), "the next change")
         assert await follower.agrees()
@@ -412,9 +412,9 @@ async def test_a_standby_is_refused_until_it_is_promoted(primary: Server) -> Non
             standby.run("pg_ctl", "promote", "-w", "-D", standby.data)
             store, promoted = await loaded(feed)
             assert store.sizes() == original.store.sizes()
-            timelines = [mark.epoch.split("/")[2] for mark in (original.mark, promoted.mark)]
+            timelines = [position.epoch.split("/")[2] for position in (original.position, promoted.position)]
             assert timelines == ["00000001", "00000002"]
-            assert promoted.mark.incarnation != original.mark.incarnation
+            assert promoted.position.incarnation != original.position.incarnation
     finally:
         standby.remove()
 
@@ -422,7 +422,7 @@ async def test_a_standby_is_refused_until_it_is_promoted(primary: Server) -> Non
 async def test_an_older_copy_of_the_files_is_loaded_anew(primary: Server) -> None:
     dsn = primary.dsn("registry")
     async with copied(dsn) as earlier:
-        incarnation = earlier.mark.incarnation
+        incarnation = earlier.position.incarnation
     primary.stop()
     older = primary.folder / "older"
     subprocess.run(["cp", "-a", primary.data, older], check=True)
@@ -430,7 +430,7 @@ async def test_an_older_copy_of_the_files_is_loaded_anew(primary: Server) -> Non
     async with copied(dsn) as follower:
         await execute(dsn, *["update device set status = 'suspended'"] * 5)
         await follower.copy.refresh()
-        ahead = follower.mark
+        ahead = follower.position
         primary.stop()
         shutil.rmtree(primary.data)
         older.rename(primary.data)
@@ -442,7 +442,7 @@ async def test_an_older_copy_of_the_files_is_loaded_anew(primary: Server) -> Non
         assert ahead.incarnation == incarnation
         await catch_up(dsn, ahead)
         await refreshed_fully(follower)
-        assert follower.mark.incarnation == incarnation  # nothing but the start of the server told
+        assert follower.position.incarnation == incarnation  # nothing but the start of the server told
         assert {key: status for key, (*_, status) in follower.devices().items()} == {
             "d1": "revoked",
             "d2": "active",

@@ -183,7 +183,7 @@ def check_versions(follower: Following, committed: list[tuple[int, str, int]]) -
         device = follower.device(name)
         assert device is not None
         held = int((device.attributes or {}).get("n", 0))
-        assert follower.mark.serves(version) == (held >= number), (version, name, number, held, follower.mark)
+        assert follower.position.serves(version) == (held >= number), (version, name, number, held, follower.position)
 
 
 async def test_no_refresh_misses_anything_while_many_write(dsn: str, connection: asyncpg.Connection) -> None:

@@ -132,7 +132,7 @@ async def test_a_synchronous_standby_takes_over_and_nothing_committed_is_missed(
                 committed.append(f"n{number}")
 
     async with followed(pair.both) as follower:
-        before = follower.mark
+        before = follower.position
         with capture_logs() as logged:
             revoking = asyncio.create_task(revoke())
 
@@ -146,7 +146,7 @@ async def test_a_synchronous_standby_takes_over_and_nothing_committed_is_missed(
                 await revoking
 
             async def again() -> bool:
-                return follower.mark.epoch != before.epoch and follower.copy.fault is None
+                return follower.position.epoch != before.epoch and follower.copy.fault is None
 
             await until(again, "the new primary is followed")
             took_s = time.monotonic() - promoted
@@ -167,7 +167,7 @@ async def test_a_synchronous_standby_takes_over_and_nothing_committed_is_missed(
 async def test_a_change_that_an_asynchronous_standby_lacks_is_alarmed_by_name(pair: Pair) -> None:
     await pair.streaming("async")
     async with followed(pair.both) as follower:
-        before = follower.mark
+        before = follower.position
         # What is committed from now on does not reach the standby.
         pair.standby.psql("postgres", "alter system set primary_conninfo = ''")
         pair.standby.psql("postgres", "select pg_reload_conf()")
@@ -196,7 +196,7 @@ async def test_a_change_that_an_asynchronous_standby_lacks_is_alarmed_by_name(pa
                 await connection.execute("update device set status = 'suspended' where device_id = 'd3'")
 
             async def again() -> bool:
-                return follower.mark.epoch != before.epoch and status(follower, "d3") == "suspended"
+                return follower.position.epoch != before.epoch and status(follower, "d3") == "suspended"
 
             await until(again, "the new primary is followed")
 

@@ -13,7 +13,7 @@ from authbackend import __version__
 from authbackend.errors import Unavailable
 from authbackend.postgres import migrate as migrations
 from authbackend.postgres.connection import Target
-from authbackend.postgres.partial_registry import registry_around
+from authbackend.postgres.partial_registry import load_partial
 from authbackend.postgres.change_feed import ChangeFeed
 from authbackend.postgres.compatibility import require_fit
 from tests.support.postgres import connected, until
@@ -87,11 +87,11 @@ async def test_a_migration_that_locks_tables_in_another_order_than_a_look_is_not
     async with connected(dsn) as owner, owner.transaction():
         await owner.execute("set local deadlock_timeout = '700ms'")
         await owner.execute("alter table device add column zone text")
-        look = asyncio.create_task(follower.copy.refresh())
+        feed_read = asyncio.create_task(follower.copy.refresh())
         await until(waits, "the look has device_type and wants device")
         await owner.execute("alter table device_type add column zone text")
         with pytest.raises(Unavailable, match="the registry cannot be read: its tables were locked for 500ms"):
-            await look
+            await feed_read
     await follower.copy.refresh()
     assert await follower.agrees()
 
@@ -154,7 +154,7 @@ async def test_a_program_that_would_misread_the_schema_keeps_its_copy_and_says_w
             await follower.copy.refresh()
     assert follower.devices()["d1"][2] == "active"  # it grows old by this, and denies in the end
     with pytest.raises(Unavailable, match=r"99\.0\.0 or later"):
-        await registry_around(Target(follower.dsn), "d1", None)
+        await load_partial(Target(follower.dsn), "d1", None)
     await oldest(connection, __version__)
     await follower.copy.refresh()
     assert follower.devices()["d1"][2] == "revoked"

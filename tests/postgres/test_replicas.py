@@ -20,9 +20,9 @@ from authbackend.errors import InvalidInput, NotFound, Unconfirmed
 from authbackend.postgres import registry_edits, replicas
 from authbackend.postgres.connection import Target
 from authbackend.postgres.change_feed import ChangeFeed
-from authbackend.postgres.replicas import Announcer, Identity
+from authbackend.postgres.replicas import PostgresReplicaTable, Identity
 from authbackend.registry.identity import Boot
-from authbackend.registry.snapshot import DiskCopy
+from authbackend.registry.snapshot import SnapshotFolder
 from tests.postgres.test_roles import ADMIN, READER, SERVICE, give_roles
 from tests.support.postgres import Server, connected, until
 from tests.support.registry import Following, fleet
@@ -31,22 +31,22 @@ from tests.support.registry import Following, fleet
 class Replica:
     """A replica refreshed and announced by hand."""
 
-    def __init__(self, dsn: str, name: str, longest_staleness_s: float = 900.0, disk: DiskCopy | None = None) -> None:
-        boot = disk.begin_boot() if disk else Boot(uuid.uuid4())
+    def __init__(self, dsn: str, name: str, longest_staleness_s: float = 900.0, snapshot_folder: SnapshotFolder | None = None) -> None:
+        boot = snapshot_folder.begin_boot() if snapshot_folder else Boot(uuid.uuid4())
         self.identity = Identity(boot, name, "0", 2, longest_staleness_s)
-        self.announcer = Announcer(Target(dsn), self.identity)
+        self.replica_table = PostgresReplicaTable(Target(dsn), self.identity)
         self.follower = Following(dsn, ChangeFeed(Target(dsn), identity=self.identity))
 
-    async def look(self) -> None:
+    async def feed_read(self) -> None:
         await self.follower.copy.refresh()
 
     async def announce(self) -> None:
         newest = self.follower.observed.looks[-1]
-        await self.announcer.announce(newest.mark, newest.confirmed_at)
+        await self.replica_table.announce(newest.position, newest.confirmed_at)
 
     async def close(self) -> None:
         await self.follower.feed.close()
-        await self.announcer.close()
+        await self.replica_table.close()
 
 
 @contextlib.asynccontextmanager
@@ -78,17 +78,17 @@ async def test_confirmed_only_when_every_replica_has_announced_it(dsn: str, conn
     await fleet(connection)
     async with replica(dsn, "north") as north, replica(dsn, "south") as south:
         for one in (north, south):
-            await one.look()
+            await one.feed_read()
             await one.announce()
         version = await revoke(dsn)
         assert "north" in await unconfirmed(dsn, version)
-        await north.look()
+        await north.feed_read()
         await north.announce()
         message = await unconfirmed(dsn, version)
         assert "south" in message
         assert "north" not in message
         waiting = asyncio.create_task(replicas.wait(Target(dsn), version, 30))
-        await south.look()
+        await south.feed_read()
         assert not waiting.done()  # it decides by it and has not said so
         await south.announce()
         assert [found["name"] for found in await waiting] == ["north", "south"]
@@ -101,7 +101,7 @@ async def test_a_replica_is_waited_for_from_before_its_first_look(dsn: str, conn
         transaction = locking.transaction()
         await transaction.start()
         await locking.execute("lock table device in access exclusive mode")
-        looking = asyncio.create_task(new.look())
+        looking = asyncio.create_task(new.feed_read())
 
         async def introduced() -> bool:
             return bool(await connection.fetchval("select count(*) from replica"))
@@ -118,13 +118,13 @@ async def test_one_that_signed_off_is_not_waited_for_unless_it_can_come_back_wit
 ) -> None:
     await fleet(connection)
     async with replica(dsn, "north") as north:
-        await north.look()
+        await north.feed_read()
         await north.announce()
-        await north.announcer.sign_off(comes_back=True)
+        await north.replica_table.sign_off(comes_back=True)
         assert await state_of(dsn, "north") == "stopped"
         version = await revoke(dsn)
         assert "north" in await unconfirmed(dsn, version)
-        await north.announcer.sign_off(comes_back=False)
+        await north.replica_table.sign_off(comes_back=False)
         assert await replicas.wait(Target(dsn), version, 0) == []
 
 
@@ -133,7 +133,7 @@ async def test_a_silent_one_is_waited_for_until_its_copy_is_too_old_to_decide_by
 ) -> None:
     await fleet(connection)
     async with replica(dsn, "north", longest_staleness_s=60) as north:
-        await north.look()
+        await north.feed_read()
         await north.announce()
         version = await revoke(dsn)
 
@@ -150,7 +150,7 @@ async def test_a_silent_one_is_waited_for_until_its_copy_is_too_old_to_decide_by
         assert await state_of(dsn, "north") == "gone"
         assert await replicas.wait(Target(dsn), version, 0) == []
         await aged(60 + 86_400 + 60)
-        await north.announcer.peers()
+        await north.replica_table.peers()
         assert await connection.fetchval("select count(*) from replica") == 0
 
 
@@ -161,11 +161,11 @@ async def test_one_that_is_cut_off_is_not_taken_for_gone_because_the_clock_of_th
     await fleet(connection)
     uptime = clocks.uptime
     async with replica(dsn, "north", longest_staleness_s=900) as north, replica(dsn, "south") as south:
-        await north.look()
+        await north.feed_read()
         await north.announce()
-        await south.look()
+        await south.feed_read()
         await south.announce()
-        await south.announcer.peers()
+        await south.replica_table.peers()
         for device_id, by_s in (("d1", 3600.0), ("d2", 30 * 86400.0)):
             version = await revoke(dsn, device_id)
             await connection.execute(
@@ -173,12 +173,12 @@ async def test_one_that_is_cut_off_is_not_taken_for_gone_because_the_clock_of_th
                 by_s,
             )
             monkeypatch.setattr(clocks, "uptime", lambda by_s=by_s: uptime() - by_s)
-            await south.look()
+            await south.feed_read()
             await south.announce()
             with capture_logs() as logged:
-                await south.announcer.peers()
+                await south.replica_table.peers()
             monkeypatch.setattr(clocks, "uptime", uptime)
-            await south.announcer.peers()
+            await south.replica_table.peers()
             assert [round(line["by_s"], -1) for line in logged if line["event"] == "database.clock_stepped"] == [by_s]
             assert "north" in await unconfirmed(dsn, version)
         left = await connection.fetchval(
@@ -196,7 +196,7 @@ async def test_a_version_of_another_life_is_never_confirmed(
     other = f"{transaction}@{life[::-1] if life != life[::-1] else '0' * 8}"
     assert "another life" in await unconfirmed(dsn, other)
     async with replica(dsn, "north") as north:
-        await north.look()
+        await north.feed_read()
         await north.announce()
         assert len(await replicas.wait(Target(dsn), version, 0)) == 1
         postgres.crash()
@@ -205,7 +205,7 @@ async def test_a_version_of_another_life_is_never_confirmed(
             later = str(await again.fetchval("select registry_version()"))
         assert "north" in await unconfirmed(dsn, later)  # its mark is of the life before
         await north.close()
-        await north.look()
+        await north.feed_read()
         await north.announce()
         assert len(await replicas.wait(Target(dsn), later, 0)) == 1
 
@@ -244,7 +244,7 @@ async def test_a_transaction_that_has_not_begun_is_refused(dsn: str) -> None:
 async def test_a_forgotten_replica_that_still_runs_comes_back(dsn: str, connection: asyncpg.Connection) -> None:
     await fleet(connection)
     async with replica(dsn, "north") as north:
-        await north.look()
+        await north.feed_read()
         await north.announce()
         assert await replicas.forget_replica(Target(dsn), "ann", "north") == 1
         assert await replicas.list_replicas(Target(dsn)) == []
@@ -255,39 +255,39 @@ async def test_a_forgotten_replica_that_still_runs_comes_back(dsn: str, connecti
 
 
 @contextlib.contextmanager
-def folder(path: Path) -> Iterator[DiskCopy]:
+def folder(path: Path) -> Iterator[SnapshotFolder]:
     """A data folder in use for the time of the block, as that of a service is while one of its processes lives."""
-    disk = DiskCopy(path, "registry", 900.0)
+    snapshot_folder = SnapshotFolder(path, "registry", 900.0)
     try:
-        yield disk
+        yield snapshot_folder
     finally:
-        disk.close()
+        snapshot_folder.close()
 
 
 async def test_two_that_run_from_copies_of_one_folder_are_two_and_both_are_waited_for(
     dsn: str, connection: asyncpg.Connection, tmp_path: Path
 ) -> None:
     await fleet(connection)
-    with folder(tmp_path / "a") as disk:
-        async with replica(dsn, "north", disk=disk) as first:
-            await first.look()
+    with folder(tmp_path / "a") as snapshot_folder:
+        async with replica(dsn, "north", snapshot_folder=snapshot_folder) as first:
+            await first.feed_read()
             await first.announce()
             shutil.copytree(tmp_path / "a", tmp_path / "b")  # its lock is free, and the first one lives
             with folder(tmp_path / "b") as copied:
-                async with replica(dsn, "north", disk=copied) as second:
-                    await second.look()
+                async with replica(dsn, "north", snapshot_folder=copied) as second:
+                    await second.feed_read()
                     await second.announce()
                     version = await revoke(dsn)
-                    await second.look()
+                    await second.feed_read()
                     await second.announce()
                     assert str(first.identity.boot.id) in await unconfirmed(dsn, version)
                     rows = await replicas.list_replicas(Target(dsn))
                     assert [row["twins"] for row in rows] == [1, 1]
                     assert len({row["id"] for row in rows}) == 2
                     assert len({row["folder"] for row in rows}) == 1
-                    peers = await second.announcer.peers()
+                    peers = await second.replica_table.peers()
                     assert (peers.twins, peers.states["live"]) == (2, 2)
-                    await first.look()
+                    await first.feed_read()
                     await first.announce()
                     assert len(await replicas.wait(Target(dsn), version, 0)) == 2
 
@@ -296,43 +296,43 @@ async def test_a_killed_one_that_is_started_again_takes_its_own_place_at_once(
     dsn: str, connection: asyncpg.Connection, tmp_path: Path
 ) -> None:
     await fleet(connection)
-    with folder(tmp_path / "a") as disk:
-        async with replica(dsn, "north", disk=disk) as killed:
-            await killed.look()
+    with folder(tmp_path / "a") as snapshot_folder:
+        async with replica(dsn, "north", snapshot_folder=snapshot_folder) as killed:
+            await killed.feed_read()
             await killed.announce()
-    with folder(tmp_path / "a") as disk:
-        disk.begin_boot()  # and killed again, before it reached the database
-    with folder(tmp_path / "a") as disk:
-        async with replica(dsn, "north", disk=disk) as again:
+    with folder(tmp_path / "a") as snapshot_folder:
+        snapshot_folder.begin_boot()  # and killed again, before it reached the database
+    with folder(tmp_path / "a") as snapshot_folder:
+        async with replica(dsn, "north", snapshot_folder=snapshot_folder) as again:
             version = await revoke(dsn)
             assert str(killed.identity.boot.id) in await unconfirmed(dsn, version)
-            await again.look()
+            await again.feed_read()
             await again.announce()
             (row,) = await replicas.wait(Target(dsn), version, 0)
             assert row["id"] == str(again.identity.boot.id)
-            assert (await again.announcer.peers()).twins == 0
+            assert (await again.replica_table.peers()).twins == 0
 
 
 async def test_one_that_starts_again_while_nothing_can_be_written_is_waited_for_in_its_former_place(
     dsn: str, database: str, connection: asyncpg.Connection, postgres: Server, tmp_path: Path
 ) -> None:
     await fleet(connection)
-    with folder(tmp_path / "a") as disk:
-        async with replica(dsn, "north", disk=disk) as killed:
-            await killed.look()
+    with folder(tmp_path / "a") as snapshot_folder:
+        async with replica(dsn, "north", snapshot_folder=snapshot_folder) as killed:
+            await killed.feed_read()
             await killed.announce()
     await connection.execute("update replica set introduced_at = '2020-01-01', confirmed_at = '2020-01-01'")
     assert [row["may_answer"] for row in await replicas.list_replicas(Target(dsn))] == [False]
     postgres.psql("postgres", f"alter database {database} set default_transaction_read_only = on")
-    with folder(tmp_path / "a") as disk:
-        async with replica(dsn, "north", disk=disk) as again:
-            await again.look()
+    with folder(tmp_path / "a") as snapshot_folder:
+        async with replica(dsn, "north", snapshot_folder=snapshot_folder) as again:
+            await again.feed_read()
             assert await again.follower.agrees()
             (row,) = await replicas.list_replicas(Target(dsn))
             assert (row["id"], row["may_answer"]) == (str(killed.identity.boot.id), True)
             postgres.psql("postgres", f"alter database {database} reset default_transaction_read_only")
             await again.follower.feed.close()  # a new connection can write
-            await again.look()
+            await again.feed_read()
             await again.announce()
             (row,) = await replicas.list_replicas(Target(dsn))
             assert row["id"] == str(again.identity.boot.id)
@@ -343,27 +343,27 @@ async def test_on_a_kernel_that_was_started_anew_only_what_signed_off_is_known_t
     dsn: str, connection: asyncpg.Connection, tmp_path: Path, signed_off: bool
 ) -> None:
     await fleet(connection)
-    with folder(tmp_path / "a") as disk:
-        async with replica(dsn, "north", disk=disk) as before:
-            await before.look()
+    with folder(tmp_path / "a") as snapshot_folder:
+        async with replica(dsn, "north", snapshot_folder=snapshot_folder) as before:
+            await before.feed_read()
             await before.announce()
             if signed_off:
-                await before.announcer.sign_off(comes_back=True)
+                await before.replica_table.sign_off(comes_back=True)
     kept = json.loads((tmp_path / "a/boots").read_text())
     kept["lock"]["kernel"] = "of another start"
     (tmp_path / "a/boots").write_text(json.dumps(kept))
-    with folder(tmp_path / "a") as disk:
-        async with replica(dsn, "north", disk=disk) as again:
+    with folder(tmp_path / "a") as snapshot_folder:
+        async with replica(dsn, "north", snapshot_folder=snapshot_folder) as again:
             version = await revoke(dsn)
-            await again.look()
+            await again.feed_read()
             await again.announce()
             if signed_off:
                 assert len(await replicas.wait(Target(dsn), version, 0)) == 1
             else:
                 assert str(before.identity.boot.id) in await unconfirmed(dsn, version)
-    with folder(tmp_path / "a") as disk:
-        async with replica(dsn, "north", disk=disk) as third:
-            await third.look()
+    with folder(tmp_path / "a") as snapshot_folder:
+        async with replica(dsn, "north", snapshot_folder=snapshot_folder) as third:
+            await third.feed_read()
             await third.announce()
             left = {row["id"] for row in await replicas.list_replicas(Target(dsn))}
             assert left - {str(third.identity.boot.id)} == (set() if signed_off else {str(before.identity.boot.id)})
@@ -381,9 +381,9 @@ async def test_one_of_the_version_before_that_signed_off_is_replaced(
         "values ($1, 'north', '0', 1, 900, clock_timestamp(), true)",
         old,
     )
-    with folder(tmp_path / "a") as disk:
-        async with replica(dsn, "north", disk=disk) as new:
-            await new.look()
+    with folder(tmp_path / "a") as snapshot_folder:
+        async with replica(dsn, "north", snapshot_folder=snapshot_folder) as new:
+            await new.feed_read()
             await new.announce()
             assert [row["folder"] for row in await replicas.list_replicas(Target(dsn))] == [str(old)]
 
@@ -391,9 +391,9 @@ async def test_one_of_the_version_before_that_signed_off_is_replaced(
 async def test_nobody_is_in_step_in_the_future(dsn: str, connection: asyncpg.Connection) -> None:
     await fleet(connection)
     async with replica(dsn, "north") as north:
-        await north.look()
+        await north.feed_read()
         newest = north.follower.observed.looks[-1]
-        await north.announcer.announce(newest.mark, newest.confirmed_at.replace(year=2200))
+        await north.replica_table.announce(newest.position, newest.confirmed_at.replace(year=2200))
         assert await connection.fetchval("select confirmed_at <= clock_timestamp() from replica")
 
 
@@ -407,15 +407,15 @@ async def test_each_role_can_do_its_part(postgres: Server, database: str, connec
     give_roles(postgres, database)
     await fleet(connection)
     async with replica(postgres.dsn(database, SERVICE), "north") as north:
-        await north.look()
+        await north.feed_read()
         await north.announce()
-        assert (await north.announcer.peers()).states["live"] == 1
+        assert (await north.replica_table.peers()).states["live"] == 1
         admin = Target(postgres.dsn(database, ADMIN))
         version = await registry_edits.set_device_status(admin, "ann", "d1", "revoked", "")
         assert version is not None
-        await north.look()
+        await north.feed_read()
         await north.announce()
         assert len(await replicas.wait(admin, version, 0)) == 1
         assert len(await replicas.list_replicas(Target(postgres.dsn(database, READER)))) == 1
-        await north.announcer.sign_off(comes_back=False)
+        await north.replica_table.sign_off(comes_back=False)
         assert await replicas.forget_replica(admin, "ann", "north") == 1

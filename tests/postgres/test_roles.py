@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from authbackend.cli import main
 from authbackend.postgres.connection import Target
 from authbackend.postgres.change_feed import ChangeFeed
-from authbackend.postgres.crls import StoredList, keep_list
+from authbackend.postgres.crls import StoredCrl, save_crl
 from authbackend.postgres.statements import SQL
 from tests.postgres.test_constraints import HASH
 from tests.support.postgres import Server, connected, run
@@ -239,10 +239,10 @@ async def test_who_signs_can_replace_a_list_and_not_put_back_an_older_one(
     as_role: Callable[[str], Any], role: str
 ) -> None:
     session = await as_role(role)
-    stored = StoredList(*await session.fetchrow("select number::bigint, this_update, next_update, der from crl"))
-    await keep_list(session, "fleet", replace(stored, number=6, der=b"x"), ["1f"])
+    stored = StoredCrl(*await session.fetchrow("select number::bigint, this_update, next_update, der from crl"))
+    await save_crl(session, "fleet", replace(stored, number=6, der=b"x"), ["1f"])
     with pytest.raises(asyncpg.CheckViolationError, match="older than number 6"):
-        await keep_list(session, "fleet", stored, [])
+        await save_crl(session, "fleet", stored, [])
 
 
 @pytest.mark.parametrize("role", [READER, OUTSIDER])
@@ -270,7 +270,7 @@ async def test_the_service_role_follows_the_registry_and_prunes(
     try:
         async with feed.wake_ups() as next_change:
             store = new_store()
-            look = await feed.load(store, 1.0)
+            feed_read = await feed.load(store, 1.0)
             assert store.sizes() == {"device": 2, "device_type": 1, "account": 1}
             with store.reader() as reader:
                 account = reader.account("robot")
@@ -278,11 +278,11 @@ async def test_the_service_role_follows_the_registry_and_prunes(
             assert account.password_hash == HASH
             await connection.execute("update device set status = 'revoked' where device_id = 'd1'")
             await next_change()
-            changes = await feed.changes(look.mark, 2)
+            changes = await feed.changes(feed_read.position, 2)
             assert changes is not None
             assert list(changes[0].devices) == ["d1"]
-            store.apply(*changes[:1], changes[1].mark, 2.0)
-            confirmed = await feed.confirm(changes[1].mark, 2, await feed.suspects(store))
+            store.apply(*changes[:1], changes[1].position, 2.0)
+            confirmed = await feed.confirm(changes[1].position, 2, await feed.suspects(store))
             assert confirmed is not None
             assert len(confirmed.patch) == len(confirmed.present) == 0
             assert await connection.fetchval("select count(*) from change") > 0

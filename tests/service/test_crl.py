@@ -17,11 +17,11 @@ from cryptography import x509
 
 from authbackend.service import components
 from authbackend.certificates import crl_publisher
-from authbackend.certificates.crl_endpoint import PublishedLists
+from authbackend.certificates.crl_endpoint import PublishedCrls
 from authbackend.errors import ConfigurationError
 from authbackend.pki.ca import AuthorityFolder, create_authority
 from authbackend.pki.crl import entries_of
-from authbackend.certificates.crl_publisher import keep_authority, open_authority, sign
+from authbackend.certificates.crl_publisher import save_authority, open_authority, sign
 from authbackend.settings import Pki, load
 from tests.service.conftest import until
 from tests.support.postgres import connected
@@ -70,7 +70,7 @@ async def serving(dsn, made=None):
 @pytest.fixture
 async def revoked(connection, authority):
     """The authority is known, and has revoked one certificate."""
-    await keep_authority(connection, authority)
+    await save_authority(connection, authority)
     await add(connection, authority, "a1", "revoked")
 
 
@@ -125,13 +125,13 @@ async def test_a_row_revoked_with_psql_is_on_the_list_at_once_for_who_waits(dsn,
 
 async def test_who_waits_is_answered_when_nothing_changes_and_when_the_service_stops(dsn, made, revoked, monkeypatch):
     somebody_waits = asyncio.Event()
-    original = PublishedLists._next
+    original = PublishedCrls._next
 
     async def watched(*arguments):
         somebody_waits.set()
         return await original(*arguments)
 
-    monkeypatch.setattr(PublishedLists, "_next", watched)
+    monkeypatch.setattr(PublishedCrls, "_next", watched)
     async with contextlib.AsyncExitStack() as stack:
         async with serving(dsn, made) as asking:
             _, headers = await published(asking)

@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 
 from authbackend.service import components
-from authbackend.registry.follower import RegistryCopy
+from authbackend.registry.follower import RegistryFollower
 from authbackend.settings import load
 from tests.service.conftest import HASH, POLICY, apply, memory, running, until
 from tests.service.test_tls import bench  # noqa: F401 - a fixture
@@ -75,7 +75,7 @@ async def test_it_is_told_when_the_task_that_keeps_the_copy_ends(dsn, monkeypatc
     async def broken(_):
         raise RuntimeError("a fault that nobody thought of")
 
-    monkeypatch.setattr(RegistryCopy, "run", broken)
+    monkeypatch.setattr(RegistryFollower, "run", broken)
     settings = load(
         {
             "AUTHBACKEND_DATABASE__DSN": dsn,

@@ -14,14 +14,14 @@ import pytest
 
 from authbackend.errors import NoRoom
 from authbackend.metric_files import FILE_BYTES
-from authbackend.registry.position import Mark
+from authbackend.registry.position import FeedPosition
 from authbackend.registry.records import DeviceRow, Patch
 from authbackend.registry.store import Store
 from tests.service.conftest import HASH, POLICY, apply, until
 from tests.service.test_processes import children, replica
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
-MARK = Mark("epoch", "incarnation", "10:10:")
+MARK = FeedPosition("epoch", "incarnation", "10:10:")
 MIB = 1024**2
 
 

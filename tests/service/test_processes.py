@@ -364,8 +364,8 @@ async def test_a_hangup_has_the_listener_for_health_read_its_certificates_again(
 
 
 async def test_a_replica_that_starts_without_the_database_decides_by_its_disk(dsn, policy, tmp_path):
-    disk = {"REGISTRY__SNAPSHOT_DIR": str(tmp_path / "disk")}
-    async with replica(dsn, **disk) as running:
+    snapshot_folder = {"REGISTRY__SNAPSHOT_DIR": str(tmp_path / "disk")}
+    async with replica(dsn, **snapshot_folder) as running:
         version = await registry_edits.set_device_status(Target(dsn), "ann", "APM0001", "revoked", "")
         await replicas.wait(Target(dsn), version, 60)  # announced when it is on disk
         assert await running.metric("authbackend_registry_on_disk") == 1
@@ -374,7 +374,7 @@ async def test_a_replica_that_starts_without_the_database_decides_by_its_disk(ds
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
     async with away(dsn):
-        async with replica(dsn, **disk) as running:
+        async with replica(dsn, **snapshot_folder) as running:
             assert await running.login("APM0001") == "deny"
             assert await running.login("APM0002") == "allow"
             status, told = await running.status()
@@ -382,7 +382,7 @@ async def test_a_replica_that_starts_without_the_database_decides_by_its_disk(ds
             assert told["sync_age_s"] > 0
             assert "database" in told["fault"] or "PostgreSQL" in told["fault"]
             assert await running.end() == 0
-        async with replica(dsn, ready=False, REGISTRY__MAX_STALENESS_S="0.001", **disk) as running:
+        async with replica(dsn, ready=False, REGISTRY__MAX_STALENESS_S="0.001", **snapshot_folder) as running:
             assert await running.login("APM0002") == "deny"
             assert (await running.status())[0] == 503
             assert await running.end() == 0
@@ -397,7 +397,7 @@ def kill(running):
 
 
 async def test_a_killed_replica_that_is_started_again_is_one_and_copies_of_its_folder_are_two(dsn, policy, tmp_path):
-    disk = {"REGISTRY__SNAPSHOT_DIR": str(tmp_path / "disk")}
+    snapshot_folder = {"REGISTRY__SNAPSHOT_DIR": str(tmp_path / "disk")}
 
     async def serving():
         """The replicas that confirm a change made now."""
@@ -405,11 +405,11 @@ async def test_a_killed_replica_that_is_started_again_is_one_and_copies_of_its_f
         version = version or await registry_edits.set_device_status(Target(dsn), "ann", "APM0001", "active", "")
         return await replicas.wait(Target(dsn), version, 60)
 
-    async with replica(dsn, **disk) as running:
+    async with replica(dsn, **snapshot_folder) as running:
         assert len(await serving()) == 1
         kill(running)
         await running.process.wait()
-    async with replica(dsn, **disk) as first:
+    async with replica(dsn, **snapshot_folder) as first:
         assert len(await serving()) == 1
         shutil.copytree(tmp_path / "disk", tmp_path / "copied")
         async with replica(dsn, REGISTRY__SNAPSHOT_DIR=str(tmp_path / "copied")) as second:
@@ -423,8 +423,8 @@ async def test_a_killed_replica_that_is_started_again_is_one_and_copies_of_its_f
 
 
 async def test_a_damaged_copy_is_refused_and_the_replica_waits_for_the_database(dsn, policy, tmp_path):
-    disk = {"REGISTRY__SNAPSHOT_DIR": str(tmp_path / "disk")}
-    async with replica(dsn, **disk) as running:
+    snapshot_folder = {"REGISTRY__SNAPSHOT_DIR": str(tmp_path / "disk")}
+    async with replica(dsn, **snapshot_folder) as running:
 
         async def on_disk():
             return list((tmp_path / "disk").glob("manifest.json"))
@@ -436,11 +436,11 @@ async def test_a_damaged_copy_is_refused_and_the_replica_waits_for_the_database(
     data[len(data) // 2] ^= 1
     image.write_bytes(data)
     async with away(dsn):
-        async with replica(dsn, ready=False, **disk) as running:
+        async with replica(dsn, ready=False, **snapshot_folder) as running:
             assert "damaged" in running.logged("registry.disk_copy_refused")[0]["fault"]
             assert (await running.status())[0] == 503
             assert (await running.ask("user", {"username": "APM0002"}))[0] == 503
-    async with replica(dsn, **disk) as running:
+    async with replica(dsn, **snapshot_folder) as running:
         assert await running.login("APM0002") == "allow"
 
 

@@ -18,11 +18,11 @@ from authbackend.policy.rules import Device, DeviceType
 from authbackend.postgres.connection import Target
 from authbackend.postgres.change_feed import ChangeFeed
 from authbackend.registry import records
-from authbackend.registry.snapshot import DiskCopy
-from authbackend.registry.position import Mark
+from authbackend.registry.snapshot import SnapshotFolder
+from authbackend.registry.position import FeedPosition
 from authbackend.registry.records import Patch
 from authbackend.registry.store import Store
-from authbackend.registry.follower import Look, Refreshed, RegistryCopy, SyncTimes
+from authbackend.registry.follower import FeedRead, RefreshResult, RegistryFollower, SyncTimes
 from tests.support.postgres import connected
 
 Contents = tuple[dict[bytes, bytes], dict[str, bytes], dict[str, bytes]]
@@ -40,15 +40,15 @@ def new_store() -> Store:
 class Observed:
     """What a copy told its observer."""
 
-    looks: list[Look] = field(default_factory=list)
-    refreshes: list[Refreshed] = field(default_factory=list)
+    looks: list[FeedRead] = field(default_factory=list)
+    refreshes: list[RefreshResult] = field(default_factory=list)
     lasting: list[bool] = field(default_factory=list)
     failures: int = 0
     comparisons: list[int] = field(default_factory=list)
     gone: list[int] = field(default_factory=list)
 
-    def refreshed(self, look: Look, refreshed: Refreshed, *, lasting: bool) -> None:
-        self.looks.append(look)
+    def refreshed(self, feed_read: FeedRead, refreshed: RefreshResult, *, lasting: bool) -> None:
+        self.looks.append(feed_read)
         self.refreshes.append(refreshed)
         self.lasting.append(lasting)
 
@@ -67,7 +67,7 @@ class CheckedFeed(ChangeFeed):
 
     truth: Contents | None = None
 
-    async def _changes(self, connection: Any, old: Mark, new: Mark, floor: int, devices: int) -> Patch | None:
+    async def _changes(self, connection: Any, old: FeedPosition, new: FeedPosition, floor: int, devices: int) -> Patch | None:
         patch = await super()._changes(connection, old, new, floor, devices)
         found: dict[bytes, bytes] = {}
         async for chunk in self._chunks(connection, self._statements.all_devices.sql):
@@ -90,23 +90,23 @@ class Following:
     """
 
     def __init__(
-        self, dsn: str, feed: ChangeFeed | None = None, times: SyncTimes | None = None, disk: DiskCopy | None = None
+        self, dsn: str, feed: ChangeFeed | None = None, times: SyncTimes | None = None, snapshot_folder: SnapshotFolder | None = None
     ) -> None:
         self.dsn = dsn
         self.feed = feed or ChangeFeed(Target(dsn))
         self.observed = Observed()
         self.store = new_store()
-        self.copy = RegistryCopy(self.feed, self.store, self.observed, times, disk)
+        self.copy = RegistryFollower(self.feed, self.store, self.observed, times, snapshot_folder)
 
     @property
     def loaded(self) -> bool:
         return self.store.state() is not None
 
     @property
-    def mark(self) -> Mark:
+    def position(self) -> FeedPosition:
         state = self.store.state()
         assert state is not None
-        return state.mark
+        return state.position
 
     def device(self, device_id: str) -> Device | None:
         with self.store.reader() as reader:
@@ -143,7 +143,7 @@ class Following:
         return self.devices() == devices and contents(self.store) == contents(fresh)
 
 
-async def loaded(feed: ChangeFeed) -> tuple[Store, Look]:
+async def loaded(feed: ChangeFeed) -> tuple[Store, FeedRead]:
     """Load a new store, and drop the reader's connection."""
     store = new_store()
     try:
@@ -202,7 +202,7 @@ async def fleet(connection: asyncpg.Connection, number: int = 3) -> None:
 
 
 @contextlib.asynccontextmanager
-async def following(copy: RegistryCopy) -> AsyncIterator[RegistryCopy]:
+async def following(copy: RegistryFollower) -> AsyncIterator[RegistryFollower]:
     """Run a copy in the background for the time of the block."""
     task = asyncio.create_task(copy.run(), name="registry")
     try:

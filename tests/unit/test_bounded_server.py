@@ -8,7 +8,7 @@ from authbackend import metrics
 from authbackend.metrics import BrokerMetrics
 from authbackend.policy.decide import Decision
 from authbackend.registry import store as store_module
-from authbackend.registry.position import Mark
+from authbackend.registry.position import FeedPosition
 from authbackend.registry.records import Patch
 from tests.support.registry import new_store
 
@@ -42,11 +42,11 @@ def test_types_and_accounts_that_come_and_go_are_not_kept(monkeypatch):
             "rules": [],
         }
         rows = {name: json.dumps(device_type).encode()}, {}, {name: json.dumps(account).encode()}
-        store.apply(Patch(*rows), Mark("e", "i", "1:1:"), 1.0)
+        store.apply(Patch(*rows), FeedPosition("e", "i", "1:1:"), 1.0)
         with reader as here:
             assert here.device_type(name) is not None
             assert here.account(name) is not None
-        store.apply(Patch({name: None}, {}, {name: None}), Mark("e", "i", "1:1:"), 1.0)
+        store.apply(Patch({name: None}, {}, {name: None}), FeedPosition("e", "i", "1:1:"), 1.0)
         assert len(reader._types_known) <= 11
         assert len(reader._accounts_known) <= 11
     store.close()

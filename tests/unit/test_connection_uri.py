@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from authbackend.errors import ConfigurationError
-from authbackend.service.replica import prepared, target
+from authbackend.service.replica import open_replica, target
 from authbackend.postgres.uri import PARAMETERS, parse
 from authbackend.settings import load
 
@@ -137,8 +137,8 @@ def test_a_copy_on_disk_outlives_another_password_in_the_uri(tmp_path):
         )
         folder = tmp_path / extra[9:12]
         folder.mkdir()
-        with prepared(settings, folder, shared=False) as ground:
-            names.append(ground.disk._registry)
+        with open_replica(settings, folder, shared=False) as resources:
+            names.append(resources.snapshot_folder._registry)
     assert names[0] == names[1]
 
 

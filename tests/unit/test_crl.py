@@ -15,13 +15,13 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.x509.name import _ASN1Type
 from cryptography.x509.oid import CRLEntryExtensionOID, NameOID
 
-from authbackend.certificates.crl_endpoint import Published, PublishedLists
+from authbackend.certificates.crl_endpoint import PublishedCrl, PublishedCrls
 from authbackend.api.server import show_errors
 from authbackend.errors import Unavailable
 from authbackend.pki import signing
 from authbackend.pki.crl import (
     REASONS,
-    Entry,
+    CrlEntry,
     age_fault,
     check_entries,
     entries_of,
@@ -65,9 +65,9 @@ def ask_openssl(*arguments, stdin):
 
 def test_a_list_holds_what_was_revoked_when_and_why():
     entries = [
-        Entry("a1", "keyCompromise", NOW - timedelta(days=1)),
-        Entry("7f" + "ff" * 19, "unspecified", NOW),
-        Entry("2", "left in a taxi", NOW),
+        CrlEntry("a1", "keyCompromise", NOW - timedelta(days=1)),
+        CrlEntry("7f" + "ff" * 19, "unspecified", NOW),
+        CrlEntry("2", "left in a taxi", NOW),
     ]
     made = signed(entries, number=12)
     found, signer = read_list(made.der, [CA])
@@ -85,7 +85,7 @@ ODD_SERIALS = [0, -1, -128, -129, -(2**63), 2**159, 2**1000]
 
 
 def test_a_list_holds_serial_numbers_that_the_library_refuses():
-    made = signed([Entry(f"{number:x}", "superseded", NOW) for number in ODD_SERIALS])
+    made = signed([CrlEntry(f"{number:x}", "superseded", NOW) for number in ODD_SERIALS])
     found, _ = read_list(list_pem(made.der), [CA])
     check_entries(found.der)
     assert found == made
@@ -99,7 +99,7 @@ def test_openssl_reads_serial_numbers_that_the_library_refuses(tmp_path):
     shown = ODD_SERIALS[:-1]  # it breaks longer ones into lines
     ca = tmp_path / "ca.pem"
     ca.write_bytes(signing.certificate_pem(CA))
-    made = signed([Entry(f"{number:x}", "", NOW) for number in shown])
+    made = signed([CrlEntry(f"{number:x}", "", NOW) for number in shown])
     asked = subprocess.run(
         ["openssl", "crl", "-CAfile", str(ca), "-text", "-noout"],
         input=list_pem(made.der),
@@ -116,7 +116,7 @@ def test_openssl_reads_serial_numbers_that_the_library_refuses(tmp_path):
 def test_the_library_reads_what_is_on_a_list_as_it_was_written(reason, year):
     moment = NOW.replace(year=year, month=2, day=3, microsecond=0)
     signed_at = max(moment, NOW.replace(microsecond=0))
-    der = signed([Entry("7f" + "ff" * 19, reason, moment)], now=signed_at, lifetime=timedelta(days=1)).der
+    der = signed([CrlEntry("7f" + "ff" * 19, reason, moment)], now=signed_at, lifetime=timedelta(days=1)).der
     (theirs,) = x509.load_der_x509_crl(der)
     (ours,) = entries_of(der)
     assert theirs.serial_number == int(ours.serial, 16) == 2**159 - 1
@@ -137,7 +137,7 @@ RSA_CA, RSA_KEY = authority(key=rsa.generate_private_key(65537, 2048))
 
 
 @pytest.mark.parametrize(
-    "der", [signed([Entry("a1", "", NOW)], issuer=RSA_CA, key=RSA_KEY).der, pss_signed()], ids=["PKCS #1 v1.5", "PSS"]
+    "der", [signed([CrlEntry("a1", "", NOW)], issuer=RSA_CA, key=RSA_KEY).der, pss_signed()], ids=["PKCS #1 v1.5", "PSS"]
 )
 def test_lists_are_signed_with_rsa_as_well(der):
     assert x509.load_der_x509_crl(der).is_signature_valid(RSA_KEY.public_key())
@@ -165,7 +165,7 @@ def test_a_number_that_cannot_be_kept_is_refused():
 def test_openssl_verifies_a_list_and_sees_its_number(tmp_path):
     ca = tmp_path / "ca.pem"
     ca.write_bytes(signing.certificate_pem(CA))
-    made = signed([Entry("a1", "superseded", NOW)], number=4660)
+    made = signed([CrlEntry("a1", "superseded", NOW)], number=4660)
     text = ask_openssl("crl", "-CAfile", str(ca), "-text", "-noout", stdin=list_pem(made.der))
     assert re.search(r"CRL Number:\s+(4660|0x1234)\b", text)
     assert "Serial Number: A1" in text
@@ -173,7 +173,7 @@ def test_openssl_verifies_a_list_and_sees_its_number(tmp_path):
 
 
 def test_a_revocation_in_the_future_is_listed_as_of_now():
-    (entry,) = entries_of(signed([Entry("a1", "", NOW + timedelta(hours=1))]).der)
+    (entry,) = entries_of(signed([CrlEntry("a1", "", NOW + timedelta(hours=1))]).der)
     assert entry.revoked_at == NOW.replace(microsecond=0)
 
 
@@ -193,7 +193,7 @@ def foreign(name="test CA"):
 
 
 def tampered():
-    der = bytearray(signed([Entry("abcdef", "", NOW)]).der)
+    der = bytearray(signed([CrlEntry("abcdef", "", NOW)]).der)
     at = bytes(der).index(bytes.fromhex("abcdef"))
     der[at] ^= 1
     return bytes(der)
@@ -450,7 +450,7 @@ class Source:
     """A server of lists; ``lists`` as in the service, or ``body`` for anything."""
 
     def __init__(self):
-        self.lists = PublishedLists()
+        self.lists = PublishedCrls()
         self.body = None
         self.asked = asyncio.Event()
         self.url = ""
@@ -462,7 +462,7 @@ class Source:
         return await self.lists.show(request)
 
     def publish(self, made):
-        self.lists.replace({"fleet": Published(made.der, made.this_update)})
+        self.lists.replace({"fleet": PublishedCrl(made.der, made.this_update)})
 
 
 @pytest.fixture
@@ -506,7 +506,7 @@ async def test_a_list_is_written_as_pem_for_all_to_read(source, sync, file):
         (foreign(), "none of the authorities"),
         (tampered(), "none of the authorities"),
         (signed(number=6).der, "number 6 is older than the number 7"),
-        (signed([Entry("a1", "", NOW)], number=7).der, "another one with the number 7"),
+        (signed([CrlEntry("a1", "", NOW)], number=7).der, "another one with the number 7"),
         (signed(number=9, now=NOW - 2 * WEEK).der, "too old"),
         (signed(number=9, now=NOW + timedelta(days=1)).der, "clock is wrong"),
         (signed(number=9).der[:100], "neither DER nor PEM"),
@@ -558,7 +558,7 @@ async def test_a_new_list_is_fetched_at_once_and_a_lost_file_again(source, sync,
         await _until(lambda: file.exists())
         source.asked.clear()
         await source.asked.wait()  # it waits for the next list now
-        later = signed([Entry("a1", "", NOW)], number=2)
+        later = signed([CrlEntry("a1", "", NOW)], number=2)
         source.publish(later)
         await _until(lambda: file.read_bytes() == list_pem(later.der))
         source.asked.clear()

@@ -10,7 +10,7 @@ import structlog.testing
 from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from authbackend.certificates.crl_endpoint import Published, PublishedLists
+from authbackend.certificates.crl_endpoint import PublishedCrl, PublishedCrls
 from authbackend.api.server import show_errors
 from authbackend.errors import InvalidInput, Unavailable
 from authbackend.pki import signing
@@ -58,8 +58,8 @@ def files(tmp_path):
 @contextlib.asynccontextmanager
 async def serving(context):
     """A server of one list; yields its port and the list."""
-    lists, made = PublishedLists(), signed()
-    lists.replace({"fleet": Published(made.der, made.this_update)})
+    lists, made = PublishedCrls(), signed()
+    lists.replace({"fleet": PublishedCrl(made.der, made.this_update)})
     app = web.Application(middlewares=[show_errors])
     app.router.add_get("/crl/{name}.crl", lists.show)
     app.on_shutdown.append(lists.close)

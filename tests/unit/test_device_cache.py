@@ -11,7 +11,7 @@ from authbackend.policy.requests import TopicRequest
 from authbackend.policy.rules import NO_RULES, Effect
 from authbackend.registry import records
 from authbackend.registry.device_cache import CompiledDevices
-from authbackend.registry.position import Mark
+from authbackend.registry.position import FeedPosition
 from authbackend.registry.records import DeviceRow, Patch
 from tests.support.registry import new_store
 
@@ -45,7 +45,7 @@ class Registry:
         self.put(Patch(device_types={"T": TYPE}))
 
     def put(self, patch):
-        self.store.apply(patch, Mark("epoch", "incarnation", "1:1:"), 0.0)
+        self.store.apply(patch, FeedPosition("epoch", "incarnation", "1:1:"), 0.0)
 
     def write(self, name, text, device_id=None):
         row = None if text is None else DeviceRow(name.encode(), text, device_id and device_id.encode())

@@ -11,11 +11,11 @@ from structlog.testing import capture_logs
 from authbackend.certificates import crl_publisher
 from authbackend.backoff import Reachability
 from authbackend.errors import Forbidden, NoRoom, Unavailable
-from authbackend.registry.position import Mark
-from authbackend.registry.announcer import Peers, Presence
+from authbackend.registry.position import FeedPosition
+from authbackend.registry.announcer import Peers, ReplicaAnnouncer
 from authbackend.registry.records import Patch
-from authbackend.registry.follower import Look, RegistryCopy
-from authbackend.certificates.crl_publisher import Keeper
+from authbackend.registry.follower import FeedRead, RegistryFollower
+from authbackend.certificates.crl_publisher import CrlPublisher
 from tests.support.clock import run_on_clock
 from tests.support.registry import Observed, new_store
 
@@ -62,9 +62,9 @@ class Server:
         asked = [at for at in self.asked[part] if begin <= at < end]
         return [after - before for before, after in itertools.pairwise(asked)]
 
-    def look(self):
+    def feed_read(self):
         number = next(self._marks)
-        return Look(Mark("epoch", "incarnation", f"{number}:{number}:"), datetime.now(UTC))
+        return FeedRead(FeedPosition("epoch", "incarnation", f"{number}:{number}:"), datetime.now(UTC))
 
     async def lost(self):
         """Wait until connections are cut."""
@@ -79,16 +79,16 @@ class Feed:
 
     async def load(self, store, synced_at):
         self.server.answer("copy")
-        look = self.server.look()
-        with store.loading(look.mark, synced_at):
+        feed_read = self.server.feed_read()
+        with store.loading(feed_read.position, synced_at):
             pass
-        return look
+        return feed_read
 
-    async def changes(self, mark, devices):
+    async def changes(self, position, devices):
         self.server.answer("copy")
-        return Patch(), self.server.look()
+        return Patch(), self.server.feed_read()
 
-    async def later_changes(self, mark):
+    async def later_changes(self, position):
         return set()
 
     async def prune(self):
@@ -108,13 +108,13 @@ class Feed:
         yield next_change
 
 
-class Announcer:
+class PostgresReplicaTable:
     """Implements ``registry.presence.Announcer``."""
 
     def __init__(self, server):
         self.server = server
 
-    async def announce(self, mark, confirmed_at):
+    async def announce(self, position, confirmed_at):
         self.server.answer("announcer")
 
     async def peers(self):
@@ -129,11 +129,11 @@ class Observer(Observed):
 
     def __init__(self):
         super().__init__()
-        self.presence = None
+        self.announcer = None
 
-    def refreshed(self, look, refreshed, *, lasting):
-        super().refreshed(look, refreshed, lasting=lasting)
-        self.presence.serves(look)
+    def refreshed(self, feed_read, refreshed, *, lasting):
+        super().refreshed(feed_read, refreshed, lasting=lasting)
+        self.announcer.serves(feed_read)
 
     def peers(self, peers):
         pass
@@ -155,21 +155,21 @@ def run_replica(monkeypatch):
             async def close(self):
                 pass
 
-        async def follow(keeper, listener):
-            keeper._faults.succeeded()
-            keeper._backoff.reset()
+        async def follow(publisher, listener):
+            publisher._faults.succeeded()
+            publisher._backoff.reset()
             await server.lost()
             raise AWAY
 
         monkeypatch.setattr(crl_publisher, "Listener", Listener)
-        monkeypatch.setattr(Keeper, "_follow", follow)
+        monkeypatch.setattr(CrlPublisher, "_follow", follow)
 
         async def scene():
             reachability, observer = Reachability(), Observer()
-            observer.presence = Presence(Announcer(server), observer, reachability, comes_back=False)
-            copy = RegistryCopy(Feed(server), new_store(), observer, reachability=reachability)
-            keeper = Keeper(None, None, 3600, reachability)
-            parts = [asyncio.create_task(part.run()) for part in (copy, observer.presence, keeper)]
+            observer.announcer = ReplicaAnnouncer(PostgresReplicaTable(server), observer, reachability, comes_back=False)
+            copy = RegistryFollower(Feed(server), new_store(), observer, reachability=reachability)
+            publisher = CrlPublisher(None, None, 3600, reachability)
+            parts = [asyncio.create_task(part.run()) for part in (copy, observer.announcer, publisher)]
             await asyncio.sleep(seconds)
             for part in parts:
                 part.cancel()

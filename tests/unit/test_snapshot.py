@@ -10,12 +10,12 @@ import pytest
 from authbackend import clocks
 from authbackend.clocks import Instant
 from authbackend.errors import ConfigurationError
-from authbackend.registry.snapshot import HEADER_BYTES, MANIFEST, DiskCopy, Entry, Refused
-from authbackend.registry.position import Mark
+from authbackend.registry.snapshot import HEADER_BYTES, MANIFEST, SnapshotFolder, JournalEntry, SnapshotRefused
+from authbackend.registry.position import FeedPosition
 from authbackend.registry.records import DeviceRow, Patch
 from tests.support.registry import contents, new_store
 
-MARK = Mark("epoch", "incarnation", "10:10:")
+MARK = FeedPosition("epoch", "incarnation", "10:10:")
 
 
 def row(name, status="a", other=None):
@@ -28,18 +28,18 @@ def store_of(*names):
     return store
 
 
-def look(mark=MARK, patch=None):
+def feed_read(position=MARK, patch=None):
     """A look at the database at this moment, whose clock is right."""
-    return Entry(Instant.now(), mark, patch or Patch(), time.time())
+    return JournalEntry(Instant.now(), position, patch or Patch(), time.time())
 
 
-def disk(tmp_path, **kwargs):
-    return DiskCopy(tmp_path / "disk", kwargs.get("registry", "here/db"), kwargs.get("limit", 900.0))
+def snapshot_folder(tmp_path, **kwargs):
+    return SnapshotFolder(tmp_path / "disk", kwargs.get("registry", "here/db"), kwargs.get("limit", 900.0))
 
 
 def restored(tmp_path, **kwargs):
     """What a fresh start finds, as (store contents, Restored)."""
-    copy = disk(tmp_path, **kwargs)
+    copy = snapshot_folder(tmp_path, **kwargs)
     target = new_store()
     target.close()
     try:
@@ -52,7 +52,7 @@ def restored(tmp_path, **kwargs):
 
     opened = Store(target.folder)
     for entry in found.entries:
-        opened.apply(entry.patch, entry.mark, 0.0)
+        opened.apply(entry.patch, entry.position, 0.0)
     result = contents(opened)
     opened.close()
     return result, found
@@ -62,8 +62,8 @@ def restored(tmp_path, **kwargs):
 def written(tmp_path):
     """A folder with an image of two devices and a journal in which one was suspended and one renamed."""
     store = store_of("d1", "d2")
-    copy = disk(tmp_path)
-    copy.save(store, look())
+    copy = snapshot_folder(tmp_path)
+    copy.save(store, feed_read())
     for number, patch in enumerate(
         (
             Patch(devices={"d1": row("d1", "s")}),
@@ -71,9 +71,9 @@ def written(tmp_path):
             Patch(device_types={"T": None}, accounts={"ops": b"{}"}),
         )
     ):
-        mark = Mark("epoch", "incarnation", f"{11 + number}:{11 + number}:")
-        store.apply(patch, mark, 2.0)
-        copy.append(look(mark, patch))
+        position = FeedPosition("epoch", "incarnation", f"{11 + number}:{11 + number}:")
+        store.apply(patch, position, 2.0)
+        copy.append(feed_read(position, patch))
     copy.close()
     return tmp_path / "disk", contents(store)
 
@@ -94,7 +94,7 @@ def test_image_and_journal_come_back(tmp_path, written):
     _, expected = written
     found, told = restored(tmp_path)
     assert found == expected
-    assert told.entries[-1].mark.snapshot == "13:13:"
+    assert told.entries[-1].position.snapshot == "13:13:"
     assert told.longest_staleness_s == 900.0
 
 
@@ -119,7 +119,7 @@ def test_a_last_entry_that_was_being_written_is_dropped(tmp_path, written, cut):
     data = journal.read_bytes()
     journal.write_bytes(data[:-cut])
     _, told = restored(tmp_path)
-    assert [entry.mark.snapshot for entry in told.entries] == ["10:10:", "11:11:", "12:12:"]
+    assert [entry.position.snapshot for entry in told.entries] == ["10:10:", "11:11:", "12:12:"]
 
 
 def test_every_place_at_which_a_last_entry_can_be_cut_short_drops_that_entry_only(tmp_path, written):
@@ -129,7 +129,7 @@ def test_every_place_at_which_a_last_entry_can_be_cut_short_drops_that_entry_onl
     begin = entries_begin(data)[-1]
     for end in range(begin, len(data)):
         journal.write_bytes(data[:end])
-        assert restored(tmp_path)[1].entries[-1].mark.snapshot == "12:12:", end
+        assert restored(tmp_path)[1].entries[-1].position.snapshot == "12:12:", end
 
 
 def test_no_flipped_bit_in_a_header_makes_an_entry_vanish(tmp_path, written):
@@ -141,7 +141,7 @@ def test_no_flipped_bit_in_a_header_makes_an_entry_vanish(tmp_path, written):
             flipped = bytearray(data)
             flipped[begin + bit // 8] ^= 1 << bit % 8
             journal.write_bytes(flipped)
-            with pytest.raises(Refused, match=f"journal-.* is damaged at byte {begin}.*It is not used"):
+            with pytest.raises(SnapshotRefused, match=f"journal-.* is damaged at byte {begin}.*It is not used"):
                 restored(tmp_path)
 
 
@@ -153,7 +153,7 @@ def test_a_flipped_bit_in_a_header_before_one_that_is_cut_short_is_no_second_tor
         flipped = bytearray(data[:-1])
         flipped[entries_begin(data)[1] + bit // 8] ^= 1 << bit % 8
         journal.write_bytes(flipped)
-        with pytest.raises(Refused, match="damaged"):
+        with pytest.raises(SnapshotRefused, match="damaged"):
             restored(tmp_path)
 
 
@@ -167,17 +167,17 @@ def test_a_flipped_bit_refuses_everything(tmp_path, written, kind, where):
     position = max(40, int(len(data) * where)) + entry_of_length
     data[position] ^= 1
     file.write_bytes(data)
-    with pytest.raises(Refused, match="damaged"):
+    with pytest.raises(SnapshotRefused, match="damaged"):
         restored(tmp_path)
 
 
-@pytest.mark.parametrize("field", ["image", "journal", "sha256", "mark", "at", "registry", "longest_staleness_s"])
+@pytest.mark.parametrize("field", ["image", "journal", "sha256", "position", "at", "registry", "longest_staleness_s"])
 def test_a_changed_manifest_is_refused(tmp_path, written, field):
     folder, _ = written
     manifest = json.loads((folder / MANIFEST).read_text())
-    manifest[field] = {"epoch": "x"} if field == "mark" else 1e9
+    manifest[field] = {"epoch": "x"} if field == "position" else 1e9
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(Refused, match="damaged"):
+    with pytest.raises(SnapshotRefused, match="damaged"):
         restored(tmp_path)
 
 
@@ -185,12 +185,12 @@ def test_a_changed_manifest_is_refused(tmp_path, written, field):
 def test_a_missing_file_is_refused(tmp_path, written, kind):
     folder, _ = written
     file_of(folder, kind).unlink()
-    with pytest.raises(Refused, match="cannot be read"):
+    with pytest.raises(SnapshotRefused, match="cannot be read"):
         restored(tmp_path)
 
 
 def test_a_copy_of_another_database_is_refused(tmp_path, written):
-    with pytest.raises(Refused, match="another database"):
+    with pytest.raises(SnapshotRefused, match="another database"):
         restored(tmp_path, registry="elsewhere/db")
 
 
@@ -224,7 +224,7 @@ def test_after_a_start_of_the_machine_a_copy_is_as_old_as_the_time_of_day_says(t
 def test_a_start_with_a_wrong_clock_refuses_the_copy(tmp_path, written, monkeypatch):
     started_anew(monkeypatch, synchronised=False)
     with pytest.raises(
-        Refused, match=r"how old .* cannot be told: .* its clock is not synchronised \(see: timedatectl\)"
+        SnapshotRefused, match=r"how old .* cannot be told: .* its clock is not synchronised \(see: timedatectl\)"
     ):
         restored(tmp_path)
 
@@ -235,9 +235,9 @@ def test_a_copy_is_not_younger_than_the_machine_has_been_up(tmp_path, written, m
 
 
 def test_a_copy_that_was_written_while_the_clock_was_ahead_is_as_old_as_the_database_says(tmp_path, monkeypatch):
-    copy = disk(tmp_path)
+    copy = snapshot_folder(tmp_path)
     ahead = Instant(time.time() + 3000, clocks.uptime(), clocks.boot())
-    copy.save(store_of("d1"), Entry(ahead, MARK, Patch(), time.time()))
+    copy.save(store_of("d1"), JournalEntry(ahead, MARK, Patch(), time.time()))
     copy.close()
     started_anew(monkeypatch)
     set_clock(monkeypatch, 3600)  # an hour later, by a clock that is right again
@@ -247,8 +247,8 @@ def test_a_copy_that_was_written_while_the_clock_was_ahead_is_as_old_as_the_data
 def test_a_copy_that_was_written_while_the_databases_clock_was_ahead_is_as_old_as_this_machine_says(
     tmp_path, monkeypatch
 ):
-    copy = disk(tmp_path)
-    copy.save(store_of("d1"), Entry(Instant.now(), MARK, Patch(), time.time() + 86400))
+    copy = snapshot_folder(tmp_path)
+    copy.save(store_of("d1"), JournalEntry(Instant.now(), MARK, Patch(), time.time() + 86400))
     copy.close()
     started_anew(monkeypatch)
     set_clock(monkeypatch, 3600)
@@ -258,7 +258,7 @@ def test_a_copy_that_was_written_while_the_databases_clock_was_ahead_is_as_old_a
 def test_a_copy_from_the_future_is_refused(tmp_path, written, monkeypatch):
     started_anew(monkeypatch)
     set_clock(monkeypatch, -3600)
-    with pytest.raises(Refused, match="from the future"):
+    with pytest.raises(SnapshotRefused, match="from the future"):
         restored(tmp_path)
 
 
@@ -266,33 +266,33 @@ def test_a_copy_from_the_future_is_refused(tmp_path, written, monkeypatch):
 def test_what_others_may_write_is_refused(tmp_path, written, what):
     folder, _ = written
     (folder if what == "folder" else file_of(folder, what)).chmod(0o777)
-    with pytest.raises(Refused, match="can be written by others"):
+    with pytest.raises(SnapshotRefused, match="can be written by others"):
         restored(tmp_path)
 
 
 def test_what_was_refused_is_put_nowhere(tmp_path, written):
     folder, _ = written
     file_of(folder, "journal").write_bytes(b"\x00" * 500)
-    copy = disk(tmp_path)
+    copy = snapshot_folder(tmp_path)
     target = tmp_path / "target"
     target.mkdir()
-    with pytest.raises(Refused):
+    with pytest.raises(SnapshotRefused):
         copy.restore(target)
     assert list(target.iterdir()) == []
     copy.close()
 
 
 def test_two_replicas_cannot_share_a_folder(tmp_path):
-    first = disk(tmp_path)
+    first = snapshot_folder(tmp_path)
     with pytest.raises(ConfigurationError, match="in use by another replica"):
-        disk(tmp_path)
+        snapshot_folder(tmp_path)
     first.close()
-    disk(tmp_path).close()
+    snapshot_folder(tmp_path).close()
 
 
 def boot(path):
     """Start and end once in a folder."""
-    copy = DiskCopy(path, "here/db", 900.0)
+    copy = SnapshotFolder(path, "here/db", 900.0)
     try:
         return copy.begin_boot()
     finally:
@@ -327,12 +327,12 @@ def test_a_copied_folder_proves_nothing_and_its_image_is_not_used(tmp_path, writ
     shutil.copytree(tmp_path / "disk", copied)
     found = boot(copied)
     assert (found.folder, found.former, found.former_ended) == (first.folder, (), False)
-    copy = DiskCopy(copied, "here/db", 900.0)
-    with pytest.raises(Refused, match="was copied from another replica's"):
+    copy = SnapshotFolder(copied, "here/db", 900.0)
+    with pytest.raises(SnapshotRefused, match="was copied from another replica's"):
         copy.restore(new_store().folder)
-    copy.save(store_of("d9"), look())  # what it writes itself is its own
+    copy.save(store_of("d9"), feed_read())  # what it writes itself is its own
     copy.close()
-    copy = DiskCopy(copied, "here/db", 900.0)
+    copy = SnapshotFolder(copied, "here/db", 900.0)
     assert copy.restore(new_store().folder) is not None
     copy.close()
     assert restored(tmp_path)[1] is not None
@@ -340,9 +340,9 @@ def test_a_copied_folder_proves_nothing_and_its_image_is_not_used(tmp_path, writ
 
 def test_a_new_image_leaves_nothing_of_the_old_one(tmp_path, written):
     folder, _ = written
-    copy = disk(tmp_path)
+    copy = snapshot_folder(tmp_path)
     assert copy.wants_image
-    copy.save(store_of("d9"), look())
+    copy.save(store_of("d9"), feed_read())
     copy.close()
     assert len(list(folder.glob("image-*"))) == len(list(folder.glob("journal-*"))) == 1
     found, _ = restored(tmp_path)
@@ -351,23 +351,23 @@ def test_a_new_image_leaves_nothing_of_the_old_one(tmp_path, written):
 
 def test_a_disk_that_takes_a_few_bytes_at_a_time_gets_all_of_a_manifest(tmp_path, monkeypatch):
     write = os.write
-    copy = disk(tmp_path)
+    copy = snapshot_folder(tmp_path)
     with monkeypatch.context() as patched:
         patched.setattr(os, "write", lambda descriptor, data: write(descriptor, bytes(data)[:7]))
-        copy.save(store_of("d1"), look())
+        copy.save(store_of("d1"), feed_read())
     copy.close()
     assert set(restored(tmp_path)[0][0]) == {b"d1"}
 
 
 def test_when_the_disk_is_full_the_old_copy_stays_and_a_new_image_is_wanted(tmp_path, written, monkeypatch):
     _, expected = written
-    copy = disk(tmp_path)
+    copy = snapshot_folder(tmp_path)
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
         patched.setattr(os, "fsync", full)
-        copy.save(store_of("d9"), look())
+        copy.save(store_of("d9"), feed_read())
     copy.close()
     assert restored(tmp_path)[0] == expected
