@@ -19,6 +19,7 @@ import pytest
 from click.testing import CliRunner
 
 from authbackend.cli import main
+from authbackend.cli.reference import TABLES
 from authbackend.errors import AuthbackendError, ConfigurationError, Unavailable
 from authbackend.postgres import locks
 from authbackend.postgres import migrate as migrations
@@ -43,6 +44,27 @@ def empty(postgres: Server) -> Iterator[str]:
 async def versions(dsn: str) -> list[str]:
     async with connected(dsn) as connection:
         return [row[0] for row in await connection.fetch("select version from schema_migrations order by 1")]
+
+
+def test_every_table_and_column_says_what_it_is(postgres: Server, database: str) -> None:
+    silent = postgres.psql(
+        database,
+        """
+        select c.relname || coalesce('.' || a.attname, '')
+        from pg_class c left join pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
+        where c.relnamespace = 'public'::regnamespace and c.relkind in ('r', 'v', 'm', 'p')
+          and (obj_description(c.oid, 'pg_class') is null or col_description(c.oid, a.attnum) is null)
+        """,
+    )
+    assert silent == ""
+
+
+def test_the_page_of_tables_shows_each_of_them(postgres: Server, database: str) -> None:
+    names = postgres.psql(
+        database,
+        "select relname from pg_class where relnamespace = 'public'::regnamespace and relkind in ('r', 'v', 'm', 'p')",
+    )
+    assert sorted(names.split()) == sorted(table for tables in TABLES.values() for table in tables)
 
 
 # --- applying ------------------------------------------------------------------------------------------------------
