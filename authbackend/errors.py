@@ -23,9 +23,10 @@ from typing import ClassVar
 
 
 class AuthbackendError(Exception):
-    """Base of all; ``exit_code`` is what the command line ends with."""
+    """Base of all; ``exit_code`` is what the command line ends with, ``http_status`` what the API answers."""
 
     exit_code: ClassVar[int] = 1
+    http_status: ClassVar[int] = 500
 
     def __init__(self, detail: str) -> None:
         super().__init__(detail)
@@ -36,30 +37,35 @@ class ConfigurationError(AuthbackendError):
     """A setting is wrong or missing."""
 
     exit_code = 2
+    http_status = 500
 
 
 class InvalidInput(AuthbackendError):
     """What was given breaks a rule; nothing was changed."""
 
     exit_code = 2
+    http_status = 400
 
 
 class NotFound(AuthbackendError):
     """What was named does not exist."""
 
     exit_code = 3
+    http_status = 404
 
 
 class Conflict(AuthbackendError):
     """What was given collides with what is there."""
 
     exit_code = 4
+    http_status = 409
 
 
 class Unavailable(AuthbackendError):
     """The database or a peer cannot be reached now, or somebody else holds what is needed."""
 
     exit_code = 5
+    http_status = 503
 
 
 class NoRoom(Unavailable):
@@ -74,9 +80,11 @@ class Forbidden(AuthbackendError):
     """The database role lacks the right."""
 
     exit_code = 7
+    http_status = 403
 
 
 class Unconfirmed(AuthbackendError):
     """A change is committed, and what was waited for is not known to be true."""
 
     exit_code = 8
+    http_status = 504

@@ -14,7 +14,6 @@ from authbackend.policy.explain import explain
 from authbackend.registry.store import Reader
 
 _LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
-_STATUS = {2: 400, 3: 404, 5: 503}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -72,5 +71,5 @@ async def show_errors(request: web.Request, handler: Handler) -> web.StreamRespo
     except AuthbackendError as error:
         problem = {"title": type(error).__name__, "detail": error.detail}
         return web.json_response(
-            problem, status=_STATUS.get(error.exit_code, 500), content_type="application/problem+json", dumps=_dumps
+            problem, status=error.http_status, content_type="application/problem+json", dumps=_dumps
         )

@@ -28,8 +28,9 @@ from authbackend.pki.crl import CrlEntry, RevocationList, entries_of, next_numbe
 from authbackend.pki.crl_sync import WAIT_S
 from authbackend.postgres import certificates as store
 from authbackend.postgres import crls
-from authbackend.postgres.connection import Connection, Target, translated_errors
-from authbackend.postgres.crls import Listener, StoredCrl
+from authbackend.postgres.connection import Connection, Target, connected, translated_errors
+from authbackend.postgres.crls import StoredCrl
+from authbackend.postgres.listener import Listener
 from authbackend.settings import Pki
 
 log = structlog.get_logger(__name__)
@@ -284,12 +285,11 @@ class CrlPublisher:
         """Work until cancelled; what fails is logged, once for each fault, and tried again."""
         while True:
             try:
-                listener = await Listener.open(self._target)
-                self._reachability.succeeded()
-                try:
-                    await self._follow(listener)
-                finally:
-                    await listener.close()
+                async with connected(self._target) as connection:
+                    listener = Listener(connection)
+                    await listener.listen(*crls.CHANNELS)
+                    self._reachability.succeeded()
+                    await self._follow(connection, listener)
             except AuthbackendError as error:
                 self._faults.failed(error.detail)
             except Exception as error:  # lists are late then, which brokers and an alert notice; decisions go on
@@ -298,10 +298,9 @@ class CrlPublisher:
                 self._faults.failed(f"{type(error).__name__} while reading revocation lists")
             await self._reachability.pause(self._backoff)
 
-    async def _follow(self, listener: Listener) -> None:
-        connection = listener.connection
+    async def _follow(self, connection: Connection, listener: Listener) -> None:
         with translated_errors():
-            while not connection.is_closed():
+            while True:
                 fault = await self._read_authority()
                 if self._authority is not None:
                     stranger = await self._stranger(connection, self._authority)
@@ -316,7 +315,7 @@ class CrlPublisher:
                 else:
                     self._faults.failed(fault)
                 self._backoff.reset()
-                await listener.changed(CHECK_S)
+                await listener.wait(CHECK_S)
 
     async def _read_authority(self) -> str | None:
         """Take the authority's files as they are now; return why they cannot be used, or None."""

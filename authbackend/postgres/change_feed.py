@@ -24,6 +24,7 @@ from authbackend.postgres import locks
 from authbackend.postgres.connection import Connection, Target, connect, translated_errors
 from authbackend.postgres.compatibility import require_fit
 from authbackend.postgres.replicas import Identity, introduce
+from authbackend.postgres.listener import Listener
 from authbackend.postgres.statements import load_statements
 from authbackend.postgres.lock_waits import locked_out
 from authbackend.registry.position import FeedPosition
@@ -202,32 +203,17 @@ class ChangeFeed:
         Raises:
             Unavailable: The connection cannot be made or is lost.
         """
-        woken = asyncio.Event()
-        lost = False
-
-        def on_lost(_: Any) -> None:
-            nonlocal lost
-            lost = True
-            woken.set()
-
-        async def next_change() -> None:
-            while not woken.is_set():
-                try:
-                    async with asyncio.timeout(PROBE_S):
-                        await woken.wait()
-                except TimeoutError:
-                    with translated_errors():  # a connection whose other end is gone says nothing by itself
-                        await connection.fetchval("select 1")
-            if lost:
-                raise Unavailable("the listening connection was lost")
-            woken.clear()
-
         name = f"{self._target.application_name} listener"
         connection = await connect(replace(self._target, application_name=name))
         try:
-            connection.add_termination_listener(on_lost)
-            with translated_errors():
-                await connection.add_listener(CHANNEL, lambda *_: woken.set())
+            listener = Listener(connection)
+            await listener.listen(CHANNEL)
+
+            async def next_change() -> None:
+                while not await listener.wait(PROBE_S):
+                    with translated_errors():  # a connection whose other end is gone says nothing by itself
+                        await connection.fetchval("select 1")
+
             yield next_change
         finally:
             with contextlib.suppress(Exception):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -10,6 +9,7 @@ from typing import Any
 
 from authbackend.errors import NotFound
 from authbackend.postgres.connection import Connection, Target, connect, connected, name_actor, translated_errors
+from authbackend.postgres.connection import Connection, Target, connected, translated_errors
 from authbackend.postgres.statements import load_statements
 
 CHANNELS = ("certificate", "crl")
@@ -189,53 +189,3 @@ async def fetch_expiring(connection: Connection) -> Expiring:
         sum(row["expired"] for row in types),
         max((row["number"] for row in days), default=0),
     )
-
-
-class Listener:
-    """A connection that hears of changes; reconnect by making another."""
-
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-        self._changed = asyncio.Event()
-
-    @classmethod
-    async def open(cls, target: Target) -> Listener:
-        """
-        Connect and listen.
-
-        Raises:
-            Unavailable: The database cannot be reached.
-        """
-        listener = cls(await connect(target))
-        try:
-            with translated_errors():
-                for channel in CHANNELS:
-                    await listener.connection.add_listener(channel, listener._notified)
-        except BaseException:
-            listener.connection.terminate()
-            raise
-        listener.connection.add_termination_listener(listener._ended)
-        return listener
-
-    def _notified(self, *_: object) -> None:
-        self._changed.set()
-
-    def _ended(self, *_: object) -> None:
-        self._changed.set()
-
-    async def changed(self, timeout_s: float) -> bool:
-        """Return when something changed or the connection ended (True), or after a time (False)."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._changed.wait()
-        except TimeoutError:
-            return False
-        self._changed.clear()
-        return True
-
-    async def close(self) -> None:
-        """Close the connection."""
-        try:
-            await self.connection.close(timeout=1)
-        except Exception:
-            self.connection.terminate()

@@ -16,6 +16,7 @@ import structlog
 from authbackend.enforcement.tasks import Backlog, ReplicaConfirmation, Listed, Overdue, Pause, Task, TaskStoreError
 from authbackend.errors import AuthbackendError, Conflict, NotFound, Unavailable
 from authbackend.postgres.connection import Connection, Target, connect, connected, name_actor, translated_errors
+from authbackend.postgres.listener import Listener
 from authbackend.postgres.locks import ENFORCE
 from authbackend.postgres.statements import load_statements
 
@@ -36,23 +37,21 @@ class PostgresTaskStore:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._statements = load_statements("enforcement")
-        self._noted = asyncio.Event()
+        self._listener = Listener(connection, self._notified)
         self._pause: Pause | None = None
         self._pause_lasts_until = float("-inf")  # monotonic: so long it need not be looked at again
-        self._told = 0
+        self._notifications = 0
         self._turn = asyncio.Lock()  # a part may do several batches at a time
 
     async def listen(self) -> None:
         """Be woken by what is noted from now on."""
         with translated_errors():
             await self._connection.execute(f"set lock_timeout = '{_LOCK_TIMEOUT_S}s'")
-            await self._connection.add_listener(CHANNEL, lambda *_: self._wake())
-        self._connection.add_termination_listener(lambda *_: self._noted.set())
+        await self._listener.listen(CHANNEL)
 
-    def _wake(self) -> None:
+    def _notified(self) -> None:
         """Something was noted, or a pause began or ended: the channel does not tell which."""
-        self._noted.set()
-        self._told += 1
+        self._notifications += 1
         self._pause_lasts_until = float("-inf")
 
     async def due(self, cluster: str, lane: str, being_done: set[int], limit: int) -> list[Task]:
@@ -65,12 +64,10 @@ class PostgresTaskStore:
 
     async def wait_for_tasks(self, longest_s: float) -> None:
         """Wait until something is noted, for up to ``longest_s``."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(longest_s):
-                await self._noted.wait()
-        self._noted.clear()
-        if self._connection.is_closed():
-            raise TaskStoreError("the connection to PostgreSQL was lost")
+        try:
+            await self._listener.wait(longest_s)
+        except Unavailable as error:
+            raise TaskStoreError(error.detail) from error
 
     async def paused(self) -> Pause | None:
         """Return the pause that is in force."""
@@ -79,9 +76,9 @@ class PostgresTaskStore:
     async def is_paused(self, lane: str) -> bool:
         """Return whether a lane is paused; asks the database when it has told of something, and once a second."""
         if time.monotonic() >= self._pause_lasts_until:
-            told = self._told
+            told = self._notifications
             self._pause = await self.paused()
-            if told == self._told:  # else it may have begun after the look
+            if told == self._notifications:  # else it may have begun after the look
                 self._pause_lasts_until = time.monotonic() + _PAUSE_LASTS_S
         return self._pause is not None and self._pause.stops(lane)
 

@@ -144,23 +144,25 @@ def run_replica(monkeypatch):
     """Run the parts of a replica against a server for some seconds of the clock."""
 
     def run(server, seconds):
+        @contextlib.asynccontextmanager
+        async def connected(target):
+            server.answer("lists")
+            yield None
+
         class Listener:
-            connection = None
-
-            @staticmethod
-            async def open(target):
-                server.answer("lists")
-                return Listener()
-
-            async def close(self):
+            def __init__(self, connection):
                 pass
 
-        async def follow(publisher, listener):
+            async def listen(self, *channels):
+                pass
+
+        async def follow(publisher, connection, listener):
             publisher._faults.succeeded()
             publisher._backoff.reset()
             await server.lost()
             raise AWAY
 
+        monkeypatch.setattr(crl_publisher, "connected", connected)
         monkeypatch.setattr(crl_publisher, "Listener", Listener)
         monkeypatch.setattr(CrlPublisher, "_follow", follow)
 
