@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Metric
 from pydantic import BaseModel, SecretStr
 
 from authbackend.enforcement.metrics import EnforcementMetrics
+from authbackend.log_events import EVENTS
 from authbackend.metrics import (
     BrokerMetrics,
     CertificateMetrics,
@@ -66,6 +67,7 @@ def pages() -> dict[str, str]:
     return {
         "configuration.md": _GENERATED + "\n".join(_configuration()) + "\n",
         "metrics.md": _GENERATED + "\n".join(_metrics()) + "\n",
+        "log-events.md": _GENERATED + "\n".join(_log_events()) + "\n",
         "schema.md": _GENERATED + "\n".join(_schema()) + "\n",
         "reasons.md": _GENERATED + "\n".join(_reasons()) + "\n",
         "command-line.md": _GENERATED + "\n".join(_command_line()) + "\n",
@@ -220,6 +222,18 @@ def _broker_answers(answers: dict[str, Any]) -> Iterator[str]:
         yield "```text"
         yield from answer["log"]
         yield "```"
+
+
+def _log_events() -> Iterator[str]:
+    yield "# Log events"
+    yield ""
+    yield "Logs go to standard error, one event a line: JSON, or text with `log.format = console`. `event` is one of these. No line"
+    yield "holds a password, a hash, a query string or a connection URI."
+    yield ""
+    yield "| event | level | meaning |"
+    yield "|---|---|---|"
+    for event, (level, meaning) in EVENTS.items():
+        yield f"| `{event}` | {level} | {meaning} |"
 
 
 TABLES = {

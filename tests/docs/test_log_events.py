@@ -1,0 +1,28 @@
+"""Every event that the code logs is in the list that docs/log-events.md is made from, with its level, and no other is."""
+
+import ast
+from pathlib import Path
+
+from authbackend.log_events import EVENTS
+
+PACKAGE = Path(__file__).parent.parent.parent / "authbackend"
+LEVELS = {"debug": "debug", "info": "info", "warning": "warning", "error": "error", "exception": "error"}
+
+
+def logged():
+    """Yield (event, level, place) of every call of a module's ``log``."""
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Call(func=ast.Attribute(value=ast.Name(id="log"), attr=method), args=[event, *_]):
+                    if method in LEVELS:
+                        assert isinstance(event, ast.Constant), f"{file}:{node.lineno}: an event is a plain string"
+                        yield event.value, LEVELS[method], f"{file.name}:{node.lineno}"
+
+
+def test_every_event_is_in_the_list_and_no_other():
+    levels = {}
+    for event, level, place in logged():
+        assert event in EVENTS, f"{place}: add {event} to authbackend/log_events.py"
+        levels.setdefault(event, set()).add(level)
+    assert {event: set(level.split(", ")) for event, (level, _) in EVENTS.items()} == levels
