@@ -102,7 +102,6 @@ async def watch(files: TLSFiles, reload: asyncio.Event) -> None:
     Args:
         reload: Set to have them read at once, changed or not.
     """
-    reloaded, not_reloaded = f"{files.section}.certificates_reloaded", f"{files.section}.certificates_not_reloaded"
     while True:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(reload.wait(), _RELOAD_LOOK_S)
@@ -110,8 +109,8 @@ async def watch(files: TLSFiles, reload: asyncio.Event) -> None:
             if reload.is_set():
                 reload.clear()
                 files.reload()
-                log.info(reloaded)
+                log.info("certificates.reloaded", listener=files.section)
             elif files.reload_if_changed():
-                log.info(reloaded)
+                log.info("certificates.reloaded", listener=files.section)
         except ConfigurationError as error:
-            log.error(not_reloaded, fault=error.detail)
+            log.error("certificates.not_reloaded", listener=files.section, fault=error.detail)

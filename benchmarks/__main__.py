@@ -13,10 +13,10 @@ from typing import Any
 import click
 
 from authbackend_load.run import machine
-from benchmarks import braking, report, fixtures, topics
+from benchmarks import braking, fixtures, report, topics
+from benchmarks.fixtures import BenchmarkError
 from benchmarks.measurements import ALL, QUICK, Extent, staged
 from benchmarks.namespaces import CannotRun, run_inside
-from benchmarks.fixtures import BenchmarkError
 from benchmarks.storm import Options
 from benchmarks.storm import run as storm
 

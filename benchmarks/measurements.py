@@ -19,9 +19,9 @@ from typing import Any
 import asyncpg
 import uvloop
 
-from benchmarks import applying, load_client, fixtures
-from benchmarks.propagation import Watcher
+from benchmarks import applying, fixtures, load_client
 from benchmarks.fixtures import Running
+from benchmarks.propagation import Watcher
 from tests.support.postgres import Server
 
 Say = Callable[[str], None]
@@ -191,7 +191,9 @@ def memory(stage: Stage) -> dict[str, Any]:
     for name, dsn in (("small", stage.small), ("large", stage.large)):
         for number in (1, 2, 4):
             with fixtures.service(name, dsn, number) as running:
-                load_client.throughput(running.port, load_client.publishes(SMALL if name == "small" else stage.extent.devices), 1)
+                load_client.throughput(
+                    running.port, load_client.publishes(SMALL if name == "small" else stage.extent.devices), 1
+                )
                 found[f"{name}, {number} workers"] = sum(running.memory_bytes().values())
     grown = stage.extent.devices - SMALL
     for number in (1, 2, 4):

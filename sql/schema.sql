@@ -70,6 +70,30 @@ CREATE TABLE public.account (
     unchecked_dead_lettering boolean DEFAULT false NOT NULL
 );
 
+COMMENT ON TABLE public.account IS 'An identity that is not a device: a service, an operator, a program that speaks AMQP.';
+
+COMMENT ON COLUMN public.account.name IS 'User name, or common name of the certificate.';
+
+COMMENT ON COLUMN public.account.login IS 'How it logs in: password or certificate.';
+
+COMMENT ON COLUMN public.account.password_hash IS 'argon2id hash of the password. Never shown in the audit trail.';
+
+COMMENT ON COLUMN public.account.tags IS 'RabbitMQ user tags, for example management.';
+
+COMMENT ON COLUMN public.account.vhosts IS 'Virtual hosts that it may use. Empty: none.';
+
+COMMENT ON COLUMN public.account.networks IS 'Networks from which it may open an AMQP or MQTT connection. Null: any address. The management API is not covered.';
+
+COMMENT ON COLUMN public.account.client_ids IS 'MQTT client identifiers that it may use. Empty: none.';
+
+COMMENT ON COLUMN public.account.configure IS 'Queues and exchanges that it may declare and delete; "*" stands for any run of characters.';
+
+COMMENT ON COLUMN public.account.write IS 'Queues and exchanges that it may write to; "*" as in configure.';
+
+COMMENT ON COLUMN public.account.read IS 'Queues and exchanges that it may read from; "*" as in configure.';
+
+COMMENT ON COLUMN public.account.unchecked_dead_lettering IS 'True: it may hold rights that together bypass topic rules, because RabbitMQ checks no routing key when it dead-letters.';
+
 CREATE FUNCTION public.account_fault(a public.account) RETURNS text
     LANGUAGE plpgsql IMMUTABLE
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -1579,6 +1603,12 @@ CREATE TABLE public.acting_for (
     person text NOT NULL
 );
 
+COMMENT ON TABLE public.acting_for IS 'For whom the session acts while it makes a scheduled change. Empty otherwise.';
+
+COMMENT ON COLUMN public.acting_for.backend IS 'Process id of the session.';
+
+COMMENT ON COLUMN public.acting_for.person IS 'Who scheduled the change.';
+
 CREATE TABLE public.audit (
     id bigint NOT NULL,
     at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
@@ -1594,6 +1624,34 @@ CREATE TABLE public.audit (
     after jsonb,
     actor text DEFAULT public.acting_person()
 );
+
+COMMENT ON TABLE public.audit IS 'The audit trail: one row for every row that a statement inserted, updated or deleted, written in the same transaction.';
+
+COMMENT ON COLUMN public.audit.id IS 'Number of the row. Not an order of commits.';
+
+COMMENT ON COLUMN public.audit.at IS 'When the row was changed; not when the change was committed.';
+
+COMMENT ON COLUMN public.audit.version IS 'Transaction id of the change.';
+
+COMMENT ON COLUMN public.audit.role IS 'The role that logged in (session_user).';
+
+COMMENT ON COLUMN public.audit.claimed_by IS 'Who acted, as the client program said (authbackend.actor). Not checked.';
+
+COMMENT ON COLUMN public.audit.application IS 'application_name of the session.';
+
+COMMENT ON COLUMN public.audit.address IS 'Address of the client. Null: a Unix socket.';
+
+COMMENT ON COLUMN public.audit.operation IS 'INSERT, UPDATE, DELETE, TRUNCATE, or ACCEPT for a mass change that was accepted.';
+
+COMMENT ON COLUMN public.audit.entity IS 'The table that was changed.';
+
+COMMENT ON COLUMN public.audit.key IS 'Key of the row.';
+
+COMMENT ON COLUMN public.audit.before IS 'The row before the change, without secrets. Null for an insert.';
+
+COMMENT ON COLUMN public.audit.after IS 'The row after the change, without secrets. Null for a delete.';
+
+COMMENT ON COLUMN public.audit.actor IS 'Who acted: the role that logged in, or whom a role with authbackend_speaks_for_others named.';
 
 ALTER TABLE public.audit ALTER COLUMN id ADD GENERATED ALWAYS AS IDENTITY (
     SEQUENCE NAME public.audit_id_seq
@@ -1622,6 +1680,18 @@ CASE
 END)
 );
 
+COMMENT ON TABLE public.authority IS 'A certificate authority that has issued certificates on record.';
+
+COMMENT ON COLUMN public.authority.name IS 'Name for people, commands and the URL of its revocation list.';
+
+COMMENT ON COLUMN public.authority.subject IS 'Subject of its certificate (RFC 4514): the issuer of what it signs.';
+
+COMMENT ON COLUMN public.authority.certificate_pem IS 'Its certificate, PEM. Never a private key.';
+
+COMMENT ON COLUMN public.authority.not_after IS 'When its certificate ends.';
+
+COMMENT ON COLUMN public.authority.added_at IS 'When it was added.';
+
 CREATE TABLE public.brake (
     one boolean DEFAULT true NOT NULL,
     devices bigint DEFAULT 100 NOT NULL,
@@ -1643,10 +1713,24 @@ CASE
 END)
 );
 
+COMMENT ON TABLE public.brake IS 'The limits of the brake on mass change. One row; without it the limits are 100 devices and 5 percent.';
+
+COMMENT ON COLUMN public.brake.one IS 'Always true: the table has one row.';
+
+COMMENT ON COLUMN public.brake.devices IS 'A transaction is refused if it takes something from more devices than this and from more than percent of all.';
+
+COMMENT ON COLUMN public.brake.percent IS 'See devices.';
+
 CREATE UNLOGGED TABLE public.brake_acceptance (
     version xid8 DEFAULT pg_current_xact_id() NOT NULL,
     accepted bigint
 );
+
+COMMENT ON TABLE public.brake_acceptance IS 'What accept_impact() allows each open transaction.';
+
+COMMENT ON COLUMN public.brake_acceptance.version IS 'Transaction id.';
+
+COMMENT ON COLUMN public.brake_acceptance.accepted IS 'From how many devices, accounts and certificates together it may take something.';
 
 CREATE UNLOGGED TABLE public.brake_impact (
     version xid8 DEFAULT pg_current_xact_id() NOT NULL,
@@ -1654,6 +1738,16 @@ CREATE UNLOGGED TABLE public.brake_impact (
     name text NOT NULL,
     cause text NOT NULL
 );
+
+COMMENT ON TABLE public.brake_impact IS 'What each open transaction takes something from.';
+
+COMMENT ON COLUMN public.brake_impact.version IS 'Transaction id.';
+
+COMMENT ON COLUMN public.brake_impact.kind IS 'device, account or certificate.';
+
+COMMENT ON COLUMN public.brake_impact.name IS 'Which one.';
+
+COMMENT ON COLUMN public.brake_impact.cause IS 'What was done to it, for example revoked.';
 
 CREATE TABLE public.certificate (
     fingerprint text NOT NULL,
@@ -1712,6 +1806,34 @@ CASE
 END)
 );
 
+COMMENT ON TABLE public.certificate IS 'A certificate on record. Private keys are never in the database.';
+
+COMMENT ON COLUMN public.certificate.fingerprint IS 'SHA-256 of the certificate (DER), lower-case hexadecimal.';
+
+COMMENT ON COLUMN public.certificate.serial IS 'Serial number, lower-case hexadecimal.';
+
+COMMENT ON COLUMN public.certificate.issuer IS 'Issuer (RFC 4514).';
+
+COMMENT ON COLUMN public.certificate.subject IS 'Subject (RFC 4514).';
+
+COMMENT ON COLUMN public.certificate.common_name IS 'Common name, as RabbitMQ takes it for the user name.';
+
+COMMENT ON COLUMN public.certificate.not_before IS 'Start of its validity.';
+
+COMMENT ON COLUMN public.certificate.not_after IS 'End of its validity.';
+
+COMMENT ON COLUMN public.certificate.device_id IS 'The device that it belongs to. Null: none yet.';
+
+COMMENT ON COLUMN public.certificate.state IS 'active or revoked.';
+
+COMMENT ON COLUMN public.certificate.reason IS 'Why it was revoked, a reason of RFC 5280 section 5.3.1.';
+
+COMMENT ON COLUMN public.certificate.revoked_at IS 'When it was revoked.';
+
+COMMENT ON COLUMN public.certificate.added_at IS 'When it was put on record.';
+
+COMMENT ON COLUMN public.certificate.key_fingerprint IS 'SHA-256 of its public key (SubjectPublicKeyInfo, DER). Null: recorded by a version that did not keep it.';
+
 CREATE TABLE public.change (
     txid xid8 DEFAULT pg_current_xact_id() NOT NULL,
     entity text NOT NULL,
@@ -1719,16 +1841,36 @@ CREATE TABLE public.change (
 )
 WITH (autovacuum_vacuum_scale_factor='0.02', autovacuum_vacuum_insert_scale_factor='0.2');
 
+COMMENT ON TABLE public.change IS 'The change feed: which rows of the registry each transaction changed.';
+
+COMMENT ON COLUMN public.change.txid IS 'Transaction id.';
+
+COMMENT ON COLUMN public.change.entity IS 'device, device_type or account.';
+
+COMMENT ON COLUMN public.change.key IS 'Key of the changed row.';
+
 CREATE TABLE public.change_floor (
     one boolean DEFAULT true NOT NULL,
     floor xid8 NOT NULL,
     CONSTRAINT change_floor_one_check CHECK (one)
 );
 
+COMMENT ON TABLE public.change_floor IS 'How far the change feed was pruned. One row.';
+
+COMMENT ON COLUMN public.change_floor.one IS 'Always true: the table has one row.';
+
+COMMENT ON COLUMN public.change_floor.floor IS 'Changes of older transactions may be gone.';
+
 CREATE TABLE public.change_horizon (
     at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
     horizon xid8 NOT NULL
 );
+
+COMMENT ON TABLE public.change_horizon IS 'Which transactions had ended at which time, for pruning the change feed.';
+
+COMMENT ON COLUMN public.change_horizon.at IS 'The time.';
+
+COMMENT ON COLUMN public.change_horizon.horizon IS 'All older transactions had ended.';
 
 CREATE TABLE public.client_id_move (
     device_type text NOT NULL,
@@ -1737,6 +1879,18 @@ CREATE TABLE public.client_id_move (
     since timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
     until timestamp with time zone NOT NULL
 );
+
+COMMENT ON TABLE public.client_id_move IS 'Client identifiers that pass from one device to another because the patterns of a type were widened.';
+
+COMMENT ON COLUMN public.client_id_move.device_type IS 'The type whose patterns were widened.';
+
+COMMENT ON COLUMN public.client_id_move.former IS 'The patterns before.';
+
+COMMENT ON COLUMN public.client_id_move.held IS 'Client identifiers that are still in use by the former owner. Null: not looked up yet, all that move are held.';
+
+COMMENT ON COLUMN public.client_id_move.since IS 'When it began.';
+
+COMMENT ON COLUMN public.client_id_move.until IS 'When it ends by itself.';
 
 CREATE TABLE public.crl (
     authority text NOT NULL,
@@ -1756,11 +1910,31 @@ CASE
 END)
 );
 
+COMMENT ON TABLE public.crl IS 'The current certificate revocation list of each authority.';
+
+COMMENT ON COLUMN public.crl.authority IS 'Name of the authority.';
+
+COMMENT ON COLUMN public.crl.number IS 'CRL number (RFC 5280 section 5.2.3).';
+
+COMMENT ON COLUMN public.crl.this_update IS 'When it was issued.';
+
+COMMENT ON COLUMN public.crl.next_update IS 'Until when brokers accept it.';
+
+COMMENT ON COLUMN public.crl.der IS 'The list, DER.';
+
 CREATE TABLE public.crl_highest (
     issuer text NOT NULL,
     number numeric(48,0) NOT NULL,
     digest bytea NOT NULL
 );
+
+COMMENT ON TABLE public.crl_highest IS 'The highest CRL number each authority has ever used, so that numbers never go down.';
+
+COMMENT ON COLUMN public.crl_highest.issuer IS 'Subject of the authority.';
+
+COMMENT ON COLUMN public.crl_highest.number IS 'The CRL number.';
+
+COMMENT ON COLUMN public.crl_highest.digest IS 'Hash of the list with this number: the same number never stands for two lists.';
 
 CREATE TABLE public.crl_installed (
     node text NOT NULL,
@@ -1781,17 +1955,47 @@ CASE
 END)
 );
 
+COMMENT ON TABLE public.crl_installed IS 'Which list the host of each RabbitMQ node has installed, as its `crl sync` reports.';
+
+COMMENT ON COLUMN public.crl_installed.node IS 'Name of the node, for example rabbit@host.';
+
+COMMENT ON COLUMN public.crl_installed.issuer IS 'Subject of the authority.';
+
+COMMENT ON COLUMN public.crl_installed.number IS 'CRL number of the installed list.';
+
+COMMENT ON COLUMN public.crl_installed.next_update IS 'Until when the installed list is accepted.';
+
+COMMENT ON COLUMN public.crl_installed.reported_at IS 'When it was last reported.';
+
+COMMENT ON COLUMN public.crl_installed.counts_until IS 'Until then the report counts; a host that reports nothing later is not known to have its list still.';
+
 CREATE TABLE public.crl_listed (
     issuer text NOT NULL,
     serial text NOT NULL,
     number numeric(48,0) NOT NULL
 );
 
+COMMENT ON TABLE public.crl_listed IS 'What is on the current list of each authority.';
+
+COMMENT ON COLUMN public.crl_listed.issuer IS 'Subject of the authority.';
+
+COMMENT ON COLUMN public.crl_listed.serial IS 'Serial number of the revoked certificate.';
+
+COMMENT ON COLUMN public.crl_listed.number IS 'CRL number of the first list that had it.';
+
 CREATE TABLE public.crl_reporter (
     node text NOT NULL,
     role name NOT NULL,
     since timestamp with time zone DEFAULT clock_timestamp() NOT NULL
 );
+
+COMMENT ON TABLE public.crl_reporter IS 'Which role reports for which node. One role for one node, and one node for one role.';
+
+COMMENT ON COLUMN public.crl_reporter.node IS 'Name of the node.';
+
+COMMENT ON COLUMN public.crl_reporter.role IS 'The role that reported first; no other one can.';
+
+COMMENT ON COLUMN public.crl_reporter.since IS 'When it did.';
 
 CREATE TABLE public.device (
     device_id text NOT NULL,
@@ -1835,11 +2039,37 @@ CASE
 END)
 );
 
+COMMENT ON TABLE public.device IS 'A device. It logs in over MQTT with a client certificate that has its common name.';
+
+COMMENT ON COLUMN public.device.device_id IS 'Identifier for people and for the {device_id} placeholder of rules.';
+
+COMMENT ON COLUMN public.device.common_name IS 'Common name (CN) of the device''s certificate; RabbitMQ sends it as the user name.';
+
+COMMENT ON COLUMN public.device.type IS 'Name of the device type.';
+
+COMMENT ON COLUMN public.device.status IS 'pending, active, suspended or revoked. Only an active device may connect.';
+
+COMMENT ON COLUMN public.device.status_reason IS 'Why it has this status, for people.';
+
+COMMENT ON COLUMN public.device.status_changed_at IS 'When the status last changed.';
+
+COMMENT ON COLUMN public.device.attributes IS 'Values for the {attr.NAME} placeholders of rules: a JSON object of strings.';
+
+COMMENT ON COLUMN public.device.expires_at IS 'From this time on the device is denied. Null: never.';
+
 CREATE TABLE public.device_hold (
     device_id text NOT NULL,
     since timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
     until timestamp with time zone NOT NULL
 );
+
+COMMENT ON TABLE public.device_hold IS 'Devices that may not log in while their connections and sessions are repaired.';
+
+COMMENT ON COLUMN public.device_hold.device_id IS 'The device.';
+
+COMMENT ON COLUMN public.device_hold.since IS 'When the hold began.';
+
+COMMENT ON COLUMN public.device_hold.until IS 'When it ends by itself.';
 
 CREATE TABLE public.device_schedule (
     device_id text NOT NULL,
@@ -1859,6 +2089,20 @@ CASE
     ELSE public.refuse(format('scheduled status %L of device %L: possible are active, suspended and revoked'::text, status, device_id))
 END)
 );
+
+COMMENT ON TABLE public.device_schedule IS 'A change of a device''s status that is to happen later, one per device and time.';
+
+COMMENT ON COLUMN public.device_schedule.device_id IS 'The device.';
+
+COMMENT ON COLUMN public.device_schedule.at IS 'When the status changes.';
+
+COMMENT ON COLUMN public.device_schedule.status IS 'The new status: active, suspended or revoked.';
+
+COMMENT ON COLUMN public.device_schedule.reason IS 'Becomes the device''s status_reason.';
+
+COMMENT ON COLUMN public.device_schedule.claimed_by IS 'Who scheduled it, as the client program said.';
+
+COMMENT ON COLUMN public.device_schedule.actor IS 'Who scheduled it, as the database checked it.';
 
 CREATE TABLE public.device_type (
     name text NOT NULL,
@@ -1895,6 +2139,22 @@ CASE
 END)
 );
 
+COMMENT ON TABLE public.device_type IS 'A device type: what all devices of one kind may do. Its topic rules are in topic_rule.';
+
+COMMENT ON COLUMN public.device_type.name IS 'Letter, then up to 62 letters, digits, "_" and "-". Devices and rules refer to it.';
+
+COMMENT ON COLUMN public.device_type.description IS 'For people; no decision uses it.';
+
+COMMENT ON COLUMN public.device_type.client_ids IS 'Patterns of the MQTT client identifiers that a device may use, for example {device_id}_*. Empty: none.';
+
+COMMENT ON COLUMN public.device_type.vhosts IS 'Virtual hosts that the devices may use. Empty: none.';
+
+COMMENT ON COLUMN public.device_type.networks IS 'Networks from which the devices may connect. Null: any address.';
+
+COMMENT ON COLUMN public.device_type.max_staleness_s IS 'Seconds for which replicas may serve these devices from an old copy of the registry, if shorter than their own setting. Null: their own setting.';
+
+COMMENT ON COLUMN public.device_type.require_known_certificate IS 'True: a sweep closes connections whose certificate is not on record.';
+
 CREATE TABLE public.enforcement (
     id bigint NOT NULL,
     version xid8 DEFAULT pg_current_xact_id() NOT NULL,
@@ -1924,16 +2184,68 @@ END,
     CONSTRAINT enforcement_state_check CHECK ((state = ANY (ARRAY['waiting'::text, 'checking'::text, 'done'::text, 'superseded'::text])))
 );
 
+COMMENT ON TABLE public.enforcement IS 'A task of enforcement: what one change took away, to be made true for live connections and stored sessions of one cluster, and the receipt.';
+
+COMMENT ON COLUMN public.enforcement.id IS 'Number of the task.';
+
+COMMENT ON COLUMN public.enforcement.version IS 'Transaction id of the change.';
+
+COMMENT ON COLUMN public.enforcement.kind IS 'What it is about: device, device_type, account or certificate.';
+
+COMMENT ON COLUMN public.enforcement.name IS 'Which one.';
+
+COMMENT ON COLUMN public.enforcement.causes IS 'Why it was noted, for example revoked or rules_narrowed.';
+
+COMMENT ON COLUMN public.enforcement.details IS 'What else is needed to do it, for example former names.';
+
+COMMENT ON COLUMN public.enforcement.parent IS 'The task on whose behalf it was noted.';
+
+COMMENT ON COLUMN public.enforcement.role IS 'The role that made the change.';
+
+COMMENT ON COLUMN public.enforcement.claimed_by IS 'Who made the change, as the client program said.';
+
+COMMENT ON COLUMN public.enforcement.noted_at IS 'When it was noted.';
+
+COMMENT ON COLUMN public.enforcement.due_at IS 'When it is to be done or tried again.';
+
+COMMENT ON COLUMN public.enforcement.state IS 'waiting, checking (closed, to be looked at once more), done, or superseded (its cause was undone).';
+
+COMMENT ON COLUMN public.enforcement.attempts IS 'How often it was tried.';
+
+COMMENT ON COLUMN public.enforcement.fault IS 'Why the last attempt failed.';
+
+COMMENT ON COLUMN public.enforcement.receipt IS 'What was seen and done, when and on which nodes.';
+
+COMMENT ON COLUMN public.enforcement.finished_at IS 'When it was closed. Null: open.';
+
+COMMENT ON COLUMN public.enforcement.cluster IS 'Name of the RabbitMQ cluster.';
+
+COMMENT ON COLUMN public.enforcement.lane IS 'urgent or mass; see docs/enforcement.md.';
+
+COMMENT ON COLUMN public.enforcement.actor IS 'Who made the change, as the database checked it.';
+
 CREATE TABLE public.enforcement_cluster (
     name text NOT NULL,
     added_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL
 );
+
+COMMENT ON TABLE public.enforcement_cluster IS 'The RabbitMQ clusters that tasks are noted for.';
+
+COMMENT ON COLUMN public.enforcement_cluster.name IS 'Name of the cluster: the first host in its URLs.';
+
+COMMENT ON COLUMN public.enforcement_cluster.added_at IS 'When a replica with this cluster in its settings first led enforcement.';
 
 CREATE TABLE public.enforcement_expiry (
     one boolean DEFAULT true NOT NULL,
     noted_until timestamp with time zone NOT NULL,
     CONSTRAINT enforcement_expiry_one_check CHECK (one)
 );
+
+COMMENT ON TABLE public.enforcement_expiry IS 'Up to when expired devices have been noted. One row.';
+
+COMMENT ON COLUMN public.enforcement_expiry.one IS 'Always true: the table has one row.';
+
+COMMENT ON COLUMN public.enforcement_expiry.noted_until IS 'Devices with an earlier expires_at have their tasks.';
 
 ALTER TABLE public.enforcement ALTER COLUMN id ADD GENERATED ALWAYS AS IDENTITY (
     SEQUENCE NAME public.enforcement_id_seq
@@ -1961,6 +2273,22 @@ CASE
 END)
 );
 
+COMMENT ON TABLE public.enforcement_pause IS 'The pause of enforcement that is in force. At most one row.';
+
+COMMENT ON COLUMN public.enforcement_pause.one IS 'Always true: the table has one row.';
+
+COMMENT ON COLUMN public.enforcement_pause.scope IS 'bulk: the urgent lane goes on; all: nothing is done.';
+
+COMMENT ON COLUMN public.enforcement_pause.since IS 'When it began.';
+
+COMMENT ON COLUMN public.enforcement_pause.until IS 'When it ends by itself, an hour later at most.';
+
+COMMENT ON COLUMN public.enforcement_pause.role IS 'The role that paused.';
+
+COMMENT ON COLUMN public.enforcement_pause.claimed_by IS 'Who paused, as the client program said.';
+
+COMMENT ON COLUMN public.enforcement_pause.actor IS 'Who paused, as the database checked it.';
+
 CREATE TABLE public.enforcement_setup (
     one boolean DEFAULT true NOT NULL,
     hold_limit_s double precision NOT NULL,
@@ -1968,11 +2296,25 @@ CREATE TABLE public.enforcement_setup (
     CONSTRAINT enforcement_setup_one_check CHECK (one)
 );
 
+COMMENT ON TABLE public.enforcement_setup IS 'One row where a service enforces; without it no tasks are noted.';
+
+COMMENT ON COLUMN public.enforcement_setup.one IS 'Always true: the table has one row.';
+
+COMMENT ON COLUMN public.enforcement_setup.hold_limit_s IS 'Seconds after which a hold ends even if its task is open.';
+
 CREATE TABLE public.enforcement_sweep (
     cluster text NOT NULL,
     at timestamp with time zone NOT NULL,
     report jsonb NOT NULL
 );
+
+COMMENT ON TABLE public.enforcement_sweep IS 'The latest sweep of each cluster.';
+
+COMMENT ON COLUMN public.enforcement_sweep.cluster IS 'Name of the cluster.';
+
+COMMENT ON COLUMN public.enforcement_sweep.at IS 'When it ended.';
+
+COMMENT ON COLUMN public.enforcement_sweep.report IS 'What was compared, found and ended.';
 
 CREATE TABLE public.identity_guard (
     one boolean DEFAULT true NOT NULL,
@@ -1980,11 +2322,23 @@ CREATE TABLE public.identity_guard (
     CONSTRAINT identity_guard_one_check CHECK (one)
 );
 
+COMMENT ON TABLE public.identity_guard IS 'A row to lock, so that checks across tables see each other''s changes.';
+
+COMMENT ON COLUMN public.identity_guard.one IS 'Always true: the table has one row.';
+
+COMMENT ON COLUMN public.identity_guard.writers IS 'Counts the writers.';
+
 CREATE UNLOGGED TABLE public.incarnation (
     one boolean DEFAULT true NOT NULL,
     id uuid DEFAULT gen_random_uuid() NOT NULL,
     CONSTRAINT incarnation_one_check CHECK (one)
 );
+
+COMMENT ON TABLE public.incarnation IS 'Identifies one life of the server: unlogged, so a crash recovery empties it.';
+
+COMMENT ON COLUMN public.incarnation.one IS 'Always true: the table has one row.';
+
+COMMENT ON COLUMN public.incarnation.id IS 'The life.';
 
 CREATE TABLE public.replica (
     id uuid NOT NULL,
@@ -2003,6 +2357,34 @@ CREATE TABLE public.replica (
     CONSTRAINT replica_longest_staleness_s_check CHECK (((longest_staleness_s >= (0)::double precision) AND (longest_staleness_s <= ('1000000000'::numeric)::double precision)))
 )
 WITH (fillfactor='50');
+
+COMMENT ON TABLE public.replica IS 'One start of a replica of the service, with the registry version that it serves.';
+
+COMMENT ON COLUMN public.replica.id IS 'Identifier of this start.';
+
+COMMENT ON COLUMN public.replica.name IS 'replica.name of its settings, or the host name.';
+
+COMMENT ON COLUMN public.replica.program_version IS 'Version of authbackend.';
+
+COMMENT ON COLUMN public.replica.workers IS 'How many worker processes it has.';
+
+COMMENT ON COLUMN public.replica.longest_staleness_s IS 'registry.max_staleness_s of its settings: how old a copy it decides by.';
+
+COMMENT ON COLUMN public.replica.introduced_at IS 'When it started.';
+
+COMMENT ON COLUMN public.replica.epoch IS 'Which server and database it read: transaction ids mean the same only within one epoch.';
+
+COMMENT ON COLUMN public.replica.incarnation IS 'Life of the database since its last crash recovery; part of a registry version.';
+
+COMMENT ON COLUMN public.replica.snapshot IS 'The transactions whose changes all its workers decide by.';
+
+COMMENT ON COLUMN public.replica.confirmed_at IS 'When the database last confirmed that copy, by the database''s clock.';
+
+COMMENT ON COLUMN public.replica.stopped_at IS 'When it signed off.';
+
+COMMENT ON COLUMN public.replica.comes_back IS 'It signed off but can start again from its copy on disk.';
+
+COMMENT ON COLUMN public.replica.folder IS 'Identifier of its data folder. Null: it has none.';
 
 CREATE VIEW public.replica_state AS
  SELECT r.id,
@@ -2044,9 +2426,49 @@ CREATE VIEW public.replica_state AS
                 END AS state) d)
      CROSS JOIN LATERAL ( SELECT ((r.stopped_at IS NULL) AND (s.seen_at >= (clock_timestamp() - '00:00:10'::interval))) AS heard) h);
 
+COMMENT ON VIEW public.replica_state IS 'replica, with what follows from it now.';
+
+COMMENT ON COLUMN public.replica_state.id IS 'See replica.';
+
+COMMENT ON COLUMN public.replica_state.name IS 'See replica.';
+
+COMMENT ON COLUMN public.replica_state.program_version IS 'See replica.';
+
+COMMENT ON COLUMN public.replica_state.workers IS 'See replica.';
+
+COMMENT ON COLUMN public.replica_state.longest_staleness_s IS 'See replica.';
+
+COMMENT ON COLUMN public.replica_state.introduced_at IS 'See replica.';
+
+COMMENT ON COLUMN public.replica_state.epoch IS 'See replica.';
+
+COMMENT ON COLUMN public.replica_state.incarnation IS 'See replica.';
+
+COMMENT ON COLUMN public.replica_state.snapshot IS 'See replica.';
+
+COMMENT ON COLUMN public.replica_state.confirmed_at IS 'See replica.';
+
+COMMENT ON COLUMN public.replica_state.stopped_at IS 'See replica.';
+
+COMMENT ON COLUMN public.replica_state.comes_back IS 'See replica.';
+
+COMMENT ON COLUMN public.replica_state.state IS 'live, silent or stopped.';
+
+COMMENT ON COLUMN public.replica_state.may_answer IS 'It may still be answering RabbitMQ, so whoever waits for a change waits for it.';
+
+COMMENT ON COLUMN public.replica_state.counts_until IS 'From then on the copy that it had is too old to decide by.';
+
+COMMENT ON COLUMN public.replica_state.folder IS 'See replica.';
+
+COMMENT ON COLUMN public.replica_state.twins IS 'How many other starts run from the same data folder.';
+
 CREATE TABLE public.schema_migrations (
     version character varying NOT NULL
 );
+
+COMMENT ON TABLE public.schema_migrations IS 'The migrations that have been applied, as dbmate keeps them.';
+
+COMMENT ON COLUMN public.schema_migrations.version IS 'Number of the migration: the first part of its file''s name.';
 
 CREATE TABLE public.topic_rule (
     id bigint NOT NULL,
@@ -2084,6 +2506,26 @@ CASE
     ELSE public.refuse(format('topic filter %L: %s'::text, topic, public.topic_filter_fault(topic)))
 END)
 );
+
+COMMENT ON TABLE public.topic_rule IS 'A topic rule of one device type, device or account. A deny rule wins over every allow rule; without an allow rule a topic is denied.';
+
+COMMENT ON COLUMN public.topic_rule.id IS 'Number of the rule, as explain and logs show it.';
+
+COMMENT ON COLUMN public.topic_rule.device_type IS 'The device type that the rule belongs to. Exactly one of device_type, device_id and account is set.';
+
+COMMENT ON COLUMN public.topic_rule.device_id IS 'The device that the rule belongs to.';
+
+COMMENT ON COLUMN public.topic_rule.account IS 'The account that the rule belongs to.';
+
+COMMENT ON COLUMN public.topic_rule.effect IS 'allow or deny.';
+
+COMMENT ON COLUMN public.topic_rule.action IS 'publish or subscribe.';
+
+COMMENT ON COLUMN public.topic_rule.topic IS 'MQTT topic filter, with placeholders such as {device_id}.';
+
+COMMENT ON COLUMN public.topic_rule.exchange IS 'Only for accounts: the topic exchange that the rule is about. Null: the MQTT exchange.';
+
+COMMENT ON COLUMN public.topic_rule.note IS 'For people; no decision uses it.';
 
 ALTER TABLE public.topic_rule ALTER COLUMN id ADD GENERATED BY DEFAULT AS IDENTITY (
     SEQUENCE NAME public.topic_rule_id_seq
@@ -3007,4 +3449,5 @@ insert into public.schema_migrations (version) values
   ('20261125142000'),
   ('20261125150000'),
   ('20261125170000'),
-  ('20261125180000');
+  ('20261125180000'),
+  ('20261125190000');

@@ -13,11 +13,11 @@ from aiohttp import ClientPayloadError, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from authbackend.broker import protocol
-from authbackend.passwords import Busy, PasswordChecker
-from authbackend.broker.responses import Prepared, Responses
+from authbackend.broker.metrics import BrokerMetrics
 from authbackend.broker.protocol import Malformed, MalformedRequest
+from authbackend.broker.responses import Prepared, Responses
 from authbackend.logs import Sampler
-from authbackend.metrics import BrokerMetrics
+from authbackend.passwords import Busy, PasswordChecker
 from authbackend.policy import decide
 from authbackend.policy.decide import Decision, PasswordCheck
 from authbackend.policy.reasons import Reason
@@ -181,7 +181,7 @@ class Handlers:
     async def _check_password(self, login: PendingLogin, deadline: float) -> Prepared:
         with self.metrics.in_flight.track_inprogress():
             async with asyncio.timeout_at(_loop_time(deadline)):
-                decision = await self._checked(login.check, login.request.password)
+                decision = await self._checked(login.check, login.request.password or "")
         return self._response(login.question, login.request, decision)
 
     def _decide(self, question: Question, request: Any) -> Decision | PasswordCheck | None:

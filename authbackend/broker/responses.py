@@ -51,14 +51,14 @@ class Prepared(web.StreamResponse):
         super().__init__(status=int(status[:3]))
         self._keep_alive = True
         self._text = text
-        self._body = text.encode("ascii")
+        self._content = text.encode("ascii")
         self._head = (
             f"HTTP/1.1 {status}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: {len(text)}\r\n"
         ).encode()
 
     def message(self) -> bytes:
         """Return it as it goes to the client."""
-        return self._head + _clock.line() + self._body
+        return self._head + _clock.line() + self._content
 
     def suited_to(self, request: web.BaseRequest) -> web.StreamResponse:
         """Return it, or for an old client or another method one that aiohttp makes for this request alone."""

@@ -15,10 +15,10 @@ from aiohttp.web_protocol import RequestHandler
 from authbackend.bounded_server import BoundedConnection, BoundedServer, Bounds, accepting
 from authbackend.broker import protocol as broker_protocol
 from authbackend.broker.handlers import QUESTIONS, Handlers, PendingLogin
-from authbackend.broker.responses import write
+from authbackend.broker.metrics import BrokerMetrics
 from authbackend.broker.protocol import Malformed
+from authbackend.broker.responses import write
 from authbackend.errors import ConfigurationError
-from authbackend.metrics import BrokerMetrics
 from authbackend.tls import TLSFiles
 
 log = structlog.get_logger(__name__)

@@ -11,15 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from authbackend.certificates.crl_publisher import save_authority
 from authbackend.errors import Conflict, InvalidInput
 from authbackend.pki import signing
 from authbackend.pki.ca import AuthorityFolder, Signed
-from authbackend.pki.profiles import Profile
 from authbackend.pki.parsing import PKIError, PublicKey, new_key, read_request
+from authbackend.pki.profiles import Profile
 from authbackend.postgres import certificates as store
 from authbackend.postgres.certificates import CertificateRow
 from authbackend.postgres.connection import Connection, database_time
-from authbackend.certificates.crl_publisher import save_authority
 
 MOST_AT_ONCE = 100_000
 _SHOWN_FAULTS = 20

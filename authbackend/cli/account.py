@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from authbackend.passwords import hash_password
 from authbackend.cli.common import actor, json_option, run, show, show_change, table, target_of, wait_options
 from authbackend.errors import InvalidInput
+from authbackend.passwords import hash_password
 from authbackend.policy.names import RABBITMQ_TAGS
 from authbackend.postgres import registry_edits
 

@@ -12,9 +12,9 @@ import click
 
 from authbackend.cli.authorities import file_type, new_files
 from authbackend.cli.common import printable, run, target_of
-from authbackend.policy_file.read import parse_time
 from authbackend.errors import AuthbackendError, InvalidInput
 from authbackend.pki.files import replacing
+from authbackend.policy_file.read import parse_time
 from authbackend.postgres.audit import TrailEnd, TrailFilter
 from authbackend.postgres.audit import export as export_trail
 from authbackend.postgres.connection import Target

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import click
 
+from authbackend.certificates.crl_publisher import read_passphrase
 from authbackend.errors import ConfigurationError, InvalidInput
 from authbackend.pki.ca import AuthorityFolder
 from authbackend.pki.files import write_file
-from authbackend.certificates.crl_publisher import read_passphrase
 
 folder_type = click.Path(file_okay=False, path_type=Path)
 file_type = click.Path(dir_okay=False, path_type=Path)

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from authbackend.certificates.crl_publisher import save_authority
+from authbackend.certificates.enroll import record
 from authbackend.cli.authorities import (
     ROOT_KEY,
     authority_argument,
@@ -23,12 +25,10 @@ from authbackend.cli.authorities import (
     write_pair,
 )
 from authbackend.cli.common import actor, json_option, run, show, target_of
-from authbackend.certificates.enroll import record
 from authbackend.errors import ConfigurationError, InvalidInput
 from authbackend.pki import signing
-from authbackend.pki.ca import AuthorityFolder, Signed, create_authority, renew_intermediate
 from authbackend.pki.bench_certificates import RENEW_WITHIN, read_pair
-from authbackend.pki.profiles import Profile
+from authbackend.pki.ca import AuthorityFolder, Signed, create_authority, renew_intermediate
 from authbackend.pki.parsing import (
     KEY_KINDS,
     PKIError,
@@ -40,9 +40,9 @@ from authbackend.pki.parsing import (
     record_of,
     server_names,
 )
+from authbackend.pki.profiles import Profile
 from authbackend.postgres.connection import Target, database_time
 from authbackend.postgres.registry_edits import editing
-from authbackend.certificates.crl_publisher import save_authority
 
 offline_option = click.option(
     "--offline",

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from authbackend.certificates.crl_publisher import save_authority, sign
 from authbackend.cli import cert_import
 from authbackend.cli.authorities import file_type, folder_type, passphrase_of, passphrase_option
 from authbackend.cli.common import (
@@ -29,9 +30,8 @@ from authbackend.pki.crl import HOLD, REASONS
 from authbackend.postgres import certificates as store
 from authbackend.postgres import enforcement
 from authbackend.postgres.connection import Target, connected
-from authbackend.postgres.registry_edits import editing
 from authbackend.postgres.crls import StoredCrl
-from authbackend.certificates.crl_publisher import save_authority, sign
+from authbackend.postgres.registry_edits import editing
 
 _DURATION = re.compile(r"(\d{1,5})([dhw])")
 _UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}

@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 
 import click
 
-from authbackend.service import replica
 from authbackend.enforcement.tasks import Pause
 from authbackend.errors import AuthbackendError, Unconfirmed
-from authbackend.postgres import registry_edits, enforcement, replicas
+from authbackend.postgres import enforcement, registry_edits, replicas
 from authbackend.postgres.connection import Target
+from authbackend.service import replica
 from authbackend.settings import Settings, load
 
 T = TypeVar("T")

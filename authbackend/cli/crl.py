@@ -12,6 +12,8 @@ from typing import Any
 import click
 
 from authbackend import logs
+from authbackend.certificates.crl_publisher import CrlPublisher, InstallReporter, save_authority
+from authbackend.certificates.crl_publisher import sign as sign_list
 from authbackend.cli.authorities import authority_argument, file_type, folder_type, read_input
 from authbackend.cli.common import actor, json_option, run, settings_of, show, table, target_of
 from authbackend.errors import Conflict, InvalidInput, NotFound
@@ -19,15 +21,13 @@ from authbackend.pki import signing
 from authbackend.pki.ca import AuthorityFolder
 from authbackend.pki.client_tls import ClientTLS
 from authbackend.pki.crl import HOLD, RevocationList, age_fault, check_entries, entries_of, list_pem, read_list
-from authbackend.pki.parsing import Certificate, PKIError, read_certificates
 from authbackend.pki.crl_sync import Sync, Synced
+from authbackend.pki.parsing import Certificate, PKIError, read_certificates
 from authbackend.postgres import certificates as store
 from authbackend.postgres import crls
 from authbackend.postgres.connection import Target, connected
-from authbackend.postgres.registry_edits import editing
 from authbackend.postgres.crls import StoredAuthority, StoredCrl
-from authbackend.certificates.crl_publisher import InstallReporter, CrlPublisher, save_authority
-from authbackend.certificates.crl_publisher import sign as sign_list
+from authbackend.postgres.registry_edits import editing
 
 _distribution_point = click.option(
     "--distribution-point",

@@ -20,9 +20,9 @@ from authbackend.cli.common import (
     wait_options,
     who,
 )
-from authbackend.policy_file.read import parse_time
 from authbackend.errors import InvalidInput
 from authbackend.policy.rules import Status
+from authbackend.policy_file.read import parse_time
 from authbackend.postgres import registry_edits
 from authbackend.postgres.connection import Target
 from authbackend.postgres.enforcement import is_enabled

@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from authbackend.certificates import enroll as certificates_enroll
+from authbackend.certificates.enroll import Enrolled, Request
 from authbackend.cli.authorities import (
     file_type,
     folder_type,
@@ -22,7 +23,6 @@ from authbackend.cli.authorities import (
 )
 from authbackend.cli.ca import lines_of, result_of
 from authbackend.cli.common import actor, json_option, run, show, target_of
-from authbackend.certificates.enroll import Enrolled, Request
 from authbackend.errors import InvalidInput
 from authbackend.pki import signing
 from authbackend.pki.ca import AuthorityFolder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import click
 
-from authbackend.service import replica
 from authbackend.api.explanations import ACTIONS, as_text
 from authbackend.api.explanations import as_json as to_json
 from authbackend.cli.common import json_option, run, settings_of, show
@@ -12,6 +11,7 @@ from authbackend.policy.decide import DecisionSettings
 from authbackend.policy.explain import Attempt
 from authbackend.policy.explain import explain as explain_attempt
 from authbackend.postgres import partial_registry
+from authbackend.service import replica
 
 DENIED = 6
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import click
 
 from authbackend.cli.common import actor, harmless, json_option, run, show, show_change, target_of, wait_options
+from authbackend.errors import Forbidden, InvalidInput
+from authbackend.pki.files import write_file
 from authbackend.policy_file.changes import Change, Impact
 from authbackend.policy_file.devices import read_devices
 from authbackend.policy_file.lint import lint
 from authbackend.policy_file.model import Document, Problem
 from authbackend.policy_file.read import decode, read
 from authbackend.policy_file.write import as_tree, write
-from authbackend.errors import Forbidden, InvalidInput
-from authbackend.pki.files import write_file
 from authbackend.postgres import policy_apply, policy_export
 
 _file = click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path))

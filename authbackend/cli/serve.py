@@ -10,16 +10,16 @@ from pathlib import Path
 import click
 from pydantic import SecretStr
 
-from authbackend.service import components, replica, supervisor
 from authbackend import logs
 from authbackend.certificates import crl_publisher
 from authbackend.cli.common import json_option, run, settings_of, show, target_of
-from authbackend.policy_file.read import read
 from authbackend.errors import ConfigurationError, Unavailable
+from authbackend.policy_file.read import read
 from authbackend.postgres import migrate as migrations
 from authbackend.postgres import policy_apply
 from authbackend.postgres.connection import Target
 from authbackend.postgres.embedded import embedded, tools
+from authbackend.service import components, replica, supervisor
 from authbackend.settings import Database, Settings, is_loopback
 
 SAMPLE = Path(__file__).parent.parent / "sample-fleet.yaml"

@@ -18,12 +18,10 @@ from typing import Protocol
 import structlog
 
 from authbackend.backoff import Backoff, Reachability
-from authbackend.enforcement.batch import OLDEST_COPY_S, Enforcer
-from authbackend.enforcement.batch import EnforcerObserver
+from authbackend.enforcement.batch import OLDEST_COPY_S, Enforcer, EnforcerObserver
 from authbackend.enforcement.clusters import Cluster, ClusterActions
 from authbackend.enforcement.lanes import BulkLane, UrgentLane
-from authbackend.enforcement.sweep import SweepObserver
-from authbackend.enforcement.sweep import Sweep, SweepSettings
+from authbackend.enforcement.sweep import Sweep, SweepObserver, SweepSettings
 from authbackend.enforcement.tasks import MASS, URGENT, Backlog, Overdue, TaskStore
 from authbackend.errors import AuthbackendError, Unavailable
 from authbackend.fault_log import FaultLog

@@ -24,9 +24,8 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 
 from authbackend.pki import signing
-from authbackend.pki.files import write_file
 from authbackend.pki.crl import CrlEntry, RevocationList, sign_list
-from authbackend.pki.profiles import EXAMPLE, Profile, read_configuration
+from authbackend.pki.files import write_file
 from authbackend.pki.parsing import (
     KEY_KINDS,
     PKIError,
@@ -40,6 +39,7 @@ from authbackend.pki.parsing import (
     record_of,
     server_name,
 )
+from authbackend.pki.profiles import EXAMPLE, Profile, read_configuration
 from authbackend.policy.names import common_name_fault
 
 ROOT_LIFETIME = timedelta(days=20 * 365)

@@ -21,8 +21,8 @@ from cryptography import x509
 
 from authbackend.errors import AuthbackendError, InvalidInput, Unavailable
 from authbackend.pki.client_tls import ClientTLS
-from authbackend.pki.files import write_file
 from authbackend.pki.crl import RevocationList, age_fault, check_entries, issuer_hash, list_pem, read_list
+from authbackend.pki.files import write_file
 from authbackend.pki.parsing import PKIError
 
 log = structlog.get_logger(__name__)

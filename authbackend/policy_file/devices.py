@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from authbackend.policy_file.model import DeviceEntry, Problem
-from authbackend.policy_file.read import decode, parse_time
 from authbackend.policy import names
 from authbackend.policy.rules import Status
+from authbackend.policy_file.model import DeviceEntry, Problem
+from authbackend.policy_file.read import decode, parse_time
 
 _COLUMNS = ("device_id", "common_name", "type", "status", "status_reason", "expires_at")
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from authbackend.policy_file.model import Document, Problem, RuleEntry
 from authbackend.policy.rules import Effect, Permission, TopicRule, Values
 from authbackend.policy.topics import contains, placeholders_of
+from authbackend.policy_file.model import Document, Problem, RuleEntry
 
 _PERMISSIONS = {"publish": Permission.WRITE, "subscribe": Permission.READ}
 

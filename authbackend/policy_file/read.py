@@ -12,6 +12,9 @@ from typing import Any, TypeVar
 
 import yaml
 
+from authbackend.policy import names
+from authbackend.policy.rules import Status
+from authbackend.policy.topics import topic_filter_fault
 from authbackend.policy_file.model import (
     SCHEMA,
     AccountEntry,
@@ -21,9 +24,6 @@ from authbackend.policy_file.model import (
     Problem,
     RuleEntry,
 )
-from authbackend.policy import names
-from authbackend.policy.rules import Status
-from authbackend.policy.topics import topic_filter_fault
 
 T = TypeVar("T")
 Node = yaml.Node

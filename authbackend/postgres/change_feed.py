@@ -21,16 +21,16 @@ import structlog
 
 from authbackend.errors import Unavailable, Unwritable
 from authbackend.postgres import locks
-from authbackend.postgres.connection import Connection, Target, connect, translated_errors
 from authbackend.postgres.compatibility import require_fit
-from authbackend.postgres.replicas import Identity, introduce
+from authbackend.postgres.connection import Connection, Target, connect, translated_errors
 from authbackend.postgres.listener import Listener
-from authbackend.postgres.statements import load_statements
 from authbackend.postgres.lock_waits import locked_out
+from authbackend.postgres.replicas import Identity, introduce
+from authbackend.postgres.statements import load_statements
+from authbackend.registry.follower import FeedRead, SuspectRows
 from authbackend.registry.position import FeedPosition
 from authbackend.registry.records import DeviceRow, Patch
 from authbackend.registry.store import Store
-from authbackend.registry.follower import SuspectRows, FeedRead
 from authbackend.registry.writability import Writability
 
 log = structlog.get_logger(__name__)
@@ -298,7 +298,9 @@ class ChangeFeed:
             return None, 0
         return FeedRead(FeedPosition(row["epoch"], row["incarnation"], row["snapshot"]), row["at"]), int(row["floor"])
 
-    async def _changes(self, connection: Connection, old: FeedPosition, new: FeedPosition, floor: int, devices: int) -> Patch | None:
+    async def _changes(
+        self, connection: Connection, old: FeedPosition, new: FeedPosition, floor: int, devices: int
+    ) -> Patch | None:
         if not _follows(old, new, floor):
             return None
         changed: dict[str, list[str]] = {entity: [] for entity in _ENTITIES}

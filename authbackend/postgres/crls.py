@@ -8,8 +8,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from authbackend.errors import NotFound
-from authbackend.postgres.connection import Connection, Target, connect, connected, name_actor, translated_errors
-from authbackend.postgres.connection import Connection, Target, connected, translated_errors
+from authbackend.postgres.connection import Connection, Target, connected, name_actor
 from authbackend.postgres.statements import load_statements
 
 CHANNELS = ("certificate", "crl")

@@ -13,7 +13,7 @@ from typing import Any
 import asyncpg
 import structlog
 
-from authbackend.enforcement.tasks import Backlog, ReplicaConfirmation, Listed, Overdue, Pause, Task, TaskStoreError
+from authbackend.enforcement.tasks import Backlog, Listed, Overdue, Pause, ReplicaConfirmation, Task, TaskStoreError
 from authbackend.errors import AuthbackendError, Conflict, NotFound, Unavailable
 from authbackend.postgres.connection import Connection, Target, connect, connected, name_actor, translated_errors
 from authbackend.postgres.listener import Listener

@@ -20,10 +20,11 @@ from typing import Any, TypeVar
 
 import asyncpg
 
+from authbackend.errors import AuthbackendError, Conflict, InvalidInput, Unavailable
 from authbackend.policy_file.changes import Applied, Impact, Planned, change_of, shown
 from authbackend.policy_file.model import Document
-from authbackend.errors import AuthbackendError, Conflict, InvalidInput, Unavailable
 from authbackend.postgres.connection import Connection, Target, connected, name_actor, translated_errors
+from authbackend.postgres.lock_waits import GaveWay, Watch, watching
 from authbackend.postgres.locks import APPLY
 from authbackend.postgres.policy_file import (
     RULES,
@@ -36,7 +37,6 @@ from authbackend.postgres.policy_file import (
     tables,
     work_out,
 )
-from authbackend.postgres.lock_waits import GaveWay, Watch, watching
 
 PAUSES_S = (0.5, 1.0, 2.0)
 """Before each further attempt, when the last one gave way."""

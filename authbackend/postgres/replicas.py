@@ -16,9 +16,9 @@ from authbackend import clocks
 from authbackend.errors import InvalidInput, NotFound, Unconfirmed
 from authbackend.postgres.connection import Connection, Target, connect, connected, name_actor, translated_errors
 from authbackend.postgres.statements import load_statements
+from authbackend.registry.announcer import Peers
 from authbackend.registry.identity import Boot
 from authbackend.registry.position import FeedPosition
-from authbackend.registry.announcer import Peers
 
 log = structlog.get_logger(__name__)
 

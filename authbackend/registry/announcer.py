@@ -13,8 +13,8 @@ import structlog
 
 from authbackend.backoff import Backoff, Reachability
 from authbackend.errors import AuthbackendError, Unwritable
-from authbackend.registry.position import FeedPosition
 from authbackend.registry.follower import FeedRead
+from authbackend.registry.position import FeedPosition
 from authbackend.registry.writability import Writability
 
 log = structlog.get_logger(__name__)

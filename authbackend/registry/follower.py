@@ -23,9 +23,9 @@ from authbackend.clocks import Instant
 from authbackend.errors import AuthbackendError, NoRoom, Unwritable
 from authbackend.fault_log import FaultLog
 from authbackend.registry import lost_changes
-from authbackend.registry.snapshot import SnapshotFolder, JournalEntry
 from authbackend.registry.position import FeedPosition
 from authbackend.registry.records import Patch
+from authbackend.registry.snapshot import JournalEntry, SnapshotFolder
 from authbackend.registry.store import Reader, Store
 from authbackend.registry.writability import Writability
 
@@ -232,7 +232,11 @@ class RegistryFollower:
             sizes = self.store.sizes()
             refreshed = RefreshResult(True, sum(sizes.values()), clocks.uptime() - began.uptime)
             log.info("registry.loaded", **sizes, duration_s=round(refreshed.duration_s, 3))
-            await self._succeeded(feed_read, refreshed, JournalEntry(began, feed_read.position, Patch(), feed_read.confirmed_at.timestamp()))
+            await self._succeeded(
+                feed_read,
+                refreshed,
+                JournalEntry(began, feed_read.position, Patch(), feed_read.confirmed_at.timestamp()),
+            )
             if state is not None and not feed_read.position.same_life(state.position):
                 await self._compare_with_served(before, state.position)
         return refreshed

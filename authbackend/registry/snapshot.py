@@ -163,7 +163,9 @@ class SnapshotFolder:
             self._check_owner(image)
             if _copied_digest(image, partial) != chain:
                 raise SnapshotRefused(f"{image} is damaged: its checksum is not the one in {MANIFEST}. {_REMEDY}")
-            image_entry = JournalEntry(Instant(**manifest["at"]), FeedPosition(**manifest["position"]), Patch(), manifest["database_time"])
+            image_entry = JournalEntry(
+                Instant(**manifest["at"]), FeedPosition(**manifest["position"]), Patch(), manifest["database_time"]
+            )
             entries = [image_entry]
             entries += self._entries(self._folder / manifest["journal"], chain)
             restored = RestoredSnapshot(entries, self._age_s(entries[-1]), float(manifest["longest_staleness_s"]))
@@ -180,7 +182,9 @@ class SnapshotFolder:
         except clocks.AgeUnknown as error:
             raise SnapshotRefused(f"how old {self._folder} is cannot be told: {error}. {_REMEDY}") from error
         if age_s < -_CLOCK_SLACK_S:
-            raise SnapshotRefused(f"{self._folder} is from the future: this machine's clock is wrong, or was. {_REMEDY}")
+            raise SnapshotRefused(
+                f"{self._folder} is from the future: this machine's clock is wrong, or was. {_REMEDY}"
+            )
         return max(0.0, age_s)
 
     def save(self, store: Store, feed_read: JournalEntry) -> None:

@@ -272,7 +272,9 @@ class Store:
     def _finish(self, transaction: Any, position: FeedPosition, synced_at: float, database_time: float | None) -> None:
         before = _state(transaction.get(_STATE, db=self._states))
         content = before.content + 1 if before else 1
-        transaction.put(_STATE, _text(State(position, synced_at, content, database_time=database_time)), db=self._states)
+        transaction.put(
+            _STATE, _text(State(position, synced_at, content, database_time=database_time)), db=self._states
+        )
 
     def _forget(self, transaction: Any, device_id: str) -> None:
         key = device_id.encode()

@@ -16,36 +16,39 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from authbackend import __version__, metrics
-from authbackend.certificates.crl_endpoint import PublishedCrls, to_plain, from_plain
-from authbackend.service.health import Health
-from authbackend.service.health_listener import health_application
 from authbackend.api.server import application
 from authbackend.backoff import Reachability
-from authbackend.service.heartbeats import WorkerHeartbeats
 from authbackend.bounded_server import BoundedServer, Bounds, accepting
 from authbackend.broker.handlers import Handlers, Limits
-from authbackend.broker.server import BrokerServer, listening
-from authbackend.passwords import PasswordChecker
+from authbackend.broker.metrics import BrokerMetrics
 from authbackend.broker.protocol import LONGEST_REQUEST_LINE_BYTES
-from authbackend.secrets import read_password
+from authbackend.broker.server import BrokerServer, listening
+from authbackend.certificates.crl_endpoint import PublishedCrls, from_plain, to_plain
+from authbackend.certificates.crl_publisher import CrlPublisher, WatchedAuthority
+from authbackend.certificates.metrics import CertificateMetrics
 from authbackend.enforcement.leader import Leader, LeaderSettings
 from authbackend.enforcement.management_api import Access, ManagementAPI
 from authbackend.enforcement.metrics import EnforcementMetrics
 from authbackend.enforcement.sweep import SweepSettings
 from authbackend.errors import ConfigurationError
-from authbackend.service.replica import ReplicaResources, open_replica, target
 from authbackend.logs import Sampler
-from authbackend.metrics import BrokerMetrics, CertificateMetrics, ListenerMetrics, RegistryMetrics, ReplicaMetrics
-from authbackend.service.shared_value import SharedValue
+from authbackend.metrics import ListenerMetrics
+from authbackend.passwords import PasswordChecker
 from authbackend.policy.decide import DecisionSettings
-from authbackend.postgres.enforcement import leading, open_store
 from authbackend.postgres.change_feed import ChangeFeed
-from authbackend.postgres.replicas import PostgresReplicaTable, Identity
+from authbackend.postgres.enforcement import leading, open_store
+from authbackend.postgres.replicas import Identity, PostgresReplicaTable
 from authbackend.registry.announcer import ReplicaAnnouncer
-from authbackend.registry.store import Store
 from authbackend.registry.follower import FeedRead, RefreshResult, RegistryFollower, SyncTimes
+from authbackend.registry.metrics import Present, RegistryMetrics, ReplicaMetrics
+from authbackend.registry.store import Store
 from authbackend.registry.writability import Writability
-from authbackend.certificates.crl_publisher import CrlPublisher, WatchedAuthority
+from authbackend.secrets import read_password
+from authbackend.service.health import Health
+from authbackend.service.health_listener import health_application
+from authbackend.service.heartbeats import WorkerHeartbeats
+from authbackend.service.replica import ReplicaResources, open_replica, target
+from authbackend.service.shared_value import SharedValue
 from authbackend.settings import TLS, Broker, Settings, host_and_port, is_loopback
 from authbackend.settings import Health as HealthSettings
 from authbackend.tls import TLSFiles, watch
@@ -159,12 +162,14 @@ def _registry_parts(
         writability=writability,
     )
     observers = _Observers(counted, announcer)
-    copy = RegistryFollower(feed, store, observers, _times(settings), resources.snapshot_folder, reachability, writability)
+    copy = RegistryFollower(
+        feed, store, observers, _times(settings), resources.snapshot_folder, reachability, writability
+    )
     return feed, announcer, copy
 
 
-def _present(store: Store, heartbeats: WorkerHeartbeats) -> metrics.Present:
-    return metrics.Present(store.state(), store.sizes(), heartbeats.states(), heartbeats.restarts, store.memory_bytes())
+def _present(store: Store, heartbeats: WorkerHeartbeats) -> Present:
+    return Present(store.state(), store.sizes(), heartbeats.states(), heartbeats.restarts, store.memory_bytes())
 
 
 @contextlib.asynccontextmanager

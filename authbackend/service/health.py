@@ -7,8 +7,8 @@ from typing import Any
 
 from aiohttp import web
 
-from authbackend.service.heartbeats import WorkerHeartbeats
 from authbackend.registry.store import Reader
+from authbackend.service.heartbeats import WorkerHeartbeats
 
 
 class Health:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 from aiohttp import web
 
+from authbackend.api.server import show_errors
 from authbackend.certificates.crl_endpoint import PublishedCrls
 from authbackend.service.health import Health
-from authbackend.api.server import show_errors
 
 EXPOSITION_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 METRICS_SHARE = 0.2

@@ -13,14 +13,14 @@ from urllib.parse import urlencode, urlsplit
 import structlog
 
 from authbackend import clocks, metric_files
-from authbackend.service.heartbeats import WorkerHeartbeats
-from authbackend.secrets import read_dsn
-from authbackend.service.shared_value import SharedValue
 from authbackend.postgres.connection import Target
 from authbackend.postgres.uri import parse
 from authbackend.registry.identity import Boot
-from authbackend.registry.snapshot import SnapshotFolder, SnapshotRefused, RestoredSnapshot
+from authbackend.registry.snapshot import RestoredSnapshot, SnapshotFolder, SnapshotRefused
 from authbackend.registry.store import Store, in_memory
+from authbackend.secrets import read_dsn
+from authbackend.service.heartbeats import WorkerHeartbeats
+from authbackend.service.shared_value import SharedValue
 from authbackend.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -107,7 +107,9 @@ def open_replica(settings: Settings, folder: Path, *, shared: bool) -> Iterator[
         snapshot_folder = None
         restored = None
         if registry.snapshot_dir is not None:
-            snapshot_folder = SnapshotFolder(registry.snapshot_dir, _database_name(target(settings)), registry.max_staleness_s)
+            snapshot_folder = SnapshotFolder(
+                registry.snapshot_dir, _database_name(target(settings)), registry.max_staleness_s
+            )
             stack.callback(snapshot_folder.close)
             try:
                 restored = snapshot_folder.restore(folder)

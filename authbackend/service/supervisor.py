@@ -29,12 +29,20 @@ from pathlib import Path
 import structlog
 import uvloop
 
-from authbackend.service import components
 from authbackend import logs, metric_files
 from authbackend.backoff import Backoff
 from authbackend.errors import AuthbackendError, ConfigurationError, Unavailable
-from authbackend.service.replica import ADMIN, FOLLOWER, HEALTH, ReplicaResources, memory_fault, open_replica, worker_names
 from authbackend.registry.store import Store
+from authbackend.service import components
+from authbackend.service.replica import (
+    ADMIN,
+    FOLLOWER,
+    HEALTH,
+    ReplicaResources,
+    memory_fault,
+    open_replica,
+    worker_names,
+)
 from authbackend.settings import Settings
 
 log = structlog.get_logger(__name__)

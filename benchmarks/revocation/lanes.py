@@ -29,8 +29,8 @@ from authbackend.enforcement.management_api import Access, ManagementAPI
 from authbackend_load.fleet import Fleet
 from authbackend_load.plan import Plan
 from benchmarks import load_client
-from benchmarks.revocation.run import keep_connected, quantiles, say
 from benchmarks.revocation.environment import SENDER, Device, Options, Stage, stage
+from benchmarks.revocation.run import keep_connected, quantiles, say
 from tests.broker.processes import HarnessError
 
 RATE = 20

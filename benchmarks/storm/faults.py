@@ -17,9 +17,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from authbackend_load.fleet import Fleet
 from authbackend_load.run import timeline
+from benchmarks.storm.environment import RELAY_PORT, Stage
 from benchmarks.storm.processes import descendants
 from benchmarks.storm.rounds import Say, make_plan
-from benchmarks.storm.environment import RELAY_PORT, Stage
 
 KILL_EVERY_S = 10.0
 CUT_EVERY_S = 1.0

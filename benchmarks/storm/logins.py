@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from benchmarks.storm.rounds import Say, make_plan, storm
 from benchmarks.storm.environment import Stage
+from benchmarks.storm.rounds import Say, make_plan, storm
 from tests.broker.node import RABBITMQ_FILES
 
 QUIET = RABBITMQ_FILES / "conf.d-optional/quiet-logins.conf"

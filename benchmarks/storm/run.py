@@ -12,11 +12,11 @@ from typing import Any
 
 from authbackend_load.plan import LoadError
 from authbackend_load.run import machine
+from benchmarks.storm.environment import stage
 from benchmarks.storm.faults import faults, refusals
 from benchmarks.storm.logins import logins
 from benchmarks.storm.options import Options
 from benchmarks.storm.rounds import rounds, steps
-from benchmarks.storm.environment import stage
 from tests.broker.processes import HarnessError
 
 SCHEMA = "authbackend-storm/1"

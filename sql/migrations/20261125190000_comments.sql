@@ -114,6 +114,13 @@ comment on column crl_installed.number is 'CRL number of the installed list.';
 comment on column crl_installed.next_update is 'Until when the installed list is accepted.';
 comment on column crl_installed.reported_at is 'When it was last reported.';
 
+comment on column crl_installed.counts_until is 'Until then the report counts; a host that reports nothing later is not known to have its list still.';
+
+comment on table crl_reporter is 'Which role reports for which node. One role for one node, and one node for one role.';
+comment on column crl_reporter.node is 'Name of the node.';
+comment on column crl_reporter.role is 'The role that reported first; no other one can.';
+comment on column crl_reporter.since is 'When it did.';
+
 comment on table enforcement is 'A task of enforcement: what one change took away, to be made true for live connections and stored sessions of one cluster, and the receipt.';
 comment on column enforcement.id is 'Number of the task.';
 comment on column enforcement.version is 'Transaction id of the change.';

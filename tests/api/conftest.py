@@ -9,15 +9,16 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from authbackend import clocks, metrics
-from authbackend.certificates.crl_endpoint import PublishedCrls
-from authbackend.service.health import Health
-from authbackend.service.health_listener import health_application
 from authbackend.api.server import application
-from authbackend.service.heartbeats import WorkerHeartbeats
-from authbackend.metrics import CertificateMetrics, RegistryMetrics, ReplicaMetrics
+from authbackend.certificates.crl_endpoint import PublishedCrls
+from authbackend.certificates.metrics import CertificateMetrics
 from authbackend.policy.decide import DecisionSettings
+from authbackend.registry.metrics import Present, RegistryMetrics, ReplicaMetrics
 from authbackend.registry.position import FeedPosition
 from authbackend.registry.records import DeviceRow, Patch
+from authbackend.service.health import Health
+from authbackend.service.health_listener import health_application
+from authbackend.service.heartbeats import WorkerHeartbeats
 from tests.support.registry import new_store
 
 MARK = FeedPosition("epoch", "incarnation", "100:100:")
@@ -55,7 +56,7 @@ class Replica:
         self.known = None
         self.counted = RegistryMetrics(self.collected, lambda known: setattr(self, "known", known))
         self.present = ReplicaMetrics(
-            lambda: metrics.Present(
+            lambda: Present(
                 self.store.state(),
                 self.store.sizes(),
                 self.heartbeats.states(),

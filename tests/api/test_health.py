@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from authbackend.service import heartbeats
 from authbackend import clocks
+from authbackend.service import heartbeats
 from tests.api.conftest import MARK, MAX_STALENESS_S
 
 

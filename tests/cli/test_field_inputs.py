@@ -10,10 +10,10 @@ from urllib.parse import parse_qs, urlsplit
 import argon2
 import pytest
 
-from authbackend.secrets import read_dsn, read_password
 from authbackend.errors import ConfigurationError, Unavailable
-from authbackend.service.replica import target
 from authbackend.postgres.uri import parse, tls_context
+from authbackend.secrets import read_dsn, read_password
+from authbackend.service.replica import target
 from authbackend.settings import Database, Enforcement, load
 from tests.cli.test_certificates import as_json
 

@@ -22,9 +22,9 @@ from authbackend.enforcement.tasks import Backlog
 from authbackend.policy.decide import DecisionSettings
 from authbackend.postgres.connection import Target
 from authbackend.postgres.enforcement import leading, open_store
-from authbackend.postgres.replicas import PostgresReplicaTable, Identity
-from authbackend.registry.identity import Boot
+from authbackend.postgres.replicas import Identity, PostgresReplicaTable
 from authbackend.registry.announcer import Peers, ReplicaAnnouncer
+from authbackend.registry.identity import Boot
 from authbackend.registry.store import Store
 from tests.support.memory_cluster import Broker, MemoryCluster
 from tests.support.registry import Following, following
@@ -188,7 +188,9 @@ async def announced(copy: Following, dsn: str) -> AsyncIterator[None]:
     """Let the other parts know which version the copy serves, as a replica does."""
     identity = Identity(Boot(uuid.uuid4()), "me", "0", 1, 600.0)
     copy.feed._identity = identity
-    announcer = ReplicaAnnouncer(PostgresReplicaTable(Target(dsn), identity), Nobody(), Reachability(), comes_back=False)
+    announcer = ReplicaAnnouncer(
+        PostgresReplicaTable(Target(dsn), identity), Nobody(), Reachability(), comes_back=False
+    )
     copy.observed.refreshed = lambda feed_read, _refreshed, *, lasting: announcer.serves(feed_read)  # type: ignore[method-assign]
     task = asyncio.create_task(announcer.run())
     try:

@@ -17,8 +17,8 @@ from authbackend.enforcement.inventory import Listed
 from authbackend.policy import decide
 from authbackend.policy.requests import VhostRequest
 from authbackend.postgres import enforcement
-from authbackend.postgres.connection import Target
 from authbackend.postgres.change_feed import ChangeFeed
+from authbackend.postgres.connection import Target
 from authbackend.postgres.crls import StoredCrl, save_crl
 from tests.enforcement.conftest import Rig
 from tests.support.memory_cluster import Broker, MemoryCluster

@@ -30,21 +30,15 @@ from prometheus_client import CollectorRegistry
 
 from authbackend.broker import protocol
 from authbackend.broker.handlers import QUESTIONS, Endpoints, Limits
+from authbackend.broker.metrics import BrokerMetrics
 from authbackend.cli.cert_import import Report, _stream
 from authbackend.cli.enroll import _requests
-from authbackend.policy_file.devices import parse_devices
-from authbackend.policy_file.lint import lint
-from authbackend.policy_file.model import DeviceEntry, Problem
-from authbackend.policy_file.read import decode, read
-from authbackend.policy_file.write import write
 from authbackend.errors import ConfigurationError, InvalidInput
 from authbackend.logs import Sampler
-from authbackend.metrics import BrokerMetrics
 from authbackend.pki import der, signing
 from authbackend.pki.bundle import blocks, read_record
 from authbackend.pki.crl import age_fault, check_entries, entries_of, list_pem, read_list
 from authbackend.pki.openssl_index import index_of
-from authbackend.pki.profiles import read_configuration
 from authbackend.pki.parsing import (
     LIBRARY_FAULTS,
     PKIError,
@@ -56,8 +50,14 @@ from authbackend.pki.parsing import (
     read_request,
     record_of,
 )
+from authbackend.pki.profiles import read_configuration
 from authbackend.policy.decide import DecisionSettings
 from authbackend.policy.names import common_name_fault
+from authbackend.policy_file.devices import parse_devices
+from authbackend.policy_file.lint import lint
+from authbackend.policy_file.model import DeviceEntry, Problem
+from authbackend.policy_file.read import decode, read
+from authbackend.policy_file.write import write
 from authbackend.postgres.uri import parse
 from authbackend.settings import load
 from tests.unit.fleet import FLEET, NOW

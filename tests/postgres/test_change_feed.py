@@ -11,11 +11,11 @@ import pytest
 
 from authbackend.errors import Unavailable
 from authbackend.postgres import registry_edits
-from authbackend.postgres.connection import Target
 from authbackend.postgres.change_feed import ChangeFeed
+from authbackend.postgres.connection import Target
+from authbackend.registry.follower import FeedRead, SyncTimes
 from authbackend.registry.position import FeedPosition
 from authbackend.registry.records import Patch
-from authbackend.registry.follower import FeedRead, SyncTimes
 from tests.support.postgres import Server, connected, until
 from tests.support.registry import DeafFeed, Following, copied, fleet, following, loaded
 
@@ -479,7 +479,11 @@ async def test_a_mark_ahead_of_the_server_leads_to_a_whole_load(
     follower: Following, connection: asyncpg.Connection
 ) -> None:
     position = follower.position
-    follower.store.note(position=type(position)(position.epoch, position.incarnation, f"{position.xmin + 10**6}:{position.xmax + 10**6}:"))
+    follower.store.note(
+        position=type(position)(
+            position.epoch, position.incarnation, f"{position.xmin + 10**6}:{position.xmax + 10**6}:"
+        )
+    )
     await connection.execute("update device set status = 'revoked'")
     assert (await follower.copy.refresh()).full
     assert await follower.agrees()

@@ -20,11 +20,11 @@ from authbackend.errors import Unavailable
 from authbackend.policy import decide
 from authbackend.policy.requests import LoginRequest
 from authbackend.postgres import migrate as migrations
-from authbackend.postgres.connection import Target
 from authbackend.postgres.change_feed import ChangeFeed
+from authbackend.postgres.connection import Target
 from authbackend.postgres.statements import SQL
-from authbackend.registry.position import FeedPosition
 from authbackend.registry.follower import SyncTimes
+from authbackend.registry.position import FeedPosition
 from tests.support.postgres import Server, connected, run, until
 from tests.support.registry import Following, copied, fleet, following, loaded
 
@@ -74,7 +74,9 @@ async def catch_up(dsn: str, position: FeedPosition) -> None:
 
         async def past() -> bool:
             await connection.execute("select pg_current_xact_id()")
-            return int(await connection.fetchval("select pg_snapshot_xmin(pg_current_snapshot())::text")) > position.xmax
+            return (
+                int(await connection.fetchval("select pg_snapshot_xmin(pg_current_snapshot())::text")) > position.xmax
+            )
 
         await until(past, "the counter has caught up")
 

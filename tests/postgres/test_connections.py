@@ -7,12 +7,12 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from authbackend.service import replica
 from authbackend.errors import ConfigurationError, Unavailable
 from authbackend.pki.bench_ca import Authority
 from authbackend.postgres import connection as connections
-from authbackend.postgres.connection import Target, connect, connected
 from authbackend.postgres.change_feed import ChangeFeed
+from authbackend.postgres.connection import Target, connect, connected
+from authbackend.service import replica
 from authbackend.settings import load
 from tests.support.tls_front import TLSFront
 

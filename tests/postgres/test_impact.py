@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from authbackend.errors import AuthbackendError, Forbidden, InvalidInput, Unavailable
 from authbackend.policy_file.changes import Planned
 from authbackend.policy_file.model import AccountEntry, DeviceEntry, DeviceTypeEntry, Document, RuleEntry
 from authbackend.policy_file.read import read
-from authbackend.errors import AuthbackendError, Forbidden, InvalidInput, Unavailable
 from authbackend.postgres import policy_apply
 from authbackend.postgres.connection import Target
 from tests.postgres.test_roles import ADMIN, SERVICE, give_roles

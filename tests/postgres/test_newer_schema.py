@@ -12,10 +12,10 @@ from structlog.testing import capture_logs
 from authbackend import __version__
 from authbackend.errors import Unavailable
 from authbackend.postgres import migrate as migrations
-from authbackend.postgres.connection import Target
-from authbackend.postgres.partial_registry import load_partial
 from authbackend.postgres.change_feed import ChangeFeed
 from authbackend.postgres.compatibility import require_fit
+from authbackend.postgres.connection import Target
+from authbackend.postgres.partial_registry import load_partial
 from tests.support.postgres import connected, until
 from tests.support.registry import Following, copied, fleet, following
 

@@ -7,9 +7,9 @@ import socket
 
 import pytest
 
-from authbackend.policy_file.read import read
 from authbackend.errors import Conflict, Unavailable
-from authbackend.postgres import registry_edits, locks, policy_apply, policy_file, lock_waits
+from authbackend.policy_file.read import read
+from authbackend.postgres import lock_waits, locks, policy_apply, policy_file, registry_edits
 from authbackend.postgres.connection import Target, connect, translated_errors
 from tests.postgres.test_constraints import HASH
 from tests.postgres.test_roles import ADMIN, give_roles

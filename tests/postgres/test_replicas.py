@@ -18,9 +18,9 @@ from structlog.testing import capture_logs
 from authbackend import clocks
 from authbackend.errors import InvalidInput, NotFound, Unconfirmed
 from authbackend.postgres import registry_edits, replicas
-from authbackend.postgres.connection import Target
 from authbackend.postgres.change_feed import ChangeFeed
-from authbackend.postgres.replicas import PostgresReplicaTable, Identity
+from authbackend.postgres.connection import Target
+from authbackend.postgres.replicas import Identity, PostgresReplicaTable
 from authbackend.registry.identity import Boot
 from authbackend.registry.snapshot import SnapshotFolder
 from tests.postgres.test_roles import ADMIN, READER, SERVICE, give_roles
@@ -31,7 +31,9 @@ from tests.support.registry import Following, fleet
 class Replica:
     """A replica refreshed and announced by hand."""
 
-    def __init__(self, dsn: str, name: str, longest_staleness_s: float = 900.0, snapshot_folder: SnapshotFolder | None = None) -> None:
+    def __init__(
+        self, dsn: str, name: str, longest_staleness_s: float = 900.0, snapshot_folder: SnapshotFolder | None = None
+    ) -> None:
         boot = snapshot_folder.begin_boot() if snapshot_folder else Boot(uuid.uuid4())
         self.identity = Identity(boot, name, "0", 2, longest_staleness_s)
         self.replica_table = PostgresReplicaTable(Target(dsn), self.identity)

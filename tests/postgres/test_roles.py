@@ -14,8 +14,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from authbackend.cli import main
-from authbackend.postgres.connection import Target
 from authbackend.postgres.change_feed import ChangeFeed
+from authbackend.postgres.connection import Target
 from authbackend.postgres.crls import StoredCrl, save_crl
 from authbackend.postgres.statements import SQL
 from tests.postgres.test_constraints import HASH

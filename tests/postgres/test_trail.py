@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from structlog.testing import capture_logs
 
 from authbackend.cli import main
-from authbackend.postgres import registry_edits, enforcement, replicas
+from authbackend.postgres import enforcement, registry_edits, replicas
 from authbackend.postgres.connection import Target
 from authbackend.postgres.enforcement import PostgresTaskStore
 from authbackend.postgres.locks import ENFORCE
@@ -158,7 +158,9 @@ async def test_a_schedule_that_somebody_else_changes_is_that_persons_and_a_renam
     (shown,) = (await registry_edits.get_device(Target(postgres.dsn(database, ADMIN)), "d9"))["scheduled"]
     assert (shown["actor"], shown["claimed_by"]) == ("ann", "ann@ops1")
     again = Target(postgres.dsn(database, "api"))
-    await registry_edits.schedule_device_status(again, "ben", "d9", "suspended", "", at=datetime.fromisoformat(shown["at"]))
+    await registry_edits.schedule_device_status(
+        again, "ben", "d9", "suspended", "", at=datetime.fromisoformat(shown["at"])
+    )
     assert tuple(await fleet.fetchrow("select actor, claimed_by from device_schedule")) == ("ben", "ben")
     async with connected(postgres.dsn(database, "api")) as api:
         await api.execute("update device_schedule set status = 'suspended'")

@@ -12,10 +12,10 @@ import aiohttp
 import asyncpg
 import pytest
 
-from authbackend.service import components
 from authbackend.policy_file.read import read
 from authbackend.postgres import policy_apply
 from authbackend.postgres.connection import Target
+from authbackend.service import components
 from authbackend.settings import load
 
 PATIENT = {"BROKER__REQUEST_TIMEOUT_S": "10"}

@@ -15,13 +15,13 @@ import asyncpg
 import pytest
 from cryptography import x509
 
-from authbackend.service import components
 from authbackend.certificates import crl_publisher
 from authbackend.certificates.crl_endpoint import PublishedCrls
+from authbackend.certificates.crl_publisher import open_authority, save_authority, sign
 from authbackend.errors import ConfigurationError
 from authbackend.pki.ca import AuthorityFolder, create_authority
 from authbackend.pki.crl import entries_of
-from authbackend.certificates.crl_publisher import save_authority, open_authority, sign
+from authbackend.service import components
 from authbackend.settings import Pki, load
 from tests.service.conftest import until
 from tests.support.postgres import connected

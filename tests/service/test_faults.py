@@ -10,8 +10,8 @@ import sys
 import aiohttp
 import pytest
 
-from authbackend.service import components
 from authbackend.registry.follower import RegistryFollower
+from authbackend.service import components
 from authbackend.settings import load
 from tests.service.conftest import HASH, POLICY, apply, memory, running, until
 from tests.service.test_tls import bench  # noqa: F401 - a fixture

@@ -341,7 +341,16 @@ async def test_a_hangup_has_every_worker_read_its_certificates_again(dsn, policy
         running.process.send_signal(signal.SIGHUP)
 
         async def everybody_did():
-            return len({line["process"] for line in running.logged("broker.certificates_reloaded")}) == 2
+            return (
+                len(
+                    {
+                        line["process"]
+                        for line in running.logged("certificates.reloaded")
+                        if line["listener"] == "broker"
+                    }
+                )
+                == 2
+            )
 
         await until(everybody_did, "both workers have read them")
         assert running.logged("service.reloading")
@@ -357,7 +366,9 @@ async def test_a_hangup_has_the_listener_for_health_read_its_certificates_again(
         running.process.send_signal(signal.SIGHUP)
 
         async def reloaded():
-            return {line["process"] for line in running.logged("health.certificates_reloaded")} == {"health"}
+            return {
+                line["process"] for line in running.logged("certificates.reloaded") if line["listener"] == "health"
+            } == {"health"}
 
         await until(reloaded, "the listener for health has read them")
         assert await running.end() == 0
@@ -542,8 +553,8 @@ async def test_too_old_requests_are_shed_logins_first(monkeypatch):
     from prometheus_client import CollectorRegistry
 
     from authbackend.broker.handlers import QUESTIONS, Handlers, Limits
+    from authbackend.broker.metrics import BrokerMetrics
     from authbackend.logs import Sampler
-    from authbackend.metrics import BrokerMetrics
     from authbackend.policy.decide import DecisionSettings
     from tests.support.registry import new_store
 

@@ -175,7 +175,7 @@ async def test_an_encrypted_key_that_is_rotated_in_is_refused_and_the_old_one_st
             key.write_bytes(encrypted(key.read_bytes()))
 
             async def told():
-                return [line for line in lines if line["event"] == "broker.certificates_not_reloaded"]
+                return [line for line in lines if line["event"] == "certificates.not_reloaded"]
 
             assert "is encrypted" in (await until(told, "the key is refused"))[0]["fault"]
             form = {"username": "APM0001"}
@@ -199,10 +199,10 @@ async def test_files_are_read_at_once_when_that_is_asked_for(bench, monkeypatch)
         asked.set()
 
         async def refused():
-            return lines[-1]["event"] == "broker.certificates_not_reloaded"
+            return lines[-1]["event"] == "certificates.not_reloaded"
 
         await until(refused, "the fault is told")
-    assert {line["event"] for line in lines[:2]} == {"broker.certificates_reloaded"}
+    assert {line["event"] for line in lines[:2]} == {"certificates.reloaded"}
     watching.cancel()
 
 

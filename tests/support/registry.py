@@ -15,14 +15,14 @@ from typing import Any
 import asyncpg
 
 from authbackend.policy.rules import Device, DeviceType
-from authbackend.postgres.connection import Target
 from authbackend.postgres.change_feed import ChangeFeed
+from authbackend.postgres.connection import Target
 from authbackend.registry import records
-from authbackend.registry.snapshot import SnapshotFolder
+from authbackend.registry.follower import FeedRead, RefreshResult, RegistryFollower, SyncTimes
 from authbackend.registry.position import FeedPosition
 from authbackend.registry.records import Patch
+from authbackend.registry.snapshot import SnapshotFolder
 from authbackend.registry.store import Store
-from authbackend.registry.follower import FeedRead, RefreshResult, RegistryFollower, SyncTimes
 from tests.support.postgres import connected
 
 Contents = tuple[dict[bytes, bytes], dict[str, bytes], dict[str, bytes]]
@@ -67,7 +67,9 @@ class CheckedFeed(ChangeFeed):
 
     truth: Contents | None = None
 
-    async def _changes(self, connection: Any, old: FeedPosition, new: FeedPosition, floor: int, devices: int) -> Patch | None:
+    async def _changes(
+        self, connection: Any, old: FeedPosition, new: FeedPosition, floor: int, devices: int
+    ) -> Patch | None:
         patch = await super()._changes(connection, old, new, floor, devices)
         found: dict[bytes, bytes] = {}
         async for chunk in self._chunks(connection, self._statements.all_devices.sql):
@@ -90,7 +92,11 @@ class Following:
     """
 
     def __init__(
-        self, dsn: str, feed: ChangeFeed | None = None, times: SyncTimes | None = None, snapshot_folder: SnapshotFolder | None = None
+        self,
+        dsn: str,
+        feed: ChangeFeed | None = None,
+        times: SyncTimes | None = None,
+        snapshot_folder: SnapshotFolder | None = None,
     ) -> None:
         self.dsn = dsn
         self.feed = feed or ChangeFeed(Target(dsn))

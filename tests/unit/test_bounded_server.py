@@ -4,8 +4,8 @@ import json
 
 from prometheus_client import CollectorRegistry
 
-from authbackend import metrics
-from authbackend.metrics import BrokerMetrics
+from authbackend.broker import metrics
+from authbackend.broker.metrics import BrokerMetrics
 from authbackend.policy.decide import Decision
 from authbackend.registry import store as store_module
 from authbackend.registry.position import FeedPosition

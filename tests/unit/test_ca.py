@@ -12,8 +12,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from authbackend.pki import signing
-from authbackend.pki.ca import AuthorityFolder, create_authority, renew_intermediate
 from authbackend.pki.bundle import blocks, read_record
+from authbackend.pki.ca import AuthorityFolder, create_authority, renew_intermediate
 from authbackend.pki.parsing import (
     PKIError,
     new_key,

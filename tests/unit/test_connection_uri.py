@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from authbackend.errors import ConfigurationError
-from authbackend.service.replica import open_replica, target
 from authbackend.postgres.uri import PARAMETERS, parse
+from authbackend.service.replica import open_replica, target
 from authbackend.settings import load
 
 

@@ -15,8 +15,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.x509.name import _ASN1Type
 from cryptography.x509.oid import CRLEntryExtensionOID, NameOID
 
-from authbackend.certificates.crl_endpoint import PublishedCrl, PublishedCrls
 from authbackend.api.server import show_errors
+from authbackend.certificates.crl_endpoint import PublishedCrl, PublishedCrls
 from authbackend.errors import Unavailable
 from authbackend.pki import signing
 from authbackend.pki.crl import (
@@ -31,9 +31,9 @@ from authbackend.pki.crl import (
     read_list,
     sign_list,
 )
+from authbackend.pki.crl_sync import Sync
 from authbackend.pki.openssl_index import index_of
 from authbackend.pki.parsing import PKIError
-from authbackend.pki.crl_sync import Sync
 
 NOW = datetime.now(UTC)
 WEEK = timedelta(days=7)
@@ -137,7 +137,9 @@ RSA_CA, RSA_KEY = authority(key=rsa.generate_private_key(65537, 2048))
 
 
 @pytest.mark.parametrize(
-    "der", [signed([CrlEntry("a1", "", NOW)], issuer=RSA_CA, key=RSA_KEY).der, pss_signed()], ids=["PKCS #1 v1.5", "PSS"]
+    "der",
+    [signed([CrlEntry("a1", "", NOW)], issuer=RSA_CA, key=RSA_KEY).der, pss_signed()],
+    ids=["PKCS #1 v1.5", "PSS"],
 )
 def test_lists_are_signed_with_rsa_as_well(der):
     assert x509.load_der_x509_crl(der).is_signature_valid(RSA_KEY.public_key())

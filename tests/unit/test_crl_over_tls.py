@@ -10,8 +10,8 @@ import structlog.testing
 from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from authbackend.certificates.crl_endpoint import PublishedCrl, PublishedCrls
 from authbackend.api.server import show_errors
+from authbackend.certificates.crl_endpoint import PublishedCrl, PublishedCrls
 from authbackend.errors import InvalidInput, Unavailable
 from authbackend.pki import signing
 from authbackend.pki.bench_ca import Authority

@@ -8,14 +8,14 @@ from datetime import UTC, datetime
 import pytest
 from structlog.testing import capture_logs
 
-from authbackend.certificates import crl_publisher
 from authbackend.backoff import Reachability
-from authbackend.errors import Forbidden, NoRoom, Unavailable
-from authbackend.registry.position import FeedPosition
-from authbackend.registry.announcer import Peers, ReplicaAnnouncer
-from authbackend.registry.records import Patch
-from authbackend.registry.follower import FeedRead, RegistryFollower
+from authbackend.certificates import crl_publisher
 from authbackend.certificates.crl_publisher import CrlPublisher
+from authbackend.errors import Forbidden, NoRoom, Unavailable
+from authbackend.registry.announcer import Peers, ReplicaAnnouncer
+from authbackend.registry.follower import FeedRead, RegistryFollower
+from authbackend.registry.position import FeedPosition
+from authbackend.registry.records import Patch
 from tests.support.clock import run_on_clock
 from tests.support.registry import Observed, new_store
 
@@ -168,7 +168,9 @@ def run_replica(monkeypatch):
 
         async def scene():
             reachability, observer = Reachability(), Observer()
-            observer.announcer = ReplicaAnnouncer(PostgresReplicaTable(server), observer, reachability, comes_back=False)
+            observer.announcer = ReplicaAnnouncer(
+                PostgresReplicaTable(server), observer, reachability, comes_back=False
+            )
             copy = RegistryFollower(Feed(server), new_store(), observer, reachability=reachability)
             publisher = CrlPublisher(None, None, 3600, reachability)
             parts = [asyncio.create_task(part.run()) for part in (copy, observer.announcer, publisher)]

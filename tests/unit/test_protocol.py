@@ -196,7 +196,8 @@ def test_answers_are_exact():
     allow = Decision(True, Reason.ALLOWED)
     assert protocol.answer(allow) == "allow"
     assert (
-        protocol.answer(Decision(True, Reason.ALLOWED, tags=("monitoring", "management"))) == "allow monitoring management"
+        protocol.answer(Decision(True, Reason.ALLOWED, tags=("monitoring", "management")))
+        == "allow monitoring management"
     )
     deny = Decision(False, Reason.NO_RULE_ALLOWS)
     assert protocol.answer(deny) == "deny"

@@ -6,9 +6,9 @@ from pathlib import Path
 import annotated_types
 import pytest
 
-from authbackend.service import components, replica
-from authbackend.secrets import read_dsn
 from authbackend.errors import ConfigurationError
+from authbackend.secrets import read_dsn
+from authbackend.service import components, replica
 from authbackend.settings import Settings, load, setting_names, variable
 
 DSN = "postgresql://service:hunter2@db/authbackend"

@@ -10,9 +10,9 @@ import pytest
 from authbackend import clocks
 from authbackend.clocks import Instant
 from authbackend.errors import ConfigurationError
-from authbackend.registry.snapshot import HEADER_BYTES, MANIFEST, SnapshotFolder, JournalEntry, SnapshotRefused
 from authbackend.registry.position import FeedPosition
 from authbackend.registry.records import DeviceRow, Patch
+from authbackend.registry.snapshot import HEADER_BYTES, MANIFEST, JournalEntry, SnapshotFolder, SnapshotRefused
 from tests.support.registry import contents, new_store
 
 MARK = FeedPosition("epoch", "incarnation", "10:10:")

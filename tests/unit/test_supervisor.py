@@ -6,7 +6,7 @@ import sys
 # In an interpreter of its own: it forks. Each child has said that it serves before the parent looks for the first time.
 ALL_AT_ONCE = """
 import os, signal
-from authbackend import supervisor
+from authbackend.service import supervisor
 
 def start(process):
     read_end, write_end = os.pipe()
