@@ -197,11 +197,8 @@ class Batch:
         await self._record([one for one in plans if not one.superseded and not (one.users or one.sessions)])
         self._present = [one for one in plans if not one.superseded and (one.users or one.sessions)]
         listed = await self._inventory.connected(user for one in self._present for user in one.users)
-        for part in chunks([one for one in self._present if not one.users.isdisjoint(listed)]):
-            if not await self._go_on():
-                return
-            await self._end(part)
-        await self._rest([one for one in self._present if one.users.isdisjoint(listed)])
+        if await self._end([one for one in self._present if not one.users.isdisjoint(listed)]):
+            await self._rest([one for one in self._present if one.users.isdisjoint(listed)])
 
     async def _go_on(self) -> bool:
         """Return whether to begin with the next part; other tasks may be done before it."""
@@ -221,11 +218,7 @@ class Batch:
         if not plans or self._paused:
             return
         sessions = await self._sessions_of(plans)
-        for part in chunks([one for one in plans if sessions.get(one)]):
-            if not await self._go_on():
-                return
-            await self._end(part)
-        if self._paused:
+        if not await self._end([one for one in plans if sessions.get(one)]) or self._paused:
             return
         for part in chunks([one for one in plans if one.lists and not sessions.get(one)]):
             await self._record(part)
@@ -233,10 +226,34 @@ class Batch:
         for part in chunks(nothing, 10 * CHUNK):
             await self._nothing_found(part)
 
-    async def _end(self, plans: Sequence[Plan]) -> None:
-        """Hold, close, repair and record some plans."""
-        await self._hold([one for one in plans if one.held and one.first_look and not one.closed_before])
-        await self._each(plans, self._close)
+    async def _end(self, plans: Sequence[Plan]) -> bool:
+        """
+        End what some plans end, part by part; return False if other work has to come first.
+
+        While the sessions of one part are repaired and its receipts written, the connections of the next are closed.
+        """
+        repairing: asyncio.Task[None] | None = None
+        try:
+            for part in chunks(plans):
+                if not await self._go_on():
+                    return False
+                await self._hold([one for one in part if one.held and one.first_look and not one.closed_before])
+                await self._each(part, self._close)
+                earlier, repairing = repairing, asyncio.create_task(self._repair_and_record(part, repairing))
+                if earlier is not None:
+                    await earlier
+            return True
+        except asyncio.CancelledError:
+            if repairing is not None:
+                repairing.cancel()
+            raise
+        finally:
+            if repairing is not None:  # what has been closed must be recorded, whatever the part before met
+                await repairing
+
+    async def _repair_and_record(self, plans: Sequence[Plan], after: asyncio.Task[None] | None) -> None:
+        if after is not None:
+            await asyncio.wait([after])
         with_sessions = [one for one in plans if one.sessions and not one.fault]
         if self._paused:
             for one in with_sessions:
