@@ -2712,7 +2712,7 @@ CREATE TRIGGER "KNOWN_U" AFTER UPDATE ON public.device FOR EACH ROW WHEN ((new.t
 
 ALTER TABLE public.device ENABLE ALWAYS TRIGGER "KNOWN_U";
 
-CREATE TRIGGER "KNOWN_U" AFTER UPDATE ON public.topic_rule FOR EACH ROW WHEN ((((new.device_type IS DISTINCT FROM old.device_type) OR (new.device_id IS DISTINCT FROM old.device_id)) OR (new.account IS DISTINCT FROM old.account))) EXECUTE FUNCTION public.topic_rule_owner_known();
+CREATE TRIGGER "KNOWN_U" AFTER UPDATE ON public.topic_rule FOR EACH ROW WHEN ((ARRAY[new.device_type, new.device_id, new.account] IS DISTINCT FROM ARRAY[old.device_type, old.device_id, old.account])) EXECUTE FUNCTION public.topic_rule_owner_known();
 
 ALTER TABLE public.topic_rule ENABLE ALWAYS TRIGGER "KNOWN_U";
 

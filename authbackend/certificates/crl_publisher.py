@@ -180,6 +180,8 @@ async def _due(
         return True
     if now >= present.this_update + min(lifetime, present.next_update - present.this_update) / 2:
         return True
+    if not await asyncio.to_thread(authority.has_signed_list, present.der):  # brokers that know the new key refuse it
+        return True
     revoked = await crls.fetch_revoked(connection, authority.subject, now)
     listed = await asyncio.to_thread(_listed, present.der)
     # A version that kept no record of what is listed has signed it: receipts would wait for what is there already.

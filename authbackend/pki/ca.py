@@ -24,7 +24,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 
 from authbackend.pki import signing
-from authbackend.pki.crl import CrlEntry, RevocationList, sign_list
+from authbackend.pki.crl import CrlEntry, RevocationList, is_signed_by, sign_list
 from authbackend.pki.files import write_file
 from authbackend.pki.parsing import (
     KEY_KINDS,
@@ -212,6 +212,11 @@ class AuthorityFolder:
     def has_signed(self, certificate: x509.Certificate) -> bool:
         """Return whether this authority's key signed a certificate."""
         return _signed_by(certificate, self.certificate)
+
+    def has_signed_list(self, der: bytes) -> bool:
+        """Return whether this authority's key signed a revocation list."""
+        key = self.certificate.public_key()
+        return isinstance(key, PublicKey) and is_signed_by(der, key)
 
     def sign(
         self, common_name: str, key: PublicKey, profile: Profile, names: Sequence[str] = (), *, now: datetime

@@ -265,6 +265,19 @@ def _signer(parts: ListParts, authorities: Iterable[x509.Certificate]) -> x509.C
     raise PKIError(f"it is signed by none of the authorities given here; it says to be of {_name(issuer)}")
 
 
+def is_signed_by(der: bytes, key: PublicKey) -> bool:
+    """
+    Return whether a list carries the signature of a key.
+
+    Raises:
+        PKIError: It is no list.
+    """
+    try:
+        return _is_signed_by(_parse(der), key)
+    except UnsupportedAlgorithm:
+        return False
+
+
 def _is_signed_by(parts: ListParts, key: PublicKey) -> bool:
     """
     Check the signature over the list as it is.

@@ -136,7 +136,7 @@ begin
 end $$;
 create trigger "KNOWN_I" after insert on topic_rule for each row execute function topic_rule_owner_known();
 create trigger "KNOWN_U" after update on topic_rule for each row
-  when ((new.device_type, new.device_id, new.account) is distinct from (old.device_type, old.device_id, old.account)) execute function topic_rule_owner_known();
+  when (array[new.device_type, new.device_id, new.account] is distinct from array[old.device_type, old.device_id, old.account]) execute function topic_rule_owner_known();
 
 create function device_id_known() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$

@@ -29,8 +29,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from prometheus_client import CollectorRegistry
 
 from authbackend.broker import protocol
-from authbackend.broker.handlers import QUESTIONS, Endpoints, Limits
+from authbackend.broker.handlers import QUESTIONS, Handlers, Limits, PendingLogin
 from authbackend.broker.metrics import BrokerMetrics
+from authbackend.broker.responses import Prepared
 from authbackend.cli.cert_import import Report, _stream
 from authbackend.cli.enroll import _requests
 from authbackend.errors import ConfigurationError, InvalidInput
@@ -392,7 +393,7 @@ class _Silent(Sampler):
         return False, 0
 
 
-_ENDPOINTS = Endpoints(
+_HANDLERS = Handlers(
     _Serving(),
     None,
     BrokerMetrics(CollectorRegistry()),
@@ -407,18 +408,23 @@ def form(content: bytes) -> None:
     known = _read_otherwise(content)
     plain = urlencode(known or {}).encode()
     for question in QUESTIONS.values():
-        answer = _ENDPOINTS.at_once(question, content, time.monotonic())
-        if answer is None:  # a password is to be checked
+        answer = _HANDLERS.answer(question, content, time.monotonic())
+        if isinstance(answer, PendingLogin):
             assert known is not None and "password" in known
             continue
-        assert answer.startswith(b"HTTP/1.1 200 "), answer
-        verdict = answer.partition(b"\r\n\r\n")[2]
-        assert re.fullmatch(rb"deny|allow( [a-z]+)*", verdict), answer
+        verdict = _verdict(answer)
+        assert re.fullmatch(rb"deny|allow( [a-z]+)*", verdict), content
         if known is None:
             assert verdict == b"deny", content
         else:
-            again = _ENDPOINTS.at_once(question, plain, time.monotonic())
-            assert again is not None and verdict == again.partition(b"\r\n\r\n")[2], content
+            again = _HANDLERS.answer(question, plain, time.monotonic())
+            assert isinstance(again, Prepared) and verdict == _verdict(again), content
+
+
+def _verdict(answer: Prepared) -> bytes:
+    message = answer.message()
+    assert message.startswith(b"HTTP/1.1 200 "), message
+    return message.partition(b"\r\n\r\n")[2]
 
 
 def _read_otherwise(content: bytes) -> dict[str, str] | None:

@@ -92,7 +92,9 @@ async def test_a_certificate_finds_its_device_and_follows_it(scratch: asyncpg.Co
     assert await scratch.fetchval("select device_id from certificate") == "d2"
     assert await scratch.fetchval("select state from certificate") == "active"
     await scratch.execute("delete from device")
-    assert "foreign key" in await refused(scratch, insert(fingerprint="cd" * 32, serial="2", device_id="nosuch"))
+    assert "there is no device with the id 'nosuch'" in await refused(
+        scratch, insert(fingerprint="cd" * 32, serial="2", device_id="nosuch")
+    )
 
 
 OF = "fingerprint, device_id, state, reason, revoked_at is not null as dated"

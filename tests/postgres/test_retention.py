@@ -93,18 +93,22 @@ async def test_certificates_stay_for_as_long_as_a_list_may_name_them(scratch: as
 
 
 async def test_a_host_of_a_broker_cannot_fill_the_database_with_reports(scratch: asyncpg.Connection) -> None:
-    report = "select crl_report($1, $2, $3, now() + interval '1 day')"
+    async def report(issuer: str, number: int = 1) -> None:
+        async with scratch.transaction():
+            await scratch.execute("select crl_report('rabbit@mine', $1, $2, now() + interval '1 day')", issuer, number)
+
     await scratch.execute(
-        "insert into crl_installed (node, issuer, number, next_update) select 'rabbit@' || n, 'CN=CA', 1, now() from generate_series(1, 9999) as n"
+        """
+        insert into crl_installed (node, issuer, number, next_update, counts_until)
+        select 'rabbit@' || n, 'CN=CA', 1, now(), now() from generate_series(1, 9999) as n
+        """
     )
-    await scratch.execute(report, "rabbit@last", "CN=CA", 1)
+    await report("CN=CA")
     with pytest.raises(asyncpg.CheckViolationError, match="crl hosts --forget NODE"):
-        async with scratch.transaction():
-            await scratch.execute(report, "rabbit@more", "CN=CA", 1)
-    await scratch.execute(report, "rabbit@7", "CN=CA", 2)  # who has reported before goes on
-    assert await scratch.fetchval("select number from crl_installed where node = 'rabbit@7'") == 2
+        await report("CN=Another")
+    await report("CN=CA", 2)  # what has been reported before goes on
+    assert await scratch.fetchval("select number from crl_installed where node = 'rabbit@mine'") == 2
     await scratch.fetchval("select crl_forget('rabbit@8')")
-    await scratch.execute(report, "rabbit@more", "CN=CA", 1)
+    await report("CN=Another")
     with pytest.raises(asyncpg.CheckViolationError, match="2048 bytes"):
-        async with scratch.transaction():
-            await scratch.execute(report, "rabbit@more", "CN=" + "x" * 2048, 1)
+        await report("CN=" + "x" * 2048)

@@ -362,7 +362,11 @@ async def test_the_authority_is_read_again_when_its_files_change(dsn, made, revo
     shutil.copytree(made, tmp_path / "made")
     folder = tmp_path / "made" / "fleet"
     create_authority(
-        tmp_path / "new" / "fleet", "fleet", b"another passphrase", root_folder=tmp_path / "new" / "offline"
+        tmp_path / "new" / "fleet",
+        "fleet",
+        b"another passphrase",
+        b"staple in a vault",
+        root_folder=tmp_path / "new" / "offline",
     )
     new = AuthorityFolder.open(tmp_path / "new" / "fleet", b"another passphrase")
 

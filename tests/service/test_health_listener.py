@@ -98,7 +98,9 @@ async def test_crl_sync_fetches_from_a_replica_of_the_authority_it_was_given(
     tmp_path,
     authority,
 ):
-    create_authority(tmp_path / "fleet", "fleet", b"correct horse", root_folder=tmp_path / "offline")
+    create_authority(
+        tmp_path / "fleet", "fleet", b"correct horse", b"staple in a vault", root_folder=tmp_path / "offline"
+    )
     environment = {"AUTHBACKEND_DATABASE__DSN": dsn, "AUTHBACKEND_CA_PASSPHRASE": "correct horse"}
 
     async def command(*arguments):

@@ -106,8 +106,8 @@ def test_a_change_that_does_not_fit_gives_back_what_it_took(folder):
 
 
 def worker_of(running, place):
-    """The process of a worker, as the board of the supervisor started them: the follower first, then who answers people."""
-    return children(running.process.pid)[2 + place]
+    """The process of a worker; the supervisor starts the follower first, then the two other listeners."""
+    return children(running.process.pid)[3 + place]
 
 
 async def test_a_full_file_system_kills_no_worker_and_keeps_no_new_one_from_starting(dsn, sql):

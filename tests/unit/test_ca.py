@@ -26,7 +26,6 @@ from authbackend.pki.parsing import (
 from tests.support.clock import set_time_of_day
 
 PASSPHRASE, OF_ROOT = b"correct horse battery", b"staple in a vault"
-NOW = datetime.now(UTC)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +68,7 @@ def test_keys_are_encrypted_and_for_their_owner_alone(folder):
 def test_openssl_accepts_the_chain(folder, authority, tmp_path):
     key = new_key("ec-p256").public_key()
     leaf = tmp_path / "leaf.pem"
-    leaf.write_bytes(authority.sign("APM0001", key, authority.profiles["device"], now=NOW).chain_pem)
+    leaf.write_bytes(authority.sign("APM0001", key, authority.profiles["device"], now=datetime.now(UTC)).chain_pem)
     command = ["openssl", "verify", "-x509_strict", "-purpose", "sslclient", "-CAfile", folder / "root.pem"]
     done = subprocess.run([*command, "-untrusted", leaf, leaf], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -176,7 +175,7 @@ def test_a_renewed_intermediate_keeps_everything_valid(folder, tmp_path):
     copy = tmp_path / "ca"
     shutil.copytree(folder, copy)
     old = AuthorityFolder.open(copy, PASSPHRASE)
-    leaf = old.sign("APM0001", new_key("ec-p256").public_key(), old.profiles["device"], now=NOW)
+    leaf = old.sign("APM0001", new_key("ec-p256").public_key(), old.profiles["device"], now=datetime.now(UTC))
     with pytest.raises(PKIError, match="is not the key of"):
         renew_intermediate(copy, copy / "intermediate.key", PASSPHRASE)
     renew_intermediate(copy, folder.parent / "offline" / "fleet-root.key", OF_ROOT)
@@ -215,7 +214,7 @@ def test_an_intermediate_is_not_renewed_to_an_earlier_end(folder, tmp_path, monk
 
 def test_a_device_gets_a_client_certificate_for_its_name_alone(authority):
     key = new_key("ec-p256").public_key()
-    signed = authority.sign("APM0001", key, authority.profiles["device"], ["APM0001"], now=NOW)
+    signed = authority.sign("APM0001", key, authority.profiles["device"], ["APM0001"], now=datetime.now(UTC))
     certificate = read_certificate(signed.certificate_pem)
     assert record_of(certificate) == signed.record
     assert (signed.record.subject, signed.record.issuer) == ("CN=APM0001", "CN=fleet intermediate")
@@ -243,14 +242,17 @@ def test_a_device_gets_a_client_certificate_for_its_name_alone(authority):
 )
 def test_no_name_is_signed_that_rabbitmq_could_take_for_another(authority, name, fault):
     with pytest.raises(PKIError, match=fault):
-        authority.sign(name, new_key("ec-p256").public_key(), authority.profiles["device"], now=NOW)
+        authority.sign(name, new_key("ec-p256").public_key(), authority.profiles["device"], now=datetime.now(UTC))
 
 
 @pytest.mark.parametrize(("days", "fault"), [(-400, "is not valid before"), (6 * 365, "expired on")])
 def test_nothing_is_signed_outside_of_the_authoritys_own_time(authority, days, fault):
     with pytest.raises(PKIError, match=fault):
         authority.sign(
-            "D1", new_key("ec-p256").public_key(), authority.profiles["device"], now=NOW + timedelta(days=days)
+            "D1",
+            new_key("ec-p256").public_key(),
+            authority.profiles["device"],
+            now=datetime.now(UTC) + timedelta(days=days),
         )
 
 
@@ -260,7 +262,7 @@ def test_nothing_outlives_its_authority(folder, tmp_path):
     with (copy / "authority.toml").open("a") as file:
         file.write("[profiles.device]\nlifetime_days = 36500\n")
     opened = AuthorityFolder.open(copy, PASSPHRASE)
-    signed = opened.sign("APM0001", new_key("ec-p256").public_key(), opened.profiles["device"], now=NOW)
+    signed = opened.sign("APM0001", new_key("ec-p256").public_key(), opened.profiles["device"], now=datetime.now(UTC))
     assert signed.record.not_after == opened.not_after
     assert signed.shortened
 
@@ -312,7 +314,10 @@ def test_a_key_with_a_small_exponent_is_weak():
 
 def test_a_stream_is_read_one_by_one_whatever_is_between(authority):
     key = new_key("ec-p256").public_key()
-    pems = [authority.sign(f"D{n}", key, authority.profiles["device"], now=NOW).certificate_pem for n in range(3)]
+    pems = [
+        authority.sign(f"D{n}", key, authority.profiles["device"], now=datetime.now(UTC)).certificate_pem
+        for n in range(3)
+    ]
     text = b"subject=CN=D0\r\n" + pems[0].replace(b"\n", b"\r\n") + b"\n# junk\n" + pems[1] + pems[2].rstrip()
     found = list(blocks(text.splitlines(keepends=True)))
     assert [read_record(block.der)[0] for block in found] == [record_of(read_certificate(pem)) for pem in pems]
