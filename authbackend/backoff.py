@@ -1,4 +1,4 @@
-"""Pauses between attempts that fail, and the word to everybody who waits that the server is back."""
+"""Back-off between failed attempts, cut short for all waiting parts when the server returns."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import random
 
 class Backoff:
     """
-    Pauses between attempts, twice as long each time.
+    Exponential back-off with jitter: each pause is twice as long as the last.
 
-    Each is shortened at random, by up to half, so that many processes that lost the same server at the same moment do
-    not come back at the same moment.
+    Each is shortened at random by up to half, so that processes that lost the same server at the same moment do not all
+    reconnect at the same moment.
 
     Args:
-        first_s: The first pause, before it is shortened.
-        longest_s: No pause is longer.
+        first_s: The first pause, before jitter.
+        longest_s: Upper limit of a pause.
     """
 
     def __init__(self, first_s: float = 0.05, longest_s: float = 0.5) -> None:
@@ -31,26 +31,26 @@ class Backoff:
         return pause_s
 
     def reset(self) -> None:
-        """Begin with the first pause again; call it when an attempt has succeeded as a whole."""
+        """Start over with the first pause; call this when an attempt has succeeded completely."""
         self._next_s = self._first_s
 
 
 class Reachability:
     """
-    Shared by the parts of a process that need the same server: the first that connects wakes those that pause.
+    Shared by the parts of a process that need the same server: the first to connect wakes those that are pausing.
 
-    Only the return of a server wakes. One that let somebody in between two pauses of a part is reachable: what that
-    part meets is a fault of another kind, for example a missing right, and it has to wait its pauses out. Otherwise
-    two parts that both connect and then fail would wake each other without end.
+    Only the return of an unreachable server wakes them. If any part connects between two pauses of another, the server
+    is reachable: the other fails for a different reason, for example a missing privilege, and must wait out its pauses.
+    Otherwise two parts that both connect and then fail would wake each other endlessly.
     """
 
     def __init__(self) -> None:
-        self._failing: set[Backoff] = set()  # who has paused since anybody connected
+        self._failing: set[Backoff] = set()  # parts that have paused since any part last connected
         self._unreachable = False
         self._returned = asyncio.Event()
 
     def succeeded(self) -> None:
-        """Tell that a part has just connected."""
+        """Record that a part has just connected."""
         self._failing.clear()
         if self._unreachable:
             self._unreachable = False
@@ -58,7 +58,7 @@ class Reachability:
             self._returned = asyncio.Event()
 
     async def pause(self, backoff: Backoff) -> None:
-        """Wait after a failure: the next pause of a part's own back-off, or less if the server is back before."""
+        """Wait after a failure: the next pause of the part's back-off, or less if the server returns earlier."""
         if backoff in self._failing:
             self._unreachable = True
         self._failing.add(backoff)

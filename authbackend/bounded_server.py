@@ -1,4 +1,4 @@
-"""Bounds of a listener: connections, the size of a request's head, and the time to send it and to take the answer."""
+"""HTTP server with limits on connections, request header size, and the time to send a request and read the answer."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from aiohttp.web_protocol import RequestHandler
 HANDSHAKE_TIMEOUT_S = 5.0
 SHUTDOWN_TIMEOUT_S = 1.0
 LONGEST_LINE_BYTES = 8190
-"""Of a request line and of a header; aiohttp limits their number to 128."""
+"""Limit for a request line and for each header; aiohttp limits the number of headers to 128."""
 _ACCEPT_AGAIN_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """
-    What clients of a listener may take up.
+    Limits on a listener's clients.
 
     Args:
         keepalive_timeout_s: How long an idle connection stays open.
-        request_timeout_s: Longest time that a client may take to send a request's head, or take nothing of an answer.
-        max_connections: One more is closed at once; fewer if the process may open few files.
-        line_bytes: Longest request line and longest header.
+        request_timeout_s: Longest time for a client to send a request header, or to read nothing of an answer.
+        max_connections: Any more are closed immediately. Capped at half of the process's open-file limit.
+        line_bytes: Longest request line and longest header line.
     """
 
     keepalive_timeout_s: float
@@ -42,17 +42,17 @@ class Bounds:
 
 
 class ConnectionObserver(Protocol):
-    """Is told about connections, for metrics."""
+    """Receives connection counts, for metrics."""
 
     def connections_open(self, number: int) -> None:
-        """So many are open."""
+        """Set the number of open connections."""
 
     def connection_closed(self, cause: str) -> None:
-        """One was closed by this side: too_many, slow."""
+        """Count a connection that the server closed, by cause: too_many, slow."""
 
 
 class BoundedServer(web.Server):
-    """aiohttp's low-level server with bounds."""
+    """aiohttp's low-level server, with :class:`Bounds`."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class BoundedServer(web.Server):
             max_line_size=bounds.line_bytes,
             max_field_size=bounds.line_bytes,
             lingering_time=0,
-            auto_decompress=False,  # a small body must not become a large one
+            auto_decompress=False,  # a small body must not expand into a large one
             **options,
         )
         self._observer = observer
@@ -97,23 +97,23 @@ class BoundedServer(web.Server):
         return True
 
     def forget(self, connection: BoundedConnection) -> None:
-        """Note that a connection has ended."""
+        """Record that a connection has ended."""
         self._open.discard(connection)
         self._observer.connections_open(len(self._open))
 
     async def accept_over_tls(self, listener: socket, tls: ssl.SSLContext) -> None:
         """
-        Accept connections and begin their handshakes, until cancelled.
+        Accept connections and start their TLS handshakes, until cancelled.
 
-        A server of the event loop tells of a connection after its handshake only. Whoever connects and says nothing would
-        have a file and some hundred kilobytes for the time of a handshake, without any limit.
+        asyncio's own server reports a connection only after its handshake. Clients that connect and send nothing would
+        each hold a file descriptor and some hundred kilobytes until the handshake times out, without any limit.
         """
         loop = asyncio.get_running_loop()
         try:
             while True:
                 try:
                     accepted, _ = await loop.sock_accept(listener)
-                except OSError:  # no file left, or the client is gone already
+                except OSError:  # no file descriptor left, or the client has already gone
                     await asyncio.sleep(_ACCEPT_AGAIN_S)
                     continue
                 if len(self._open) + len(self._handshakes) >= self._max_connections:
@@ -137,13 +137,14 @@ class BoundedServer(web.Server):
                 ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S,
                 ssl_shutdown_timeout=SHUTDOWN_TIMEOUT_S,
             )
-        except OSError:  # it does not speak TLS, has no certificate that is let in, or has gone
+        except OSError:  # the client does not speak TLS, has no accepted certificate, or has gone
             accepted.close()
 
     async def cut_slow_clients(self) -> None:
         """
-        Close connections whose client does not finish a request that it began, or never began one, and those whose
-        client does not take its answer; until cancelled.
+        Close connections whose client does not finish, or never starts, its request, or does not read its answer.
+
+        Runs until cancelled.
         """
         while True:
             await asyncio.sleep(self._request_timeout_s / 2)
@@ -153,24 +154,24 @@ class BoundedServer(web.Server):
                 if connection.sending_since(latest):
                     self._observer.connection_closed("slow")
                     connection.force_close()
-                elif connection.taking_nothing_since(latest, now):
+                elif connection.reading_nothing_since(latest, now):
                     self._observer.connection_closed("slow")
                     connection.abort()
 
 
 class BoundedConnection(RequestHandler):
-    """One connection; times are of the monotonic clock."""
+    """A connection; times are from the monotonic clock."""
 
-    __slots__ = ("_began", "_untaken", "_untaken_since", "answered", "received")
+    __slots__ = ("_began", "_unsent", "_unsent_since", "answered", "received")
 
     def __init__(self, manager: BoundedServer, **kwargs: Any) -> None:
         super().__init__(manager, **kwargs)
-        self.received = self._began = self._untaken_since = time.monotonic()
-        self._untaken = 0
+        self.received = self._began = self._unsent_since = time.monotonic()
+        self._unsent = 0
         self.answered = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin, if there is room."""
+        """Start the connection, or close it if there are too many."""
         server = self._manager
         assert isinstance(server, BoundedServer)
         super().connection_made(transport)
@@ -178,38 +179,38 @@ class BoundedConnection(RequestHandler):
             self.force_close()
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """End."""
+        """Release the connection's place."""
         server = self._manager
         if isinstance(server, BoundedServer):
             server.forget(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Note when a request began and how far it has come."""
+        """Record the time of arrival before parsing."""
         self.arrived()
         super().data_received(data)
 
     def arrived(self) -> None:
-        """Note that something has come: the first of a request, or more of it."""
+        """Record that data arrived: the start of a request, or more of it."""
         self.received = time.monotonic()
         if self.answered:
             self.answered = False
             self._began = self.received
 
     def sending_since(self, latest: float) -> bool:
-        """Return whether the client has been sending a request's head since before a time."""
+        """Return whether the client started a request header before ``latest`` and has not finished it."""
         return not self.answered and self._began < latest and not self._messages and self._current_request is None
 
-    def taking_nothing_since(self, latest: float, now: float) -> bool:
-        """Return whether an answer waits for the client, and it has taken nothing of it since before a time."""
-        untaken = 0 if self.transport is None else self.transport.get_write_buffer_size()
-        if not self._untaken or untaken < self._untaken:
-            self._untaken_since = now
-        self._untaken = untaken
-        return untaken > 0 and self._untaken_since < latest
+    def reading_nothing_since(self, latest: float, now: float) -> bool:
+        """Return whether an answer is pending and the client has read nothing of it since before ``latest``."""
+        unsent = 0 if self.transport is None else self.transport.get_write_buffer_size()
+        if not self._unsent or unsent < self._unsent:
+            self._unsent_since = now
+        self._unsent = unsent
+        return unsent > 0 and self._unsent_since < latest
 
     def abort(self) -> None:
-        """Close now, without what the client has not taken."""
+        """Close immediately and discard what the client has not read."""
         if self.transport is not None:
             self.transport.abort()
 
@@ -224,13 +225,13 @@ async def accepting(
     **where: Any,
 ) -> AsyncIterator[int]:
     """
-    Serve for the time of the block and yield the port; then stop accepting and finish what is in flight.
+    Serve while the block runs, and yield the port; then stop accepting and finish requests in flight.
 
     Args:
-        drain_s: Longest time for what is in flight.
-        sock: Listens already; else ``where`` is what ``create_server`` of the event loop takes.
+        drain_s: Longest time for requests in flight.
+        sock: A listening socket; without one, ``where`` is passed to the event loop's ``create_server``.
     Raises:
-        OSError: The address cannot be listened on.
+        OSError: Cannot listen on the address.
     """
     listener = await asyncio.get_running_loop().create_server(server, sock=sock, start_serving=tls is None, **where)
     tasks = [asyncio.create_task(server.cut_slow_clients())]
@@ -257,6 +258,6 @@ async def accepting(
 
 
 def _room_for_connections() -> int:
-    """Return half of the files that this process may have open; what it needs besides must always find room."""
+    """Return half of this process's open-file limit; the other half is for everything else that it opens."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 2**31 if files == resource.RLIM_INFINITY else max(1, files // 2)

@@ -1,9 +1,9 @@
 """
-The clocks by which ages are told.
+Clocks for measuring ages.
 
-An age is told by the time since the machine started, sleep included (``CLOCK_BOOTTIME``): nobody sets that clock, and it
-goes on while the machine is suspended, when ``CLOCK_MONOTONIC`` stands still. What happens at a time of day (expiry, holds) is
-told by the database's clock, carried on by this one, so that it is the same on every replica.
+Ages are measured with ``CLOCK_BOOTTIME``, the time since the machine started: nobody can set that clock, and unlike
+``CLOCK_MONOTONIC`` it keeps running while the machine is suspended. Events at a time of day (expiry, holds) use the
+database's clock, extrapolated with this one, so that they happen at the same time on every replica.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ _TIME_ERROR = 5
 
 
 class AgeUnknown(Exception):
-    """How long ago something was cannot be told; the message says why."""
+    """An age cannot be determined; the message says why."""
 
 
 def uptime() -> float:
-    """Return the seconds since the machine started, the same in all its processes."""
+    """Return the seconds since the machine started, the same in all processes."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 @cache
 def boot() -> str:
-    """Return a name for what :func:`uptime` counts from: this start of the machine, and the time namespace."""
+    """Return an identifier of the zero point of :func:`uptime`: this boot and the time namespace."""
     with contextlib.suppress(OSError):
         started = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{started} {Path('/proc/self/ns/time').readlink()}"
-    return str(uuid.uuid4())  # no other process's
+    return str(uuid.uuid4())  # matches no other process
 
 
 def synchronised() -> bool:
-    """Return whether the kernel knows this machine's time of day to be right, from NTP or the like."""
+    """Return whether the kernel considers the system clock synchronised, by NTP or similar."""
     with contextlib.suppress(OSError, AttributeError):
         state: int = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES))
         return 0 <= state < _TIME_ERROR
@@ -49,7 +49,7 @@ def synchronised() -> bool:
 @dataclass(frozen=True, slots=True)
 class Instant:
     """
-    A moment on this machine, by each clock that may tell later how long ago it was.
+    A moment on this machine, by each clock that can later give its age.
 
     Args:
         wall: Seconds since the epoch.
@@ -61,24 +61,24 @@ class Instant:
 
     @classmethod
     def now(cls) -> Instant:
-        """Return this moment."""
+        """Return the current instant."""
         return cls(time.time(), uptime(), boot())
 
 
 def age_s(then: Instant, database_time: float | None) -> float:
     """
-    Return how many seconds ago something was, rather too many than too few; negative if a clock was set back.
+    Return the age of an instant in seconds, erring on the high side; negative if a clock was set back.
 
     Args:
-        database_time: What the database's clock said then, seconds since the epoch.
+        database_time: The database's clock at that instant, in seconds since the epoch.
     Raises:
-        AgeUnknown: The machine has been started since, and its time of day may be wrong.
+        AgeUnknown: The machine has rebooted since, and its system clock may be wrong.
     """
     now = Instant.now()
     if then.boot == now.boot:
         return now.uptime - then.uptime
     if not synchronised():
-        raise AgeUnknown("the machine has been started since, and its clock is not synchronised (see: timedatectl)")
+        raise AgeUnknown("the machine has rebooted since, and its clock is not synchronised (see: timedatectl)")
     since_wall = now.wall - then.wall
     if since_wall < 0:
         return since_wall

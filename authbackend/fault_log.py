@@ -1,4 +1,4 @@
-"""Logs a fault that lasts: at once, then once a minute, and when it is over."""
+"""Log a lasting fault immediately, then once a minute, and when it is over."""
 
 from __future__ import annotations
 
@@ -15,48 +15,48 @@ _MOST_TEXTS = 10
 
 class FaultLog:
     """
-    The log lines of one thing that is tried again and again.
+    Rate-limited logging for an operation that is retried.
 
-    While it fails, each fault that has not been met before is logged at once, and the present one once a minute.
-    Somebody who cannot be reached is often met with two faults by turns, so "another one than last time" is no measure.
+    While it fails, each new fault is logged immediately, and the current one once a minute. A peer that cannot be
+    reached often alternates between two faults, so "new" means not yet seen, rather than different from the last one.
 
     Args:
-        event: Logged for a fault, with ``fault``, and how many attempts since the last line were ``unlogged``.
-        over: Logged when it succeeds again; None: whoever succeeds says it otherwise.
-        values: Part of every line.
+        event: Logged for a fault, with ``fault`` and the number of failures ``unlogged`` since the last line.
+        over: Logged when the operation succeeds again; None if the caller logs that itself.
+        values: Added to every line.
     """
 
     def __init__(self, event: str, over: str | None = None, **values: Any) -> None:
         self._event = event
         self._over = over
         self._values = values
-        self._met: set[str] = set()
+        self._seen: set[str] = set()
         self._next_line = 0.0
         self._unlogged = 0
 
     @property
     def failing(self) -> bool:
         """Whether the last attempt failed."""
-        return bool(self._met)
+        return bool(self._seen)
 
     def failed(self, fault: str, **values: Any) -> None:
-        """Note an attempt that failed."""
+        """Record a failed attempt."""
         now = asyncio.get_running_loop().time()
-        new = fault not in self._met and len(self._met) < _MOST_TEXTS
+        new = fault not in self._seen and len(self._seen) < _MOST_TEXTS
         if not new and now < self._next_line:
             self._unlogged += 1
             return
         unlogged = {"unlogged": self._unlogged} if self._unlogged else {}
         log.warning(self._event, fault=fault, **self._values, **values, **unlogged)
         if new:
-            self._met.add(fault)
+            self._seen.add(fault)
         self._next_line = now + AGAIN_S
         self._unlogged = 0
 
     def succeeded(self) -> None:
-        """Note an attempt that succeeded."""
-        if self._met and self._over is not None:
+        """Record a successful attempt."""
+        if self._seen and self._over is not None:
             log.info(self._over, **self._values)
-        self._met.clear()
+        self._seen.clear()
         self._next_line = 0.0
         self._unlogged = 0

@@ -1,4 +1,4 @@
-"""Structured logs on standard error; no query string, no password and no hash is ever an argument of an event."""
+"""Structured logs on standard error. Query strings, passwords and hashes are never logged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST_NAMES = 10_000
 
 
 def _printable(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Escape what a client chose, so that no name can forge a line or drive a terminal."""
+    """Escape unprintable text, so that a name that a client chose cannot forge a line or control a terminal."""
     for key, value in event.items():
         if isinstance(value, str) and not value.isprintable() and key != "exception":
             event[key] = value.encode("unicode_escape").decode("ascii")
@@ -25,10 +25,10 @@ def _printable(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMappi
 
 def configure(form: Literal["json", "console"], level: str, process: str | None = None) -> None:
     """
-    Set up structlog and the standard library's logging, which aiohttp uses, in the same form.
+    Set up structlog and the standard library's logging, which aiohttp uses, with the same format.
 
     Args:
-        process: Written into each line, to tell the processes of a replica apart.
+        process: Added to each line, to tell a replica's processes apart.
     """
     number = logging.getLevelName(level.upper())
     renderer: Any = structlog.processors.JSONRenderer() if form == "json" else _console_renderer()
@@ -59,12 +59,12 @@ def configure(form: Literal["json", "console"], level: str, process: str | None 
 
 
 def _console_renderer() -> structlog.dev.ConsoleRenderer:
-    """No renderer that shows local variables: they can hold a password."""
+    """Return a renderer without local variables in tracebacks: they can contain a password."""
     return structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
 
 
 class _StderrLogger:
-    """Writes lines to standard error; a full disk or a closed pipe loses lines, never a decision."""
+    """Writes lines to standard error; a full disk or closed pipe may lose lines, but must not break a request."""
 
     def msg(self, message: str) -> None:
         with contextlib.suppress(OSError, ValueError):
@@ -77,9 +77,9 @@ class _StderrLogger:
 
 class Sampler:
     """
-    Lets the first few denials of a name in each window through, and no more than so many of all; counts the rest.
+    Limits how many denials are logged in each window, per name and in total; counts the rest.
 
-    Memory is bounded: beyond 10,000 names in one window all further names share one budget.
+    Memory is bounded: after 10,000 names in one window, all further names share one limit.
     """
 
     def __init__(self, most_per_name: int, most: int = 10_000) -> None:
@@ -91,7 +91,7 @@ class Sampler:
         self._suppressed = 0
 
     def admit(self, name: str, now: float | None = None) -> tuple[bool, int]:
-        """Return whether to log, and how many denials of the last window were not logged (once a window)."""
+        """Return whether to log, and how many denials of the last window were suppressed (once per window)."""
         window = int((time.monotonic() if now is None else now) / WINDOW_S)
         suppressed = 0
         if window != self._window:

@@ -1,8 +1,8 @@
 """
-The files in memory through which the processes of a replica share their metrics (prometheus_client's multiprocess mode).
+Memory-mapped files through which a replica's processes share metrics (prometheus_client's multiprocess mode).
 
-They lie beside the registry, which may fill the file system. A page of a mapped file that gets no memory then ends the
-process (SIGBUS), so these files have all of theirs from the start, and grow only by memory that they have got before.
+They are on the same file system as the registry, which may fill it. A write to a mapped page that cannot be allocated
+kills the process (SIGBUS), so the files are allocated in full at the start, and memory is allocated before they grow.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from prometheus_client.mmap_dict import MmapedDict
 from authbackend.errors import NoRoom
 
 FILE_BYTES = 256 * 1024
-"""Of each file: some thousand series."""
+"""Initial size of each file: room for some thousand series."""
 
 _FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 _KINDS = ("counter", "histogram", "gauge_livesum")
-_EMPTY = struct.pack("i", 8)  # how much of the file is used: its head
+_EMPTY = struct.pack("i", 8)  # bytes used: only the file header
 
 
 class _Allocated(MmapedDict):
-    """A file whose memory nobody can take; a series for which there is none is counted from when there is."""
+    """A file allocated in advance; a new series for which there is no memory is not counted until there is."""
 
     def __init__(self, filename: str) -> None:
         with Path(filename).open("ab") as file:
@@ -44,8 +44,8 @@ class _Allocated(MmapedDict):
 
     def read_value(self, key: str) -> tuple[float, float]:
         with contextlib.suppress(OSError):
-            found: tuple[float, float] = super().read_value(key)  # type: ignore[no-untyped-call]
-            return found
+            value: tuple[float, float] = super().read_value(key)  # type: ignore[no-untyped-call]
+            return value
         return 0.0, 0.0
 
     def write_value(self, key: str, value: float, timestamp: float) -> None:
@@ -55,10 +55,10 @@ class _Allocated(MmapedDict):
 
 def reserve(folder: Path, processes: Iterable[str]) -> None:
     """
-    Make the folder with the files of all processes, before anything else takes the memory.
+    Create the folder and the files of all processes, before anything else uses up the memory.
 
     Raises:
-        NoRoom: There is not enough.
+        NoRoom: There is not enough memory.
     """
     try:
         folder.mkdir(mode=0o700)
@@ -68,17 +68,17 @@ def reserve(folder: Path, processes: Iterable[str]) -> None:
                     os.posix_fallocate(file.fileno(), 0, FILE_BYTES)
     except OSError as error:
         raise NoRoom(
-            f"there is no memory for the metrics at {folder}: {error.strerror}; give that file system more room "
+            f"not enough memory for the metrics in {folder}: {error.strerror}; give that file system more room "
             "(registry.memory_dir; in a container, shm_size)"
         ) from error
 
 
 def share(folder: Path, process: str) -> None:
     """
-    Keep the metrics made from now on in a folder that several processes share; ``process`` names this one.
+    Keep metrics created from now on in a folder that several processes share; ``process`` names this one.
 
-    Source: prometheus_client, "Multiprocess Mode". Named after the worker's place rather than its process id, a file
-    is taken over by the next worker in that place, so counters never go back and files do not pile up.
+    Source: prometheus_client, "Multiprocess Mode". Files are named after the worker's slot, not its process id, so the
+    next worker in that slot continues with them: counters never go back and files do not accumulate.
     """
     os.environ[_FOLDER] = str(folder)
     values.MmapedDict = _Allocated  # type: ignore[attr-defined,assignment]
@@ -86,7 +86,7 @@ def share(folder: Path, process: str) -> None:
 
 
 def forget_gauges(folder: Path, process: str) -> None:
-    """Drop what a process that is gone said about its present state; its files keep their memory for the next one."""
+    """Clear the gauges of a process that has ended; its files stay allocated for its successor."""
     for file in folder.glob(f"gauge_live*_{process}.db"):
         with file.open("r+b") as opened:
             opened.write(_EMPTY)

@@ -1,9 +1,9 @@
 """
 Prometheus metrics. The number of series depends on device types and reasons, never on the number of devices.
 
-Names and meaning are part of the interface: docs/metrics.md lists them, and a test holds the two together. The
-processes of a replica share them through files in memory (``metric_files``): a worker that is started again goes on with
-the counters of the one that died, and the gauges of one that is gone are forgotten.
+Names and meanings are part of the public interface: docs/metrics.md lists them, and a test keeps the two in step. The
+processes of a replica share metrics through files in memory (``metric_files``): a restarted worker continues with the
+counters of its predecessor, and the gauges of a process that has ended are cleared.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 
-def exposition(registry: CollectorRegistry, folder: Path | None, *present: Collector) -> bytes:
-    """Return the text format that Prometheus reads, over all processes that share a folder, or of this one."""
+def exposition(registry: CollectorRegistry, folder: Path | None, *collectors: Collector) -> bytes:
+    """Return Prometheus' text format for all processes that share the folder; without a folder, for this one."""
     collected = CollectorRegistry()
-    for collector in present:
+    for collector in collectors:
         collected.register(collector)
     if folder is not None:
         multiprocess.MultiProcessCollector(collected, str(folder))  # type: ignore[no-untyped-call]
@@ -30,11 +30,11 @@ def exposition(registry: CollectorRegistry, folder: Path | None, *present: Colle
 
 class ListenerMetrics:
     """
-    What a listener other than RabbitMQ's counts of its connections.
+    Connection metrics of a listener other than RabbitMQ's.
 
     Args:
-        listener: Begins the names.
-        clients: Who they are, for the descriptions.
+        listener: Prefix of the metric names.
+        clients: Who connects, for the descriptions.
     """
 
     def __init__(self, registry: CollectorRegistry, listener: str, clients: str) -> None:
@@ -52,35 +52,35 @@ class ListenerMetrics:
         )
 
     def connections_open(self, number: int) -> None:
-        """So many are open."""
+        """Set the number of open connections."""
         self._connections.set(number)
 
     def connection_closed(self, cause: str) -> None:
-        """One was closed by this side."""
+        """Count a connection that the server closed."""
         self._closed.labels(cause).inc()
 
 
 def admin_metrics(registry: CollectorRegistry) -> ListenerMetrics:
-    """Return what the listener for people counts."""
+    """Return the metrics of the listener for people."""
     return ListenerMetrics(registry, "admin", "people")
 
 
 def health_metrics(registry: CollectorRegistry) -> ListenerMetrics:
-    """Return what the listener for health, lists and metrics counts."""
+    """Return the metrics of the listener for health, CRLs and metrics."""
     return ListenerMetrics(registry, "health", "balancers, brokers' hosts and Prometheus")
 
 
 def gauge(name: str, text: str, value: float | None) -> Metric:
-    """Return a gauge without labels; without a value it is absent."""
+    """Return a gauge without labels; it has no sample if ``value`` is None."""
     family = GaugeMetricFamily(f"authbackend_{name}", text, labels=[])
     if value is not None:
         family.add_metric([], value)
     return family
 
 
-def gauges(name: str, text: str, label: str, found: Mapping[str, float]) -> Metric:
-    """Return a gauge with one label, by the label's values."""
+def gauges(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
+    """Return a gauge with one label; ``values`` is keyed by the label's value."""
     family = GaugeMetricFamily(f"authbackend_{name}", text, labels=[label])
-    for key, value in found.items():
+    for key, value in values.items():
         family.add_metric([key], value)
     return family

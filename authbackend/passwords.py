@@ -1,9 +1,9 @@
 """
-Password checks of accounts: argon2id in a bounded thread pool, never on the event loop.
+Password checks for accounts: argon2id in a bounded thread pool, never on the event loop.
 
-A successful check is remembered for a short time under a keyed hash, because RabbitMQ's management API logs in once
-a call. The key is made at start and never leaves the process; what is remembered is tied to the account's hash, so
-a new password ends it at once.
+A successful check is cached briefly under a keyed hash, because RabbitMQ's management API logs in for every call. The
+key is created at start and never leaves the process. A cache entry depends on the account's password hash, so a new
+password invalidates it immediately.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ _NICE = 10
 
 
 class Busy(Exception):
-    """All threads are taken and as many checks wait as may."""
+    """All threads are in use and the queue of waiting checks is full."""
 
 
 class PasswordObserver(Protocol):
-    """Is told about checks, for metrics."""
+    """Receives the outcome of checks, for metrics."""
 
     def checked(self, result: str) -> None:
-        """``right``, ``wrong``, ``remembered`` or ``refused``."""
+        """Count a result: ``right``, ``wrong``, ``remembered`` or ``refused``."""
 
     def running(self, number: int) -> None:
-        """How many checks run or wait for a thread."""
+        """Set the number of checks that run or wait for a thread."""
 
 
 def hash_password(password: str) -> str:
-    """Return an argon2id hash in PHC form with the parameters of RFC 9106 for little memory (64 MiB, 3 passes)."""
+    """Return an argon2id hash in PHC form, with the low-memory parameters of RFC 9106 (64 MiB, 3 passes)."""
     return PasswordHasher().hash(password)
 
 
 class PasswordChecker:
     """
-    Checks passwords.
+    Checks passwords and remembers recent successes.
 
     Args:
-        threads: Checks at once.
-        queue: Checks that may wait; more raise :class:`Busy`.
-        reserved: Accounts with a thread of their own, which guesses at other names cannot occupy.
+        threads: Checks that may run at the same time.
+        queue: Checks that may wait; any more raise :class:`Busy`.
+        reserved: Accounts with their own thread, which guesses at other names cannot block.
         remember_s: How long a success is remembered.
-        remember_most: How many successes at most; the oldest is dropped.
+        remember_most: How many successes are remembered; beyond that, the oldest is dropped.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class PasswordChecker:
     ) -> None:
         self._observer = observer
         self._hasher = PasswordHasher()
-        self._nobody = self._hasher.hash(secrets.token_hex(16))
+        self._dummy_hash = self._hasher.hash(secrets.token_hex(16))
         self._key = secrets.token_bytes(32)
         self._remember_s = remember_s
         self._remember_most = remember_most
@@ -80,10 +80,10 @@ class PasswordChecker:
 
     async def check(self, account: Account | None, password: str) -> bool:
         """
-        Return whether the password is the account's; None, an unknown name, costs the same work and is False.
+        Return whether the password is correct; False for an unknown account (None), after the same work.
 
         Raises:
-            Busy: Too many checks at once.
+            Busy: Too many checks are running or waiting.
         """
         stored = account.password_hash if account else None
         token = self._token(account.name if account else "", stored or "", password)
@@ -92,7 +92,7 @@ class PasswordChecker:
             return True
         lane = self._reserved.get(account.name, self._common) if account else self._common
         try:
-            future = lane.submit(self._verify, stored or self._nobody, password)
+            future = lane.submit(self._verify, stored or self._dummy_hash, password)
         except Busy:
             self._observer.checked("refused")
             raise
@@ -108,13 +108,13 @@ class PasswordChecker:
         return right
 
     def close(self) -> None:
-        """Let running checks finish and take no more."""
+        """Let running checks finish; cancel waiting ones and accept no more."""
         for lane in (self._common, *self._reserved.values()):
             lane.close()
 
     @property
     def running(self) -> int:
-        """How many checks run or wait for a thread."""
+        """Number of checks that run or wait for a thread."""
         return self._common.taken + sum(lane.taken for lane in self._reserved.values())
 
     def _verify(self, stored: str, password: str) -> bool:
@@ -148,18 +148,18 @@ class PasswordChecker:
             self._remembered[token] = time.monotonic() + self._remember_s
 
 
-def _give_way() -> None:
-    """Let the event loop's thread go first where both want the core; Linux has a priority for each thread."""
+def _lower_priority() -> None:
+    """Give the event loop's thread priority on a busy core; on Linux, each thread has its own priority."""
     with contextlib.suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 class _Lane:
-    """A thread pool that refuses instead of queueing without bound."""
+    """A thread pool with a bounded queue; it refuses further work."""
 
     def __init__(self, threads: int, queue: int) -> None:
         self._most = threads + queue
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="argon2", initializer=_give_way)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="argon2", initializer=_lower_priority)
         self.taken = 0
 
     def submit(self, function: object, *arguments: object) -> Future[bool]:
@@ -172,7 +172,7 @@ class _Lane:
         return future
 
     def _release_on(self, loop: asyncio.AbstractEventLoop) -> None:
-        with contextlib.suppress(RuntimeError):  # the service has stopped meanwhile
+        with contextlib.suppress(RuntimeError):  # the event loop has closed in the meantime
             loop.call_soon_threadsafe(self._release)
 
     def _release(self) -> None:

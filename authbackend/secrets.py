@@ -1,4 +1,4 @@
-"""Reads the secrets that settings name."""
+"""Read passwords from the files that settings name."""
 
 from __future__ import annotations
 
@@ -16,27 +16,29 @@ def read_password(enforcement: Enforcement) -> str:
         ConfigurationError: No file is set, or it cannot be read.
     """
     if enforcement.password_file is None:
-        raise ConfigurationError("enforcement.clusters needs enforcement.password_file: the password of the account")
+        raise ConfigurationError(
+            "enforcement.clusters needs enforcement.password_file: a file with the password of enforcement.username"
+        )
     try:
         return enforcement.password_file.read_text(encoding="utf-8-sig").removesuffix("\n")
     except OSError as error:
         raise ConfigurationError(
             f"cannot read enforcement.password_file {enforcement.password_file}: {error.strerror}"
         ) from error
-    except UnicodeDecodeError:  # its text holds the bytes
+    except UnicodeDecodeError:  # the exception's text contains bytes of the password
         raise ConfigurationError(f"enforcement.password_file {enforcement.password_file} is not UTF-8") from None
 
 
 def read_dsn(database: Database) -> str:
     """
-    Return the connection URI, with the password of ``password_file`` where one is set.
+    Return the connection URI, with the password from ``password_file`` if that is set.
 
     Raises:
-        ConfigurationError: There is no URI, or the file cannot be read.
+        ConfigurationError: No URI is set, it names no role for the password, or the file cannot be read.
     """
     if database.dsn is None:
         raise ConfigurationError(
-            "no database: set AUTHBACKEND_DATABASE__DSN (for example postgresql://user@host/authbackend), "
+            "no database is set: set AUTHBACKEND_DATABASE__DSN (for example postgresql://user@host/authbackend), "
             "or start with --embedded DIRECTORY for a PostgreSQL of its own"
         )
     dsn = database.dsn.get_secret_value()

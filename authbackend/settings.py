@@ -1,8 +1,8 @@
 """
-One frozen tree of settings, built once from the environment or a TOML file and handed down as values.
+Frozen settings, read once from a TOML file and the environment and passed down as values.
 
 ``AUTHBACKEND_DATABASE__DSN`` in the environment is ``dsn`` under ``[database]`` in the file; the environment wins.
-Secrets are typed as secrets: they show as ``**********`` in a ``repr`` and in errors.
+Secrets have secret types, so they show as ``**********`` in a ``repr`` and in errors.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NOT_SETTINGS = (
     "AUTHBACKEND_CA_PASSPHRASE_FILE",
     CONFIG_FILE_VARIABLE,
 )
-"""Variables of this prefix that other parts read: the acting person and passphrase of commands, tools' cache, the file."""
+"""Variables with this prefix that are not settings: actor, cache of the tools, passphrases, path of the TOML file."""
 
 
 def _listen_address(value: str) -> str:
@@ -58,18 +58,18 @@ def _management_urls(value: str) -> str:
         if scheme == "http" and not is_loopback(rest if ":" in rest else f"{rest}:80"):
             raise ValueError("http:// would send the password in clear text: use https://, or http:// to loopback only")
     if not urls:
-        raise ValueError("a cluster without a URL")
+        raise ValueError("a cluster has no URL; write each node as https://host:15671")
     return value
 
 
 def host_and_port(listen: str) -> tuple[str, int]:
-    """Return the parts of a ``host:port`` setting; brackets around an IPv6 address are dropped."""
+    """Split a ``host:port`` setting; brackets around an IPv6 address are dropped."""
     host, _, port = listen.rpartition(":")
     return host.strip("[]"), int(port)
 
 
 def is_loopback(listen: str) -> bool:
-    """Return whether a ``host:port`` setting can be reached only from this host."""
+    """Return whether a ``host:port`` address can be reached only from this host."""
     host, _ = host_and_port(listen)
     if host == "localhost":
         return True
@@ -92,15 +92,15 @@ class _Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _empty_is_unset(cls, given: Any) -> Any:
-        """Leave out what is empty: as a path it would mean the current folder, as a list one empty entry."""
-        if not isinstance(given, Mapping):
-            return given
-        return {name: _without_empty(value) for name, value in given.items() if not _is_empty(value)}
+    def _empty_is_unset(cls, values: Any) -> Any:
+        """Drop empty values: as a path one would mean the current directory, as a list one empty entry."""
+        if not isinstance(values, Mapping):
+            return values
+        return {name: _without_empty(value) for name, value in values.items() if not _is_empty(value)}
 
 
 class Database(_Section):
-    """PostgreSQL, the truth."""
+    """PostgreSQL, which holds the registry."""
 
     dsn: SecretStr | None = Field(
         None,
@@ -108,24 +108,24 @@ class Database(_Section):
     )
     password_file: Path | None = Field(
         None,
-        description="File that holds the password of the connection URI's role; the last newline is dropped. Read again for every new connection.",
+        description="File that holds the password of the connection URI's role; the last newline is dropped. Read again for each new connection.",
     )
     connect_timeout_s: float = Field(
         5.0,
         ge=0.01,
         le=300,
-        description="Longest wait for a connection to a host; `connect_timeout` of the connection URI wins.",
+        description="Longest wait when connecting to a host; `connect_timeout` in the connection URI wins.",
     )
     statement_timeout_s: float = Field(
         10.0,
-        ge=0.1,  # PostgreSQL counts milliseconds, and takes 0 as no limit at all
+        ge=0.1,  # PostgreSQL counts whole milliseconds, and 0 means no limit
         le=3600,
-        description="Longest single statement of the service; a database that hangs is noticed by it.",
+        description="Longest time for a single SQL statement; also how a database that hangs is detected.",
     )
 
 
 class TLS(_Section):
-    """Certificates of a listener, TLS 1.3; all three together are mutual TLS."""
+    """Certificates of a listener, TLS 1.3 only; setting all three enables mutual TLS."""
 
     certificate_file: Path | None = Field(
         None, description="Server certificate with its chain, PEM. Read again within 2 s of a change."
@@ -136,25 +136,25 @@ class TLS(_Section):
     )
     client_ca_file: Path | None = Field(
         None,
-        description="Authority whose client certificates are let in, PEM. Not the authority of the devices. Read again within 2 s of a change.",
+        description="CA whose client certificates are accepted, PEM. Not the CA of the devices. Read again within 2 s of a change.",
     )
 
 
 class Broker(_Section):
-    """The listener that RabbitMQ asks."""
+    """The listener for RabbitMQ."""
 
-    listen: Listen = Field("127.0.0.1:8080", description="Where RabbitMQ asks, host:port.")
+    listen: Listen = Field("127.0.0.1:8080", description="Address for requests from RabbitMQ, host:port.")
     insecure: bool = Field(
         False,
-        description="Allow a listener that is not on loopback without mutual TLS. Anybody who reaches it can guess passwords.",
+        description="Allow listening on an address other than loopback without mutual TLS. Anybody who can reach it can guess passwords.",
     )
     deny_reasons: bool = Field(
         False,
-        description="Answer `deny REASON` instead of `deny`. RabbitMQ 4.3 and later only: older brokers crash the connection.",
+        description="Answer `deny REASON` instead of `deny`. Only for RabbitMQ 4.3 and later: in older versions it crashes the connection.",
     )
     mqtt_exchange: str = Field("amq.topic", min_length=1, max_length=255, description="RabbitMQ's `mqtt.exchange`.")
     request_timeout_s: float = Field(
-        1.0, ge=0.01, le=10, description="Every request is answered within this time or fails by itself."
+        1.0, ge=0.01, le=10, description="Longest time to answer a request; after that, it fails."
     )
     keepalive_timeout_s: float = Field(
         150.0,
@@ -162,59 +162,66 @@ class Broker(_Section):
         le=86400,
         description="How long an idle connection stays open; RabbitMQ's HTTP client keeps one for 120 s.",
     )
-    backlog: int = Field(
-        4096, ge=128, le=65535, description="Connections that may wait to be accepted, for each worker."
-    )
+    backlog: int = Field(4096, ge=128, le=65535, description="Connections that may wait to be accepted, per worker.")
     max_connections: int = Field(
-        8192, ge=16, le=1000000, description="Connections of a worker; one more is closed at once and counted."
+        8192, ge=16, le=1000000, description="Open connections per worker; any more are closed immediately and counted."
     )
     tls: TLS = TLS()
 
 
 class Admin(_Section):
-    """The listener for people."""
+    """The listener for people, with the API."""
 
-    listen: Listen = Field("127.0.0.1:8081", description="Where people ask, host:port.")
+    listen: Listen = Field("127.0.0.1:8081", description="Address for people, host:port.")
     request_timeout_s: float = Field(
-        5.0, ge=0.01, le=60, description="Longest time to send a request; who takes longer is cut off and counted."
+        5.0,
+        ge=0.01,
+        le=60,
+        description="Longest time for a client to send a request; slower connections are closed and counted.",
     )
     max_connections: int = Field(
         256,
         ge=4,
         le=100000,
-        description="Connections at once, at most half of the files that the process may open; one more is closed at once and counted.",
+        description="Open connections, at most half of the process's open-file limit; any more are closed immediately and counted.",
     )
 
 
 class Health(_Section):
-    """The listener for balancers, brokers' hosts and Prometheus: health, revocation lists, metrics. Nobody logs in."""
+    """The listener for load balancers, RabbitMQ hosts and Prometheus: health, CRLs and metrics, without login."""
 
     listen: Listen = Field(
-        "127.0.0.1:8082", description="Where balancers, brokers' hosts and Prometheus ask, host:port."
+        "127.0.0.1:8082", description="Address for load balancers, RabbitMQ hosts and Prometheus, host:port."
     )
     request_timeout_s: float = Field(
-        5.0, ge=0.01, le=60, description="Longest time to send a request; who takes longer is cut off and counted."
+        5.0,
+        ge=0.01,
+        le=60,
+        description="Longest time for a client to send a request; slower connections are closed and counted.",
     )
     max_connections: int = Field(
         256,
         ge=4,
         le=100000,
-        description="Connections at once, at most half of the files that the process may open; one more is closed at once and counted. Each broker's host keeps one.",
+        description="Open connections, at most half of the process's open-file limit; any more are closed immediately and counted. Each RabbitMQ host keeps one open.",
     )
     tls: TLS = TLS()
 
 
 class Registry(_Section):
-    """The copy in memory."""
+    """The copy of the registry in memory."""
 
     poll_interval_s: float = Field(
-        1.0, ge=0.01, le=60, description="Longest time between two looks at the change feed, notification or not."
+        1.0,
+        ge=0.01,
+        le=60,
+        description="Longest time between two reads of the change feed, even without a notification.",
     )
     max_staleness_s: float = Field(
         900.0,
         ge=0.001,
         le=2592000,
-        description="After this time without a successful look, everything is denied with reason `registry_stale`.",
+        description="After this time without a successful read, everything is denied with reason `registry_stale`.",
     )
     compare_interval_s: float = Field(
         3600.0, ge=0.1, le=604800, description="How often the copy is compared with the database row by row."
@@ -224,49 +231,51 @@ class Registry(_Section):
         3600.0,
         ge=60,
         le=2592000,
-        description="How long change rows are kept; a replica silent for longer loads everything anew.",
+        description="How long rows of the change feed are kept; a replica that is away for longer reloads the whole registry.",
     )
 
     memory_dir: Path = Field(
         Path("/dev/shm"),  # noqa: S108
-        description="Where the copy lies that all workers share: a file system in memory, about 110 bytes a device, twice that while everything is loaded anew.",
+        description="Directory for the copy that all workers share, on a file system in memory. Needs about 110 bytes per device, twice that during a full reload.",
     )
     snapshot_dir: Path | None = Field(
         None,
-        description="Where the copy is kept on disk, so that a replica can start while the database is away; a folder for each replica. Unset: it starts only with the database.",
+        description="Directory for a copy on disk, so that the replica can start without the database; each replica needs its own. Unset: it can only start when the database is reachable.",
     )
 
 
 class Replica(_Section):
-    """One replica among others."""
+    """Name, processes and shutdown of this replica."""
 
     name: str | None = Field(
         None,
         min_length=1,
         max_length=255,
-        description="How people call it, in `authbackend replicas`; unset: the host's name.",
+        description="Name shown in `authbackend replicas`; unset: the host name.",
     )
-    workers: int = Field(1, ge=1, le=64, description="Processes that answer RabbitMQ, each on a core of its own.")
+    workers: int = Field(1, ge=1, le=64, description="Processes that answer RabbitMQ; each can use one core.")
     drain_timeout_s: float = Field(
         10.0,
         ge=0.1,
         le=3600,
-        description="Longest time to finish what is in flight after SIGTERM; then processes are killed.",
+        description="Longest time to finish requests in flight after SIGTERM; then the processes are killed.",
     )
 
 
 class Accounts(_Section):
     """Password checks of accounts."""
 
-    hashing_threads: int = Field(2, ge=1, le=64, description="Password checks at once, for each worker.")
+    hashing_threads: int = Field(
+        2, ge=1, le=64, description="Password checks that may run at the same time, per worker."
+    )
     hashing_queue: int = Field(
-        16, ge=0, le=10000, description="Password checks that may wait; more are refused at once."
+        16, ge=0, le=10000, description="Password checks that may wait; any more are refused immediately."
     )
     reserved: tuple[str, ...] = Field(
-        (), description="Accounts with a hashing slot of their own, which guessing at other names cannot occupy."
+        (), description="Accounts with their own hashing thread, which password guesses at other names cannot block."
     )
     remember_s: float = Field(60.0, ge=0, le=60, description="How long a successful login is remembered.")
-    remember_most: int = Field(1000, ge=0, le=100000, description="Successful logins remembered at most.")
+    remember_most: int = Field(1000, ge=0, le=100000, description="How many successful logins are remembered.")
 
 
 SweepCause = Literal[
@@ -282,39 +291,41 @@ SweepCause = Literal[
 
 
 class Enforcement(_Section):
-    """Ending what is connected when the registry stops allowing it."""
+    """Closing connections and deleting sessions that the registry no longer allows."""
 
     clusters: tuple[Annotated[str, AfterValidator(_management_urls)], ...] = Field(
         (),
-        description="RabbitMQ clusters to enforce on: for each, the management URLs of its nodes, separated by spaces; any node speaks for its cluster. In the environment, clusters are separated by commas. Empty: nothing is enforced.",
+        description="RabbitMQ clusters to enforce on: for each, the management URLs of its nodes, separated by spaces; any node can answer for its cluster. In the environment, separate clusters by commas. Empty: nothing is enforced.",
     )
     username: str = Field(
-        "enforcer", description="Account with RabbitMQ's tag `administrator`, as whom the management API is used."
+        "enforcer", description="Account for the management API; it needs RabbitMQ's tag `administrator`."
     )
     password_file: Path | None = Field(
         None,
-        description="File that holds its password; the last newline is dropped. Read again when a node refuses the password.",
+        description="File that holds this account's password; the last newline is dropped. Read again when a node refuses the password.",
     )
     ca_file: Path | None = Field(
         None,
-        description="Authority of the nodes' management certificates, PEM; unset: the system's. Read again at the next request after a change.",
+        description="CA of the nodes' management certificates, PEM; unset: the system's CAs. Read again at the first request after a change.",
     )
-    timeout_s: float = Field(5.0, ge=0.01, le=60, description="Longest single request to the management API.")
+    timeout_s: float = Field(
+        5.0, ge=0.01, le=60, description="Longest time for a single request to the management API."
+    )
     kicks_per_second: float = Field(
         100.0,
         ge=0.1,
         le=1000000,
-        description="Users whose connections are closed a second, so that a mass change is no storm.",
+        description="How many users' connections are closed per second, so that a mass change does not cause a reconnect storm.",
     )
     hold_limit_s: float = Field(
         30.0,
         ge=0.1,
         le=86400,
-        description="Longest time that a device which lost a right is kept from logging in while its sessions are put right.",
+        description="Longest time that a device which lost a right is denied login while its sessions are repaired.",
     )
     hold_until_done: bool = Field(
         False,
-        description="Keep such a device out until the work is done, whatever it takes, instead of letting it in after `hold_limit_s` with an alarm.",
+        description="Deny such a device until its sessions are repaired, however long that takes, instead of allowing it after `hold_limit_s` with an alarm.",
     )
     sweep_interval_s: float = Field(
         60.0, ge=0.1, le=86400, description="How often live connections and sessions are compared with the registry."
@@ -327,49 +338,52 @@ class Enforcement(_Section):
             "name_not_of_certificate",
             "certificate_revoked",
         ),
-        description="What a sweep ends when it finds it; the rest is reported only.",
+        description="Violations that a sweep ends; all others are only reported.",
     )
 
 
 class Pki(_Section):
-    """Certificates and revocation lists."""
+    """Certificates and CRLs."""
 
     authority_dir: Path | None = Field(
         None,
-        description="An authority made with `authbackend ca init`, whose revocation list this replica signs. Unset: `authbackend crl sign` or an outside authority does. Its files are read again within 30 s of a change.",
+        description="Directory of a CA created with `authbackend ca init`; this replica signs its CRL. Unset: `authbackend crl sign` or an external CA does. Its files are read again within 30 s of a change.",
     )
     passphrase_file: Path | None = Field(
         None,
-        description="File that holds the passphrase of the authority's key; the last newline is dropped. Read again within 30 s of a change.",
+        description="File that holds the passphrase of the CA's key; the last newline is dropped. Read again within 30 s of a change.",
     )
     crl_lifetime_s: float = Field(
         604800.0,
         ge=60,
         le=31536000,
-        description="From thisUpdate to nextUpdate of a revocation list, after which brokers refuse everybody. It is signed anew after half of it, and at once when something is revoked.",
+        description="Time from thisUpdate to nextUpdate of a CRL, after which brokers refuse every certificate. A new one is signed at half that time, and immediately when a certificate is revoked.",
     )
 
 
 class Log(_Section):
     """Logging, to standard error."""
 
-    format: Literal["json", "console"] = Field("json", description="`json`, one object a line, or `console`.")
+    format: Literal["json", "console"] = Field("json", description="`json`, one object per line, or `console`.")
     level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Allowed requests are logged at `debug`, denials at `info`."
+        "info", description="Lowest level that is logged. Allowed requests are logged at `debug`, denials at `info`."
     )
     denials_per_device: int = Field(
-        5, ge=1, le=1000000, description="Denials logged per name in ten seconds; the rest is counted in one line."
+        5,
+        ge=1,
+        le=1000000,
+        description="Denials logged per name in ten seconds; any more are only counted, in one line.",
     )
     denials: int = Field(
         500,
         ge=1,
         le=1000000,
-        description="Denials logged in ten seconds by a worker, whatever the names; the rest is counted.",
+        description="Denials logged in ten seconds per worker, over all names; any more are only counted.",
     )
 
 
 class Settings(_Section):
-    """Everything that can be set."""
+    """All settings, one field per section."""
 
     database: Database = Database()
     broker: Broker = Broker()
@@ -393,7 +407,7 @@ def setting_names(model: type[BaseModel] = Settings, path: tuple[str, ...] = ())
 
 
 def variable(path: tuple[str, ...]) -> str:
-    """Return the name of a setting in the environment."""
+    """Return a setting's environment variable."""
     return PREFIX + "__".join(path).upper()
 
 
@@ -401,13 +415,13 @@ def load(environment: Mapping[str, str], file: Path | None = None) -> Settings:
     """
     Build the settings from a TOML file, if there is one, and the environment, which wins.
 
-    An empty value is no value. Variables that Kubernetes or Docker make for a Service of this name are left alone.
+    An empty value counts as unset. Variables that Kubernetes or Docker set for a Service of this name are ignored.
 
     Args:
         file: Overrides ``AUTHBACKEND_CONFIG``.
     Raises:
-        ConfigurationError: A name is unknown, a value does not fit, or the file cannot be read. Every fault is
-            listed; no value of a secret is printed.
+        ConfigurationError: A name is unknown, a value is invalid, or the file cannot be read. Lists every fault, but
+            never the value of a secret.
     """
     tree: dict[str, Any] = {}
     faults: list[str] = []
@@ -464,10 +478,10 @@ def _leaves(
 
 def _is_service_link(name: str, value: str) -> bool:
     """
-    Return whether Kubernetes or Docker set a variable, because a Service or container has a name like ours.
+    Return whether Kubernetes or Docker set this variable, for a Service or container that is named like authbackend.
 
-    ``_PORT`` and ``_NAME`` are also how people misspell settings, so their values decide: a port that a person meant has
-    no ``tcp://`` before it, and is refused like any other unknown name.
+    People also misspell settings with ``_PORT`` and ``_NAME``, so for these the value decides: a port that a person
+    sets does not begin with ``tcp://``, and is refused like any other unknown name.
 
     Source: Kubernetes, "Accessing the Service", environment variables; Docker, "Legacy container links".
     """

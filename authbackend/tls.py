@@ -1,4 +1,4 @@
-"""Certificates of a listener, exchanged while it runs."""
+"""TLS certificates of a listener, reloaded while it runs."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ from authbackend.errors import ConfigurationError
 
 log = structlog.get_logger(__name__)
 
-_RELOAD_LOOK_S = 2.0
+_CHECK_INTERVAL_S = 2.0
 
 
 class TLSFiles:
     """
-    The certificates of a listener, read again when a file changes; a connection keeps what it began with.
+    Certificate files of a listener, read again when one changes; an open connection keeps the certificates it has.
 
     Args:
-        section: Of the settings, for messages: broker, health.
-        client_ca: Present for mutual TLS: a client without a certificate of this authority is refused in the
-            handshake.
+        section: Section of the settings, for messages: broker, health.
+        client_ca: Set for mutual TLS: the handshake refuses clients without a certificate from this CA.
     Raises:
-        ConfigurationError: A file is missing, unreadable, or does not fit the others.
+        ConfigurationError: A file is missing, unreadable, or does not match the others.
     """
 
     def __init__(self, section: str, certificate: Path, key: Path, client_ca: Path | None) -> None:
@@ -34,19 +33,19 @@ class TLSFiles:
         self._certificate = certificate
         self._key = key
         self._client_ca = client_ca
-        self._stamps = self._look()
+        self._stamps = self._read_stamps()
         self._current = self._load()
         self.context = self._load()
-        self.context.sni_callback = self._choose  # called for every handshake, with or without a server name
+        self.context.sni_callback = self._choose  # called in every handshake, even without a server name
 
     def reload_if_changed(self) -> bool:
         """
-        Read the files again if one changed; keep the old certificates if they do not fit.
+        Read the files again if one has changed, and return whether one had.
 
         Raises:
             ConfigurationError: The new files cannot be used; the old certificates stay.
         """
-        if self._look() == self._stamps:
+        if self._read_stamps() == self._stamps:
             return False
         self.reload()
         return True
@@ -58,21 +57,21 @@ class TLSFiles:
         Raises:
             ConfigurationError: The new files cannot be used; the old certificates stay.
         """
-        stamps = self._look()
+        stamps = self._read_stamps()
         self._current = self._load()
         self._stamps = stamps
 
     def _no_passphrase(self) -> str:
-        """Refuse an encrypted key; without this, OpenSSL would ask at the terminal and stop everything meanwhile."""
+        """Refuse an encrypted key; otherwise OpenSSL would prompt at the terminal and block the process."""
         raise ConfigurationError(
-            f"{self.section}.tls: the key {self._key} is encrypted, and a service has nobody to ask for its passphrase; "
-            f"store it without one, readable by the service only: openssl pkey -in {self._key} -out NEW_FILE"
+            f"{self.section}.tls: the key {self._key} is encrypted, and a service cannot ask for its passphrase; "
+            f"store it unencrypted, readable by the service only: openssl pkey -in {self._key} -out NEW_FILE"
         )
 
     def _choose(self, connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
         connection.context = self._current
 
-    def _look(self) -> list[tuple[int, int]]:
+    def _read_stamps(self) -> list[tuple[int, int]]:
         try:
             return [(stat.st_mtime_ns, stat.st_ino) for stat in (file.stat() for file in self._files)]
         except OSError as error:
@@ -80,8 +79,8 @@ class TLSFiles:
 
     def _load(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        # A resumed session would skip the check of a client certificate whose authority was withdrawn meanwhile:
-        # no tickets, and not TLS 1.2, whose session ids cannot be switched off here. Erlang 23 and later speak 1.3.
+        # Resuming a session skips the check of the client certificate, even if its CA has been removed since. So: no
+        # tickets, and no TLS 1.2, whose session ids cannot be disabled here. Erlang 23 and later support TLS 1.3.
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.num_tickets = 0
         try:
@@ -97,14 +96,14 @@ class TLSFiles:
 
 async def watch(files: TLSFiles, reload: asyncio.Event) -> None:
     """
-    Look at the certificate files every two seconds until cancelled.
+    Check the certificate files for changes every two seconds, until cancelled.
 
     Args:
-        reload: Set to have them read at once, changed or not.
+        reload: Set it to read them immediately, changed or not.
     """
     while True:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(reload.wait(), _RELOAD_LOOK_S)
+            await asyncio.wait_for(reload.wait(), _CHECK_INTERVAL_S)
         try:
             if reload.is_set():
                 reload.clear()

@@ -1,5 +1,5 @@
 """
-What is allowed, and why: pure functions over values that are already in memory.
+Authorization decisions and their reasons: pure functions over values in memory.
 
 No I/O, no clock, no framework; only the standard library is imported.
 """

@@ -1,4 +1,4 @@
-"""Whose a client id is."""
+"""Client id ownership."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from authbackend.policy.rules import Account, Device, DeviceType
 
 def client_id_fault(registry: Registry, device: Device, device_type: DeviceType, client_id: str) -> Reason | None:
     """
-    Return why a client id is not this device's, or None.
+    Return why a device may not use a client id, or None if it may.
 
-    It must fit a pattern of the device's type. Devices in every status own their client ids: one that equals a
-    device's id is that device's alone, and one that fits several belongs to the longest device id.
+    The client id must match a pattern of the device's type. Devices own their client ids whatever their status: a
+    client id equal to a device id belongs to that device alone; one that matches several devices belongs to the one
+    with the longest device id.
     """
     if not client_id_fits(client_id, device.device_id, device_type.client_ids):
         return Reason.CLIENT_ID_NOT_BOUND
     if client_id == device.device_id:
-        return None  # the longest id that it can belong to
+        return None  # no longer device id can own it
     for owner_id in possible_owners(client_id):
         if owner_id == device.device_id:
             return None
@@ -28,7 +29,7 @@ def client_id_fault(registry: Registry, device: Device, device_type: DeviceType,
 
 
 def owner_of(registry: Registry, client_id: str) -> Device | None:
-    """Return the device, in any status, that a client id belongs to."""
+    """Return the device, in any status, that owns a client id, or None."""
     for owner_id in possible_owners(client_id):
         if _owns(registry, owner_id, client_id):
             return registry.device_by_id(owner_id)
@@ -37,10 +38,10 @@ def owner_of(registry: Registry, client_id: str) -> Device | None:
 
 def former_owner(registry: Registry, device: Device, former: tuple[str, ...], client_id: str) -> Device | None:
     """
-    Return the device that a client id belonged to before it became this device's, None if it was nobody else's.
+    Return the device that owned a client id before this device gained it, or None if no other device did.
 
     Args:
-        former: The patterns that this device's type had before.
+        former: The previous patterns of this device's type.
     """
     if client_id == device.device_id or client_id_fits(client_id, device.device_id, former):
         return None
@@ -51,7 +52,7 @@ def former_owner(registry: Registry, device: Device, former: tuple[str, ...], cl
 
 
 def is_moving(registry: Registry, device: Device, client_id: str, now: float) -> bool:
-    """Return whether a client id that has passed to a device is still being taken from the one that had it."""
+    """Return whether a client id that a device has gained is still being taken from its former owner."""
     device_type = registry.device_type(device.type)
     move = None if device_type is None else device_type.move
     if move is None or now >= move.until or (move.held is not None and client_id not in move.held):
@@ -60,7 +61,7 @@ def is_moving(registry: Registry, device: Device, client_id: str, now: float) ->
 
 
 def _owns(registry: Registry, device_id: str, client_id: str) -> bool:
-    """Return whether the device of this id, if there is one, has a claim on a client id."""
+    """Return whether a device with this id exists and may claim a client id."""
     device = registry.device_by_id(device_id)
     if device is None:
         return False
@@ -71,7 +72,7 @@ def _owns(registry: Registry, device_id: str, client_id: str) -> bool:
 
 
 def account_client_id_fault(registry: Registry, account: Account, client_id: str | None) -> Reason | None:
-    """Return why a client id is not this account's, or None: it uses those it lists, and never a device's."""
+    """Return why an account may not use a client id, or None: it may use those it lists, but never one of a device."""
     if client_id is None:
         return None
     if client_id not in account.client_ids:

@@ -1,8 +1,8 @@
 """
-The four questions of RabbitMQ, answered from memory: login, vhost, resource, topic.
+Decide RabbitMQ's four kinds of request from memory: login, vhost, resource, topic.
 
-Every answer is a value, :class:`Decision`; the default is deny. A device that is not active is denied at each of the
-four, a client id is checked wherever a request carries one, and nothing here reads a clock: ``now`` is passed in.
+Each answer is a :class:`Decision`; the default is deny. A device that is not active is denied all four, a client id
+is checked wherever a request carries one, and nothing here reads a clock: ``now`` is passed in.
 
 Source: rabbitmq_auth_backend_http and the MQTT plugin as observed on RabbitMQ 3.10.8, 4.0.5 and 4.3.6.
 """
@@ -40,12 +40,12 @@ UNKNOWN = "unknown"
 @dataclass(slots=True)
 class Decision:
     """
-    A verdict and why. Not frozen for the same reason as ``Device``.
+    A verdict and its reason. Not frozen, for the same reason as ``Device``.
 
     Args:
-        rule: The topic rule that decided, where one did.
-        tags: RabbitMQ user tags, only for an allowed login of an account.
-        kind: The device's type, ``account`` or ``unknown``: a label with few values.
+        rule: The topic rule that decided, if one did.
+        tags: RabbitMQ user tags; only set when an account's login is allowed.
+        kind: The device's type, ``account`` or ``unknown``; used as a metric label, so it has few values.
     """
 
     allowed: bool
@@ -58,12 +58,12 @@ class Decision:
 @dataclass(frozen=True, slots=True)
 class PasswordCheck:
     """
-    The verdict hangs on a password.
+    A verdict that depends on a password.
 
     Args:
-        account: None for an unknown name, for which the same work is done and the answer is ``otherwise``.
+        account: None for an unknown name: the password check costs the same, and the answer is ``otherwise``.
         then: The decision if the password is right.
-        otherwise: The decision if it is not.
+        otherwise: The decision if it is wrong.
     """
 
     account: Account | None
@@ -79,7 +79,7 @@ class DecisionSettings:
 
 
 def login(registry: Registry, request: LoginRequest, now: float) -> Decision | PasswordCheck:
-    """Decide a login; a password is left to the caller, because checking it takes long."""
+    """Decide a login; the caller checks the password, because that is slow."""
     device = registry.device_by_name(request.username)
     if device is not None:
         if request.password is not None:
@@ -109,7 +109,7 @@ def _account_login(registry: Registry, account: Account, request: LoginRequest) 
 
 
 def vhost(registry: Registry, request: VhostRequest, now: float) -> Decision:
-    """Decide access to a virtual host from an address."""
+    """Decide access to a virtual host from a client address."""
     device = registry.device_by_name(request.username)
     if device is not None:
         if fault := _mqtt_fault(registry, device, now, request.client_id) or _hold(
@@ -129,7 +129,7 @@ def vhost(registry: Registry, request: VhostRequest, now: float) -> Decision:
 
 
 def place_fault(holder: DeviceType | Account, request: VhostRequest, kind: str) -> Decision | None:
-    """Return why somebody may not be in a virtual host, or come from an address; None if he may."""
+    """Return why a virtual host or client address is not allowed, or None if both are."""
     if request.vhost not in holder.vhosts:
         return _deny(Reason.VHOST_NOT_LISTED, kind)
     if holder.networks is not None and request.ip not in holder.networks:
@@ -160,11 +160,11 @@ def resource(registry: Registry, request: ResourceRequest, now: float, settings:
 
 def _forwards_unchecked(account: Account, request: ResourceRequest, settings: DecisionSettings) -> bool:
     """
-    Return whether a right on an exchange would let an account past the topic rules of another one.
+    Return whether a permission on an exchange would let an account bypass the topic rules of another exchange.
 
-    Two ways: a queue of its own dead-letters to a topic exchange that it may write to; or an exchange that it may
-    publish to is bound to such an exchange, for which RabbitMQ asks write on that one and read on this one. The
-    database refuses the first for ``amq.topic`` when saved; here both hold for whatever the exchanges are called.
+    There are two ways: the account's own queue dead-letters to a topic exchange that it may write to; or an exchange
+    that it may publish to is bound to such an exchange, which takes write on that one and read on this one. The
+    database refuses the first for ``amq.topic`` when the account is saved; here both are refused for any exchange.
     """
     if account.unchecked_dead_lettering:
         return False
@@ -183,16 +183,16 @@ def _reaches(account: Account, permission: str, name: str) -> bool:
 def _device_resource(
     registry: Registry, device: Device, request: ResourceRequest, settings: DecisionSettings
 ) -> Decision:
-    """A device reaches exactly what its own MQTT connection needs."""
+    """Allow a device exactly what its own MQTT connection needs."""
     client_id = request.client_id
-    known = request.permission in ("configure", "write", "read")
+    is_known = request.permission in ("configure", "write", "read")
     if request.resource == "queue":
         own = (
             f"mqtt-subscription-{client_id}qos0",
             f"mqtt-subscription-{client_id}qos1",
             f"mqtt-will-{client_id}",
         )
-        if known and request.name in own:
+        if is_known and request.name in own:
             return _allow(device.type)
     elif request.resource == "exchange":
         needed: Permission | None = None
@@ -241,38 +241,38 @@ def by_rules(
     """
     Decide a topic by rules alone: default deny, deny wins, order never matters.
 
-    A read filter must be inside one allow rule; two that cover it only together do not count.
+    A single allow rule must contain the whole read filter; two rules that only cover it together are not enough.
     """
-    asked = _TOPIC_PERMISSIONS.get(permission)
-    if asked is None:
+    requested = _TOPIC_PERMISSIONS.get(permission)
+    if requested is None:
         return _deny(Reason.RESOURCE_NOT_PERMITTED, kind)
     words = Words(split(routing_key))
-    if asked is Permission.READ and (
+    if requested is Permission.READ and (
         words.many > MOST_MANY_IN_A_FILTER or (words.many and len(words) > MOST_WORDS_WITH_MANY)
     ):
         return _deny(Reason.TOO_MANY_WILDCARDS, kind)
     for rules in rule_sets:
-        allowed_by = rules.first(Effect.ALLOW, asked, values, words)
+        allowed_by = rules.first(Effect.ALLOW, requested, values, words)
         if allowed_by is not None:
             break
     else:
         return _deny(Reason.NO_RULE_ALLOWS, kind)
     for rules in rule_sets:
-        denied_by = rules.first(Effect.DENY, asked, values, words)
+        denied_by = rules.first(Effect.DENY, requested, values, words)
         if denied_by is not None:
             return Decision(False, Reason.RULE_DENIES, kind, denied_by)
     return Decision(True, Reason.ALLOWED, kind, allowed_by)
 
 
 def rule_sets(registry: Registry, device: Device) -> tuple[RuleSet, ...]:
-    """Return the rules that a device is decided by: those of its type and its own."""
+    """Return the rules that apply to a device: those of its type and its own."""
     device_type = registry.device_type(device.type)
     of_type = device_type.rules if device_type else NO_RULES
     return (of_type,) if device.rules is NO_RULES else (of_type, device.rules)
 
 
 def device_values(device: Device, client_id: str | None, vhost_name: str) -> Values:
-    """Return the values of the placeholders in a device's request."""
+    """Return the placeholder values for a device's request."""
     return Values(
         {
             "device_id": device.device_id,
@@ -288,9 +288,9 @@ def _mqtt_fault(
     registry: Registry, device: Device, now: float, client_id: str | None, vhost_name: str | None = None
 ) -> Decision | None:
     """
-    Return why a device may not go on, beyond its login.
+    Return why a device's request after login is denied, or None.
 
-    A request without a client id comes from AMQP, streams or the management API, none of which a device speaks.
+    A request without a client id comes from AMQP, streams or the management API, none of which a device uses.
     """
     if client_id is None:
         fault = _device_fault(registry, device, now, None)
@@ -305,9 +305,9 @@ def _mqtt_fault(
 
 def _hold(registry: Registry, device: Device, now: float, client_id: str | None) -> Decision | None:
     """
-    Return why a device may not log in for the moment, though it may otherwise.
+    Return why a device that is otherwise allowed may not log in yet, or None.
 
-    Not asked for what is already connected: that is closed, and its last will is decided by the rules.
+    Not checked for existing connections: those are being closed, and the rules decide their last wills.
     """
     if device.held_until is not None and now < device.held_until:
         return _deny(Reason.ENFORCEMENT_IN_PROGRESS, device.type)
@@ -317,7 +317,7 @@ def _hold(registry: Registry, device: Device, now: float, client_id: str | None)
 
 
 def device_fault(registry: Registry, device: Device, now: float) -> Decision | None:
-    """Return why a device may not do anything, whatever it asks; None if it may log in, a hold apart."""
+    """Return why a device is denied everything, or None if it may log in; holds are ignored."""
     return _device_fault(registry, device, now, None)
 
 

@@ -1,7 +1,7 @@
 """
-Why a device may or may not do something: the four questions of RabbitMQ in their order, and the nearest rules.
+Explain why a device may or may not do something: RabbitMQ's four requests in order, and the nearest rules.
 
-The verdict comes from the functions that answer RabbitMQ; nothing is decided here a second time.
+The verdict comes from the functions that answer RabbitMQ; nothing is decided a second time here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MOST_NEAREST = 3
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One question that RabbitMQ would ask, and the answer."""
+    """One request that RabbitMQ would send, and the decision."""
 
     question: str
     decision: Decision
@@ -31,7 +31,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class NearRule:
-    """A rule that did not allow, and what is missing for it."""
+    """An allow rule that did not match, and why."""
 
     rule: TopicRule
     missing: str
@@ -40,12 +40,12 @@ class NearRule:
 @dataclass(frozen=True, slots=True)
 class Explanation:
     """
-    What would happen.
+    The outcome of an attempt, step by step.
 
     Args:
-        steps: Up to the first denial.
-        decision: That of the last step.
-        nearest: For a denial without a rule, the allow rules that come closest, best first.
+        steps: Up to and including the first denial.
+        decision: The decision of the last step.
+        nearest: If no rule allows it, the allow rules that come closest, best first.
     """
 
     client_id: str
@@ -77,7 +77,7 @@ class Attempt:
 def explain(
     registry: Registry, device: Device, attempt: Attempt, now: float, settings: decide.DecisionSettings
 ) -> Explanation:
-    """Ask the four questions as RabbitMQ would for a device with its certificate, until one is denied."""
+    """Decide the four requests that RabbitMQ would send for a device with a certificate, until one is denied."""
     device_type = registry.device_type(device.type)
     client_id = attempt.client_id if attempt.client_id is not None else usual_client_id(device, device_type)
     vhost = attempt.vhost or (device_type.vhosts[0] if device_type and device_type.vhosts else "/")
@@ -98,7 +98,7 @@ def explain(
     steps: list[Step] = []
     for question, ask in questions:
         decision = ask()
-        assert isinstance(decision, Decision)  # only a password makes it hang on a check
+        assert isinstance(decision, Decision)  # only a login with a password needs a check
         steps.append(Step(question, decision))
         if not decision.allowed:
             break
@@ -112,7 +112,7 @@ def explain(
 
 
 def usual_client_id(device: Device, device_type: DeviceType | None) -> str:
-    """Return the client id that is taken when none is named: the first that the type's patterns allow."""
+    """Return the default client id: the first that the type's patterns allow."""
     for pattern in device_type.client_ids if device_type else ():
         return pattern.replace(DEVICE_ID_PLACEHOLDER, device.device_id).replace("*", "1")
     return device.device_id
@@ -126,7 +126,7 @@ def _usual_address(device_type: DeviceType | None) -> str:
 def nearest_rules(
     rules: Sequence[TopicRule], values: Values, permission: Permission, words: Sequence[str]
 ) -> tuple[NearRule, ...]:
-    """Return the allow rules of a permission that come closest to a request, best first."""
+    """Return the allow rules with this permission that come closest to matching, best first."""
     scored = []
     for rule in rules:
         if rule.permission is permission and rule.effect == "allow":
@@ -137,7 +137,7 @@ def nearest_rules(
 
 
 def _compare(rule: TopicRule, values: Values, words: Sequence[str]) -> tuple[int, str]:
-    """Return how many leading levels agree and what does not."""
+    """Return how many leading levels match, and what does not."""
     pattern = rule.pattern(values)
     if pattern is None:
         unusable = [name for name in rule.placeholders if values.get(name) is None]

@@ -1,4 +1,4 @@
-"""What deciding needs to look up."""
+"""Registry lookups that decisions depend on."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from authbackend.policy.rules import Account, Device, DeviceType
 
 
 class Registry(Protocol):
-    """The lookups that deciding needs, all at one version of the registry."""
+    """Lookups for one decision, all at the same registry version."""
 
     @property
     def age_s(self) -> float:
-        """How long ago this was known to be the newest version, in seconds."""
+        """Seconds since this was last known to be the newest version."""
 
     def device_by_name(self, common_name: str) -> Device | None:
         """Return the device with this common name, in any status."""
@@ -21,7 +21,7 @@ class Registry(Protocol):
         """Return the device with this id, in any status."""
 
     def device_type(self, name: str) -> DeviceType | None:
-        """Return a device type."""
+        """Return the device type with this name, or None."""
 
     def account(self, name: str) -> Account | None:
-        """Return an account."""
+        """Return the account with this name, or None."""

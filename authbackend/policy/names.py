@@ -1,7 +1,7 @@
 """
-Names and identifiers: what is wrong with one, in words for a person.
+Validation of names and identifiers, with messages for people.
 
-The database refuses the same names with the same words (``sql/migrations``); a test holds the two together.
+The database refuses the same names with the same messages (``sql/migrations``); a test keeps the two in step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SEPARATORS = "_-./"
 LONGEST_DEVICE_ID = 64
 
 RABBITMQ_TAGS = ("administrator", "monitoring", "policymaker", "management", "impersonator")
-"""The user tags that RabbitMQ knows. Every tag becomes an Erlang atom, hence the closed list."""
+"""The user tags that RabbitMQ knows. A closed list, because each tag becomes an Erlang atom."""
 
 _DEVICE_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _DEVICE_TYPE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
@@ -35,14 +35,14 @@ def device_id_fault(device_id: str) -> str | None:
 
 
 def device_type_fault(name: str) -> str | None:
-    """Return what is wrong with the name of a device type, or None."""
+    """Return what is wrong with a device type's name, or None."""
     if _DEVICE_TYPE.fullmatch(name):
         return None
     return 'a name is a letter, then at most 62 letters, digits, "_" and "-"'
 
 
 def attribute_fault(name: str) -> str | None:
-    """Return what is wrong with the name of an attribute, or None."""
+    """Return what is wrong with an attribute's name, or None."""
     if _ATTRIBUTE.fullmatch(name):
         return None
     return 'names are a letter or "_", then at most 62 letters, digits, "_" and "-"'
@@ -52,8 +52,8 @@ def common_name_fault(name: str) -> str | None:
     """
     Return what is wrong with a common name or an account's name, or None.
 
-    Source: RabbitMQ joins several common names of one subject with ``,`` and splits ``vhost:user`` at the last
-    ``:``, both before any backend is asked.
+    Source: before it asks any backend, RabbitMQ joins several common names of one subject with ``,`` and splits
+    ``vhost:user`` at the last ``:``.
     """
     if not name:
         return "it is empty"
@@ -74,8 +74,8 @@ def client_id_pattern_fault(pattern: str) -> str | None:
     """
     Return what is wrong with a client id pattern of a device type, or None.
 
-    A pattern is ``{device_id}``, optionally followed by a separator (``_ - . /``), text, and a final ``*`` straight
-    after a separator, which stands for any non-empty rest.
+    A pattern is ``{device_id}``, optionally followed by a separator (``_ - . /``), text, and a final ``*`` directly
+    after a separator. The ``*`` matches one or more characters.
     """
     if _CLIENT_ID_PATTERN.fullmatch(pattern) and len(pattern) <= 128:
         return None
@@ -96,9 +96,9 @@ def client_id_pattern_fault(pattern: str) -> str | None:
 
 def client_id_fits(client_id: str, device_id: str, patterns: tuple[str, ...]) -> bool:
     """
-    Return whether a client id fits one of the patterns of a device's type.
+    Return whether a client id matches one of the patterns of a device's type.
 
-    Fitting is not owning: among several devices that a client id fits, the longest device id owns it.
+    A match alone is not ownership: if several devices match, the one with the longest device id owns it.
     """
     for pattern in patterns:
         full = device_id + pattern[len(DEVICE_ID_PLACEHOLDER) :]
@@ -112,10 +112,10 @@ def client_id_fits(client_id: str, device_id: str, patterns: tuple[str, ...]) ->
 
 def possible_owners(client_id: str) -> list[str]:
     """
-    Return the device ids that a client id could belong to, longest first.
+    Return the device ids that could own a client id, longest first.
 
-    Every prefix that ends before a separator, and the whole; at most 64, because a device id has at most 64
-    characters.
+    These are the whole client id and each prefix that ends before a separator; at most 64, because a device id has at
+    most 64 characters.
     """
     longest = min(len(client_id), LONGEST_DEVICE_ID)
     return [client_id[:n] for n in range(longest, 0, -1) if n == len(client_id) or client_id[n] in SEPARATORS]

@@ -1,4 +1,4 @@
-"""Networks in CIDR form."""
+"""Allowed client networks in CIDR form."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 
 @dataclass(frozen=True, slots=True)
 class Networks:
-    """The addresses from which an identity may connect; none given means any."""
+    """The networks that an identity may connect from; None in its place means any address."""
 
     networks: tuple[IPv4Network | IPv6Network, ...]
 
     @classmethod
     def parse(cls, texts: Iterable[str]) -> Networks:
         """
-        Read networks in CIDR form.
+        Parse networks in CIDR form.
 
         Raises:
-            ValueError: A text is no network.
+            ValueError: A text is not a network.
         """
         return cls(tuple(_normal_network(ip_network(text)) for text in texts))
 
     def __contains__(self, address: str) -> bool:
         try:
             parsed = _normal_address(ip_address(address))
-        except ValueError:  # RabbitMQ sends "unknown" when the management API publishes.
+        except ValueError:  # RabbitMQ sends "unknown" when the management API publishes
             return False
         return any(parsed in network for network in self.networks if network.version == parsed.version)
 
 
 def _normal_address(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
-    """Turn an IPv4-mapped IPv6 address, as a dual-stack listener sees it, into the IPv4 address it stands for."""
+    """Convert an IPv4-mapped IPv6 address, which a dual-stack listener reports, to the IPv4 address."""
     if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
         return address.ipv4_mapped
     return address

@@ -1,4 +1,4 @@
-"""The closed list of reasons. Every decision carries one; metrics and logs use the same words."""
+"""The closed list of decision reasons, used as they are in metrics and logs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Reason(StrEnum):
-    """Why something is allowed or denied."""
+    """Why a request is allowed or denied; every decision has one."""
 
     ALLOWED = "allowed"
 
@@ -38,6 +38,6 @@ class Reason(StrEnum):
     NO_RULE_ALLOWS = "no_rule_allows"
     RULE_DENIES = "rule_denies"
 
-    # the request or the service
+    # the request itself, or the service
     MALFORMED_REQUEST = "malformed_request"
     REGISTRY_STALE = "registry_stale"

@@ -1,4 +1,4 @@
-"""What RabbitMQ asks, as values; nothing changes one. Frozen, each would take three times as long to make."""
+"""RabbitMQ's requests as values. Treat them as immutable; frozen, each would take three times as long to create."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 @dataclass(slots=True)
 class LoginRequest:
     """
-    ``/auth/user``. RabbitMQ 4.1 and later and 3.x send a password only when the client gave one.
+    ``/auth/user``. RabbitMQ 3.x, and 4.1 and later, send a password only if the client sent one.
 
     Args:
-        password: None when the parameter is absent; empty is present.
-        client_id: None when absent: RabbitMQ 3.x sends none with a certificate login.
+        password: None if the parameter is absent; an empty one counts as present.
+        client_id: None if absent: RabbitMQ 3.x sends none with a certificate login.
     """
 
     username: str
@@ -25,7 +25,7 @@ class LoginRequest:
 
 @dataclass(slots=True)
 class VhostRequest:
-    """``/auth/vhost``, the last question before RabbitMQ takes over a connection with the same client id."""
+    """``/auth/vhost``, the last request before RabbitMQ closes an existing connection with the same client id."""
 
     username: str
     vhost: str

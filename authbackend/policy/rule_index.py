@@ -1,4 +1,4 @@
-"""Finds a rule that matches a concrete key among many, by walking the key's words through a tree of all rules."""
+"""Index of topic rules: find one that matches a routing key by walking the key's words through a tree."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 class _Node:
     """
-    What rules expect after the same beginning.
+    Rules that share the same leading words.
 
-    Rules are sorted out by their next word when a key first comes this far: of thousands, a key meets few.
+    Rules are distributed to child nodes only when a key first gets this far: of thousands, few are ever reached.
     """
 
     __slots__ = ("any", "depth", "ends", "named", "tail", "unsorted", "words")
@@ -25,10 +25,10 @@ class _Node:
         self.named: dict[str, _Node] = {}  # the value of a placeholder
         self.any: _Node | None = None  # any word
         self.ends: TopicRule | None = None  # a rule that ends here
-        self.tail: TopicRule | None = None  # a rule that ends here with "#": whatever follows
+        self.tail: TopicRule | None = None  # a rule that ends here with "#": matches any rest
 
-    def sort_out(self) -> None:
-        """Hand each rule to the node of its next word; the first of several that end here stays."""
+    def distribute(self) -> None:
+        """Move each rule to the node of its next word; of several that end here, keep the first."""
         unsorted, self.unsorted = self.unsorted, []
         depth = self.depth
         for rule, expected in unsorted:
@@ -50,10 +50,10 @@ class _Node:
 
 class RuleIndex:
     """
-    Rules of one effect for publishing; the same answers as asking each rule, in time by the key's words.
+    Write rules with the same effect; gives the same answers as trying each rule, in time that depends on the key.
 
-    A rule that is not word by word, and every deny rule while a placeholder has no usable value, is asked by itself:
-    such a deny rule matches more than its words say.
+    Rules that cannot be compared word by word are tried one by one. So is every deny rule if a placeholder has no
+    usable value, because such a rule matches more than its own words.
     """
 
     __slots__ = ("_deny", "_names", "_others", "_root", "_rules")
@@ -75,22 +75,22 @@ class RuleIndex:
         self._names = tuple(names)
 
     def first(self, values: Values, words: Sequence[str]) -> TopicRule | None:
-        """Return a rule that matches a concrete key, None if none does."""
+        """Return a rule that matches a routing key, or None."""
         if self._deny and any(values.get(name) is None for name in self._names):
             return next((rule for rule in self._rules if rule.matches(values, words)), None)
-        found = self._walk(values, words)
-        if found is None and self._others:
-            return next((rule for rule in self._others if rule.matches(values, words)), None)
-        return found
+        rule = self._walk(values, words)
+        if rule is None and self._others:
+            return next((other for other in self._others if other.matches(values, words)), None)
+        return rule
 
-    def _walk(self, values: Values, words: Sequence[str]) -> TopicRule | None:  # noqa: PLR0912 - calls would cost more than what they did
-        """Visit each node at most once: the way to it is the only one."""
+    def _walk(self, values: Values, words: Sequence[str]) -> TopicRule | None:  # noqa: PLR0912 - calls would cost more than the work
+        """Walk the tree; each node has one parent, so it is visited at most once."""
         later: list[tuple[_Node, int]] = []
         node, position = self._root, 0
         length = len(words)
         while True:
             if node.unsorted:
-                node.sort_out()
+                node.distribute()
             if node.tail is not None:
                 return node.tail
             after = None

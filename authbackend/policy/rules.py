@@ -1,4 +1,4 @@
-"""Topic rules, device types, devices and accounts, compiled for deciding."""
+"""Topic rules, device types, devices and accounts, compiled for fast decisions."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ _UNUSABLE_CHARACTERS = frozenset("./+#*")
 
 
 class Effect(StrEnum):
-    """What a rule does when it applies."""
+    """Whether a matching rule allows or denies."""
 
     ALLOW = "allow"
     DENY = "deny"
 
 
 class Permission(StrEnum):
-    """RabbitMQ's topic permissions; a policy calls them publish and subscribe."""
+    """RabbitMQ's topic permissions; policy files call them publish and subscribe."""
 
     WRITE = "write"
     READ = "read"
 
 
 class Status(StrEnum):
-    """The life of a device."""
+    """Where a device is in its life cycle; only active ones may connect."""
 
     PENDING = "pending"
     ACTIVE = "active"
@@ -51,12 +51,12 @@ class Status(StrEnum):
 
 
 def usable(value: object) -> bool:
-    """Return whether a placeholder's value is one literal word; any other never widens access."""
+    """Return whether a placeholder's value is one literal word; any other value must never widen access."""
     return isinstance(value, str) and value != "" and _UNUSABLE_CHARACTERS.isdisjoint(value)
 
 
 class Values:
-    """The values of the placeholders in one request."""
+    """Placeholder values for one request."""
 
     __slots__ = ("_attributes", "_known", "_values")
 
@@ -66,7 +66,7 @@ class Values:
         self._known: dict[str, str | None] = {}
 
     def get(self, name: str) -> str | None:
-        """Return the value of a placeholder, None when it is missing or unusable."""
+        """Return the value of a placeholder, or None if it is missing or unusable."""
         try:
             return self._known[name]
         except KeyError:
@@ -76,7 +76,7 @@ class Values:
 
 
 Expected = tuple[str, bool] | None
-"""A literal word and False, the name of a placeholder and True, or any word."""
+"""``(word, False)``, ``(placeholder name, True)``, or None for any word."""
 
 _FEW_RULES = 2
 
@@ -86,10 +86,10 @@ class TopicRule:
     One rule of a device type, a device or an account.
 
     Args:
-        rule_id: The row in the registry, for people.
-        topic: An MQTT filter with placeholders. A malformed one grants nothing: an allow rule then matches nothing,
-            a deny rule everything.
-        exchange: For accounts, a topic exchange other than the MQTT exchange; None is the MQTT exchange.
+        rule_id: The row's id in the registry, to show to people.
+        topic: An MQTT topic filter with placeholders. If it is malformed, an allow rule matches nothing and a deny
+            rule everything.
+        exchange: Accounts only: the topic exchange that the rule is for; None is the MQTT exchange.
     """
 
     __slots__ = (
@@ -128,11 +128,11 @@ class TopicRule:
 
     @property
     def placeholders(self) -> tuple[str, ...]:
-        """The names of its placeholders, for example ``attr.site``."""
+        """Placeholder names in the topic filter, for example ``attr.site``."""
         return self._names
 
     def pattern(self, values: Values) -> Pattern | None:
-        """Return the rule with its placeholders replaced; None matches nothing."""
+        """Return the topic pattern with placeholders replaced, or None if it matches nothing."""
         if not self._names:
             return self._static
         known: dict[str, str] = {}
@@ -153,13 +153,13 @@ class TopicRule:
 
     def matches(self, values: Values, words: Sequence[str]) -> bool:
         """
-        Return whether the rule matches a concrete key.
+        Return whether the rule matches a routing key.
 
-        Nearly every rule is compared word by word, without building a pattern; the rest by its pattern.
+        Nearly all rules are compared word by word, which avoids building a pattern.
         """
         if self.expected is None or (self.effect is Effect.DENY and any(values.get(n) is None for n in self._names)):
             if len(words) > MOST_WORDS_WITH_MANY and self._widened(values):
-                return True  # no topic is that deep: a client that chose such an id and such a key wants to cost time
+                return True  # no real topic is that deep: a client that sends one is trying to waste CPU time
             pattern = self.pattern(values)
             return pattern is not None and match(pattern, words)
         if len(words) < len(self.expected) or (not self.has_tail and len(words) != len(self.expected)):
@@ -173,11 +173,11 @@ class TopicRule:
         return True
 
     def _widened(self, values: Values) -> bool:
-        """Return whether this is a deny rule that covers more than its words say, because a value is missing."""
+        """Return whether this is a deny rule that covers more than its own words, because a value is missing."""
         return self.effect is Effect.DENY and any(values.get(name) is None for name in self._names)
 
     def _word_by_word(self) -> tuple[tuple[Expected, ...] | None, bool]:
-        """Return what is expected before a final ``#``, and whether there is one; None if a level is not simple."""
+        """Return the expected words and whether ``#`` follows them; None for the words if a level is not simple."""
         levels = self._levels[:-1] if self._levels[-1][0] == MANY else self._levels
         words: list[Expected] = []
         for level, names in levels:
@@ -218,7 +218,7 @@ class TopicRule:
 
 
 class RuleSet:
-    """Rules sorted by what they are asked for; their order never matters."""
+    """Rules grouped by effect and permission; their order never matters."""
 
     __slots__ = ("_allow", "_by_exchange", "_deny", "_indexes")
 
@@ -227,34 +227,34 @@ class RuleSet:
         deny: dict[Permission, list[TopicRule]] = {}
         for rule in rules:
             (allow if rule.effect is Effect.ALLOW else deny).setdefault(rule.permission, []).append(rule)
-        self._allow = {permission: tuple(found) for permission, found in allow.items()}
-        self._deny = {permission: tuple(found) for permission, found in deny.items()}
+        self._allow = {permission: tuple(group) for permission, group in allow.items()}
+        self._deny = {permission: tuple(group) for permission, group in deny.items()}
         self._by_exchange: dict[str | None, RuleSet] | None = None
         self._indexes: dict[Effect, RuleIndex] = {}
 
     def on_exchange(self, exchange: str | None) -> RuleSet:
-        """Return the rules that name this exchange; None is the MQTT exchange."""
+        """Return the rules for this exchange; None is the MQTT exchange."""
         if self._by_exchange is None:
-            sorted_out: dict[str | None, list[TopicRule]] = {}
+            groups: dict[str | None, list[TopicRule]] = {}
             for rule in self:
-                sorted_out.setdefault(rule.exchange, []).append(rule)
-            self._by_exchange = {name: RuleSet(rules) for name, rules in sorted_out.items()}
+                groups.setdefault(rule.exchange, []).append(rule)
+            self._by_exchange = {name: RuleSet(rules) for name, rules in groups.items()}
         return self._by_exchange.get(exchange, NO_RULES)
 
     def exchanges(self) -> set[str]:
-        """Return the exchanges that rules name."""
+        """Return the exchanges that the rules name."""
         return {rule.exchange for rule in self if rule.exchange is not None}
 
     def allowing(self, permission: Permission) -> tuple[TopicRule, ...]:
-        """Return the allow rules of a permission."""
+        """Return the allow rules with this permission."""
         return self._allow.get(permission, ())
 
     def first(self, effect: Effect, permission: Permission, values: Values, words: Sequence[str]) -> TopicRule | None:
         """
-        Return a rule of this effect that applies to a request, None if none does.
+        Return a rule with this effect that applies to a request, or None.
 
         Args:
-            words: Give :class:`Words` where a request is asked of several sets.
+            words: Pass :class:`Words` to share work when several rule sets are checked.
         """
         words = Words.of(words)
         rules = (self._allow if effect is Effect.ALLOW else self._deny).get(permission, ())
@@ -286,8 +286,8 @@ def applies(rule: TopicRule, values: Values, words: Sequence[str]) -> bool:
     """
     Return whether a rule applies to a request.
 
-    A write key must be matched. A read filter must be contained in an allow rule, and is refused by a deny rule
-    that overlaps it.
+    A write rule applies if it matches the routing key. For a read filter, an allow rule must contain it; a deny rule
+    only has to overlap it.
     """
     if rule.permission is Permission.WRITE:
         return rule.matches(values, words)
@@ -302,11 +302,11 @@ def applies(rule: TopicRule, values: Values, words: Sequence[str]) -> bool:
 @dataclass(frozen=True, slots=True)
 class ClientIdMove:
     """
-    Client ids that pass to the devices of a type from devices that had them before its patterns were widened.
+    Client ids that a type's devices gain from other devices because the type's patterns were widened.
 
     Args:
-        former: The patterns before.
-        held: Those that the former owners still use; None: not known yet.
+        former: The patterns before the change.
+        held: The client ids that former owners still use; None if not known yet.
         until: Seconds since the epoch.
     """
 
@@ -321,8 +321,8 @@ class DeviceType:
     What the devices of a type have in common.
 
     Args:
-        move: While client ids that they have gained are being taken from their former owners.
-        max_staleness_s: Its devices are denied while the copy of the registry is older; None sets no limit here.
+        move: Set while client ids that its devices gained are being taken from their former owners.
+        max_staleness_s: Deny its devices while the copy of the registry is older than this; None sets no limit here.
     """
 
     name: str
@@ -338,12 +338,14 @@ class DeviceType:
 @dataclass(slots=True)
 class Device:
     """
-    One device; devices speak MQTT and identify themselves by certificate only. Nothing changes one, and one is made for
-    each request: frozen, that would take three times as long.
+    A device; it speaks MQTT and authenticates by certificate only.
+
+    Treat it as immutable. It is not frozen because one is created for each request, which would take three times as
+    long.
 
     Args:
         expires_at: Seconds since the epoch, None for never.
-        held_until: Seconds since the epoch until which no login is let in, while its connections are put right.
+        held_until: No login until then, in seconds since the epoch, while its sessions are being repaired.
     """
 
     device_id: DeviceId
@@ -357,7 +359,7 @@ class Device:
 
 
 class Login(StrEnum):
-    """How an account proves who it is."""
+    """How an account authenticates."""
 
     PASSWORD = "password"
     CERTIFICATE = "certificate"
@@ -381,7 +383,7 @@ class Account:
     rules: RuleSet = NO_RULES
 
     def resource_patterns(self, permission: str) -> tuple[str, ...]:
-        """Return the names it may configure, write or read; none for any other permission."""
+        """Return the name patterns that it may configure, write or read; none for any other permission."""
         match permission:
             case "configure":
                 return self.configure
@@ -398,10 +400,10 @@ _RESERVED_PREFIXES = ("mqtt-subscription-", "mqtt-will-")
 
 def resource_matches(pattern: str, name: str) -> bool:
     """
-    Return whether a resource permission reaches a queue or exchange; ``*`` stands for any run of characters.
+    Return whether a resource pattern matches a queue or exchange name; ``*`` matches any run of characters.
 
-    A wildcard never reaches the default exchange, which writes to every queue by name, nor the queues of MQTT
-    sessions and delayed wills, unless their prefix is written out.
+    A wildcard never matches the default exchange, which can write to every queue by name. It matches the queues of MQTT
+    sessions and delayed wills only if their prefix is written out.
     """
     if "*" not in pattern:
         return pattern == name
@@ -414,8 +416,8 @@ def resource_matches(pattern: str, name: str) -> bool:
         return False
     position = len(first)
     for part in rest[:-1]:
-        found = name.find(part, position)
-        if found < 0:
+        start = name.find(part, position)
+        if start < 0:
             return False
-        position = found + len(part)
+        position = start + len(part)
     return len(name) - len(rest[-1]) >= position and name.endswith(rest[-1])

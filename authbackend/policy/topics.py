@@ -1,15 +1,15 @@
 """
-The pattern language of topic rules: match, contains, overlaps.
+Topic pattern matching for rules: match, contains, overlaps.
 
-A routing key is split on ``.``; the empty string is zero words, every other piece counts, also empty ones. In a
-pattern the whole word ``*`` is exactly one word and the whole word ``#`` is any number of words. Words compare byte
+A routing key is split on ``.``: the empty string has no words; otherwise every piece is a word, even an empty one.
+In a pattern, the word ``*`` matches exactly one word and the word ``#`` any number of words. Words are compared byte
 by byte.
 
 Source: RabbitMQ's topic exchange, which the MQTT plugin binds with ``/`` translated to ``.`` and ``+`` to ``*``;
 checked against RabbitMQ 4.0.5 and 4.3.6 by binding and publishing.
 
-Cost: no regular expressions and no backtracking. A request's words are looked at once, however many patterns they are
-compared with; a comparison then costs at most the words of the pattern. See docs/decisions/0004-topic-algebra.md.
+Cost: no regular expressions and no backtracking. A request's words are indexed once, however many patterns they are
+compared with; a comparison then takes at most one step per pattern word. See docs/decisions/0004-topic-algebra.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MOST_MANY_IN_A_FILTER = 2
 """RabbitMQ 4.3.5 and later refuse a binding key with more ``#`` than this; older brokers stall on it."""
 
 MOST_WORDS_WITH_MANY = 4096
-"""A filter with ``#`` and more words than this is denied unread: no topic is that deep, and each rule costs a walk."""
+"""A filter with ``#`` and more words than this is denied unread: no topic is that deep, and each rule would walk it."""
 
 LONGEST_FILTER_BYTES = 1024
 MANY_NOT_LAST = '"#" is possible only as the last level'
@@ -34,17 +34,17 @@ _STEP_BUDGET = 50_000
 
 
 def split(key: str) -> list[str]:
-    """Return the words of a routing key or pattern; the empty string has none."""
+    """Split a routing key or pattern into words; the empty string has none."""
     return key.split(".") if key else []
 
 
 def to_routing_key(topic: str) -> str:
-    """Translate an MQTT topic or filter as RabbitMQ's MQTT plugin does: ``/`` to ``.``, ``+`` to ``*``, no more."""
+    """Translate an MQTT topic or filter as RabbitMQ's MQTT plugin does: only ``/`` to ``.`` and ``+`` to ``*``."""
     return topic.replace("/", ".").replace("+", "*")
 
 
 def topic_filter_fault(topic_filter: str) -> str | None:
-    """Return what is wrong with the MQTT topic filter of a rule, or None."""
+    """Return what is wrong with a rule's MQTT topic filter, or None."""
     if not topic_filter:
         return 'it is empty; write "#" for every topic'
     size = len(topic_filter.encode("utf-8", "surrogatepass"))
@@ -80,18 +80,18 @@ def _brace_fault(topic_filter: str) -> str:
 
 
 def placeholders_of(text: str) -> tuple[str, ...]:
-    """Return the names of the placeholders in one level of a rule, in order (``device_id``, ``attr.site``)."""
+    """Return the placeholder names in one level of a rule, in order (``device_id``, ``attr.site``)."""
     return tuple(_PLACEHOLDER.findall(text))
 
 
 def substitute(text: str, values: dict[str, str]) -> str:
-    """Replace every placeholder by its value in one pass: a value that looks like a placeholder stays text."""
-    return _PLACEHOLDER.sub(lambda found: values[found.group(1)], text)
+    """Replace all placeholders in one pass, so that a value that looks like a placeholder stays text."""
+    return _PLACEHOLDER.sub(lambda placeholder: values[placeholder.group(1)], text)
 
 
 class Pattern:
     """
-    A pattern, cut at its ``#``.
+    A pattern, split at each ``#``.
 
     Args:
         words: As :func:`split` returns them.
@@ -116,7 +116,7 @@ class Pattern:
 
 
 class Words(list[str]):
-    """The words of a request, with what is found out about them once for all the patterns they are compared with."""
+    """The words of a request, with cached indexes that all patterns they are compared with share."""
 
     __slots__ = ("_as_pattern", "_bits", "_many", "_places")
 
@@ -129,31 +129,31 @@ class Words(list[str]):
 
     @classmethod
     def of(cls, words: Iterable[str]) -> Words:
-        """Return words as they are, or made into these."""
+        """Return ``words`` unchanged if they are already ``Words``, else converted."""
         return words if isinstance(words, Words) else cls(words)
 
     @property
     def many(self) -> int:
-        """How many ``#`` there are."""
+        """Number of ``#`` words."""
         if self._many is None:
             self._many = self.count(MANY)
         return self._many
 
     @property
     def as_pattern(self) -> Pattern:
-        """The pattern that they are, as a filter."""
+        """The same words as a pattern."""
         if self._as_pattern is None:
             self._as_pattern = Pattern(self)
         return self._as_pattern
 
     def find(self, run: Sequence[str], start: int, end: int, *, wildcards: bool) -> int:
         """
-        Return where a run of words and ``*`` first lies from start on and before end, -1 if it does not.
+        Return the first position of a run of words and ``*`` between start and end, or -1.
 
         Args:
-            wildcards: Whether ``*`` among these words is any word, as in a filter.
+            wildcards: Whether ``*`` in these words matches any word, as in a filter.
 
-        Cost: one look-up for each word of the run, and an operation on an integer of as many bits as there are words.
+        Cost: for each word of the run, one lookup and one operation on an integer with one bit per word.
         """
         latest = end - len(run)
         if latest < start:
@@ -168,7 +168,7 @@ class Words(list[str]):
         return (candidates & -candidates).bit_length() - 1
 
     def _bits_of(self, word: str) -> int:
-        """Return a bit for each position of a word."""
+        """Return an integer with a bit set for each position of a word."""
         bits = self._bits.get(word)
         if bits is None:
             if self._places is None:
@@ -183,12 +183,12 @@ class Words(list[str]):
 
 
 def match(pattern: Pattern, key: Sequence[str]) -> bool:
-    """Return whether a pattern matches a concrete key; ``*`` and ``#`` in the key are plain words."""
+    """Return whether a pattern matches a routing key, in which ``*`` and ``#`` are plain words."""
     return _lies_in(pattern, Words.of(key), wildcards=False)
 
 
 def overlaps(pattern: Pattern, other: Sequence[str]) -> bool:
-    """Return whether some key is matched by both patterns."""
+    """Return whether at least one routing key matches both patterns."""
     words = Words.of(other)
     if not words.many:
         return _lies_in(pattern, words, wildcards=True)
@@ -196,17 +196,17 @@ def overlaps(pattern: Pattern, other: Sequence[str]) -> bool:
         return len(words) - words.many <= len(pattern.words) and _lies_in(
             words.as_pattern, Words(pattern.words), wildcards=True
         )
-    # With "#" in both, what lies behind the first "#" of one can be put into the first or last "#" of the other, so that
-    # only the beginnings and the ends have to agree.
-    asked = words.as_pattern
-    shorter = min(len(pattern.behind), len(asked.behind))
-    return _agree(pattern.before, asked.before) and _agree(
-        pattern.behind[len(pattern.behind) - shorter :], asked.behind[len(asked.behind) - shorter :]
+    # With "#" in both, the "#" of each can absorb everything in the middle of the other, so that only the words before
+    # the first "#" and after the last one have to agree.
+    requested = words.as_pattern
+    shorter = min(len(pattern.behind), len(requested.behind))
+    return _agree(pattern.before, requested.before) and _agree(
+        pattern.behind[len(pattern.behind) - shorter :], requested.behind[len(requested.behind) - shorter :]
     )
 
 
 def _lies_in(pattern: Pattern, words: Words, *, wildcards: bool) -> bool:
-    """Return whether the pattern covers words without ``#``, or, with wildcards, one of the keys they stand for."""
+    """Return whether the pattern matches words without ``#`` or, with wildcards, at least one key that they match."""
     if pattern.between is None:
         return len(pattern.words) == len(words) and _agree(pattern.words, words, wildcards=wildcards)
     start, end = len(pattern.before), len(words) - len(pattern.behind)
@@ -214,16 +214,16 @@ def _lies_in(pattern: Pattern, words: Words, *, wildcards: bool) -> bool:
         return False
     if not _agree(pattern.behind, words[end:], wildcards=wildcards):
         return False
-    for run in pattern.between:  # each as early as possible leaves the most room for the next
-        found = words.find(run, start, end, wildcards=wildcards)
-        if found < 0:
+    for run in pattern.between:  # placing each run as early as possible leaves the most room for the next
+        position = words.find(run, start, end, wildcards=wildcards)
+        if position < 0:
             return False
-        start = found + len(run)
+        start = position + len(run)
     return True
 
 
 def _agree(words: Sequence[str], others: Sequence[str], *, wildcards: bool = True) -> bool:
-    """Return whether the words of both, as far as both go, can be the same."""
+    """Return whether both sequences can be equal, up to the length of the shorter."""
     for expected, word in zip(words, others, strict=False):
         if expected not in (word, ONE) and not (wildcards and word == ONE):
             return False
@@ -234,15 +234,15 @@ def contains(outer: Sequence[str], inner: Sequence[str]) -> bool:
     """
     Return whether every key that ``inner`` matches is matched by ``outer``.
 
-    Exact and linear for an ``outer`` of a rule's shape (at most a final ``#``). For any other the answer is exact
-    too unless it would take too many steps, then it is False: no input makes this function slow or too generous.
+    Exact and linear if ``outer`` has the shape of a rule (``#`` only at the end). Otherwise also exact, unless that
+    takes too many steps; then the answer is False. No input makes this function slow or too permissive.
     """
     if MANY in outer[:-1]:
         return _contains_general(Automaton(outer), inner)
     tail = bool(outer) and outer[-1] == MANY
     prefix = outer[:-1] if tail else outer
     seen_many = False
-    for position, expected in enumerate(prefix):  # first, because it tells most rules apart at once
+    for position, expected in enumerate(prefix):  # first, because this rejects most rules immediately
         word = inner[position] if position < len(inner) else None
         seen_many = seen_many or word == MANY
         if expected != ONE and (seen_many or word != expected):
@@ -255,7 +255,7 @@ def contains(outer: Sequence[str], inner: Sequence[str]) -> bool:
 
 class Automaton:
     """
-    A pattern as a nondeterministic automaton whose set of states is one integer, a bit for each position.
+    A pattern as a nondeterministic automaton; its set of states is an integer with a bit for each position.
 
     Position i means that the words before i have been consumed; the last bit accepts.
     """
@@ -281,16 +281,16 @@ class Automaton:
         return self._skip(1)
 
     def accepts(self, states: int) -> bool:
-        """Return whether the words read so far are a key that the pattern matches."""
+        """Return whether the pattern matches the words read so far."""
         return bool(states & self._accept)
 
     def after(self, states: int, word: str | None) -> int:
-        """Return the states after one more word; None is a word that the pattern does not name."""
+        """Return the states after one more word; None stands for a word that is not in the pattern."""
         named = self._one | self._literals.get(word, 0)
         return self._skip((states & named) << 1 | states & self._many)
 
     def _skip(self, states: int) -> int:
-        """Add the states reached by letting ``#`` stand for no words."""
+        """Add the states reached when ``#`` matches no words."""
         reached = states
         while skipped := (reached & self._many) << 1 & ~reached:
             reached |= skipped
@@ -299,10 +299,10 @@ class Automaton:
 
 def _contains_general(outer: Automaton, inner: Sequence[str]) -> bool:
     """
-    Follow ``inner`` with the set of states of ``outer``.
+    Run ``inner`` through the automaton of ``outer``.
 
-    A word that ``outer`` does not name leads to the smallest set of states, so for a wildcard of ``inner`` it is
-    the only word to try; ``*`` itself is such a word.
+    A word that is not in ``outer`` leads to the smallest set of states, so it is the only word to try for a wildcard of
+    ``inner``; ``*`` itself is such a word.
     """
     todo = [(0, outer.start())]
     seen = set(todo)

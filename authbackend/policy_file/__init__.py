@@ -1,1 +1,1 @@
-"""The policy file: what the registry should contain, as one YAML document."""
+"""The policy file: the desired contents of the registry as a YAML document."""

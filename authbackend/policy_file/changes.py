@@ -1,4 +1,4 @@
-"""What differs between a policy file and the registry."""
+"""Differences between a policy file and the registry, and their impact."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ shown = partial(json.dumps, ensure_ascii=False)
 @dataclass(frozen=True, slots=True)
 class Change:
     """
-    One difference.
+    One difference between the file and the registry.
 
     Args:
         operation: ``add``, ``change`` or ``remove``.
-        fields: For a change, the old and new value by column; a password hash shows only that it differs.
+        fields: For a change, the old and new value by column. A password hash is never shown, only that it changed.
     """
 
     operation: str
@@ -36,15 +36,16 @@ class Change:
 @dataclass(frozen=True, slots=True)
 class Impact:
     """
-    From how many devices, accounts and certificates something is taken, as the brake of the database counts it.
+    How many devices, accounts and certificates lose something, as the database's brake counts them.
 
     Args:
-        touched: Each once, whatever is taken from it.
-        registered: All devices.
-        devices: More than so many and more than ``percent`` of all are refused unless it is meant.
-        beyond_limit: Whether it is more than that.
-        causes: The numbers by kind and cause, each with the first names.
-        told: The causes in words.
+        touched: How many lose something, each counted once.
+        registered: Number of all devices.
+        devices: The brake refuses more than this number that is also more than ``percent`` of all devices, unless
+            the impact is accepted.
+        beyond_limit: Whether both limits are exceeded.
+        causes: Counts by kind and cause, each with the first few names.
+        told: The causes as text.
     """
 
     touched: int
@@ -63,25 +64,25 @@ class Impact:
 
     @property
     def way_on(self) -> str:
-        """What to do where the brake refuses it."""
+        """What to do if the brake refuses the changes."""
         return f"more than the limit is refused unless it is meant: policy apply with --accept-impact {self.touched}"
 
     def as_json(self) -> dict[str, Any]:
-        """Return it for programs."""
-        found = asdict(self)
-        del found["told"]
-        return found
+        """Return the values for JSON output, without the text for people."""
+        values = asdict(self)
+        del values["told"]
+        return values
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
     """
-    What would be done.
+    The changes that an apply would make.
 
     Args:
-        impact: None if there is nothing to change, or it is not known.
-        fault: Why it is not known: the database would refuse the changes, or somebody was in the way, or the role may
-            only read.
+        impact: None if there is nothing to change, or if the impact is unknown.
+        fault: Why the impact is unknown: the database would refuse the changes, another transaction was in the way, or
+            the role may only read.
     """
 
     changes: list[Change]
@@ -92,11 +93,11 @@ class Planned:
 @dataclass(frozen=True, slots=True)
 class Applied:
     """
-    What was done.
+    The changes that an apply made.
 
     Args:
-        version: The registry version that serves it; None when nothing was changed.
-        impact: None when nothing was changed.
+        version: The registry version with these changes; None if nothing was changed.
+        impact: None if nothing was changed.
     """
 
     changes: list[Change]
@@ -105,7 +106,7 @@ class Applied:
 
 
 def change_of(entity: str, key: str, old: str | None, new: str | None) -> Change:
-    """Return the difference between two rows as JSON texts; None is no row."""
+    """Compare two rows given as JSON text; None means that there is no row."""
     if old is None or new is None:
         return Change("add" if old is None else "remove", entity, key)
     before, after = json.loads(old), json.loads(new)
@@ -116,7 +117,7 @@ def change_of(entity: str, key: str, old: str | None, new: str | None) -> Change
 
 
 def rule_change(old: dict[str, Any] | None, new: dict[str, Any] | None) -> Change:
-    """Return the difference between two rules; None is no rule."""
+    """Compare two rules; None means that there is no rule."""
     rule = new or old
     assert rule is not None
     owner = next(f"{column} {rule[column]}" for column in ("device_type", "device_id", "account") if rule[column])

@@ -1,4 +1,4 @@
-"""What is allowed in a policy file but hardly meant."""
+"""Warnings about what is valid in a policy file but probably a mistake."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _FOREIGN_LEVEL = re.compile(r"[:@][a-z_][a-z0-9_]*|>", re.IGNORECASE)
 _REGULAR_EXPRESSION = re.compile(r"^\^|\$$|\\|[\[\]|]|^\.[*+]$")
 
 Warned = tuple[tuple[str, ...], str]
-"""Of what a warning is (a key of ``Document.places``), and its text."""
+"""What the warning is about (a key of ``Document.places``), and its text."""
 
 
 def lint(document: Document, file: str = "") -> list[Problem]:
-    """Return warnings about a document without errors, each with its place in the file."""
+    """Return the warnings for a document that has no errors, each with its position in the file."""
     warned = [*_types(document), *_devices(document), *_accounts(document)]
     return [Problem(file, *_place(document, key), message, warning=True) for key, message in warned]
 
@@ -43,18 +43,21 @@ def _foreign(where: str, rules: tuple[RuleEntry, ...]) -> Iterator[Warned]:
                 f"{where}: {rule.topic}: RabbitMQ has no shared subscriptions; $share is a topic level like any other",
             )
         rest = "/".join(levels[1:] if levels[0].startswith("$") else levels)
-        found = [*_FOREIGN.findall(rest), *(level for level in levels if _FOREIGN_LEVEL.fullmatch(level))]
-        for text in dict.fromkeys(found):
+        foreign = [*_FOREIGN.findall(rest), *(level for level in levels if _FOREIGN_LEVEL.fullmatch(level))]
+        for text in dict.fromkeys(foreign):
             yield (
                 _rule(where, rule),
-                f"{where}: {text} in {rule.topic} is a placeholder or wildcard of another product, here plain text; placeholders are written {{device_id}}",
+                f"{where}: {text} in {rule.topic} is a placeholder or wildcard of another product, and plain text here; write placeholders as {{device_id}}",
             )
 
 
 def _vhosts(where: str, vhosts: tuple[str, ...]) -> Iterator[Warned]:
     for name in vhosts:
         if "*" in name or _REGULAR_EXPRESSION.search(name):
-            yield (where, name), f"{where}: vhost {name!r} is a name, neither a wildcard nor a regular expression"
+            yield (
+                (where, name),
+                f"{where}: vhost {name!r} is taken as an exact name; wildcards and regular expressions do not work here",
+            )
 
 
 def _permissions(where: str, names: tuple[str, ...]) -> Iterator[Warned]:
@@ -62,7 +65,7 @@ def _permissions(where: str, names: tuple[str, ...]) -> Iterator[Warned]:
         if _REGULAR_EXPRESSION.search(name):
             yield (
                 (where, name),
-                f"{where}: name {name!r} looks like a regular expression; here * stands for any run of characters, and everything else for itself",
+                f"{where}: name {name!r} looks like a regular expression; here * matches any run of characters, and everything else is literal",
             )
 
 
@@ -70,14 +73,14 @@ def _types(document: Document) -> Iterator[Warned]:
     for name, entry in (document.device_types or {}).items():
         where = f"device type {name}"
         if not entry.client_ids:
-            yield (where,), f"{where} lists no client_ids: its devices can use none, so they cannot connect"
+            yield (where,), f"{where} lists no client_ids: its devices cannot connect"
         if not entry.vhosts:
             yield (where,), f"{where} lists no vhosts: its devices cannot connect"
         for pattern in entry.client_ids:
             if _FOREIGN.search(pattern) or pattern.startswith(("^", ".*")):
                 yield (
                     (where, pattern),
-                    f"{where}: client id pattern {pattern!r} is not one of this product; write {{device_id}} and *",
+                    f"{where}: client id pattern {pattern!r} uses another product's syntax; write {{device_id}} and *",
                 )
         yield from _vhosts(where, entry.vhosts)
         yield from _rules(where, entry.rules)

@@ -1,4 +1,4 @@
-"""What a policy file says. Absent sections are None and leave the registry alone."""
+"""Contents of a policy file. A section that is absent is None and leaves the registry alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SCHEMA = "authbackend/1"
 
 @dataclass(frozen=True, slots=True)
 class RuleEntry:
-    """A topic rule; ``exchange`` only for accounts."""
+    """A topic rule; only rules of accounts have an ``exchange``."""
 
     effect: str
     action: str
@@ -23,11 +23,11 @@ class RuleEntry:
 @dataclass(frozen=True, slots=True)
 class DeviceTypeEntry:
     """
-    A device type; ``networks`` None is any address.
+    A device type; ``networks`` None allows any address.
 
     Args:
-        max_staleness_s: Seconds; None is as long as the replicas allow.
-        require_known_certificate: Whether a sweep ends connections whose certificate is not on record.
+        max_staleness_s: In seconds; None means as long as the replicas allow.
+        require_known_certificate: Whether a sweep closes connections whose certificate is not on record.
     """
 
     name: str
@@ -43,13 +43,11 @@ class DeviceTypeEntry:
 @dataclass(frozen=True, slots=True)
 class DeviceEntry:
     """
-    A device.
+    A device; ``status``, ``attributes`` and ``expires_at`` None leave those of an existing device unchanged.
 
     Args:
-        status: None leaves the status of a device that exists alone, so that no file reinstates a revoked device
-            by not mentioning it; a new device becomes active.
-        attributes: None leaves those of a device that exists alone.
-        expires_at: None leaves the expiry of a device that exists alone.
+        status: None makes a new device active. An existing one keeps its status, so that a file that does not mention
+            it cannot reinstate a revoked device.
     """
 
     device_id: str
@@ -64,7 +62,7 @@ class DeviceEntry:
 
 @dataclass(frozen=True, slots=True)
 class AccountEntry:
-    """An account; ``password_hash`` None leaves the password alone."""
+    """An account; ``password_hash`` None leaves the password unchanged."""
 
     name: str
     login: str
@@ -83,12 +81,12 @@ class AccountEntry:
 @dataclass(slots=True)
 class Document:
     """
-    A policy file that has been read; names are unique within a section.
+    A parsed policy file; names are unique within a section.
 
     Args:
-        speaks_of_device_rules: False where the devices come from a file that cannot say them: they are left alone.
-        places: Line and column, from 1, of what warnings speak of: ("device type T",), ("device type T", value),
-            ("device type T", "rule", effect, action, topic, exchange), the same of devices and accounts, and ("devices",).
+        speaks_of_device_rules: False if the devices come from a format without rules; their rules are left alone.
+        places: Line and column, from 1, of what a warning can be about: ("device type T",), ("device type T", value),
+            ("device type T", "rule", effect, action, topic, exchange), the same for devices and accounts, and ("devices",).
     """
 
     device_types: dict[str, DeviceTypeEntry] | None = None
@@ -112,10 +110,10 @@ class Document:
 @dataclass(frozen=True, slots=True, order=True)
 class Problem:
     """
-    Something wrong in a file; ``warning`` does not stop an apply.
+    An error or warning about a file; a warning does not stop an apply.
 
     Args:
-        line: From 1, as the column.
+        line: From 1, as is the column.
     """
 
     file: str

@@ -1,4 +1,4 @@
-"""Reads a policy file: every problem with its line and column, none of them twice, nothing applied."""
+"""Parse a policy file and report every problem once, with its line and column; nothing is applied."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ _NULL = "tag:yaml.org,2002:null"
 
 
 def read(text: str, file: str) -> tuple[Document, list[Problem]]:
-    """Return the document and its problems, sorted by line; with an error among them it must not be applied."""
+    """Return the document and its problems, sorted by line. Do not apply it if one of them is an error."""
     reader = _Reader(file)
     try:
         for event in yaml.parse(text, Loader=_Loader):
             if isinstance(event, yaml.AliasEvent):
-                reader.fault(event, "aliases are not possible: write the value out")
+                reader.fault(event, "YAML aliases are not supported; write the value out")
         root = None if reader.problems else yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "not YAML"
         return Document(), [Problem(file, *_place_of(error, text), f"not YAML: {problem}")]
     document = reader.document(root) if root is not None else Document()
     if root is None and not reader.problems:
-        reader.problems.append(Problem(file, 1, 1, f"the file is empty; it begins with: schema: {SCHEMA}"))
+        reader.problems.append(Problem(file, 1, 1, f"the file is empty; it must begin with: schema: {SCHEMA}"))
     return document, sorted(reader.problems)
 
 
 def decode(content: bytes, file: str) -> tuple[str, Problem | None]:
-    """Return a file's text without its byte order mark, or where it is not UTF-8."""
+    """Return a file's text without its byte order mark, and a problem if it is not UTF-8."""
     try:
         return content.decode("utf-8-sig"), None
     except UnicodeDecodeError as error:
@@ -63,18 +63,18 @@ def decode(content: bytes, file: str) -> tuple[str, Problem | None]:
 def _place_of(error: yaml.YAMLError, text: str) -> tuple[int, int]:
     position = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     if position is not None:
-        last = len(_LINE_BREAK.findall(text)) + 1  # what is missing at the end is missed on a line that is not there
+        last = len(_LINE_BREAK.findall(text)) + 1  # the parser reports a missing end one line after the last
         return min(position.line + 1, last), position.column + 1
-    before = text.encode()[: getattr(error, "position", 0)].decode(errors="ignore")  # a character that YAML forbids
+    before = text.encode()[: getattr(error, "position", 0)].decode(errors="ignore")  # an illegal character
     return before.count("\n") + 1, len(before) - before.rfind("\n")
 
 
 def parse_time(text: str) -> datetime:
     """
-    Return an ISO 8601 time; without a zone it is UTC.
+    Parse an ISO 8601 time; without a time zone it is UTC.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The text is not a time, or its year is not between 1970 and 9998.
     """
     parsed = datetime.fromisoformat(text)
     if not 1970 <= parsed.year < 9999:
@@ -83,7 +83,7 @@ def parse_time(text: str) -> datetime:
 
 
 class _Reader:
-    """Walks the node tree; a value with a problem becomes its default, so that reading goes on."""
+    """Walk the YAML nodes; a value with a problem becomes its default, so that reading can continue."""
 
     def __init__(self, file: str) -> None:
         self.file = file
@@ -92,7 +92,7 @@ class _Reader:
         self.where = ""
 
     def place(self, node: Node, *key: str) -> None:
-        """Note where something of the present entry stands, for warnings."""
+        """Record the position of a part of the current entry, for warnings."""
         self.places.setdefault((self.where, *key), (node.start_mark.line + 1, node.start_mark.column + 1))
 
     def fault(self, node: Any, message: str) -> None:
@@ -100,21 +100,21 @@ class _Reader:
         self.problems.append(Problem(self.file, position.line + 1, position.column + 1, message))
 
     def document(self, root: Node) -> Document:
-        found = self.mapping(root, "the document", ("schema", "device_types", "devices", "accounts"))
-        if "schema" not in found:
-            self.fault(root, f"schema is missing; the file begins with: schema: {SCHEMA}")
-        elif self.text(found["schema"]) != SCHEMA:
-            self.fault(found["schema"], f"this version reads schema {SCHEMA}")
+        nodes = self.mapping(root, "the document", ("schema", "device_types", "devices", "accounts"))
+        if "schema" not in nodes:
+            self.fault(root, f"schema is missing; the file must begin with: schema: {SCHEMA}")
+        elif self.text(nodes["schema"]) != SCHEMA:
+            self.fault(nodes["schema"], f"this version reads schema {SCHEMA}")
         document = Document(places=self.places)
-        if "device_types" in found:
-            document.device_types = self.section(found["device_types"], self.device_type)
-        if "devices" in found:
+        if "device_types" in nodes:
+            document.device_types = self.section(nodes["device_types"], self.device_type)
+        if "devices" in nodes:
             self.where = "devices"
-            self.place(found["devices"])
-            document.devices = self.listed(found["devices"], self.device, "device_id")
-            self.unique_common_names(found["devices"], document.devices)
-        if "accounts" in found:
-            document.accounts = self.listed(found["accounts"], self.account, "name")
+            self.place(nodes["devices"])
+            document.devices = self.listed(nodes["devices"], self.device, "device_id")
+            self.unique_common_names(nodes["devices"], document.devices)
+        if "accounts" in nodes:
+            document.accounts = self.listed(nodes["accounts"], self.account, "name")
         return document
 
     def section(self, node: Node, entry: Callable[[Node, str], T]) -> dict[str, T]:
@@ -128,7 +128,7 @@ class _Reader:
                 continue
             name = getattr(value, key)
             if name in entries:
-                self.fault(item, f"{key} {name} is there twice")
+                self.fault(item, f"duplicate {key} {name}")
             entries[name] = value
         return entries
 
@@ -146,70 +146,70 @@ class _Reader:
             self.fault(node, f"device type {name!r}: {fault}")
         self.where = f"device type {name}"
         self.place(node)
-        found = self.mapping(node, f"device type {name}", _names(DeviceTypeEntry, "name"))
+        nodes = self.mapping(node, f"device type {name}", _names(DeviceTypeEntry, "name"))
         return DeviceTypeEntry(
             name,
-            description=self.text(found.get("description")),
-            client_ids=self.texts(found.get("client_ids"), names.client_id_pattern_fault, "client id pattern"),
-            vhosts=self.texts(found.get("vhosts"), _vhost_fault, "vhost"),
-            networks=self.networks(found.get("networks")),
-            max_staleness_s=self.seconds(found.get("max_staleness_s")),
-            require_known_certificate=self.flag(found.get("require_known_certificate")),
-            rules=self.rules(found.get("rules"), account=False),
+            description=self.text(nodes.get("description")),
+            client_ids=self.texts(nodes.get("client_ids"), names.client_id_pattern_fault, "client id pattern"),
+            vhosts=self.texts(nodes.get("vhosts"), _vhost_fault, "vhost"),
+            networks=self.networks(nodes.get("networks")),
+            max_staleness_s=self.seconds(nodes.get("max_staleness_s")),
+            require_known_certificate=self.flag(nodes.get("require_known_certificate")),
+            rules=self.rules(nodes.get("rules"), account=False),
         )
 
     def device(self, node: Node) -> DeviceEntry | None:
-        found = self.mapping(node, "a device", _names(DeviceEntry))
-        device_id = self.checked(found.get("device_id"), names.device_id_fault, "device id", node)
+        nodes = self.mapping(node, "a device", _names(DeviceEntry))
+        device_id = self.checked(nodes.get("device_id"), names.device_id_fault, "device id", node)
         self.where = f"device {device_id}"
         self.place(node)
         common_name = device_id
-        if "common_name" in found:
-            common_name = self.checked(found["common_name"], names.common_name_fault, "common name", node)
-        if "type" not in found:
+        if "common_name" in nodes:
+            common_name = self.checked(nodes["common_name"], names.common_name_fault, "common name", node)
+        if "type" not in nodes:
             self.fault(node, f"device {device_id} has no type")
-        status = self.text(found["status"]) if "status" in found else None
+        status = self.text(nodes["status"]) if "status" in nodes else None
         if status is not None and status not in tuple(Status):
-            self.fault(found["status"], f"status {status!r}: possible are {', '.join(Status)}")
+            self.fault(nodes["status"], f"status {status!r}: must be one of: {', '.join(Status)}")
         return DeviceEntry(
             device_id,
             common_name,
-            type=self.text(found.get("type")),
+            type=self.text(nodes.get("type")),
             status=status,
-            status_reason=self.text(found["status_reason"]) if "status_reason" in found else None,
-            attributes=self.attributes(found.get("attributes")),
-            expires_at=self.time(found.get("expires_at")),
-            rules=self.rules(found.get("rules"), account=False),
+            status_reason=self.text(nodes["status_reason"]) if "status_reason" in nodes else None,
+            attributes=self.attributes(nodes.get("attributes")),
+            expires_at=self.time(nodes.get("expires_at")),
+            rules=self.rules(nodes.get("rules"), account=False),
         )
 
     def account(self, node: Node) -> AccountEntry | None:
-        found = self.mapping(node, "an account", (*_names(AccountEntry, "configure", "write", "read"), "permissions"))
-        name = self.checked(found.get("name"), names.common_name_fault, "account", node)
+        nodes = self.mapping(node, "an account", (*_names(AccountEntry, "configure", "write", "read"), "permissions"))
+        name = self.checked(nodes.get("name"), names.common_name_fault, "account", node)
         self.where = f"account {name}"
         self.place(node)
-        login = self.text(found["login"]) if "login" in found else ""
+        login = self.text(nodes["login"]) if "login" in nodes else ""
         if login not in ("password", "certificate"):
-            self.fault(found.get("login", node), f"account {name}: login is password or certificate")
+            self.fault(nodes.get("login", node), f"account {name}: login must be password or certificate")
         permissions: Mapping[str, Node] = {}
-        if "permissions" in found:
-            permissions = self.mapping(found["permissions"], f"permissions of {name}", ("configure", "write", "read"))
-        password_hash = self.text(found["password_hash"]) if "password_hash" in found else None
+        if "permissions" in nodes:
+            permissions = self.mapping(nodes["permissions"], f"permissions of {name}", ("configure", "write", "read"))
+        password_hash = self.text(nodes["password_hash"]) if "password_hash" in nodes else None
         if password_hash is not None and not password_hash.startswith("$argon2id$"):
-            self.fault(found["password_hash"], f"account {name}: password_hash is not argon2id in PHC form")
+            self.fault(nodes["password_hash"], f"account {name}: password_hash is not argon2id in PHC form")
             password_hash = None
         return AccountEntry(
             name,
             login,
             password_hash=password_hash,
-            tags=self.texts(found.get("tags"), _tag_fault, "tag"),
-            vhosts=self.texts(found.get("vhosts"), _vhost_fault, "vhost"),
-            networks=self.networks(found.get("networks")),
-            client_ids=self.texts(found.get("client_ids"), _account_client_id_fault, "client id"),
+            tags=self.texts(nodes.get("tags"), _tag_fault, "tag"),
+            vhosts=self.texts(nodes.get("vhosts"), _vhost_fault, "vhost"),
+            networks=self.networks(nodes.get("networks")),
+            client_ids=self.texts(nodes.get("client_ids"), _account_client_id_fault, "client id"),
             configure=self.texts(permissions.get("configure"), _vhost_fault, "name"),
             write=self.texts(permissions.get("write"), _vhost_fault, "name"),
             read=self.texts(permissions.get("read"), _vhost_fault, "name"),
-            unchecked_dead_lettering=self.flag(found.get("unchecked_dead_lettering")),
-            rules=self.rules(found.get("rules"), account=True),
+            unchecked_dead_lettering=self.flag(nodes.get("unchecked_dead_lettering")),
+            rules=self.rules(nodes.get("rules"), account=True),
         )
 
     def rules(self, node: Node | None, *, account: bool) -> tuple[RuleEntry, ...]:
@@ -217,38 +217,38 @@ class _Reader:
         for item in self.items(node):
             rule = self.rule(item, account=account)
             if (key := (rule.effect, rule.action, rule.topic, rule.exchange or "")) in rules:
-                self.fault(item, f"the rule {rule.effect} {rule.action} {rule.topic} is there twice")
+                self.fault(item, f"duplicate rule {rule.effect} {rule.action} {rule.topic}")
             rules[key] = rule
             self.place(item, "rule", *key)
         return tuple(rules.values())
 
     def rule(self, node: Node, *, account: bool) -> RuleEntry:
         known = _names(RuleEntry) if account else _names(RuleEntry, "exchange")
-        found = self.mapping(node, "a rule", known)
-        for name, possible in (("effect", ("allow", "deny")), ("action", ("publish", "subscribe"))):
-            if self.text(found.get(name)) not in possible:
-                self.fault(found.get(name, node), f"{name} is {' or '.join(possible)}")
-        topic = self.checked(found.get("topic"), topic_filter_fault, "topic filter", node)
-        exchange = self.text(found["exchange"]) if "exchange" in found else None
+        nodes = self.mapping(node, "a rule", known)
+        for name, allowed in (("effect", ("allow", "deny")), ("action", ("publish", "subscribe"))):
+            if self.text(nodes.get(name)) not in allowed:
+                self.fault(nodes.get(name, node), f"{name} must be {' or '.join(allowed)}")
+        topic = self.checked(nodes.get("topic"), topic_filter_fault, "topic filter", node)
+        exchange = self.text(nodes["exchange"]) if "exchange" in nodes else None
         if exchange == "":
-            self.fault(found["exchange"], "exchange is empty; leave it out for the MQTT exchange")
+            self.fault(nodes["exchange"], "exchange is empty; leave it out for the MQTT exchange")
         return RuleEntry(
-            self.text(found.get("effect")),
-            self.text(found.get("action")),
+            self.text(nodes.get("effect")),
+            self.text(nodes.get("action")),
             topic,
             exchange,
-            self.text(found.get("note")),
+            self.text(nodes.get("note")),
         )
 
     def attributes(self, node: Node | None) -> tuple[tuple[str, str], ...]:
         if node is None:
             return ()
-        found = []
+        attributes = []
         for name, value in self.mapping(node, "attributes", None).items():
             if fault := names.attribute_fault(name):
                 self.fault(value, f"attribute {name!r}: {fault}")
-            found.append((name, self.text(value)))
-        return tuple(sorted(found))
+            attributes.append((name, self.text(value)))
+        return tuple(sorted(attributes))
 
     def time(self, node: Node | None) -> datetime | None:
         if node is None:
@@ -256,32 +256,32 @@ class _Reader:
         try:
             return parse_time(str(node.value))
         except ValueError:
-            self.fault(node, f"{node.value!r} is no time; write it as 2027-01-31T12:00:00Z")
+            self.fault(node, f"{node.value!r} is not a time; write it as 2027-01-31T12:00:00Z")
             return None
 
     def networks(self, node: Node | None) -> tuple[str, ...] | None:
         if node is None:
             return None
-        found = self.texts(node, _network_fault, "network")
-        if not found:
-            self.fault(node, "an empty list would fit no address; leave networks out for any address")
-        return found
+        networks = self.texts(node, _network_fault, "network")
+        if not networks:
+            self.fault(node, "an empty list would match no address; leave networks out to allow any address")
+        return networks
 
     def mapping(self, node: Node, what: str, known: tuple[str, ...] | None) -> dict[str, Node]:
-        found: dict[str, Node] = {}
+        nodes: dict[str, Node] = {}
         if not isinstance(node, yaml.MappingNode):
             self.fault(node, f"{what} must be a mapping (name: value)")
-            return found
+            return nodes
         for key, value in node.value:
             name = self.text(key)
             if known is not None and name not in known:
                 nearest = difflib.get_close_matches(name, known, 1, 0.0)[0]
                 self.fault(key, f"{what} has no {name!r}; did you mean {nearest}?")
-            elif name in found:
-                self.fault(key, f"{name} is there twice")
+            elif name in nodes:
+                self.fault(key, f"duplicate key {name}")
             elif known is None or value.tag != _NULL:
-                found[name] = value
-        return found
+                nodes[name] = value
+        return nodes
 
     def items(self, node: Node | None) -> list[Node]:
         if node is None:
@@ -292,14 +292,14 @@ class _Reader:
         return list(node.value)
 
     def texts(self, node: Node | None, fault_of: Callable[[str], str | None], what: str) -> tuple[str, ...]:
-        found: list[str] = []
+        texts: list[str] = []
         for item in self.items(node):
             text = self.checked(item, fault_of, what, item)
-            if text in found:
-                self.fault(item, f"{what} {text!r} is there twice")
-            found.append(text)
+            if text in texts:
+                self.fault(item, f"duplicate {what} {text!r}")
+            texts.append(text)
             self.place(item, text)
-        return tuple(found)
+        return tuple(texts)
 
     def checked(self, node: Node | None, fault_of: Callable[[str], str | None], what: str, outer: Node) -> str:
         if node is None:
@@ -317,7 +317,7 @@ class _Reader:
             self.fault(node, "this must be text; put it in quotes")
             return ""
         if "\x00" in node.value:
-            self.fault(node, "a NUL is not possible")
+            self.fault(node, "text must not contain NUL")
             return ""
         return str(node.value)
 
@@ -351,12 +351,12 @@ def _vhost_fault(name: str) -> str | None:
 
 
 def _tag_fault(tag: str) -> str | None:
-    return None if tag in names.RABBITMQ_TAGS else f"not one of RabbitMQ's: {', '.join(names.RABBITMQ_TAGS)}"
+    return None if tag in names.RABBITMQ_TAGS else f"must be one of RabbitMQ's tags: {', '.join(names.RABBITMQ_TAGS)}"
 
 
 def _account_client_id_fault(client_id: str) -> str | None:
     if any(character in "*#+{}" or not character.isprintable() for character in client_id):
-        return "an account lists exact client ids, without wildcards or control characters"
+        return "an account must list exact client ids, without wildcards or control characters"
     return _vhost_fault(client_id)
 
 

@@ -1,4 +1,4 @@
-"""Writes a policy file: ``export`` followed by ``apply`` changes nothing."""
+"""Write a policy file; applying an export changes nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write(document: Document) -> str:
 
 
 def _present(**values: Any) -> dict[str, Any]:
-    """Drop what is absent; an empty list or text is the default and needs no line."""
+    """Drop absent values; empty lists and texts are the default, so they are dropped too."""
     return {name: value for name, value in values.items() if value not in (None, "", [], {}, False)}
 
 
