@@ -43,7 +43,7 @@ from authbackend.registry.position import FeedPosition
 from authbackend.registry.records import DeviceRow, Patch
 from authbackend.registry.store import DATA_FILE, Store
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 _CLOCK_SLACK_S = 5.0
 _DIGEST_BYTES = 32
