@@ -9,14 +9,15 @@
 # make check   format, lint, types, layers, dead code, and the tests that need no broker
 # make format  let the formatter rewrite the code
 # make docs    write the generated parts of docs/ again
+# make site    the documentation as a site, in build/site; needs npm, once
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-CHECKS := check-format check-lint check-types check-layers check-dead-code
-.PHONY: run test bench mutants fuzz check checks $(CHECKS) format docs clean
+CHECKS := check-format check-lint check-types check-layers check-dead-code check-site
+.PHONY: run test bench mutants fuzz check checks $(CHECKS) format docs site clean
 .DEFAULT_GOAL := check
 
 # A missing part of Debian is named with the line that installs it.
@@ -71,6 +72,9 @@ check-layers:
 check-dead-code:
 	$(BIN)/vulture
 
+check-site:
+	BIN=$(BIN) tools/build-site --check
+
 bench: $(VENV)/.dev
 	@$(BIN)/python -m benchmarks $(ARGS)
 
@@ -84,6 +88,9 @@ fuzz: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+site: $(VENV)/.dev
+	@BIN=$(BIN) tools/build-site
 
 docs: $(VENV)/.dev
 	$(BIN)/python tools/generate-docs
