@@ -1,1 +1,1 @@
-"""What people do with certificates, over ``pki`` and ``postgres``: enroll, import, publish revocation lists."""
+"""Certificate use cases on top of ``pki`` and ``postgres``: enroll, import, publish revocation lists."""

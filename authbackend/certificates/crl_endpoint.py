@@ -1,4 +1,4 @@
-"""``/crl/NAME.crl``: the revocation list of each authority, from memory, so that it is there without the database."""
+"""``/crl/NAME.crl``: each authority's revocation list, served from memory so that it works without the database."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?:;|,|$)", re.IGNOR
 
 @dataclass(frozen=True, slots=True)
 class PublishedCrl:
-    """A list as it is served: DER."""
+    """A revocation list as served, DER."""
 
     der: bytes
     this_update: datetime
 
     @property
     def etag(self) -> str:
-        """The same for the same list on every replica."""
+        """Entity tag; every replica gives the same list the same one."""
         return f'"{hashlib.sha256(self.der).hexdigest()[:32]}"'
 
 
@@ -43,7 +43,7 @@ def to_plain(lists: Mapping[str, PublishedCrl]) -> dict[str, Any]:
 
 
 def from_plain(note: Mapping[str, Any]) -> dict[str, PublishedCrl]:
-    """Return the lists that :func:`as_note` wrote."""
+    """Return the lists that :func:`to_plain` wrote."""
     return {
         name: PublishedCrl(base64.b64decode(each["der"]), datetime.fromisoformat(each["this_update"]))
         for name, each in note.items()
@@ -52,10 +52,10 @@ def from_plain(note: Mapping[str, Any]) -> dict[str, PublishedCrl]:
 
 class PublishedCrls:
     """
-    The present lists.
+    The current revocation lists.
 
-    A request that has the present list (``If-None-Match``) and says ``Prefer: wait=SECONDS`` (RFC 7240 4.3) is answered
-    when there is another, or after that time, at most a minute: a broker hears of a revocation at once.
+    A request that already has the current list (``If-None-Match``) and sends ``Prefer: wait=SECONDS`` (RFC 7240 4.3) is
+    answered when the list changes or after that time, up to a minute, so brokers learn of a revocation immediately.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class PublishedCrls:
             self._wake()
 
     async def close(self, _: web.Application) -> None:
-        """Answer whoever waits."""
+        """Answer all waiting requests."""
         self._closing = True
         self._wake()
 
@@ -78,7 +78,7 @@ class PublishedCrls:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _present(self, name: str) -> PublishedCrl:
+    def _current(self, name: str) -> PublishedCrl:
         if self._lists is None:
             raise Unavailable("the revocation lists have not been loaded yet")
         if name not in self._lists:
@@ -95,26 +95,26 @@ class PublishedCrls:
         """
         name = request.match_info["name"]
         known = request.headers.get("If-None-Match", "")
-        changed, found = self._changed, self._present(name)
+        changed, crl = self._changed, self._current(name)
         wanted = _WAIT.search(request.headers.get("Prefer", ""))
-        if wanted is not None and known == found.etag and not self._closing:
-            found = await self._next(name, found, changed, min(float(wanted[1]), LONGEST_WAIT_S))
+        if wanted is not None and known == crl.etag and not self._closing:
+            crl = await self._next(name, crl, changed, min(float(wanted[1]), LONGEST_WAIT_S))
         headers = {
-            "ETag": found.etag,
-            "Last-Modified": format_datetime(found.this_update, usegmt=True),
+            "ETag": crl.etag,
+            "Last-Modified": format_datetime(crl.this_update, usegmt=True),
             "Cache-Control": "no-cache",  # a revocation must not wait in a cache
         }
-        if known == found.etag:
+        if known == crl.etag:
             return web.Response(status=304, headers=headers)
-        return web.Response(body=found.der, content_type=CONTENT_TYPE, headers=headers)
+        return web.Response(body=crl.der, content_type=CONTENT_TYPE, headers=headers)
 
     async def _next(self, name: str, known: PublishedCrl, changed: asyncio.Event, wait_s: float) -> PublishedCrl:
         try:
             async with asyncio.timeout(wait_s):
                 while True:
                     await changed.wait()
-                    changed, found = self._changed, self._present(name)
-                    if found != known or self._closing:
-                        return found
+                    changed, crl = self._changed, self._current(name)
+                    if crl != known or self._closing:
+                        return crl
         except TimeoutError:
-            return self._present(name)
+            return self._current(name)

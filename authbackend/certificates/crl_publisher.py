@@ -36,18 +36,18 @@ from authbackend.settings import Pki
 log = structlog.get_logger(__name__)
 
 CHECK_S = 30.0
-"""How often the keeper looks without being told of a change."""
+"""How often lists are checked without a notification."""
 EXPIRY_S = 300.0
 MISSED_REPORTS = 4
-"""A report of what is installed counts until so many more should have come."""
+"""A report of installed lists counts until this many further reports are overdue."""
 
 
 def open_authority(pki: Pki) -> AuthorityFolder | None:
     """
-    Return the authority whose list this replica signs, None without ``pki.authority_dir``.
+    Load the authority whose list this replica signs; None without ``pki.authority_dir``.
 
     Raises:
-        ConfigurationError: It cannot be taken up.
+        ConfigurationError: It cannot be loaded.
     """
     if pki.authority_dir is None:
         return None
@@ -67,7 +67,7 @@ class WatchedAuthority:
     The authority of ``pki.authority_dir``, which is read again when one of its files changes.
 
     Raises:
-        ConfigurationError: It cannot be taken up.
+        ConfigurationError: It cannot be loaded.
     """
 
     def __init__(self, pki: Pki) -> None:
@@ -115,7 +115,7 @@ def read_passphrase(file: Path) -> bytes:
 
 async def save_authority(connection: Connection, authority: AuthorityFolder) -> None:
     """
-    Make an authority known to the database.
+    Record an authority in the database.
 
     Raises:
         Conflict: Another one has its name.
@@ -139,7 +139,7 @@ async def sign(
     database's, so that a replica whose clock is wrong signs nothing that brokers refuse.
 
     Args:
-        anyway: Sign in any case.
+        anyway: Sign even if nothing changed.
         known: Lists that the caller has seen, by authority, so that they are not fetched again.
     Returns:
         The new list, or None if the present one is right.
@@ -196,7 +196,7 @@ def _listed(der: bytes) -> frozenset[str]:
 
 class InstallReporter:
     """
-    Tells the database which lists are installed on the host of a node.
+    Reports to the database which lists are installed on a node's host.
 
     Args:
         node: As RabbitMQ calls it: ``rabbit@HOST``.
@@ -251,7 +251,7 @@ class InstallReporter:
 
 class CrlPublisher:
     """
-    Keeps the lists of all authorities in memory, signs that of one, and counts what expires.
+    Publishes all authorities' lists from memory, signs one authority's list, and counts expiring certificates.
 
     Args:
         authority: Whose list this replica signs; None: it signs none. A watched one is read again as it changes.
@@ -305,7 +305,7 @@ class CrlPublisher:
             while True:
                 fault = await self._read_authority()
                 if self._authority is not None:
-                    stranger = await self._stranger(connection, self._authority)
+                    stranger = await self._unknown_authority(connection, self._authority)
                     if stranger is None:
                         await self._sign(connection, self._authority)
                     fault = fault or stranger
@@ -330,7 +330,7 @@ class CrlPublisher:
         self._authority = self._watched.current
         return None
 
-    async def _stranger(self, connection: Connection, authority: AuthorityFolder) -> str | None:
+    async def _unknown_authority(self, connection: Connection, authority: AuthorityFolder) -> str | None:
         """Return why the list of ``pki.authority_dir`` cannot be signed, or None."""
         found = await crls.fetch_authorities(connection, authority.name, self._known)
         if found and found[0].subject == authority.subject:

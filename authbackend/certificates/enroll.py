@@ -29,7 +29,7 @@ _DNS_NAME = re.compile(r"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*")
 @dataclass(frozen=True, slots=True)
 class Request:
     """
-    A device that is to get a certificate.
+    A request for a device's certificate.
 
     Args:
         device_type: Registers the device if it does not exist; None: it must exist.
@@ -63,7 +63,7 @@ async def enroll(
     connection: Connection, authority: AuthorityFolder, profile: Profile, requests: Sequence[Request]
 ) -> list[Enrolled]:
     """
-    Register devices where wanted, sign, and put on record, in the caller's transaction.
+    Register devices if requested, sign and record their certificates, all in the caller's transaction.
 
     Raises:
         InvalidInput: Requests cannot be signed; the message names each (at most 20) and why.
@@ -71,7 +71,7 @@ async def enroll(
         PKIError: The authority is not valid, by the database's time.
     """
     if len(requests) > MOST_AT_ONCE:
-        raise InvalidInput(f"{len(requests)} at once are too many; at most {MOST_AT_ONCE} are possible")
+        raise InvalidInput(f"{len(requests)} devices are too many for one call; the limit is {MOST_AT_ONCE}")
     await save_authority(connection, authority)
     if any(request.device_type is not None for request in requests):
         await _register(connection, requests)
@@ -140,10 +140,10 @@ def _signed(authority: AuthorityFolder, common_name: str, key: PublicKey, profil
 
 async def record(connection: Connection, signed: Sequence[tuple[Signed, str | None]]) -> None:
     """
-    Put certificates that were signed just now on record.
+    Record newly signed certificates.
 
     Args:
-        signed: Each with the device that it is of.
+        signed: Each with its device's id; None for other clients and servers.
     Raises:
         InvalidInput: A certificate with the same key was revoked as compromised.
         Conflict: The authority used a serial number twice.

@@ -1,4 +1,4 @@
-"""What is counted of certificates, authorities and revocation lists."""
+"""Metrics of certificates, authorities and revocation lists."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class CertificateMetrics(Collector):
     What the process that follows the database knows of certificates, authorities and revocation lists.
 
     Args:
-        known: What :meth:`told` returned in another process.
+        known: Returns what :meth:`told` returned in another process.
     """
 
     def __init__(self, known: Callable[[], dict[str, Any] | None] = lambda: None) -> None:

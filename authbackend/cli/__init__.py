@@ -2,9 +2,9 @@
 The command line: one module per noun, thin.
 
 Exit codes: 0 done (``explain``: allowed), 1 unexpected failure, 2 wrong usage, input or configuration, 3 not found,
-4 conflict, 5 the database cannot be reached or somebody else holds what is needed: try again, 6 ``explain``: denied,
-7 the database role lacks the right, 8 committed, and what was waited for is not known to be true: every replica decides by
-it, nothing that it takes away is connected or stored, every node has the revocation list.
+4 conflict, 5 the database cannot be reached or a needed lock is held: try again, 6 ``explain``: denied,
+7 the database role lacks the right, 8 committed, but not confirmed in time: that every replica decides
+by it, nothing that it takes away is connected or stored, and every node has the revocation list.
 """
 
 from __future__ import annotations

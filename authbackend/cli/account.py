@@ -94,7 +94,7 @@ def passwd(context: click.Context, name: str, password_file: Path | None, as_jso
     """
     Set the password of an account.
 
-    A replica that decides by it (--wait) lets nobody in with the old one; who is connected is closed by a replica with
+    Replicas that decide by the change (--wait) refuse the old password; existing connections are closed by a replica with
     enforcement.clusters.
     """
     target = target_of(context)
@@ -107,7 +107,7 @@ def passwd(context: click.Context, name: str, password_file: Path | None, as_jso
 @json_option
 @click.pass_context
 def list_(context: click.Context, as_json: bool) -> None:
-    """List accounts; of a password only whether it is set."""
+    """List accounts; for passwords, only whether one is set."""
     found = run(registry_edits.list_accounts(target_of(context)))
     columns = (
         "name",

@@ -31,7 +31,7 @@ def audit() -> None:
 @click.option("--table", "entities", metavar="NAME", multiple=True, help="Only rows about this table; may be repeated.")
 @click.option("--key", metavar="KEY", help="Only rows about this key, for example a device id.")
 @click.option("--who", metavar="NAME", help="Only rows of this person or role (columns actor and role).")
-@click.option("--claimed-by", metavar="NAME", help="Only rows of clients that said this of themselves.")
+@click.option("--claimed-by", metavar="NAME", help="Only rows of clients that claimed this name.")
 @click.option(
     "--operation",
     type=click.Choice(["INSERT", "UPDATE", "DELETE", "TRUNCATE", "ACCEPT", "ENABLE TRIGGER"]),
@@ -60,9 +60,9 @@ def export(
     """
     Write the audit trail to standard output or a file: a line of JSON for each row, by id.
 
-    The export is whole if the exit status is 0 and the last line has "end": true; that line says how many rows there
-    are. Anything else was cut. All rows are of one moment, and memory does not grow with them. Passwords' hashes are not
-    in the trail: of these it tells whether one is set, and that it changed.
+    The export is whole if the exit status is 0 and the last line has "end": true; that line gives the number of
+    rows. Anything else is truncated. All rows are from one snapshot, and memory use is constant. The trail has no password
+    hashes: only whether one is set, and that it changed.
 
     To go on from an export, give its next_version as --from-version: rows of transactions that were open then come in
     the next one. Some rows may come twice; their id tells. --since would miss those that were written before it and

@@ -1,4 +1,4 @@
-"""What the commands that sign have in common: the authority's folder and its passphrase."""
+"""Shared by commands that sign: the authority's folder and its passphrase."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ file_type = click.Path(dir_okay=False, path_type=Path)
 
 
 class KeyOwner(NamedTuple):
-    """Whose key a passphrase is for, and where it may come from."""
+    """The key a passphrase belongs to, and where the passphrase may come from."""
 
     whose: str
     option: str
@@ -99,7 +99,7 @@ def authority_argument(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def read_input(path: Path) -> bytes:
     """
-    Return what is in a file.
+    Return a file's contents.
 
     Raises:
         InvalidInput: It cannot be read.
@@ -112,10 +112,10 @@ def read_input(path: Path) -> bytes:
 
 def new_files(*paths: Path) -> None:
     """
-    Make sure that files can be written and are not there yet, before something is signed for them.
+    Check, before signing, that files do not exist yet and can be written.
 
     Raises:
-        InvalidInput: They are there, or their folder cannot be written.
+        InvalidInput: A file exists, or its folder cannot be written.
     """
     for path in paths:
         if path.exists():

@@ -61,7 +61,7 @@ keep_option = click.option(
 
 @click.group()
 def ca() -> None:
-    """A small certificate authority, for those who have none."""
+    """A small certificate authority, if you have none of your own."""
 
 
 _ONE_PASSPHRASE = """\
@@ -115,7 +115,7 @@ def init(
     as_json: bool,
 ) -> None:
     """
-    Make an authority in DIR: a root, and an intermediate that signs.
+    Create an authority in DIR: a root, and an intermediate that signs.
 
     Each key is encrypted with a passphrase of its own (at least 12 characters); equal ones are refused. No database is
     needed: the validity goes by the clock of this machine, so have it set right.
@@ -321,7 +321,7 @@ async def _sign_and_record(target: Target, authority: AuthorityFolder, what: _To
 
 
 def result_of(signed: Signed, files: list[str]) -> dict[str, Any]:
-    """Return what is told of a certificate that was issued."""
+    """Return an issued certificate's details as JSON values."""
     found = signed.record
     return {
         "serial": found.serial,
@@ -333,7 +333,7 @@ def result_of(signed: Signed, files: list[str]) -> dict[str, Any]:
 
 
 def lines_of(signed: Signed, files: list[str]) -> list[str]:
-    """Return the same for a person."""
+    """Return an issued certificate's details as lines for people."""
     lines = [f"wrote {' '.join(files)}: {signed.record.subject}, until {signed.record.not_after:%Y-%m-%d}"]
     if signed.shortened:
         lines.append("it ends earlier than its profile says, with the authority; see: authbackend ca renew")

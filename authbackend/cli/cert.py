@@ -41,7 +41,7 @@ _LIST = ("serial", "common_name", "device_id", "type", "not_after", "state", "re
 
 @click.group()
 def cert() -> None:
-    """Certificates on record: what was issued, what ends when, what is revoked."""
+    """Certificates on record: issued, expiring and revoked ones."""
 
 
 def duration(value: str) -> timedelta:
@@ -136,7 +136,7 @@ def show_(context: click.Context, name: str, as_json: bool) -> None:
     help=f"A reason of RFC 5280 ({', '.join(name for name in REASONS if name != HOLD)}), or any text, which is listed as unspecified.",
 )
 @click.option(
-    "--ca", "directory", type=folder_type, metavar="DIR", help="Sign the new list at once, with this authority."
+    "--ca", "directory", type=folder_type, metavar="DIR", help="Sign the new list immediately, with this authority."
 )
 @passphrase_option
 @click.option(
@@ -168,7 +168,7 @@ def revoke(
     as_json: bool,
 ) -> None:
     """
-    Revoke certificates for good; the device lives on with its other ones.
+    Revoke certificates for good; the device keeps its other ones.
 
     With --ca, revocation and new list are one transaction. Else the service signs the list if it has the authority
     (pki.authority_dir), or: authbackend crl sign DIR. To deny the device itself: authbackend device revoke.

@@ -30,7 +30,7 @@ _SUFFIXES = {".pem", ".crt", ".cer", ".der"}
 
 @dataclass(slots=True)
 class Report:
-    """What an import came to. Of names and faults, the first 20 are kept."""
+    """The result of an import. Only the first 20 names and faults are kept."""
 
     new: int = 0
     present: int = 0
@@ -51,11 +51,11 @@ class Report:
             self.fault_texts.append(text)
 
     def result(self) -> dict[str, Any]:
-        """Return it as JSON."""
+        """Return the result as JSON values."""
         return {name: getattr(self, name) for name in self.__slots__}
 
     def lines(self) -> Iterator[str]:
-        """Yield it for a person."""
+        """Yield the result as lines for people."""
         yield f"{self.new} new, {self.present} on record already, {self.authorities} of authorities skipped"
         if self.keys:
             yield f"{self.keys} keys beside them are not read"
@@ -78,7 +78,7 @@ async def import_paths(target: Target, actor: str, paths: Iterable[Path], report
     Raises:
         AuthbackendError: The database refuses or goes away; the batches before are imported.
     """
-    told = time.monotonic()
+    reported_at = time.monotonic()
     async with connected(target) as connection:
         batch: list[CertificateRow] = []
         for row in _rows(paths, report):
@@ -86,8 +86,8 @@ async def import_paths(target: Target, actor: str, paths: Iterable[Path], report
             if len(batch) == BATCH:
                 await _insert(connection, actor, batch, report)
                 batch = []
-                if time.monotonic() - told >= _PROGRESS_S:
-                    told = time.monotonic()
+                if time.monotonic() - reported_at >= _PROGRESS_S:
+                    reported_at = time.monotonic()
                     click.echo(f"authbackend: {report.new + report.present} certificates so far", err=True)
         if batch:
             await _insert(connection, actor, batch, report)

@@ -15,7 +15,7 @@ _PURPOSE = {
     "internal-ca": "authority of the channel between broker and authbackend; internal-ca.pem goes to both",
     "rabbitmq": "the broker's listeners",
     "authbackend": "this service's listener for the broker",
-    "broker-client": "with which the broker logs in to authbackend",
+    "broker-client": "the broker's login to authbackend",
 }
 _WHERE = """
 What goes where (NAME.pem is public; NAME.key is secret, mode 600, owned by who reads it):
@@ -37,27 +37,27 @@ A bench authority for trying things out; for more, use your own, or make one wit
     "devices",
     metavar="NAME",
     multiple=True,
-    help="A device's common name. May be given several times.",
+    help="A device's common name. May be repeated.",
 )
 @click.option(
     "--server",
     "servers",
     metavar="NAME",
     multiple=True,
-    help="A host name or address that clients use for the broker. May be given several times; "
+    help="A host name or address that clients use for the broker. May be repeated; "
     "given at all, it replaces localhost, 127.0.0.1, ::1 and rabbitmq.",
 )
 @json_option
 def certs(directory: Path, devices: tuple[str, ...], servers: tuple[str, ...], as_json: bool) -> None:
     """
-    Make the certificates of a bench set-up in DIR.
+    Create the certificates of a bench set-up in DIR.
 
     Two authorities (one for devices and broker, one for the channel between broker and authbackend), the
     servers' certificates, the broker's login, and one certificate for each device. What is there is kept,
     so the command can be repeated to add devices. A server's certificate is made again if other names are
     asked for, if another authority signed it, or in its last 30 days.
 
-    For demonstrations and tests: the authorities' keys lie unencrypted in DIR.
+    For demonstrations and tests: the authorities' keys are stored unencrypted in DIR.
     """
     try:
         outcomes = list(make_certificates(directory, devices=devices, servers=servers or None))

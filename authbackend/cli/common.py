@@ -1,4 +1,4 @@
-"""What every command needs: settings, output, errors."""
+"""Settings, output and error handling shared by all commands."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Commands(click.Group):
         """Run a command."""
         try:
             with warnings.catch_warnings():
-                if not sys.warnoptions:  # what a library says of a certificate is for who develops with it
+                if not sys.warnoptions:  # library warnings about certificates are for developers
                     warnings.simplefilter("ignore")
                 return super().invoke(ctx)
         except AuthbackendError as error:
@@ -75,7 +75,7 @@ def wait_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option(
         "--wait",
         is_flag=True,
-        help="Return when every replica that may answer decides by it and, where enforcement is on, a last look found nothing connected or stored that it takes away; exit status 8 if that is not known in time.",
+        help="Return when every replica that may answer decides by it and, where enforcement is on, a last check found nothing connected or stored that it takes away; exit status 8 if that is not confirmed in time.",
     )
     @click.option(
         "--timeout",
@@ -180,7 +180,7 @@ def show_enforced(
 
 
 def unfinished(tasks: list[dict[str, Any]] | None) -> Unconfirmed | None:
-    """Return what to raise if what a change took away is not yet known to be taken away everywhere."""
+    """Return the error to raise if a change is not yet confirmed to be enforced everywhere."""
     open_ = [task for task in tasks or () if task["finished_at"] is None]
     if not open_:
         return None
@@ -217,7 +217,7 @@ def unlisted(tasks: list[dict[str, Any]] | None) -> Unconfirmed | None:
 
 
 def why_open(task: dict[str, Any]) -> str:
-    """Return why a task is not done, in words."""
+    """Explain why a task is not done."""
     receipt = task["receipt"] or {}
     if task["fault"]:
         return str(task["fault"])
@@ -276,7 +276,7 @@ def _list_lines(lists: dict[str, Any]) -> Iterable[str]:
 
 
 def held_up(target: Target) -> Iterable[str]:
-    """Yield what keeps all enforcement from being done: a pause, or somebody who holds the lock of the replica that enforces."""
+    """Yield what blocks all enforcement: a pause, or a process other than a replica that holds the leader's lock."""
     if pause := run(enforcement.paused(target)):
         yield pause_line(pause)
     for holder in run(enforcement.list_lock_takers(target)):
@@ -298,7 +298,7 @@ def who(by: str | None, claimed_by: str | None) -> str:
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run something asynchronous to its end."""
+    """Run a coroutine to completion."""
     return asyncio.run(coroutine)
 
 

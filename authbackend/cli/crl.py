@@ -38,13 +38,13 @@ _distribution_point = click.option(
 
 @click.group()
 def crl() -> None:
-    """Revocation lists: sign them, take them over, bring them to brokers."""
+    """Revocation lists: sign, import and distribute them to brokers."""
 
 
 @crl.command()
 @authority_argument
 @click.option(
-    "--watch", is_flag=True, help="Go on: sign at once when something is revoked, and long before nextUpdate."
+    "--watch", is_flag=True, help="Keep running: sign whenever something is revoked, and long before nextUpdate."
 )
 @json_option
 @click.pass_context
@@ -52,7 +52,7 @@ def sign(context: click.Context, authority: AuthorityFolder, watch: bool, as_jso
     """
     Sign the revocation list of an authority and publish it.
 
-    Needed once to begin with, then only if no replica has the authority (pki.authority_dir).
+    Needed once at the start, then only if no replica has the authority (pki.authority_dir).
     """
     settings, target = settings_of(context), target_of(context)
     lifetime = timedelta(seconds=settings.pki.crl_lifetime_s)
@@ -90,7 +90,7 @@ async def _until_interrupted(work: Any) -> None:
 @crl.command("import")
 @click.argument("file", metavar="FILE", type=file_type)
 @click.option("--ca", "ca_file", type=file_type, required=True, metavar="CA.pem", help="The authority that signed it.")
-@click.option("--name", required=True, metavar="NAME", help="How the authority is called here: /crl/NAME.crl.")
+@click.option("--name", required=True, metavar="NAME", help="The authority's name here, as in /crl/NAME.crl.")
 @_distribution_point
 @json_option
 @click.pass_context
@@ -98,7 +98,7 @@ def import_(
     context: click.Context, file: Path, ca_file: Path, name: str, distribution_point: str | None, as_json: bool
 ) -> None:
     """
-    Take over the list of an outside authority: serve it, and mark what it lists as revoked.
+    Import the list of an outside authority: serve it, and mark the certificates on it as revoked.
 
     Refused, without any change: a list that the authority did not sign, one that is too old, one older than the
     present one, and one with which brokers would refuse devices that are not on it. Run it whenever the authority has
@@ -168,7 +168,7 @@ async def _authorities(target: Target, name: str | None = None) -> list[StoredAu
 @json_option
 @click.pass_context
 def list_(context: click.Context, as_json: bool) -> None:
-    """List the authorities and their present revocation lists."""
+    """List the authorities and their current revocation lists."""
     found = [
         {
             "authority": one.name,
@@ -190,7 +190,7 @@ def list_(context: click.Context, as_json: bool) -> None:
 @click.option("--der", is_flag=True, help="DER instead of PEM.")
 @click.pass_context
 def export(context: click.Context, name: str, der: bool) -> None:
-    """Write the present list of an authority to standard output, PEM."""
+    """Write an authority's current list to standard output, PEM."""
     found = run(_authorities(target_of(context), name))
     if not found or found[0].list is None:
         raise NotFound(f"no authority {name!r} has a revocation list; see: authbackend crl list")
@@ -228,7 +228,7 @@ def export(context: click.Context, name: str, der: bool) -> None:
     default=1.0,
     show_default=True,
     metavar="SECONDS",
-    help="Shortest time between two looks; with --once and --node, how often you run it.",
+    help="Shortest time between two checks; with --once and --node, how often you run it.",
 )
 @click.option(
     "--node",
@@ -239,7 +239,7 @@ def export(context: click.Context, name: str, der: bool) -> None:
 @click.option(
     "--once",
     is_flag=True,
-    help="Look once; exit status 0 if the list in DIR is then the one that is served, signed by the authority and in its time.",
+    help="Check once; exit status 0 if the list in DIR is then the one served, signed by the authority and currently valid.",
 )
 @click.pass_context
 def sync(
@@ -258,10 +258,10 @@ def sync(
     """
     Keep a revocation list beside a broker up to date; runs on the broker's host. Only --node needs the database.
 
-    What is fetched is used only if the authority signed it, it is in its time and not older than the one there; the
-    file is replaced as a whole. The service answers as soon as there is another list, so a revocation takes a moment,
-    not the interval. Faults go to the log, and the list there stays; when it is past nextUpdate, the broker refuses
-    every certificate.
+    A fetched list is used only if the authority signed it and it is currently valid and not older than the installed one;
+    the file is replaced atomically. The service answers as soon as the list changes, so a revocation does not wait for the
+    interval. Errors are logged, and the installed list stays; once it is past nextUpdate, the broker refuses every
+    certificate.
     """
     if wrong := [url for url in urls if not url.startswith(("http://", "https://"))]:
         raise InvalidInput(f"--url {wrong[0]}: write it as http://HOST:PORT/crl/NAME.crl")
@@ -307,12 +307,12 @@ async def _follow(syncer: Sync, interval: float, reporter: InstallReporter | Non
 
 
 @crl.command()
-@click.option("--forget", metavar="NODE", help="Forget a node that is gone for good, or reports no more.")
+@click.option("--forget", metavar="NODE", help="Forget a node that is gone for good or no longer reports.")
 @json_option
 @click.pass_context
 def hosts(context: click.Context, forget: str | None, as_json: bool) -> None:
     """
-    List which revocation list each node's host has installed, as its crl sync --node reports.
+    List the revocation list installed on each node's host, as reported by its crl sync --node.
 
     ROLE is the only one that may report for the node; --forget lets another one do it. COUNTS: no, when the last report is
     too old to know that the list is still there; revocations of certificates are then not done, and name the node.

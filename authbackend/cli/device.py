@@ -56,7 +56,7 @@ def list_(context: click.Context, device_type: str | None, status: str | None, l
 @json_option
 @click.pass_context
 def show_(context: click.Context, name: str, as_json: bool) -> None:
-    """Show a device, by its id or common name, and the rules it is decided by."""
+    """Show a device, by id or common name, and the rules that apply to it."""
     found = run(registry_edits.get_device(target_of(context), name))
 
     def lines() -> Iterator[str]:
@@ -161,7 +161,7 @@ _reason_option = click.option("--reason", default="", help="Why; kept with the d
 @click.option(
     "--until",
     metavar="TIME",
-    help="Let it in again then, by itself (a replica with enforcement.clusters does it). ISO 8601; UTC without a zone.",
+    help="Reinstate it automatically at this time (done by a replica with enforcement.clusters). ISO 8601; UTC without a zone.",
 )
 @wait_options
 @json_option
@@ -176,7 +176,7 @@ def suspend(
 @device.command()
 @click.argument("device_id")
 @_reason_option
-@click.option("--at", metavar="TIME", help="Do it then, not now. ISO 8601; UTC without a zone.")
+@click.option("--at", metavar="TIME", help="Revoke it at this time instead of now. ISO 8601; UTC without a zone.")
 @wait_options
 @json_option
 @click.pass_context
@@ -186,8 +186,8 @@ def revoke(
     """
     Deny a device for good, and end what it has open: connections are closed, sessions deleted.
 
-    With --wait, returns when a last look found nothing of it and prints the receipt. What is open is ended, and --at happens,
-    only with a replica that has enforcement.clusters.
+    With --wait, returns when a last check found nothing of it, and prints the receipt. Ending what is open, and --at, need a
+    replica with enforcement.clusters.
     """
     due = _time("--at", at)
     if due is None:

@@ -114,7 +114,7 @@ def show_(context: click.Context, task: int, as_json: bool) -> None:
 @json_option
 @click.pass_context
 def retry(context: click.Context, task: int | None, as_json: bool) -> None:
-    """Do a task at once, also one that is done already; without a number, all open ones."""
+    """Run a task now, even one that is done; without a number, all open ones."""
     changed = run(work.retry(target_of(context), actor(), task))
     show({"tasks": changed}, as_json, lambda: [f"{changed} tasks are due now"])
 
@@ -123,7 +123,7 @@ def retry(context: click.Context, task: int | None, as_json: bool) -> None:
 @json_option
 @click.pass_context
 def sweeps(context: click.Context, as_json: bool) -> None:
-    """Show what the last sweep of each cluster found."""
+    """Show the results of each cluster's last sweep."""
     found = run(work.list_sweeps(target_of(context)))
 
     def lines() -> Iterator[str]:
@@ -150,7 +150,7 @@ def sweeps(context: click.Context, as_json: bool) -> None:
 @click.pass_context
 def pause(context: click.Context, everything: bool, as_json: bool) -> None:
     """
-    Stop closing connections and deleting sessions, for an hour at most.
+    Stop closing connections and deleting sessions for up to an hour.
 
     For a change that turned out to be wrong: what it closes stops with the part that is under way, at most 200 devices, and
     the change can be undone; what has been undone is not closed any more. Single revocations, suspensions, deletions and expiries go on, unless --all is
@@ -164,7 +164,7 @@ def pause(context: click.Context, everything: bool, as_json: bool) -> None:
 @json_option
 @click.pass_context
 def resume(context: click.Context, as_json: bool) -> None:
-    """End a pause; what is open is due at once."""
+    """End a pause; open tasks become due immediately."""
     was_paused = run(work.resume(target_of(context), actor()))
     show(
         {"resumed": was_paused},
@@ -179,7 +179,7 @@ def resume(context: click.Context, as_json: bool) -> None:
 @click.pass_context
 def forget(context: click.Context, cluster: str, as_json: bool) -> None:
     """
-    Forget a cluster that is gone for good: note no more tasks for it, and close those that are open.
+    Forget a cluster that is gone for good: record no more tasks for it, and close its open ones.
 
     A cluster that a replica still has in enforcement.clusters comes back when that replica leads again.
     """
@@ -196,7 +196,7 @@ def forget(context: click.Context, cluster: str, as_json: bool) -> None:
 @click.pass_context
 def disable(context: click.Context, as_json: bool) -> None:
     """
-    Note no more work, and end all holds.
+    Stop recording tasks, and end all holds.
 
     For a registry whose services enforce no more: without this, changes go on noting work that nobody does. A
     replica with enforcement.clusters switches it on again when it leads anew.

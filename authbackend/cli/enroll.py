@@ -170,7 +170,7 @@ def _rows(table: Path, device_type: str | None, generate: bool) -> Iterator[Requ
         where = f"{table}:{reader.line_num}: "
         name = (row["device_id"] or "").strip()
         if None in row or not name or name in seen:
-            fault = "too many fields" if None in row else f"device {name} is there twice" if name else "no device_id"
+            fault = "too many fields" if None in row else f"duplicate device {name}" if name else "no device_id"
             raise InvalidInput(f"{where}{fault}")
         seen.add(name)
         request_file = (row.get("csr") or "").strip()

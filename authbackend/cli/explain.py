@@ -36,7 +36,7 @@ def explain(
     as_json: bool,
 ) -> None:
     """
-    Say what RabbitMQ would be answered, by the code that answers it: verdict, reason, the rule that decided or the
+    Show what RabbitMQ would be answered, using the same code: verdict, reason, the rule that decided or the
     nearest ones and what is missing. Exit code 0 when allowed, 6 when denied.
     """
     settings = settings_of(context)

@@ -28,7 +28,7 @@ _devices = click.option(
     metavar="FILE",
     help="The devices section as CSV or JSON lines.",
 )
-_prune = click.option("--prune", is_flag=True, help="Also remove what a present section does not name.")
+_prune = click.option("--prune", is_flag=True, help="Also remove what a section in the file does not list.")
 
 
 @click.group()
@@ -114,8 +114,8 @@ def plan(context: click.Context, file: Path, devices: Path | None, prune: bool, 
     """
     Print the impact of FILE and the exact difference to the registry; changes nothing.
 
-    The impact is from whom something is taken, counted by the database: it makes the changes and takes them back.
-    Exit status as for apply, if the database would refuse the changes; that more is taken than it lets pass is only told.
+    The impact is how many lose something, counted by the database: it makes the changes and rolls them back.
+    Exit status as for apply if the database would refuse the changes; exceeding the brake's limit is only reported.
     """
     document = _read_or_refuse(file, devices)
     planned = run(policy_apply.plan(target_of(context), document, prune=prune, say=_say))
@@ -144,7 +144,7 @@ def plan(context: click.Context, file: Path, devices: Path | None, prune: bool, 
     "--accept-impact",
     type=click.IntRange(min=0),
     metavar="NUMBER",
-    help="Something may be taken from so many devices, accounts and certificates at once; without, as the brake allows.",
+    help="Let the change take something from up to NUMBER devices, accounts and certificates; default: what the brake allows.",
 )
 @wait_options
 @json_option

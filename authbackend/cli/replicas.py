@@ -36,9 +36,9 @@ def list_(context: click.Context, as_json: bool) -> None:
 @click.pass_context
 def forget(context: click.Context, name: str, as_json: bool) -> None:
     """
-    Forget a replica, by id or name, of which you know that it will never answer again, so that nobody waits for it.
+    Forget a replica, by id or name, that will certainly never answer again, so that nobody waits for it.
 
-    One that still runs comes back by itself within a second.
+    A replica that is still running reappears within a second.
     """
     number = run(store.forget_replica(target_of(context), actor(), name))
     show({"forgotten": number}, as_json, lambda: [f"forgot {number} replicas"])
@@ -51,8 +51,8 @@ def forget(context: click.Context, name: str, as_json: bool) -> None:
 @click.pass_context
 def wait(context: click.Context, version: str, timeout: float, as_json: bool) -> None:
     """
-    Return when every replica that may answer decides by VERSION, as a command or `select registry_version()` gave it.
+    Wait until every replica that may answer decides by VERSION, as printed by a command or `select registry_version()`.
 
-    Exit status 8 if that is not known in time; the message names who is missing.
+    Exit status 8 if that is not confirmed in time; the message names the missing replicas.
     """
     show_change(target_of(context), {"version": version}, as_json, list, timeout)

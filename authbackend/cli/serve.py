@@ -31,16 +31,16 @@ SAMPLE = Path(__file__).parent.parent / "sample-fleet.yaml"
     "folder",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Run a PostgreSQL of its own in DIR, migrated; for trying out.",
+    help="Run a private PostgreSQL in DIR, migrated; for trying out.",
 )
 @click.option("--sample", is_flag=True, help="With --embedded: load the sample fleet into an empty registry.")
-@click.option("--workers", type=click.IntRange(1, 64), metavar="N", help="Processes that answer (replica.workers).")
+@click.option("--workers", type=click.IntRange(1, 64), metavar="N", help="Worker processes (replica.workers).")
 @click.pass_context
 def serve(context: click.Context, folder: Path | None, sample: bool, workers: int | None) -> None:
     """
     Answer RabbitMQ and people until SIGTERM.
 
-    Starts without a database too: it answers 503 and is not ready until the registry could be loaded.
+    Also starts without a database: it answers 503 and is not ready until the registry has been loaded.
     """
     supervisor.survive_hangups()
     settings = settings_of(context)
@@ -51,7 +51,7 @@ def serve(context: click.Context, folder: Path | None, sample: bool, workers: in
             "--sample goes with --embedded DIR; for your own database: authbackend policy apply FILE"
         )
     logs.configure(settings.log.format, settings.log.level)
-    components.broker_tls(settings.broker)  # say what is wrong before anything is started
+    components.broker_tls(settings.broker)  # report configuration errors before anything starts
     components.health_tls(settings.health)
     crl_publisher.open_authority(settings.pki)
     with _database(settings, folder, sample) as ready:

@@ -1,10 +1,9 @@
 """
-A bench certificate authority: enough to try the service and to test it, in a few lines that can be read
-through.
+A bench certificate authority: just enough to try out and test the service, and short enough to read through.
 
-It is meant for demonstrations and tests. Its keys lie unencrypted beside its certificates, it keeps no list
-of what it issued, and it revokes nothing. In production, certificates come from the organisation's own
-authority, or from one of :mod:`authbackend.pki.ca`.
+For demonstrations and tests only: its keys are stored unencrypted next to its certificates, it keeps no record
+of what it issued, and it cannot revoke. In production, use your organisation's own authority, or one made with
+:mod:`authbackend.pki.ca`.
 """
 
 from __future__ import annotations
@@ -48,10 +47,10 @@ LEAF_LIFETIME = timedelta(days=398)
 @dataclass(frozen=True, slots=True)
 class Issued:
     """
-    A certificate and the private key that belongs to it.
+    A certificate and its private key.
 
     Attributes:
-        certificate_pem: one X.509 certificate, PEM.
+        certificate_pem: One X.509 certificate, PEM.
         key_pem: EC P-256 private key, PKCS #8, PEM, not encrypted.
     """
 
@@ -61,9 +60,9 @@ class Issued:
 
 class Authority:
     """
-    A root authority that signs servers and clients directly (path length 0), ECDSA P-256 with SHA-256.
+    A root authority that signs server and client certificates directly (path length 0), ECDSA P-256 with SHA-256.
 
-    Make one with :meth:`create` or :meth:`load`.
+    Create one with :meth:`create` or :meth:`load`.
     """
 
     def __init__(self, certificate: x509.Certificate, key: PrivateKey) -> None:
@@ -73,15 +72,15 @@ class Authority:
     @classmethod
     def create(cls, common_name: str, *, not_before: datetime | None = None, not_after: datetime | None = None) -> Self:
         """
-        Make a new authority with a fresh key, valid for five years from now unless told otherwise.
+        Create an authority with a new key, by default valid for five years from now.
 
         Args:
-            common_name: the subject, 1 to 64 characters.
-            not_before: first moment of validity, with a time zone.
-            not_after: last moment of validity, with a time zone.
+            common_name: The subject, 1 to 64 characters.
+            not_before: Start of validity, with a time zone.
+            not_after: End of validity, with a time zone.
 
         Raises:
-            ValueError: the name is too long, or the validity ends before it begins.
+            ValueError: The name is too long, or the validity ends before it begins.
         """
         key = ec.generate_private_key(ec.SECP256R1())
         name = signing.subject_of([common_name])
@@ -93,22 +92,23 @@ class Authority:
     @classmethod
     def load(cls, certificate_pem: bytes, key_pem: bytes) -> Self:
         """
-        Take up an authority that was written before.
+        Load an existing authority.
 
         Raises:
-            PKIError: not PEM, an encrypted key, a key of another kind or certificate, or no CA.
+            PKIError: Not PEM, an encrypted key, an unsupported kind of key, a key that does not match the certificate,
+                or a certificate that is not a CA.
         """
         certificate = read_certificate(certificate_pem)
         key = read_key(key_pem)
         if key.public_key() != certificate.public_key():
             raise PKIError("the key does not belong to the certificate")
         if not is_authority(certificate):
-            raise PKIError("the certificate is no authority's: its basic constraints lack CA")
+            raise PKIError("the certificate is not an authority: its basic constraints lack CA")
         return cls(certificate, key)
 
     @property
     def certificate_pem(self) -> bytes:
-        """The authority's own certificate, PEM: what others put into their list of trusted authorities."""
+        """The authority's own certificate, PEM: what others add to their trusted authorities."""
         return signing.certificate_pem(self._certificate)
 
     @property
@@ -118,15 +118,15 @@ class Authority:
 
     def issued(self, certificate_pem: bytes) -> bool:
         """
-        Tell whether this authority signed the certificate (the signature is verified, validity is not).
+        Return whether this authority signed the certificate (checks the signature, not the validity).
 
         Raises:
-            PKIError: not a PEM certificate.
+            PKIError: Not a PEM certificate.
         """
         certificate = read_certificate(certificate_pem)
         try:
             certificate.verify_directly_issued_by(self._certificate)
-        except (ValueError, TypeError, InvalidSignature):  # another name, another kind of key, another key
+        except (ValueError, TypeError, InvalidSignature):  # issuer name, kind of key or key differs
             return False
         return True
 
@@ -134,15 +134,15 @@ class Authority:
         self, names: Sequence[str], *, not_before: datetime | None = None, not_after: datetime | None = None
     ) -> Issued:
         """
-        Issue a server certificate for these host names and addresses; the first one is also the common name.
+        Issue a server certificate for these host names and addresses; the first is also the common name.
 
         Args:
-            names: DNS names and IP addresses in text, at least one. Only these are in the certificate.
-            not_before: first moment of validity; five minutes ago by default.
-            not_after: last moment of validity; 398 days later by default.
+            names: DNS names and IP addresses as text, at least one. The certificate contains only these.
+            not_before: Start of validity; five minutes ago by default.
+            not_after: End of validity; 398 days after ``not_before`` by default.
 
         Raises:
-            PKIError: no name at all, or one that is neither an address nor an ASCII DNS name.
+            PKIError: No name, or one that is neither an IP address nor an ASCII DNS name.
         """
         if not names:
             raise PKIError("a server certificate needs at least one host name or address")
@@ -162,17 +162,17 @@ class Authority:
         not_after: datetime | None = None,
     ) -> Issued:
         """
-        Issue a client certificate. Names are taken as given, so that a test can ask for a bad one.
+        Issue a client certificate. Names are not checked, so that a test can ask for a bad one.
 
         Args:
-            common_name: what RabbitMQ logs the client in as, 1 to 64 characters of any kind.
-            more_common_names: further common names in the same subject; RabbitMQ joins them with commas.
-            dns_names: alternative names; the common name by default, or none if that is not ASCII.
-            not_before: first moment of validity; five minutes ago by default.
-            not_after: last moment of validity; 398 days later by default.
+            common_name: The user name RabbitMQ logs the client in as, 1 to 64 characters of any kind.
+            more_common_names: Further common names in the same subject; RabbitMQ joins them with commas.
+            dns_names: Subject alternative names; by default the common name, or none if that is not ASCII.
+            not_before: Start of validity; five minutes ago by default.
+            not_after: End of validity; 398 days after ``not_before`` by default.
 
         Raises:
-            ValueError: a common name longer than X.509 allows, or a validity that ends before it begins.
+            ValueError: A common name longer than X.509 allows, or a validity that ends before it begins.
         """
         if dns_names is None:
             dns_names = [common_name] if common_name.isascii() else []

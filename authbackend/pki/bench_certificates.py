@@ -1,10 +1,10 @@
 """
-The certificates of a whole bench set-up in one directory: both authorities, both servers, the broker's
-login, devices.
+All certificates of a bench set-up in one directory: two authorities, both servers, the broker's client
+certificate, devices.
 
-Two authorities on purpose. One signs the broker's listeners and the devices; the other signs the channel
-between the broker and this service. A device's certificate is therefore no key to the endpoints that decide
-about devices.
+There are two authorities on purpose. One signs the certificates of the broker's listeners and of devices; the
+other signs those used between the broker and this service. So a device's certificate does not give access to
+the endpoints that decide about devices.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SERVICE_NAMES = ("authbackend", "localhost", "127.0.0.1")
 BROKER_CLIENT_NAME = "rabbitmq"
 RESERVED_NAMES = frozenset({"ca", "internal-ca", "rabbitmq", "authbackend", "broker-client"})
 RENEW_WITHIN = timedelta(days=30)
-"""A certificate that ends so soon is replaced where somebody runs the command that made it again."""
+"""Rerunning the command that issued a certificate replaces it if it ends within this time."""
 
 _COMMON_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -35,13 +35,13 @@ _COMMON_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """
-    What became of one pair NAME.pem and NAME.key.
+    What happened to one pair NAME.pem and NAME.key.
 
     Attributes:
-        name: the files' name without suffix.
-        written: whether the pair was made now; otherwise it was there and was kept.
-        note: why, or what to know about it; empty if there is nothing to say.
-        expires: last moment of validity, UTC.
+        name: The files' name without suffix.
+        written: True if the pair was created now, False if an existing one was kept.
+        note: The reason, or a remark; empty if there is nothing to say.
+        expires: End of validity, UTC.
     """
 
     name: str
@@ -52,18 +52,18 @@ class Outcome:
 
 def device_name_fault(name: str) -> str | None:
     """
-    Say why a certificate for this device would be of no use or would overwrite another file; None if it is
-    fine.
+    Return why a certificate with this device name would be unusable or overwrite another file; None if the name
+    is fine.
     """
-    # The registry's own, wider rule for common names is in authbackend.policy.names; these are also file
+    # Stricter than the registry's rule for common names (authbackend.policy.names), because these are also file
     # names.
     if not _COMMON_NAME.fullmatch(name):
         return (
-            f"device name {name!r}: use 1 to 64 of A-Z a-z 0-9 _ - only. RabbitMQ gives some of the other "
+            f"device name {name!r}: use only A-Z a-z 0-9 _ -, 1 to 64 characters. RabbitMQ gives some other "
             "characters a meaning (':' chooses a virtual host, ',' joins names, '.' and '/' separate levels)"
         )
     if name.lower() in RESERVED_NAMES:
-        return f"device name {name!r} is the name of one of the other files here; choose another"
+        return f"device name {name!r} is the name of another file here; choose a different one"
     return None
 
 
@@ -71,22 +71,21 @@ def make_certificates(
     directory: Path, *, devices: Sequence[str] = (), servers: Sequence[str] | None = None
 ) -> Iterator[Outcome]:
     """
-    Make what is missing in ``directory``, keep what is there, and report each pair as it is done.
+    Create what is missing in ``directory``, keep what exists, and report each pair as it is done.
 
-    Existing devices' certificates and authorities are never replaced. A server's certificate, and the
-    broker's login, are replaced when they could not serve: other names were asked for, another authority
-    signed them, or they end within 30 days.
+    Existing authorities and device certificates are never replaced. Server certificates and the broker's client
+    certificate are replaced if they no longer fit: other names were requested, another authority signed them, or
+    they end within 30 days.
 
     Args:
-        directory: made if absent; private keys get mode 600.
-        devices: common names, one certificate each.
-        servers: names and addresses for the broker's listeners. None: those of the existing certificate, else
+        directory: Created if absent; private keys get mode 600.
+        devices: Common names, one certificate each.
+        servers: Names and addresses for the broker's listeners. None: those of the existing certificate, else
             localhost, 127.0.0.1, ::1 and rabbitmq.
 
     Raises:
-        PKIError: a name that cannot be used (before anything is written), or a file there that cannot be
-        read.
-        OSError: the directory or a file cannot be written.
+        PKIError: A name cannot be used (nothing has been written yet), or an existing file cannot be read.
+        OSError: The directory or a file cannot be written.
     """
     for fault in filter(None, map(device_name_fault, devices)):
         raise PKIError(fault)
@@ -105,51 +104,51 @@ def make_certificates(
 
 
 def _authority(directory: Path, name: str, subject: str) -> tuple[Authority, Outcome]:
-    present = read_pair(directory, name)
-    if present is None:
+    existing = read_pair(directory, name)
+    if existing is None:
         authority = Authority.create(subject)
         return authority, _write_pair(directory, name, Issued(authority.certificate_pem, authority.key_pem), "")
     try:
-        authority = Authority.load(present.certificate_pem, present.key_pem)
+        authority = Authority.load(existing.certificate_pem, existing.key_pem)
     except PKIError as error:
-        raise PKIError(f"{directory / name}.pem and .key: {error}. Move both away to have new ones made") from error
-    return authority, _kept(name, present)
+        raise PKIError(f"{directory / name}.pem and .key: {error}. Move both away to get new ones") from error
+    return authority, _kept(name, existing)
 
 
 def _server(
     directory: Path, name: str, authority: Authority, names: Sequence[str], wanted: frozenset[str] | None
 ) -> Outcome:
-    present = read_pair(directory, name)
-    why = "" if present is None else _stale(present, authority)
-    if present is not None and not why:
-        has = server_names(present.certificate_pem)
+    existing = read_pair(directory, name)
+    why = "" if existing is None else _stale(existing, authority)
+    if existing is not None and not why:
+        has = server_names(existing.certificate_pem)
         if wanted is None or has == wanted:
-            return _kept(name, present, f"for {', '.join(sorted(has))}")
+            return _kept(name, existing, f"for {', '.join(sorted(has))}")
         why = "remade, it was for other names"
-    elif present is not None and wanted is None:
-        names = sorted(server_names(present.certificate_pem)) or names
+    elif existing is not None and wanted is None:
+        names = sorted(server_names(existing.certificate_pem)) or names
     return _write_pair(directory, name, authority.issue_server(names), _join(why, f"for {', '.join(names)}"))
 
 
 def _broker_client(directory: Path, authority: Authority) -> Outcome:
     name = "broker-client"
-    present = read_pair(directory, name)
-    why = "" if present is None else _stale(present, authority)
-    if present is not None and not why:
-        return _kept(name, present)
+    existing = read_pair(directory, name)
+    why = "" if existing is None else _stale(existing, authority)
+    if existing is not None and not why:
+        return _kept(name, existing)
     return _write_pair(directory, name, authority.issue_client(BROKER_CLIENT_NAME), why)
 
 
 def _device(directory: Path, name: str, authority: Authority) -> Outcome:
-    present = read_pair(directory, name)
-    if present is None:
+    existing = read_pair(directory, name)
+    if existing is None:
         return _write_pair(directory, name, authority.issue_client(name), "")
-    why = _stale(present, authority)
-    return _kept(name, present, f"of no use: {why[8:]}. Remove both files for a new one" if why else "")
+    why = _stale(existing, authority)
+    return _kept(name, existing, f"unusable: {why[8:]}. Remove both files to get a new one" if why else "")
 
 
 def _stale(pair: Issued, authority: Authority) -> str:
-    """Why this pair has to be made again ("remade, ..."), or the empty text."""
+    """Return why this pair must be issued again ("remade, ..."), or an empty string."""
     if not authority.issued(pair.certificate_pem):
         return "remade, another authority signed it"
     if _expires(pair) - datetime.now(UTC) < RENEW_WITHIN:
@@ -171,10 +170,10 @@ def _join(*parts: str) -> str:
 
 def read_pair(directory: Path, name: str) -> Issued | None:
     """
-    Return what is in NAME.pem and NAME.key, None if neither is there.
+    Return the contents of NAME.pem and NAME.key; None if neither exists.
 
     Raises:
-        PKIError: One of them is missing or cannot be read, or they do not belong together.
+        PKIError: One of them is missing or unreadable, or the key does not match the certificate.
     """
     certificate, key = directory / f"{name}.pem", directory / f"{name}.key"
     if not certificate.exists() and not key.exists():
@@ -186,9 +185,9 @@ def read_pair(directory: Path, name: str) -> Issued | None:
     try:
         fits = read_certificate(pair.certificate_pem).public_key() == read_key(pair.key_pem).public_key()
     except PKIError as error:
-        raise PKIError(f"{certificate} and {key}: {error}. Move both away to have new ones made") from error
+        raise PKIError(f"{certificate} and {key}: {error}. Move both away to get new ones") from error
     if not fits:
-        raise PKIError(f"{key} is not the key of {certificate}: move both away to have new ones made")
+        raise PKIError(f"{key} is not the key of {certificate}: move both away to get new ones")
     return pair
 
 

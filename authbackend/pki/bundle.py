@@ -1,4 +1,4 @@
-"""Certificates as people keep them: PEM bundles of any length, DER, and certificates that the library refuses whole."""
+"""Reads certificate files as found in the field: PEM bundles of any length, DER, and certificates that the library rejects."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _BOUNDARY = re.compile(rb"-----(BEGIN|END) ([A-Z0-9 ]+)-----")
 _CERTIFICATE = (b"CERTIFICATE", b"X509 CERTIFICATE")
 _NO_CERTIFICATES = (b"PRIVATE KEY", b"PUBLIC KEY", b"PARAMETERS")
 _INSTEAD = {
-    "TRUSTED CERTIFICATE": "it is openssl's own form; write it as a certificate: openssl x509 -in FILE",
+    "TRUSTED CERTIFICATE": "this is OpenSSL's own format; convert it to a certificate: openssl x509 -in FILE",
     "PKCS7": "unpack it: openssl pkcs7 -print_certs -in FILE",
     "CMS": "unpack it: openssl pkcs7 -print_certs -in FILE",
-    "X509 CRL": "it is a revocation list: authbackend crl import",
-    "CERTIFICATE REQUEST": "it is a request: authbackend device enroll",
+    "X509 CRL": "this is a revocation list; use: authbackend crl import",
+    "CERTIFICATE REQUEST": "this is a certificate request; use: authbackend device enroll",
 }
 _BASIC_CONSTRAINTS = bytes.fromhex("551d13")
 _TEXT = {0x0C: "utf-8", 0x1C: "utf-32-be", 0x1E: "utf-16-be"}
@@ -33,12 +33,12 @@ _TEXT = {0x0C: "utf-8", 0x1C: "utf-32-be", 0x1E: "utf-16-be"}
 @dataclass(frozen=True, slots=True)
 class Block:
     """
-    A part of a bundle.
+    One PEM block of a bundle, or the certificate of a DER file.
 
     Attributes:
-        line: Where it begins, from 1.
-        der: The certificate; None if there is none.
-        fault: Why it is no certificate; None with ``der`` None for a key or parameters, which may stand beside one.
+        line: Line it begins on, from 1.
+        der: The certificate; None if the block holds none.
+        fault: Why it is not a certificate. Both None: a key or parameters, which are allowed next to a certificate.
     """
 
     line: int
@@ -47,7 +47,7 @@ class Block:
 
 
 def blocks(lines: Iterable[bytes]) -> Iterator[Block]:
-    """Yield what is between PEM boundaries, or the one certificate of a DER file. Text outside of them is no part."""
+    """Yield each PEM block, or the one certificate of a DER file. Text outside PEM blocks is ignored."""
     lines = iter(lines)
     first = next(lines, b"")
     if first[:1] == b"\x30" and len(first) > 1 and first[1] >= 0x80:
@@ -66,7 +66,7 @@ def blocks(lines: Iterable[bytes]) -> Iterator[Block]:
                 same = kind == b"END" and name == label
                 yield _block(begin, label, content) if same else _cut_off(begin, label, number)
             elif kind == b"END" and name != too_long:
-                yield Block(number, None, f"{name.decode()} has no beginning: there is only its end")
+                yield Block(number, None, f"{name.decode()} has an END line without a BEGIN line")
             label, too_long, begin, content, size = (name if kind == b"BEGIN" else b""), b"", number, [], 0
             rest = boundary.end()
         if label:
@@ -89,13 +89,13 @@ def _whole(first: bytes, lines: Iterator[bytes]) -> Block:
     for line in lines:
         content += line
         if len(content) > _LONGEST_BYTES:
-            return Block(1, None, "DER of more than 64 KiB: this is no certificate")
+            return Block(1, None, "DER of more than 64 KiB: not a certificate")
     return Block(1, bytes(content))
 
 
 def _cut_off(begin: int, label: bytes, line: int | None) -> Block:
-    where = "the file ends" if line is None else f"line {line} begins or ends another"
-    return Block(begin, None, f"{label.decode()} has no end: {where}")
+    where = "the file ends" if line is None else f"line {line} begins or ends another block"
+    return Block(begin, None, f"{label.decode()} has no END line: {where}")
 
 
 def _block(begin: int, label: bytes, content: list[bytes]) -> Block:
@@ -103,22 +103,22 @@ def _block(begin: int, label: bytes, content: list[bytes]) -> Block:
         return Block(begin, None)
     if label not in _CERTIFICATE:
         name = label.decode()
-        return Block(begin, None, f"{name}: {_INSTEAD.get(name, 'this is no certificate')}")
+        return Block(begin, None, f"{name}: {_INSTEAD.get(name, 'not a certificate')}")
     try:
         return Block(begin, base64.b64decode(b"".join(b"".join(content).split()), validate=True))
     except binascii.Error:
-        return Block(begin, None, "the certificate is not base64")
+        return Block(begin, None, "the certificate is not valid base64")
 
 
 def read_record(certificate: bytes) -> tuple[Record, bool]:
     """
-    Return what is kept of a certificate (DER), and whether its basic constraints say CA.
+    Return the record of a certificate (DER), and whether its basic constraints say CA.
 
-    Reads no more of it than that: a broker lets in certificates whose other extensions or whose strings the library
-    refuses, and they must be on record to be revoked.
+    Nothing else is parsed: brokers accept certificates with extensions or strings that the library rejects, and those
+    must be on record so that they can be revoked.
 
     Raises:
-        PKIError: It is no certificate, or cannot be kept.
+        PKIError: Not a certificate, or one that cannot be stored.
     """
     try:
         tag, outer, rest = der.element(certificate)
@@ -147,16 +147,16 @@ def read_record(certificate: bytes) -> tuple[Record, bool]:
             key_fingerprint(der.encode(*fields[5])),
         )
     except (ValueError, IndexError, StopIteration, TypeError) as error:
-        raise PKIError(f"this is no certificate that can be read: {error or type(error).__name__}") from error
+        raise PKIError(f"the certificate cannot be read: {error or type(error).__name__}") from error
     return recordable(record), is_authority
 
 
 def _name(content: bytes) -> x509.Name:
-    """Return a name; a string with characters that its type does not have is read byte by byte, as Erlang does."""
+    """Return a name; unknown string types and invalid characters are decoded byte by byte, as Erlang does."""
     try:
         return x509.Name([x509.RelativeDistinguishedName(_attributes(rdn)) for _, rdn in der.elements(content)])
     except UnicodeDecodeError as error:
-        raise ValueError("a name is not text") from error
+        raise ValueError("a name is not valid text") from error
 
 
 def _attributes(rdn: bytes) -> Iterator[x509.NameAttribute[str]]:

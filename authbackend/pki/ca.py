@@ -1,5 +1,5 @@
 """
-A small authority in a folder: a root, whose key is taken offline, and an intermediate, which signs.
+A small certificate authority in a folder: a root, whose key goes offline, and an intermediate, which signs.
 
 ::
 
@@ -7,9 +7,9 @@ A small authority in a folder: a root, whose key is taken offline, and an interm
     DIR/root.pem            the root's certificate
     DIR/intermediate.pem    the intermediate's certificate
     DIR/intermediate.key    its key, encrypted, mode 600
-    DIR/ca.pem              both certificates: what the broker trusts devices by, and devices the broker
-    ROOT/NAME-root.key      the root's key, encrypted with another passphrase, mode 600; needed again only to renew the
-                            intermediate
+    DIR/ca.pem              both certificates: the trusted authorities of both the broker and the devices
+    ROOT/NAME-root.key      the root's key, encrypted with a different passphrase, mode 600; needed again only to renew
+                            the intermediate
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from authbackend.policy.names import common_name_fault
 ROOT_LIFETIME = timedelta(days=20 * 365)
 INTERMEDIATE_LIFETIME = timedelta(days=5 * 365)
 AUTHORITY_FILES = ("authority.toml", "root.pem", "intermediate.pem", "intermediate.key")
-"""What :meth:`AuthorityFolder.open` reads."""
+"""The files that :meth:`AuthorityFolder.open` reads."""
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,48}")
 
@@ -53,11 +53,11 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,48}")
 @dataclass(frozen=True, slots=True)
 class Signed:
     """
-    A certificate that was signed just now.
+    A newly signed certificate.
 
     Attributes:
-        chain_pem: the certificate and the intermediate's, PEM: what its holder shows.
-        shortened: whether it ends earlier than its profile says, because the authority does.
+        chain_pem: The certificate followed by the intermediate's, PEM: what its holder presents.
+        shortened: Whether it ends earlier than its profile says, because the authority ends first.
     """
 
     record: Record
@@ -76,17 +76,17 @@ def create_authority(
     key_kind: str = KEY_KINDS[0],
 ) -> Path:
     """
-    Make a root and an intermediate and return the file of the root's key, which belongs offline.
+    Create a root and an intermediate and return the path of the root's key, which should be taken offline.
 
-    No database is at hand, so the validity goes by the clock of this machine; see :meth:`AuthorityFolder.sign`.
+    There is no database to ask, so the validity follows this machine's clock; see :meth:`AuthorityFolder.sign`.
 
     Args:
         folder: Absent or empty.
-        passphrase: Of the intermediate's key, which is used every day where certificates are issued.
-        root_passphrase: Of the root's key: another one, so that whoever comes by the first does not have the root.
-        root_folder: Where the root's key goes; best a removable medium.
+        passphrase: For the intermediate's key, which is used every day to issue certificates.
+        root_passphrase: For the root's key; a different one, so that learning the first does not give away the root.
+        root_folder: Where to write the root's key; preferably a removable medium.
     Raises:
-        PKIError: The name or a passphrase is not possible, or something is in a place already; nothing was written.
+        PKIError: The name or a passphrase is invalid, or a file already exists; nothing was written.
         OSError: A file cannot be written.
     """
     root_file = root_folder / f"{name}-root.key"
@@ -94,7 +94,7 @@ def create_authority(
     if root_passphrase == passphrase:
         raise PKIError(
             "the root's key and the intermediate's have the same passphrase: whoever learns the one that is used every day "
-            "must not be able to open the root's; choose another one for the root"
+            "must not be able to open the root's key; choose a different one for the root"
         )
     root_key, key = new_key(key_kind), new_key(key_kind)
     root_name, subject = signing.subject_of([f"{name} root"]), signing.subject_of([f"{name} intermediate"])
@@ -118,11 +118,11 @@ def create_authority(
 
 def _check_new(folder: Path, name: str, root_file: Path) -> None:
     if not _NAME.fullmatch(name):
-        raise PKIError(f"the authority's name {name!r}: 1 to 48 letters, digits, '_' and '-' are possible")
+        raise PKIError(f"the authority's name {name!r} must be 1 to 48 letters, digits, '_' and '-'")
     if folder.exists() and any(path.name != root_file.parent.name for path in folder.iterdir()):
         raise PKIError(f"{folder} is not empty: an authority is never overwritten")
     if root_file.exists():
-        raise PKIError(f"{root_file} is there already: an authority is never overwritten")
+        raise PKIError(f"{root_file} already exists: an authority is never overwritten")
 
 
 def _sign_intermediate(
@@ -143,7 +143,7 @@ def _write_intermediate(folder: Path, root: x509.Certificate, intermediate: x509
 
 
 class AuthorityFolder:
-    """An authority that is ready to sign. Make one with :meth:`open`."""
+    """An authority with its key loaded, ready to sign. Create one with :meth:`open`."""
 
     def __init__(
         self,
@@ -161,14 +161,14 @@ class AuthorityFolder:
     @classmethod
     def open(cls, folder: Path, passphrase: bytes) -> AuthorityFolder:
         """
-        Take up an authority.
+        Load an authority.
 
         Raises:
             PKIError: Something is missing, the passphrase is wrong, or the files do not belong together.
         """
         name, profiles = read_configuration(folder / "authority.toml")
         if not _NAME.fullmatch(name):
-            raise PKIError(f"{folder}/authority.toml: name: 1 to 48 letters, digits, '_' and '-' are possible")
+            raise PKIError(f"{folder}/authority.toml: name must be 1 to 48 letters, digits, '_' and '-'")
         root = _read(folder / "root.pem")
         certificate = _read(folder / "intermediate.pem")
         try:
@@ -178,7 +178,7 @@ class AuthorityFolder:
         if key.public_key() != certificate.public_key():
             raise PKIError(f"{folder}: intermediate.key is not the key of intermediate.pem")
         if not is_authority(certificate) or not _signed_by(certificate, root):
-            raise PKIError(f"{folder}: intermediate.pem is no authority that root.pem signed")
+            raise PKIError(f"{folder}: intermediate.pem is not an authority signed by root.pem")
         return cls(name, profiles, (certificate, root), key)
 
     @property
@@ -188,29 +188,29 @@ class AuthorityFolder:
 
     @property
     def subject(self) -> str:
-        """The issuer of what it signs, RFC 4514."""
+        """Its subject, which is the issuer of what it signs; RFC 4514."""
         return self.certificate.subject.rfc4514_string()
 
     @property
     def not_after(self) -> datetime:
-        """When the intermediate's certificate ends, and with it everything that it signed."""
+        """When the intermediate's certificate ends; nothing it signed lasts longer."""
         return self.certificate.not_valid_after_utc
 
     def profile(self, name: str, purpose: str) -> Profile:
         """
-        Return a profile.
+        Return a profile by name.
 
         Raises:
-            PKIError: There is none of that name for that purpose.
+            PKIError: There is no such profile for that purpose.
         """
-        found = self.profiles.get(name)
-        if found is None or found.purpose != purpose:
-            names = ", ".join(sorted(name for name, profile in self.profiles.items() if profile.purpose == purpose))
-            raise PKIError(f"authority {self.name} has no profile {name!r} for a {purpose}; there are {names}")
-        return found
+        profile = self.profiles.get(name)
+        if profile is None or profile.purpose != purpose:
+            names = ", ".join(sorted(name for name, each in self.profiles.items() if each.purpose == purpose))
+            raise PKIError(f"authority {self.name} has no profile {name!r} for a {purpose}; use one of {names}")
+        return profile
 
     def has_signed(self, certificate: x509.Certificate) -> bool:
-        """Return whether this authority's key signed a certificate."""
+        """Return whether this authority signed the certificate."""
         return _signed_by(certificate, self.certificate)
 
     def has_signed_list(self, der: bytes) -> bool:
@@ -225,15 +225,15 @@ class AuthorityFolder:
         Sign a certificate.
 
         Args:
-            names: Alternative names: a server's host names and IP addresses, a client's DNS names as they are.
-            now: The database's time, where the certificate goes on record; a machine whose clock is wrong would issue what
-                nobody accepts yet, or nobody any more.
+            names: Subject alternative names: a server's host names and IP addresses, or a client's DNS names unchanged.
+            now: The database's time if the certificate goes on record: with a wrong clock, this machine would issue
+                certificates that are not valid yet or have already expired.
         Raises:
-            PKIError: RabbitMQ could take the common name for another, it is too long, or the authority is not valid.
+            PKIError: RabbitMQ could mistake the common name for another, it is too long, or the authority is not valid.
         """
         fault = common_name_fault(common_name)
         if fault is None and len(common_name) > signing.LONGEST_COMMON_NAME:
-            fault = f"a certificate holds at most {signing.LONGEST_COMMON_NAME} characters (RFC 5280)"
+            fault = f"a common name in a certificate has at most {signing.LONGEST_COMMON_NAME} characters (RFC 5280)"
         if fault is not None:
             raise PKIError(f"common name {common_name!r}: {fault}")
         if self.not_after <= now:
@@ -241,8 +241,8 @@ class AuthorityFolder:
         begins = max(self.certificate.not_valid_before_utc, self.root.not_valid_before_utc)
         if begins > now:
             raise PKIError(
-                f"authority {self.name} is not valid before {begins:%Y-%m-%d %H:%M} UTC: the clock was wrong when it was made, "
-                "or is now; nobody would accept what it signs"
+                f"authority {self.name} is not valid before {begins:%Y-%m-%d %H:%M} UTC: the clock was wrong when it was "
+                "created, or is wrong now; nobody would accept what it signs"
             )
         begin = now - signing.CLOCK_SKEW
         end = begin + profile.lifetime
@@ -259,39 +259,39 @@ class AuthorityFolder:
         return Signed(record_of(certificate), pem, pem + self._pem, end > self.not_after)
 
     def sign_list(self, entries: Sequence[CrlEntry], number: int, now: datetime, lifetime: timedelta) -> RevocationList:
-        """Sign a revocation list of everything that it revoked."""
+        """Sign a revocation list with these entries, which must be all of this authority's revocations."""
         return sign_list(entries, issuer=self.certificate, key=self._key, number=number, now=now, lifetime=lifetime)
 
 
 def renew_intermediate(folder: Path, root_key_file: Path, root_passphrase: bytes) -> datetime:
     """
-    Give the intermediate a new certificate for the same name and key, and return when it ends.
+    Issue the intermediate a new certificate with the same name and key, and return when it ends.
 
-    What it signed before stays valid, because nothing changes but when it ends. It begins when the old one did: this is done
-    where the root's key is, without the database, and a clock that is ahead there must not make it begin in the future.
+    Only the end of validity changes, so everything it signed stays valid. It begins when the old one did: renewal runs
+    where the root's key is, without the database, and a fast clock there must not make it begin in the future.
 
     Raises:
-        PKIError: A file is missing or does not belong to this authority, or the new certificate would end no later.
+        PKIError: A file is missing or belongs to another authority, or the new certificate would not end later.
         OSError: A file cannot be written.
     """
-    root, present = _read(folder / "root.pem"), _read(folder / "intermediate.pem")
+    root, current = _read(folder / "root.pem"), _read(folder / "intermediate.pem")
     try:
         root_key = read_key(_bytes(root_key_file), root_passphrase)
     except PKIError as error:
         raise PKIError(f"{root_key_file}: {error.detail}") from error
     if root_key.public_key() != root.public_key():
         raise PKIError(f"{root_key_file} is not the key of {folder / 'root.pem'}")
-    key = present.public_key()
+    key = current.public_key()
     if not isinstance(key, PublicKey):
         raise PKIError(f"{folder / 'intermediate.pem'} has a key that is neither EC nor RSA")
     if root.not_valid_after_utc <= datetime.now(UTC):
-        raise PKIError(f"the root expired on {root.not_valid_after_utc:%Y-%m-%d}: make a new authority")
-    valid = (present.not_valid_before_utc, datetime.now(UTC) + INTERMEDIATE_LIFETIME)
-    renewed = _sign_intermediate(present.subject, key, root, root_key, valid)
-    if renewed.not_valid_after_utc <= present.not_valid_after_utc:
+        raise PKIError(f"the root expired on {root.not_valid_after_utc:%Y-%m-%d}: create a new authority")
+    valid = (current.not_valid_before_utc, datetime.now(UTC) + INTERMEDIATE_LIFETIME)
+    renewed = _sign_intermediate(current.subject, key, root, root_key, valid)
+    if renewed.not_valid_after_utc <= current.not_valid_after_utc:
         raise PKIError(
             f"the intermediate would end on {renewed.not_valid_after_utc:%Y-%m-%d}, no later than now "
-            f"({present.not_valid_after_utc:%Y-%m-%d}): the root ends then, or the clock of this machine is behind"
+            f"({current.not_valid_after_utc:%Y-%m-%d}): the root ends then, or the clock of this machine is behind"
         )
     _write_intermediate(folder, root, renewed)
     return renewed.not_valid_after_utc

@@ -1,4 +1,4 @@
-"""Certificate revocation lists (RFC 5280 5): signing, checking, and the name that OpenSSL and Erlang look for."""
+"""Certificate revocation lists (RFC 5280 5): signing, checking, and the file name that OpenSSL and Erlang look for."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ REASONS = {
     "privilegeWithdrawn": 9,
     "aACompromise": 10,
 }
-"""Reasons of RFC 5280 5.3.1 as they are kept, and their numbers; every other text is listed as unspecified."""
+"""Stored reasons and their numbers in RFC 5280 5.3.1; any other text is listed as unspecified."""
 
 HOLD = "certificateHold"
-"""The one reason that is not for good; kept nowhere, and effective while a list of an outside authority has it."""
+"""The only reason that can be lifted; never stored, and in effect only while an outside authority's list has it."""
 
 CLOCK_SKEW = timedelta(minutes=5)
-_NO_LIST = "it is no certificate revocation list that can be read, neither DER nor PEM"
+_NO_LIST = "it is not a readable certificate revocation list, neither DER nor PEM"
 _UNDERSTOOD = {ExtensionOID.CRL_NUMBER, ExtensionOID.AUTHORITY_KEY_IDENTIFIER}
 _UNDERSTOOD_OF_ENTRIES = {list_der.CRL_REASON, list_der.INVALIDITY_DATE}
 _REASON_NAMES = {number: name for name, number in REASONS.items()}
@@ -56,8 +56,8 @@ class CrlEntry:
     A revoked certificate on a list.
 
     Attributes:
-        serial: lower-case hexadecimal digits, after a minus sign if it is negative, as in the table ``certificate``.
-        reason: a reason name of RFC 5280, or any text, which is listed without a reason; empty for none.
+        serial: Lower-case hexadecimal digits, with a minus sign if negative, as in the table ``certificate``.
+        reason: A reason name from RFC 5280, or any other text, which is listed without a reason; empty for none.
     """
 
     serial: str
@@ -68,12 +68,12 @@ class CrlEntry:
 @dataclass(frozen=True, slots=True)
 class RevocationList:
     """
-    A list as it was signed.
+    A signed revocation list.
 
     Attributes:
-        issuer: subject of the authority, RFC 4514.
-        number: its CRL number (RFC 5280 5.2.3).
-        der: the list itself.
+        issuer: The authority's subject, RFC 4514.
+        number: Its CRL number (RFC 5280 5.2.3).
+        der: The list itself.
     """
 
     issuer: str
@@ -93,12 +93,11 @@ def sign_list(
     lifetime: timedelta,
 ) -> RevocationList:
     """
-    Sign a list.
+    Sign a revocation list. Takes about 10 microseconds per entry.
 
     Args:
-        number: Greater than that of the list before.
+        number: Its CRL number, greater than the previous list's.
         now: Its thisUpdate; nextUpdate is ``lifetime`` later.
-    Cost: about 10 microseconds an entry.
     """
     now = now.replace(microsecond=0)
     empty = (
@@ -132,16 +131,15 @@ def read_list(
     """
     Parse a list, DER or PEM, and return it with the authority that signed it.
 
-    A list without a number (RFC 5280 demands one, OpenSSL can leave it out) gets its thisUpdate in seconds for one.
+    A list without a CRL number (RFC 5280 requires one, OpenSSL can omit it) gets its thisUpdate in seconds instead.
 
     Args:
-        authorities: Who may have signed it.
-        distribution_point: The address that every certificate of the authority names. A list that names one is taken
-            only with it: Erlang refuses each certificate that does not name the same.
+        authorities: The authorities that may have signed it.
+        distribution_point: The URL that every certificate of the authority names. A list that names a distribution
+            point is accepted only if it is this one: Erlang refuses every certificate that does not name the same.
     Raises:
-        PKIError: It is no list, none of the authorities signed it, it does not cover all certificates of devices, or it
-            is of a kind that RabbitMQ and this service do not understand: a delta, an indirect one, one without
-            nextUpdate.
+        PKIError: Not a list, signed by none of the authorities, not covering all device certificates, or of a kind that
+            RabbitMQ and this service do not support: a delta or indirect list, or one without nextUpdate.
     """
     der = _der(content)
     parts = _parse(der)
@@ -149,47 +147,47 @@ def read_list(
     authority = _signer(parts, authorities)
     for extension in parsed.extensions:
         if extension.oid == ExtensionOID.DELTA_CRL_INDICATOR:
-            raise PKIError("it is a delta list; a complete one is needed")
+            raise PKIError("it is a delta CRL; a complete one is needed")
         if isinstance(extension.value, x509.IssuingDistributionPoint):
             if fault := _scope_fault(extension.value, distribution_point):
                 raise PKIError(fault)
         elif extension.critical and extension.oid not in _UNDERSTOOD:
-            raise PKIError(f"it has the critical extension {extension.oid.dotted_string}, which is not understood here")
+            raise PKIError(f"it has the critical extension {extension.oid.dotted_string}, which is not supported")
     if parsed.next_update_utc is None:
-        raise PKIError("it has no nextUpdate, so nobody could tell when it is too old")
+        raise PKIError("it has no nextUpdate, so nobody could tell when it expires")
     try:
         number = parsed.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
     except x509.ExtensionNotFound:
         number = int(parsed.last_update_utc.timestamp())
     if not 0 <= number < _LARGEST_NUMBER:
-        raise PKIError("its number has more than 20 octets (RFC 5280 5.2.3)")
-    found = RevocationList(parsed.issuer.rfc4514_string(), number, parsed.last_update_utc, parsed.next_update_utc, der)
-    return found, authority
+        raise PKIError("its CRL number has more than 20 octets (RFC 5280 5.2.3)")
+    crl = RevocationList(parsed.issuer.rfc4514_string(), number, parsed.last_update_utc, parsed.next_update_utc, der)
+    return crl, authority
 
 
 def _scope_fault(scope: x509.IssuingDistributionPoint, distribution_point: str | None) -> str | None:
-    """Return why a list does not cover every certificate of a device (RFC 5280 5.2.5), critical or not."""
+    """Return why a list does not cover all device certificates (RFC 5280 5.2.5), whether critical or not."""
     if scope.only_contains_ca_certs or scope.only_contains_attribute_certs:
-        return "it is for other certificates than those of devices (its issuing distribution point says so)"
+        return "it does not cover device certificates (its issuing distribution point says so)"
     if scope.indirect_crl or scope.only_some_reasons:
-        return "it is an indirect list or one for some reasons only; a complete one is needed"
+        return "it is an indirect CRL or covers only some reasons; a complete one is needed"
     if scope.relative_name is not None:
         return "it names its distribution point relative to the issuer, which is not supported"
     names = [str(name.value) for name in scope.full_name or ()]
     if not names or distribution_point in names:
         return None
     return (
-        f"it names the distribution point {', '.join(names)}: brokers then refuse every certificate that does not name "
-        f"it too; if all certificates of this authority do, give --distribution-point {names[0]}"
+        f"it names the distribution point {', '.join(names)}: brokers would refuse every certificate that does not "
+        f"name it too; if all certificates of this authority name it, give --distribution-point {names[0]}"
     )
 
 
 def check_entries(der: bytes) -> None:
     """
-    Make sure that brokers can read what is on a list; a broker that cannot would refuse everybody.
+    Check that brokers can read every entry; a broker that cannot would refuse everybody.
 
     Raises:
-        PKIError: An entry is not such.
+        PKIError: An entry cannot be read.
     """
     try:
         for entry in list_der.entries_in(_parse(der).entries):
@@ -201,9 +199,9 @@ def check_entries(der: bytes) -> None:
 def _check(entry: RawEntry) -> None:
     where = f"its entry for serial number {entry.serial:x}"
     if odd := [oid for oid, critical, _ in entry.extensions if critical and oid not in _UNDERSTOOD_OF_ENTRIES]:
-        raise PKIError(f"{where} has the critical extension {dotted(odd[0])}, which is not understood here")
+        raise PKIError(f"{where} has the critical extension {dotted(odd[0])}, which is not supported")
     if not serial_is_kept(entry.serial) or not entry.revoked_at.year >= 1950:
-        raise PKIError(f"{where} has a serial number or a time that cannot be kept")
+        raise PKIError(f"{where} has a serial number or a time that cannot be stored")
     try:
         _reason(entry)
     except ValueError as error:
@@ -212,37 +210,37 @@ def _check(entry: RawEntry) -> None:
 
 def _reason(entry: RawEntry) -> str:
     """Return the name of an entry's reason; empty if it has none."""
-    found = [list_der.reason_in(value) for oid, _, value in entry.extensions if oid == list_der.CRL_REASON]
-    if not found:
+    reasons = [list_der.reason_in(value) for oid, _, value in entry.extensions if oid == list_der.CRL_REASON]
+    if not reasons:
         return ""
-    if len(found) > 1 or found[0] not in _REASON_NAMES:
-        raise ValueError(f"its reason {found[0]} is none that a complete list can have")
-    return _REASON_NAMES[found[0]]
+    if len(reasons) > 1 or reasons[0] not in _REASON_NAMES:
+        raise ValueError(f"reason {reasons[0]} is not allowed on a complete list")
+    return _REASON_NAMES[reasons[0]]
 
 
 def _der(content: bytes) -> bytes:
     """
-    Return the list in a file, DER.
+    Return a file's list as DER.
 
     Raises:
-        PKIError: There is none in it.
+        PKIError: The file holds no list.
     """
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise PKIError("it is UTF-16 text; save it as ASCII, or take the DER form")
+        raise PKIError("it is UTF-16 text; save it as ASCII, or use the DER form")
     if content[:1] == b"\x30":
         return content
     try:
-        if found := _PEM.search(content):
-            return base64.b64decode(b"".join(found[1].split()), validate=True)
+        if block := _PEM.search(content):
+            return base64.b64decode(b"".join(block[1].split()), validate=True)
     except binascii.Error:
         pass
-    raise PKIError(f"{_NO_LIST}: there is no PEM of this kind in it")
+    raise PKIError(f"{_NO_LIST}: there is no PEM block of this kind in it")
 
 
 def _parse(der: bytes) -> ListParts:
     try:
         parts = list_der.take_apart(der)
-        _ = list(parts.empty.extensions), parts.empty.issuer  # the library reads them when they are asked for
+        _ = list(parts.empty.extensions), parts.empty.issuer  # the library parses these lazily
     except LIBRARY_FAULTS as error:
         raise PKIError(f"{_NO_LIST}: {plain(error)}") from error
     return parts
@@ -255,14 +253,14 @@ def _signer(parts: ListParts, authorities: Iterable[x509.Certificate]) -> x509.C
             try:
                 key = authority.public_key()
                 if not isinstance(key, PublicKey):
-                    raise UnsupportedAlgorithm("possible are EC and RSA keys")
+                    raise UnsupportedAlgorithm("the key must be EC or RSA")
                 if _is_signed_by(parts, key):
                     return authority
             except UnsupportedAlgorithm as error:
                 raise PKIError(
-                    f"the kind of signature of {_name(issuer)} is not supported, so it cannot be checked: {error}"
+                    f"the signature of {_name(issuer)} is of an unsupported kind and cannot be checked: {error}"
                 ) from None
-    raise PKIError(f"it is signed by none of the authorities given here; it says to be of {_name(issuer)}")
+    raise PKIError(f"none of the given authorities signed it; it claims to be from {_name(issuer)}")
 
 
 def is_signed_by(der: bytes, key: PublicKey) -> bool:
@@ -280,10 +278,10 @@ def is_signed_by(der: bytes, key: PublicKey) -> bool:
 
 def _is_signed_by(parts: ListParts, key: PublicKey) -> bool:
     """
-    Check the signature over the list as it is.
+    Check the signature over the original bytes of the list.
 
     Raises:
-        UnsupportedAlgorithm: It is of a kind that is not known.
+        UnsupportedAlgorithm: The signature algorithm is not known.
     """
     algorithm, digest = parts.empty.signature_algorithm_parameters, parts.empty.signature_hash_algorithm
     try:
@@ -302,26 +300,26 @@ def _name(name: x509.Name) -> str:
     return repr(name.rfc4514_string())
 
 
-def age_fault(found: RevocationList, now: datetime) -> str | None:
-    """Return why a list is not to be used at this moment, or None."""
-    if found.next_update <= now:
-        return f"it is too old: its nextUpdate was {found.next_update:%Y-%m-%d %H:%M:%S} UTC"
-    if found.this_update > now + CLOCK_SKEW:
-        return f"its thisUpdate, {found.this_update:%Y-%m-%d %H:%M:%S} UTC, is in the future: a clock is wrong"
+def age_fault(crl: RevocationList, now: datetime) -> str | None:
+    """Return why a list must not be used now: expired, or from the future; else None."""
+    if crl.next_update <= now:
+        return f"it is too old: its nextUpdate was {crl.next_update:%Y-%m-%d %H:%M:%S} UTC"
+    if crl.this_update > now + CLOCK_SKEW:
+        return f"its thisUpdate, {crl.this_update:%Y-%m-%d %H:%M:%S} UTC, is in the future: a clock is wrong"
     return None
 
 
 def entries_of(der: bytes) -> Iterator[CrlEntry]:
-    """Yield what is on a list that was checked before; a reason that is not there is the empty text."""
+    """Yield the entries of an already checked list; a missing reason is an empty string."""
     for entry in list_der.entries_in(_parse(der).entries):
         yield CrlEntry(f"{entry.serial:x}", _reason(entry), entry.revoked_at)
 
 
 def next_number(highest: int | None, now: datetime) -> int:
     """
-    Return the number of the next list: the time in milliseconds, or one more than the highest so far if that is greater.
+    Return the next CRL number: the time in milliseconds, or one more than the highest so far if that is greater.
 
-    So the numbers go on rising after the database was restored from a backup that lacks the latest lists.
+    That way numbers keep rising even after the database was restored from a backup that lacks the latest lists.
     """
     return max(int(now.timestamp() * 1000), -1 if highest is None else highest + 1)
 
@@ -335,10 +333,10 @@ def list_pem(der: bytes) -> bytes:
 
 def issuer_hash(authority: x509.Certificate) -> str:
     """
-    Return eight hexadecimal digits: what ``openssl x509 -subject_hash`` prints for an authority.
+    Return an authority's subject hash, eight hexadecimal digits, as ``openssl x509 -subject_hash`` prints it.
 
     Source: X509_NAME_hash_ex of OpenSSL: SHA-1 over the name's relative distinguished names, strings as UTF-8, in lower
-    case (ASCII only), spaces trimmed and each run of them one. A file name, not a protection.
+    case (ASCII only), spaces trimmed and runs of them collapsed. Only a file name; security does not depend on it.
     """
     _, content, _ = element(authority.subject.public_bytes())
     canonical = b"".join(_canonical_rdn(rdn) for _, rdn in elements(content))

@@ -1,4 +1,4 @@
-"""Files that nobody ever sees half written."""
+"""Atomic file replacement."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import BinaryIO
 @contextlib.contextmanager
 def replacing(path: Path, mode: int) -> Iterator[BinaryIO]:
     """
-    Give a file to write to that replaces ``path`` as a whole at the end of the block: on disk, then renamed.
+    Open a temporary file that atomically replaces ``path`` at the end of the block: synced to disk, then renamed.
 
     Args:
-        mode: What it has from the first byte on, whatever the umask says, so that a key is never readable by others.
+        mode: File mode from the first byte on, whatever the umask, so that others can never read a key.
     Raises:
-        OSError: It cannot be written; what was there is still there.
+        OSError: It cannot be written; the old file is unchanged.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.unlink(missing_ok=True)  # of a process with this id that was killed
+    beside.unlink(missing_ok=True)  # left by a killed process with the same id
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         os.fchmod(descriptor, mode)
@@ -32,7 +32,9 @@ def replacing(path: Path, mode: int) -> Iterator[BinaryIO]:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-    with contextlib.suppress(OSError):  # some file systems cannot; then the rename itself may be lost, not half done
+    with contextlib.suppress(
+        OSError
+    ):  # some file systems cannot; a crash may then undo the rename, but not leave it half done
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -42,10 +44,10 @@ def replacing(path: Path, mode: int) -> Iterator[BinaryIO]:
 
 def write_file(path: Path, content: bytes, mode: int) -> None:
     """
-    Replace a file as a whole, as :func:`replacing` does.
+    Replace a file atomically, as :func:`replacing` does.
 
     Raises:
-        OSError: It cannot be written; what was there is still there.
+        OSError: It cannot be written; the old file is unchanged.
     """
     with replacing(path, mode) as file:
         file.write(content)

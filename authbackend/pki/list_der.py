@@ -1,9 +1,9 @@
 """
-Revocation lists in DER (RFC 5280 5.1), taken apart and put together.
+Splits and assembles revocation lists in DER (RFC 5280 5.1).
 
-The library refuses a whole list for one entry with a serial number below zero. Authorities have issued such
-certificates, and RabbitMQ lets them in, so they must be on a list. What is read here is entries only: of everything else
-the library reads a copy of the list that has none.
+The library rejects a whole list because of one entry with a negative serial number. Authorities have issued such
+certificates, and RabbitMQ accepts them, so it must be possible to list them. Only the entries are parsed here; the
+library parses everything else, from a copy of the list without entries.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _TIMES = (0x17, 0x18)
 @dataclass(frozen=True, slots=True)
 class ListParts:
     """
-    A list, taken apart.
+    A revocation list split into its parts.
 
     Attributes:
-        signed: What the signature is over.
-        empty: The same list without its entries; its signature does not fit.
-        entries: The content of revokedCertificates; empty if there is none.
+        signed: The bytes that the signature covers.
+        empty: The same list without its entries, so its signature does not verify.
+        entries: The content of revokedCertificates; empty if absent.
     """
 
     signed: bytes
@@ -43,10 +43,10 @@ class ListParts:
 @dataclass(frozen=True, slots=True)
 class RawEntry:
     """
-    An entry as it is on a list.
+    An entry as encoded on a list.
 
     Attributes:
-        extensions: Object identifier (content), whether it is critical, value.
+        extensions: For each, the content of its object identifier, whether it is critical, and its value.
     """
 
     serial: int
@@ -56,11 +56,11 @@ class RawEntry:
 
 def take_apart(content: bytes) -> ListParts:
     """
-    Take a list apart.
+    Split a list (DER) into its parts.
 
     Raises:
-        ValueError: It is none.
-        OverflowError, cryptography.x509.InvalidVersion: As the library says.
+        ValueError: Not a revocation list.
+        OverflowError, cryptography.x509.InvalidVersion: Raised by the library.
     """
     tag, outer, rest = der.element(content)
     if tag != _SEQUENCE or rest:
@@ -72,21 +72,21 @@ def take_apart(content: bytes) -> ListParts:
     if at < len(fields) and fields[at][0] == _SEQUENCE:
         entries = fields.pop(at)[1]
     if signature_tag != _BIT_STRING or signature[:1] != b"\0":
-        raise ValueError("its signature is no whole number of octets")
+        raise ValueError("its signature is not a whole number of octets")
     if algorithm not in fields[:2]:
-        raise ValueError("it is signed with another algorithm than it says inside")
+        raise ValueError("its inner and outer signature algorithms differ")
     empty = _join(fields, algorithm, signature)
     return ListParts(outer[: len(outer) - after_body], signature[1:], x509.load_der_x509_crl(empty), entries)
 
 
 def put_together(empty: bytes, entries: bytes, sign: Callable[[bytes], bytes]) -> bytes:
     """
-    Return a list with entries.
+    Return a list with entries, as DER.
 
     Args:
-        empty: The list without them.
-        entries: One or more, joined.
-        sign: Makes a signature as that of ``empty``.
+        empty: A signed list without entries.
+        entries: One or more encoded entries, concatenated.
+        sign: Signs with the same key and algorithm as ``empty``.
     """
     body, algorithm, _ = der.elements(der.element(empty)[1])
     fields, at = _fields(body[1])
@@ -96,7 +96,7 @@ def put_together(empty: bytes, entries: bytes, sign: Callable[[bytes], bytes]) -
 
 
 def _fields(body: bytes) -> tuple[list[tuple[int, bytes]], int]:
-    """Return the fields of a list, and the place among them where its entries are or would be: after its times."""
+    """Return the fields of a list, and the index where its entries are or would be: after its times."""
     fields = list(der.elements(body))
     at = next((number for number, (tag, _) in enumerate(fields) if tag in _TIMES), len(fields))
     while at < len(fields) and fields[at][0] in _TIMES:
@@ -111,10 +111,10 @@ def _join(fields: list[tuple[int, bytes]], algorithm: tuple[int, bytes], signatu
 
 def encode_entry(serial: int, revoked_at: datetime, reason: int) -> bytes:
     """
-    Return an entry.
+    Return an entry as DER.
 
     Args:
-        reason: CRLReason (RFC 5280 5.3.1). For 0, unspecified, the extension should be absent.
+        reason: CRLReason (RFC 5280 5.3.1). 0, unspecified, is left out, as the RFC recommends.
     """
     content = der.encode(_INTEGER, der.integer(serial)) + der.encode_time(revoked_at)
     if reason:
@@ -129,12 +129,12 @@ def entries_in(entries: bytes) -> Iterator[RawEntry]:
     Yield the entries of a list.
 
     Raises:
-        ValueError: One is none.
+        ValueError: One cannot be parsed.
     """
     for tag, content in der.elements(entries):
         (serial_tag, serial), (time_tag, moment), *more = der.elements(content)
         if (tag, serial_tag) != (_SEQUENCE, _INTEGER) or time_tag not in _TIMES or not serial or len(more) > 1:
-            raise ValueError("an entry is no serial number and time")
+            raise ValueError("an entry does not begin with a serial number and a time")
         extensions = tuple(_extension(*one) for one in der.elements(more[0][1])) if more else ()
         yield RawEntry(int.from_bytes(serial, "big", signed=True), der.time(moment.decode("ascii")), extensions)
 
@@ -145,7 +145,7 @@ def _extension(tag: int, content: bytes) -> tuple[bytes, bool, bytes]:
         [],
         [_BOOLEAN],
     ):
-        raise ValueError("an entry has an extension that is none")
+        raise ValueError("an entry has a malformed extension")
     return oid, any(any(one[1]) for one in between), value
 
 
@@ -154,9 +154,9 @@ def reason_in(value: bytes) -> int:
     Return the number in a CRLReason.
 
     Raises:
-        ValueError: It is none.
+        ValueError: Not a CRLReason.
     """
     tag, content, rest = der.element(value)
     if tag != _ENUMERATED or len(content) != 1 or rest:
-        raise ValueError("a reason is no number")
+        raise ValueError("a reason is not a one-byte ENUMERATED")
     return content[0]

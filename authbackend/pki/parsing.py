@@ -1,4 +1,4 @@
-"""Reads certificates, keys and requests, and says what a database, a person or RabbitMQ wants to know of them."""
+"""Parses certificates, keys and certificate requests."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 
 KEY_KINDS = ("ec-p256", "ec-p384", "rsa-2048", "rsa-3072", "rsa-4096")
-"""Kinds of keys that are made and signed for; the first is the default."""
+"""Kinds of keys that are generated; the first is the default."""
 
 MOST_SERIAL_DIGITS = 256
-"""Of a serial number that is kept. RFC 5280 allows 40, and no zero or negative ones; RabbitMQ lets in all of them."""
+"""Longest serial number that can be stored. RFC 5280 allows 40 digits, and no zero or negative ones; RabbitMQ accepts all of them."""
 
 _LONGEST_NAME, _LONGEST_COMMON_NAME, _FIRST_YEAR = 2048, 1024, 1950
 _CURVES: tuple[type[ec.EllipticCurve], ...] = (ec.SECP256R1, ec.SECP384R1)
@@ -39,25 +39,25 @@ LIBRARY_FAULTS = (
     x509.DuplicateExtension,
     x509.UnsupportedGeneralNameType,
 )
-"""What the library raises for something that was given to it; some of these are no ValueError."""
+"""What the library raises for bad input; not all of these are a ValueError."""
 
 
 class PKIError(InvalidInput):
-    """A certificate, a key or a name cannot be used; the message says which, and what to do."""
+    """A certificate, key or name that cannot be used; the message says which, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """
-    What is kept of a certificate; the columns of the table ``certificate``.
+    The stored fields of a certificate; the columns of the table ``certificate``.
 
     Attributes:
         fingerprint: SHA-256 of the DER form, 64 lower-case hexadecimal digits.
-        serial: lower-case hexadecimal digits without leading zeros, after a minus sign if it is negative.
+        serial: Lower-case hexadecimal digits without leading zeros, with a minus sign if negative.
         issuer: RFC 4514.
         subject: RFC 4514.
-        common_name: as RabbitMQ reads it, several joined with a comma; empty if there is none.
-        key_fingerprint: SHA-256 of its public key (SubjectPublicKeyInfo, DER), hexadecimal digits; None: a kind that is not known.
+        common_name: As RabbitMQ reads it, several joined with commas; empty if there is none.
+        key_fingerprint: SHA-256 of its public key (SubjectPublicKeyInfo, DER), hexadecimal digits; None for an unknown kind of key.
     """
 
     fingerprint: str
@@ -73,12 +73,12 @@ class Record:
 def _key_fingerprint(certificate: x509.Certificate) -> str | None:
     try:
         return _fingerprint_of(certificate.public_key())
-    except LIBRARY_FAULTS:  # another authority's, of a kind that is never signed here
+    except LIBRARY_FAULTS:  # another authority's, with a kind of key that is never signed here
         return None
 
 
 def key_fingerprint(key_info: bytes) -> str | None:
-    """Return the fingerprint of a public key (SubjectPublicKeyInfo, DER); None: a kind that is not known."""
+    """Return the fingerprint of a public key (SubjectPublicKeyInfo, DER); None for an unknown kind of key."""
     try:
         return _fingerprint_of(serialization.load_der_public_key(key_info))
     except LIBRARY_FAULTS:
@@ -92,10 +92,10 @@ def _fingerprint_of(key: PublicKeyTypes) -> str:
 
 def record_of(certificate: x509.Certificate) -> Record:
     """
-    Return what is kept of a certificate.
+    Return the stored fields of a certificate.
 
     Raises:
-        PKIError: Its names, serial number or validity are not such that they could be kept.
+        PKIError: Its names, serial number or validity cannot be stored.
     """
     try:
         subject = certificate.subject
@@ -118,17 +118,17 @@ def record_of(certificate: x509.Certificate) -> Record:
 
 def recordable(record: Record) -> Record:
     """
-    Return a record that can be kept: the table ``certificate`` would refuse others, and with them a whole import.
+    Return the record if it can be stored: the table ``certificate`` would refuse it otherwise, and fail a whole import.
 
     Raises:
-        PKIError: Its serial number, its names or its validity cannot.
+        PKIError: Its serial number, names or validity cannot be stored.
     """
     if not serial_is_kept(int(record.serial, 16)):
         raise PKIError(f"its serial number has more than {MOST_SERIAL_DIGITS} hexadecimal digits")
     if "\x00" in record.issuer + record.subject + record.common_name:
-        raise PKIError("a zero byte in a name cannot be kept")
+        raise PKIError("one of its names contains a zero byte, which cannot be stored")
     if not record.issuer:
-        raise PKIError("it names no issuer")
+        raise PKIError("it has no issuer")
     for what, text, most in (
         ("issuer", record.issuer, _LONGEST_NAME),
         ("subject", record.subject, _LONGEST_NAME),
@@ -142,13 +142,13 @@ def recordable(record: Record) -> Record:
 
 
 def serial_is_kept(number: int) -> bool:
-    """Return whether a serial number can be kept: any that is not very long, since brokers look at none."""
+    """Return whether a serial number can be stored: any but very long ones, since brokers do not check them."""
     return abs(number).bit_length() <= 4 * MOST_SERIAL_DIGITS
 
 
 def is_authority(certificate: x509.Certificate) -> bool:
     """
-    Return whether the basic constraints say CA.
+    Return whether a certificate's basic constraints say CA.
 
     Raises:
         PKIError: The extensions cannot be read.
@@ -166,12 +166,12 @@ def read_certificate(certificate_pem: bytes) -> x509.Certificate:
     Parse the first certificate of a PEM text.
 
     Raises:
-        PKIError: there is none.
+        PKIError: There is none, or it cannot be read.
     """
     try:
         return _whole(x509.load_pem_x509_certificate(certificate_pem))
     except LIBRARY_FAULTS as error:
-        raise PKIError(f"not a PEM certificate that can be read: {plain(error)}") from error
+        raise PKIError(f"not a readable PEM certificate: {plain(error)}") from error
 
 
 def read_certificates(certificates_pem: bytes) -> list[x509.Certificate]:
@@ -179,16 +179,16 @@ def read_certificates(certificates_pem: bytes) -> list[x509.Certificate]:
     Parse every certificate of a PEM text, at least one.
 
     Raises:
-        PKIError: there is none, or one cannot be read.
+        PKIError: There is none, or one cannot be read.
     """
     try:
         return [_whole(one) for one in x509.load_pem_x509_certificates(certificates_pem)]
     except LIBRARY_FAULTS as error:
-        raise PKIError(f"not PEM certificates that can be read: {plain(error)}") from error
+        raise PKIError(f"not readable PEM certificates: {plain(error)}") from error
 
 
 def _whole(certificate: x509.Certificate) -> x509.Certificate:
-    """Return a certificate whose names and validity are known to be such; the library reads them when they are asked for."""
+    """Make sure a certificate's names and validity can be parsed; the library parses them lazily."""
     _ = certificate.subject, certificate.issuer, certificate.not_valid_before_utc, certificate.not_valid_after_utc
     return certificate
 
@@ -198,7 +198,7 @@ def read_key(key_pem: bytes, passphrase: bytes | None = None) -> PrivateKey:
     Parse a private key, EC or RSA.
 
     Raises:
-        PKIError: not PEM, of another kind, or the passphrase does not fit.
+        PKIError: Not PEM, another kind of key, or a wrong passphrase.
     """
     try:
         key = serialization.load_pem_private_key(key_pem, password=passphrase)
@@ -217,7 +217,7 @@ def read_key(key_pem: bytes, passphrase: bytes | None = None) -> PrivateKey:
 
 
 def new_key(kind: str) -> PrivateKey:
-    """Return a fresh private key of one of :data:`KEY_KINDS`."""
+    """Generate a private key of one of :data:`KEY_KINDS`."""
     if kind == "ec-p256":
         return ec.generate_private_key(ec.SECP256R1())
     if kind == "ec-p384":
@@ -227,27 +227,31 @@ def new_key(kind: str) -> PrivateKey:
 
 def usable_key(key: object, whose: str) -> PublicKey:
     """
-    Return a public key that certificates are signed for: EC P-256 or P-384, RSA from 2048 to 8192 bits.
+    Return the key if certificates may be signed for it: EC P-256 or P-384, RSA from 2048 to 8192 bits.
 
+    Args:
+        whose: What the key belongs to, for the message.
     Raises:
-        PKIError: It is another, or a weaker one.
+        PKIError: Another kind of key, or too weak.
     """
     if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, _CURVES):
         return key
     if isinstance(key, rsa.RSAPublicKey) and 2048 <= key.key_size <= 8192 and key.public_numbers().e >= 65537:
         return key
-    raise PKIError(f"{whose} has a key that is not signed for: possible are EC P-256, EC P-384 and RSA from 2048 bits")
+    raise PKIError(
+        f"{whose} has a key that cannot be certified: it must be EC P-256, EC P-384 or RSA of 2048 to 8192 bits"
+    )
 
 
 def read_request(request_pem: bytes) -> tuple[str, PublicKey]:
     """
     Parse a certificate request (PKCS #10, PEM or DER) and return its common name and its public key.
 
-    The signature is checked, which shows that whoever asks holds the key (RFC 2986 3). Everything else in it, the
-    extensions it asks for above all, is ignored: profiles say what is signed.
+    The signature is checked, which proves that the requester holds the key (RFC 2986 3). Everything else, above all the
+    requested extensions, is ignored: profiles determine what is signed.
 
     Raises:
-        PKIError: Not a request, a kind that is not supported, a wrong signature, not exactly one common name, or a key that is too weak.
+        PKIError: Not a request, an unsupported kind, a wrong signature, not exactly one common name, or too weak a key.
     """
     try:
         if request_pem[:1] == b"\x30":
@@ -256,9 +260,11 @@ def read_request(request_pem: bytes) -> tuple[str, PublicKey]:
             request = x509.load_pem_x509_csr(request_pem.removeprefix(b"\xef\xbb\xbf"))
         names = request.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     except x509.InvalidVersion as error:
-        raise PKIError(f"the certificate request says version {error.parsed_version + 1}; only 1 is known") from None
+        raise PKIError(
+            f"the certificate request has version {error.parsed_version + 1}; only version 1 is supported"
+        ) from None
     except LIBRARY_FAULTS as error:
-        raise PKIError(f"not a certificate request that can be read: {plain(error)}") from error
+        raise PKIError(f"not a readable certificate request: {plain(error)}") from error
     try:
         key = usable_key(request.public_key(), "the certificate request")
         digest = request.signature_hash_algorithm
@@ -273,30 +279,28 @@ def read_request(request_pem: bytes) -> tuple[str, PublicKey]:
             f"the certificate request's key or signature is of a kind that is not supported: {error}"
         ) from None
     if not valid:
-        raise PKIError("the certificate request's signature is wrong: it was not made with the key it asks for")
+        raise PKIError("the certificate request's signature is wrong: it was not made with the request's own key")
     if len(names) != 1 or not isinstance(names[0].value, str):
         raise PKIError(f"the certificate request has {len(names)} common names; it needs exactly one")
     return names[0].value, key
 
 
 def plain(error: Exception) -> str:
-    """Return what the library says of an input, for somebody who does not know the library."""
+    """Return the library's complaint about an input in words that do not require knowing the library."""
     text = str(error)
     if "PEM" in text:
-        return "there is no PEM of this kind in it"
+        return "there is no PEM block of this kind in it"
     if "PrintableString" in text:
-        return (
-            "a PrintableString in a name holds a character that this type does not have, such as _ or !; use UTF8String"
-        )
+        return "a PrintableString in a name contains a character that this type does not allow, such as _ or !; use UTF8String"
     return text or type(error).__name__
 
 
 def server_names(certificate_pem: bytes) -> frozenset[str]:
     """
-    List the DNS names and IP addresses a certificate is good for.
+    Return the DNS names and IP addresses a certificate is valid for.
 
     Raises:
-        PKIError: not a PEM certificate.
+        PKIError: Not a PEM certificate.
     """
     extensions = read_certificate(certificate_pem).extensions
     try:
@@ -309,10 +313,10 @@ def server_names(certificate_pem: bytes) -> frozenset[str]:
 
 def server_name(name: str) -> x509.DNSName | x509.IPAddress:
     """
-    Return a host name (lower case) or an address as an alternative name.
+    Return a host name (lower case) or an IP address as a subject alternative name.
 
     Raises:
-        PKIError: it is neither.
+        PKIError: Neither of them.
     """
     try:
         return x509.IPAddress(ipaddress.ip_address(name))
@@ -321,15 +325,15 @@ def server_name(name: str) -> x509.DNSName | x509.IPAddress:
     labels = name.lower().removeprefix("*.").split(".")
     if len(name) <= 253 and all(_is_label(label) for label in labels):
         return x509.DNSName(name.lower())
-    raise PKIError(f"{name!r} is neither a host name nor an IP address (a port or a scheme does not belong here)")
+    raise PKIError(f"{name!r} is neither a host name nor an IP address (leave out port and scheme)")
 
 
 def normal_server_name(name: str) -> str:
     """
-    Write a host name or an address the way :func:`server_names` reports it: lower case, addresses shortened.
+    Normalize a host name or an address to the form :func:`server_names` returns: lower case, addresses shortened.
 
     Raises:
-        PKIError: it is neither.
+        PKIError: Neither of them.
     """
     return str(server_name(name).value)
 

@@ -1,4 +1,4 @@
-"""Profiles: for how long what is signed, and with which keys; built in, or changed in an authority's ``authority.toml``."""
+"""Certificate profiles: purpose, lifetime and kind of key; built in, or set in an authority's ``authority.toml``."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Profile:
     How one kind of certificate is signed.
 
     Attributes:
-        purpose: whether its holder logs in (client) or is connected to (server); never both.
-        key: the kind of a key that is made here; requests may bring any that is strong enough.
+        purpose: Whether its holder connects (client) or accepts connections (server); never both.
+        key: The kind of key generated here; a request may use any that is strong enough.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Profile:
 
     @property
     def usage(self) -> x509.ObjectIdentifier:
-        """The extended key usage."""
+        """The extended key usage for the purpose."""
         return ExtendedKeyUsageOID.CLIENT_AUTH if self.purpose == "client" else ExtendedKeyUsageOID.SERVER_AUTH
 
 
@@ -46,13 +46,13 @@ BUILT_IN = {
         Profile("server", "server", timedelta(days=398), "ec-p256"),
     )
 }
-"""device, device-rsa (for devices that cannot do EC), service (accounts), server."""
+"""device, device-rsa (for devices without EC support), service (accounts), server."""
 
 EXAMPLE = """\
-# An authority of authbackend. Its name is that of its revocation list: /crl/NAME.crl.
+# An authority of authbackend. Its revocation list is named after it: /crl/NAME.crl.
 name = "{name}"
 
-# Profiles that differ from those built in, or further ones:
+# To change built-in profiles or add others:
 # [profiles.device]
 # lifetime_days = 90
 # [profiles.old-device]
@@ -64,19 +64,19 @@ name = "{name}"
 
 def read_configuration(path: Path) -> tuple[str, dict[str, Profile]]:
     """
-    Return an authority's name and its profiles.
+    Return an authority's name and profiles.
 
     Raises:
-        PKIError: The file is missing, is not TOML, or something in it is not possible.
+        PKIError: The file is missing, is not TOML, or contains an invalid value.
     """
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise PKIError(f"{path}: {error.strerror}; make an authority with: authbackend ca init DIR") from error
+        raise PKIError(f"{path}: {error.strerror}; create an authority with: authbackend ca init DIR") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise PKIError(f"{path} is not TOML: {error}") from None
     if unknown := sorted(set(tree) - {"name", "profiles"}):
-        raise PKIError(f"{path}: unknown: {', '.join(unknown)}; there are name and profiles")
+        raise PKIError(f"{path}: unknown: {', '.join(unknown)}; use only name and profiles")
     profiles = dict(BUILT_IN)
     wanted = tree.get("profiles", {})
     if not isinstance(wanted, dict) or not all(isinstance(values, dict) for values in wanted.values()):
@@ -89,14 +89,14 @@ def read_configuration(path: Path) -> tuple[str, dict[str, Profile]]:
 def _profile(path: Path, name: str, values: dict[str, Any]) -> Profile:
     where = f"{path}: profile {name}"
     if unknown := sorted(set(values) - {"purpose", "lifetime_days", "key"}):
-        raise PKIError(f"{where}: unknown: {', '.join(unknown)}; there are purpose, lifetime_days and key")
+        raise PKIError(f"{where}: unknown: {', '.join(unknown)}; use only purpose, lifetime_days and key")
     base = BUILT_IN.get(name, Profile(name, "client", timedelta(days=398), "ec-p256"))
     purpose, key = values.get("purpose", base.purpose), values.get("key", base.key)
     days = values.get("lifetime_days", base.lifetime.days)
     if purpose not in {"client", "server"}:
-        raise PKIError(f"{where}: purpose is client or server")
+        raise PKIError(f"{where}: purpose must be client or server")
     if key not in KEY_KINDS:
-        raise PKIError(f"{where}: key is one of {', '.join(KEY_KINDS)}")
+        raise PKIError(f"{where}: key must be one of {', '.join(KEY_KINDS)}")
     if isinstance(days, bool) or not isinstance(days, int | float) or not 0 < days <= 36500:
-        raise PKIError(f"{where}: lifetime_days is more than 0 and at most 36500")
+        raise PKIError(f"{where}: lifetime_days must be more than 0 and at most 36500")
     return replace(base, purpose=purpose, key=key, lifetime=timedelta(days=days))

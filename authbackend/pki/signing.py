@@ -1,4 +1,4 @@
-"""What every authority signs with: certificates of leaves and of authorities, as RFC 5280 wants them."""
+"""Signs certificates of authorities, servers and clients as RFC 5280 requires."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LONGEST_COMMON_NAME = 64
 """RFC 5280 appendix A: ub-common-name."""
 
 CLOCK_SKEW = timedelta(minutes=5)
-"""So much earlier a certificate begins: the clocks of devices are not ours."""
+"""How much earlier a certificate becomes valid, because devices' clocks may be behind."""
 
 _KEY_USAGES = (
     "digital_signature",
@@ -33,7 +33,7 @@ _KEY_USAGES = (
 
 def subject_of(common_names: Sequence[str]) -> x509.Name:
     """
-    Return a subject of common names alone.
+    Return a subject that consists only of common names.
 
     Raises:
         ValueError: One is empty or has more than 64 characters.
@@ -42,7 +42,7 @@ def subject_of(common_names: Sequence[str]) -> x509.Name:
 
 
 def validity(not_before: datetime | None, not_after: datetime | None, lifetime: timedelta) -> tuple[datetime, datetime]:
-    """Return a validity that begins five minutes ago by this machine's clock, unless told otherwise."""
+    """Return start and end of validity; by default, it starts five minutes ago by this machine's clock."""
     begin = not_before or min(datetime.now(UTC), not_after or datetime.max.replace(tzinfo=UTC)) - CLOCK_SKEW
     return begin, not_after or begin + lifetime
 
@@ -57,10 +57,10 @@ def sign_authority(
     path_length: int,
 ) -> x509.Certificate:
     """
-    Sign an authority's certificate; a root's, if the key is its own.
+    Sign an authority's certificate; if the key is its own, it is a root.
 
     Args:
-        path_length: How many authorities may stand between it and a leaf.
+        path_length: How many authorities may come between it and an end-entity certificate.
     Raises:
         ValueError: The validity ends before it begins.
     """
@@ -81,16 +81,16 @@ def sign_leaf(
     alternative: Sequence[x509.GeneralName],
 ) -> x509.Certificate:
     """
-    Sign a certificate that signs no others.
+    Sign an end-entity certificate.
 
     Args:
-        usage: Its one extended key usage, for a server or for a client.
-        alternative: Its alternative names; may be empty.
+        usage: Its only extended key usage, for a server or for a client.
+        alternative: Its subject alternative names; may be empty.
     Raises:
         ValueError: The validity ends before it begins.
     """
     usages = ["digital_signature"]
-    if isinstance(public_key, rsa.RSAPublicKey):  # TLS 1.2 of old devices may still encrypt to it
+    if isinstance(public_key, rsa.RSAPublicKey):  # old devices may still use RSA key exchange in TLS 1.2
         usages.append("key_encipherment")
     builder = _builder(subject, issuer, public_key, valid, key)
     builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -108,7 +108,7 @@ def certificate_pem(certificate: x509.Certificate) -> bytes:
 
 def key_pem(key: PrivateKey, passphrase: bytes | None = None) -> bytes:
     """
-    Return a private key as PKCS #8 PEM, encrypted if there is a passphrase.
+    Return a private key as PKCS #8 PEM, encrypted if a passphrase is given.
 
     Raises:
         PKIError: The passphrase is shorter than 12 characters.
@@ -116,7 +116,7 @@ def key_pem(key: PrivateKey, passphrase: bytes | None = None) -> bytes:
     encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
     if passphrase is not None:
         if len(passphrase) < 12:
-            raise PKIError("the passphrase of an authority's key has at least 12 characters")
+            raise PKIError("the passphrase of an authority's key must have at least 12 characters")
         encryption = serialization.BestAvailableEncryption(passphrase)
     return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
 

@@ -181,7 +181,7 @@ def test_a_device_is_enrolled_by_its_request_and_is_on_record(cli, ca, fleet, ex
         (("D9", "--csr", "two.csr"), "no device has the id 'D9'"),
         (("D9", "--generate", "--type", "nosuch"), "there is no such device type"),
         (("D1", "--generate", "--type", "Other"), "exists, with the type APM"),
-        (("D1", "--csr", "garbage.csr"), "not a certificate request"),
+        (("D1", "--csr", "garbage.csr"), "not a readable certificate request"),
         (("D1", "--csr", "nowhere.csr"), "No such file"),
         (("D1", "--generate", "--profile", "server"), "no profile 'server' for a client"),
         (("D1",), "give either --csr FILE"),
@@ -284,7 +284,7 @@ def test_many_are_enrolled_by_their_requests_into_a_folder(cli, ca, fleet, tmp_p
     ("rows", "fault"),
     [
         ([("D1", "", ""), ("D8", "", ""), ("D9", "", "")], "fleet.csv:3: no device has the id 'D8'"),
-        ([("D1", "", ""), ("D1", "", "")], "fleet.csv:3: device D1 is there twice"),
+        ([("D1", "", ""), ("D1", "", "")], "fleet.csv:3: duplicate device D1"),
         ([("D1", "", "D1.csr")], "not both"),
         ([("D1", "", "", "more")], "too many fields"),
         ([("", "APM", "")], "no device_id"),
@@ -362,7 +362,7 @@ def test_folders_are_imported_and_what_cannot_be_read_is_named(cli, fleet, tmp_p
     (folder / "empty.pem").write_text("")
     told = cli("cert", "import", folder, exit_code=2).stdout
     assert "2 new" in told
-    assert "bad.pem:1: certificate 1: this is no certificate" in told
+    assert "bad.pem:1: certificate 1: the certificate cannot be read" in told
     assert "empty.pem: no certificate in it" in told
     assert "notes.txt: not named" in told
 
@@ -402,7 +402,7 @@ def test_an_end_without_a_beginning_is_named(cli, fleet):
     broken = pem(*outside("D1")).replace(b"-----BEGIN", b"----BEGIN") + pem(*outside("two"))
     told = cli("cert", "import", "-", stdin=broken, exit_code=2).stdout
     assert "1 new" in told
-    assert "CERTIFICATE has no beginning" in told
+    assert "CERTIFICATE has an END line without a BEGIN line" in told
 
 
 def test_a_table_with_a_broken_line_is_refused_with_words(cli, ca, fleet, tmp_path):

@@ -101,7 +101,7 @@ def test_without_a_database_the_clock_of_the_machine_is_all_there_is(cli, ca, tm
     if days < 0:
         set_time_of_day(monkeypatch, timedelta(days=days))
         refused = cli("ca", "issue-server", ca, "--name", "r", "--offline", exit_code=2).stderr
-        assert "the clock was wrong when it was made, or is now" in refused
+        assert "the clock was wrong when it was created, or is wrong now" in refused
         return
     set_time_of_day(monkeypatch, timedelta(days=days))
     cli("ca", "issue-server", ca, "--name", "r", "--offline")

@@ -124,7 +124,7 @@ def test_what_lies_beside_certificates_is_told(cli, fleet, tmp_path):
     told = cli("cert", "import", folder, exit_code=2).stdout
     assert "1 new" in told
     assert "2 keys beside them are not read" in told
-    assert "cut.pem:1: CERTIFICATE has no end: line 10 begins or ends another" in told
+    assert "cut.pem:1: CERTIFICATE has no END line: line 10 begins or ends another block" in told
     assert "chain.p7b: not named" in told
     assert "elsewhere: a link to a folder" in told
 
@@ -132,8 +132,8 @@ def test_what_lies_beside_certificates_is_told(cli, fleet, tmp_path):
 @pytest.mark.parametrize(
     ("name", "fault"),
     [
-        ("v1.csr", "says version 2"),
-        ("v2signed.csr", "says version 3"),
+        ("v1.csr", "has version 2"),
+        ("v2signed.csr", "has version 3"),
         ("sm2.csr", "not supported"),
         ("oddcurve.csr", "not supported"),
         ("sha1b.csr", "signed with SHA1, which is not accepted"),

@@ -129,10 +129,10 @@ def test_a_wrong_passphrase_is_told_and_not_shown(folder):
         ("authority.toml", "name = ", "is not TOML"),
         ("authority.toml", 'name = "a"\nnmae = 1', "unknown: nmae"),
         ("authority.toml", 'name = "a"\n[profiles.device]\nlifetime_days = 0', "lifetime_days"),
-        ("authority.toml", 'name = "a"\n[profiles.device]\nkey = "rsa-1024"', "key is one of"),
+        ("authority.toml", 'name = "a"\n[profiles.device]\nkey = "rsa-1024"', "key must be one of"),
         ("authority.toml", 'name = "a"\n[profiles.x]\npurpose = "both"', "client or server"),
         ("authority.toml", 'name = "a"\n[profiles.x]\nlifetime = 3', "unknown: lifetime"),
-        ("intermediate.pem", "nothing", "not a PEM certificate"),
+        ("intermediate.pem", "nothing", "not a readable PEM certificate"),
         ("root.pem", None, "No such file"),
         ("intermediate.key", "nothing", "intermediate.key"),
     ],
@@ -154,7 +154,7 @@ def test_files_of_different_authorities_do_not_make_one(folder, tmp_path):
     with pytest.raises(PKIError, match="is not the key of"):
         AuthorityFolder.open(other, PASSPHRASE)
     shutil.copy(folder / "intermediate.pem", other / "intermediate.pem")
-    with pytest.raises(PKIError, match=r"root\.pem signed"):
+    with pytest.raises(PKIError, match=r"signed by root\.pem"):
         AuthorityFolder.open(other, PASSPHRASE)
 
 
@@ -290,7 +290,7 @@ NONE = x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Acme")])
 @pytest.mark.parametrize(
     ("pem", "fault"),
     [
-        (b"nonsense", "not a certificate request"),
+        (b"nonsense", "not a readable certificate request"),
         (forged(), "signature is wrong"),
         (request(subject=TWO), "2 common names"),
         (request(subject=NONE), "0 common names"),

@@ -103,8 +103,13 @@ async def test_an_intermediate_is_authority_enough(files):
             {},
             r"is not from an authority in \S+/another\.pem: give the one that signed it",
         ),
-        (None, ["127.0.0.1"], {}, "is from no authority that this host knows: give the one that signed it, --tls-ca"),
-        ("ours.pem", ["replica1"], {}, "is for another address: write a name that is in it into --url"),
+        (
+            None,
+            ["127.0.0.1"],
+            {},
+            "is from no authority that this host knows: give the one that signed it with --tls-ca",
+        ),
+        ("ours.pem", ["replica1"], {}, "is for another address: use a name from the certificate in --url"),
         ("ours.pem", ["127.0.0.1"], {"not_before": AGO, "not_after": AGO + timedelta(days=1)}, "has expired"),
         (
             "ours.pem",
@@ -126,14 +131,14 @@ async def test_a_name_that_is_not_in_the_certificate_is_told(files):
     async with serving(files.server("replica1")) as (port, _):
         tls = ClientTLS(files.folder / "ours.pem")
         sync = Sync([f"https://localhost:{port}/crl/fleet.crl"], [CA], files.folder / "crl", tls=tls)
-        with pytest.raises(Unavailable, match="is for another name: write a name that is in it into --url"):
+        with pytest.raises(Unavailable, match="is for another name: use a name from the certificate in --url"):
             await sync.once()
 
 
 async def test_https_to_a_server_without_tls_and_http_to_one_with_it_are_told(files):
     tls = ClientTLS(files.folder / "ours.pem")
     async with serving(None) as (port, _):
-        with pytest.raises(Unavailable, match="does not speak TLS: write http://"):
+        with pytest.raises(Unavailable, match="does not speak TLS: use http://"):
             await syncer(files, port, tls).once()
     async with serving(files.server()) as (port, _):
         with pytest.raises(Unavailable, match="if it speaks TLS .* write https://"):

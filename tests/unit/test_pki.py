@@ -198,7 +198,7 @@ def test_servers_follow_a_new_authority_and_devices_are_reported(tmp_path: Path)
         (tmp_path / f"{name}.key").unlink()
     outcomes = {outcome.name: outcome for outcome in make_certificates(tmp_path, devices=["A"])}
     assert {name for name, outcome in outcomes.items() if outcome.written} == set(BASE)
-    assert "of no use" in outcomes["A"].note
+    assert "unusable" in outcomes["A"].note
     assert server_names(pair(tmp_path, "rabbitmq").certificate_pem) == {"b.example"}
     assert server_names(pair(tmp_path, "authbackend").certificate_pem) == set(SERVICE_NAMES)
 
