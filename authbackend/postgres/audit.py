@@ -1,4 +1,4 @@
-"""The audit trail, read as it was at one moment."""
+"""Export of the audit trail, from one snapshot."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from authbackend.postgres.connection import Target, connected
 from authbackend.postgres.statements import load_statements
 
 FETCH_ROWS = 250
-"""How many rows are in memory at a time."""
+"""Rows held in memory at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrailFilter:
     """
-    Which rows of the trail are wanted; None: any.
+    Which rows of the trail to export; None matches any.
 
     Args:
         since: Written at this time or later.
         until: Written before this time.
         who: The person (``actor``) or the role that logged in.
-        from_version: Of this transaction or a later one.
+        from_version: Written by this transaction or a later one.
     """
 
     since: datetime | None = None
@@ -40,12 +40,12 @@ class TrailFilter:
 @dataclass(frozen=True, slots=True)
 class TrailEnd:
     """
-    What was exported, all of it.
+    Summary of a complete export.
 
     Args:
-        as_of: The moment of the trail that was exported, by the database's clock.
-        next_version: The oldest transaction that was still open then; where the next export has to begin.
-        absent: Entities that were asked for and of which the trail has no row at all.
+        as_of: When the snapshot was taken, by the database's clock.
+        next_version: The oldest transaction still open then; the next export has to begin with it.
+        absent: Requested entities of which the trail has no row at all.
     """
 
     rows: int
@@ -57,10 +57,10 @@ class TrailEnd:
 
 async def export(target: Target, wanted: TrailFilter, write: Callable[[bytes], object]) -> TrailEnd:
     """
-    Write the rows of the trail, a line of JSON each, by ``id``; in constant memory, from one snapshot.
+    Write the matching rows as lines of JSON, ordered by ``id``; in constant memory, from one snapshot.
 
     Raises:
-        AuthbackendError: The database cannot be reached or refuses; what was written so far is not the whole.
+        AuthbackendError: The database cannot be reached or refuses; what was written so far is incomplete.
     """
     statements = load_statements("audit")
     rows, last_id = 0, None
@@ -72,13 +72,13 @@ async def export(target: Target, wanted: TrailFilter, write: Callable[[bytes], o
         assert moment is not None
         entities = None if wanted.entities is None else list(wanted.entities)
         from_version = None if wanted.from_version is None else str(wanted.from_version)
-        found = connection.cursor(
+        matching = connection.cursor(
             statements.exported.sql,
             *(wanted.since, wanted.until, entities, wanted.key, wanted.who, wanted.claimed_by, wanted.operation),
             from_version,
             prefetch=FETCH_ROWS,
         )
-        async for row in found:
+        async for row in matching:
             write(_line(row))
             rows, last_id = rows + 1, row["id"]
         absent = await connection.fetch(statements.entities_without_rows.sql, entities or [])
@@ -86,7 +86,7 @@ async def export(target: Target, wanted: TrailFilter, write: Callable[[bytes], o
 
 
 def _line(row: Any) -> bytes:
-    """Return a row as JSON; ``before`` and ``after`` as the database has them, so that no number loses a digit."""
+    """Return a row as JSON; ``before`` and ``after`` are copied as text, so that no number loses a digit."""
     head = {name: value for name, value in row.items() if name not in ("before", "after")}
     head["at"] = row["at"].isoformat()
     text = json.dumps(head, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Certificates on record; private keys never come here."""
+"""Certificates on record; private keys are never stored."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class CertificateRow(NamedTuple):
     A row of the table ``certificate``.
 
     Args:
-        device_id: None: the device that has the common name, if there is one.
-        reason: With the state ``revoked``.
+        device_id: None: the device with the common name, if there is one.
+        reason: Why it was revoked, for the state ``revoked``.
     """
 
     fingerprint: str
@@ -39,13 +39,13 @@ class CertificateRow(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Inserted:
     """
-    What became of certificates that were to be put on record.
+    Result of :func:`insert_certificates`.
 
     Args:
-        new: Fingerprints.
-        unknown: Common names of new ones that no device has.
-        present: How many were there already.
-        collided: Serial numbers of others, which are the same as that of another certificate of the issuer.
+        new: Fingerprints of those inserted.
+        unknown: Common names of new ones that belong to no device.
+        present: How many were on record already.
+        collided: Serial numbers of those rejected because another certificate of the issuer has the same one.
     """
 
     new: list[str]
@@ -56,15 +56,15 @@ class Inserted:
 
 async def insert_certificates(connection: Connection, rows: Sequence[CertificateRow]) -> Inserted:
     """
-    Put certificates on record.
+    Insert the certificates that are not on record yet.
 
     Raises:
-        InvalidInput: The database refuses one.
+        InvalidInput: The database rejects one.
     """
     statements = load_statements("certificates")
     rows = list({row.fingerprint: row for row in rows}.values())
-    found = await connection.fetch(statements.insert_certificates.sql, *map(list, zip(*rows, strict=True)))
-    new = {row["fingerprint"]: row["device_id"] for row in found}
+    inserted = await connection.fetch(statements.insert_certificates.sql, *map(list, zip(*rows, strict=True)))
+    new = {row["fingerprint"]: row["device_id"] for row in inserted}
     others = [row for row in rows if row.fingerprint not in new]
     present = {
         row["fingerprint"]
@@ -79,13 +79,13 @@ async def insert_certificates(connection: Connection, rows: Sequence[Certificate
 
 
 async def compromised_keys(connection: Connection, fingerprints: Sequence[str]) -> set[str]:
-    """Return those of these keys that a certificate was revoked for as compromised."""
+    """Return those of these keys with a certificate that was revoked for key compromise."""
     rows = await connection.fetch(load_statements("certificates").compromised_keys.sql, list(fingerprints))
     return {row["key_fingerprint"] for row in rows}
 
 
 async def link_devices(connection: Connection, fingerprints: Sequence[str]) -> int:
-    """Give those of these certificates that are of no device and valid to the devices of their names; return how many."""
+    """Link active certificates without a device to the device with their common name; return how many were linked."""
     return int(await connection.fetchval(load_statements("certificates").link_devices.sql, list(fingerprints)))
 
 
@@ -98,22 +98,21 @@ async def list_certificates(
     limit: int = 1000,
 ) -> list[dict[str, Any]]:
     """
-    Return certificates by the end of their validity, at most ``limit``, with type and status of their devices.
+    Return up to ``limit`` certificates, those that expire first, with type and status of their devices.
 
     Args:
-        within: Only those that have not ended and end within this time from now, by the database's clock.
+        within: Only those that expire between now and this time from now, by the database's clock.
     """
     statement = load_statements("certificates").certificates.sql
     async with connected(target) as connection:
-        found = await connection.fetch(statement, device_id, state, within, limit, None, None)
-        return [dict(row) for row in found]
+        return [dict(r) for r in await connection.fetch(statement, device_id, state, within, limit, None, None)]
 
 
 async def expiring_by_day(target: Target, within: timedelta) -> list[tuple[date, int]]:
-    """Return how many active certificates without a successor end on which day, from now on, by the database's clock."""
+    """Count active certificates without a successor by the day on which they expire, from now on, by the database's clock."""
     async with connected(target) as connection:
-        found = await connection.fetch(load_statements("certificates").expiring_by_day.sql, within)
-        return [(row["day"], row["number"]) for row in found]
+        rows = await connection.fetch(load_statements("certificates").expiring_by_day.sql, within)
+        return [(row["day"], row["number"]) for row in rows]
 
 
 async def find_certificates(connection: Connection, name: str) -> list[dict[str, Any]]:
@@ -121,19 +120,19 @@ async def find_certificates(connection: Connection, name: str) -> list[dict[str,
     Return the certificates with a serial number or fingerprint; colons, spaces, 0x and upper case are accepted.
 
     Raises:
-        InvalidInput: It is neither.
+        InvalidInput: ``name`` is neither.
     """
-    written = re.fullmatch("(-?)(?:0x)?([0-9a-f]{1,256})", name.lower().replace(":", "").replace(" ", ""))
-    if written is None:
-        raise InvalidInput(f"{name!r} is neither a serial number nor a SHA-256 fingerprint, in hexadecimal digits")
-    digits = written[2]
-    found = await connection.fetch(
+    number = re.fullmatch("(-?)(?:0x)?([0-9a-f]{1,256})", name.lower().replace(":", "").replace(" ", ""))
+    if number is None:
+        raise InvalidInput(f"{name!r} is neither a serial number nor a SHA-256 fingerprint in hexadecimal digits")
+    digits = number[2]
+    rows = await connection.fetch(
         load_statements("certificates").certificates.sql,
         *(None, None, None, 1000),
         digits if len(digits) == 64 else None,
-        f"{int(written[1] + digits, 16):x}",
+        f"{int(number[1] + digits, 16):x}",
     )
-    return [dict(row) for row in found]
+    return [dict(row) for row in rows]
 
 
 async def get_certificate(connection: Connection, name: str) -> dict[str, Any]:
@@ -144,20 +143,20 @@ async def get_certificate(connection: Connection, name: str) -> dict[str, Any]:
         NotFound: There is none.
         Conflict: Several issuers used that serial number.
     """
-    found = await find_certificates(connection, name)
-    if not found:
+    matches = await find_certificates(connection, name)
+    if not matches:
         raise NotFound(f"no certificate on record has the serial number or fingerprint {name!r}")
-    if len(found) > 1:
-        named = "; ".join(f"{row['fingerprint']} of {row['issuer']}" for row in found)
-        raise Conflict(f"several certificates have the serial number {name!r}; name one by its fingerprint: {named}")
-    return found[0]
+    if len(matches) > 1:
+        listed = "; ".join(f"{row['fingerprint']} of {row['issuer']}" for row in matches)
+        raise Conflict(f"several certificates have the serial number {name!r}; give a fingerprint instead: {listed}")
+    return matches[0]
 
 
 async def certificates_of(connection: Connection, device_id: str) -> list[dict[str, Any]]:
     """
-    Return the active certificates of a device, the newest first: the one whose validity began last.
+    Return the active certificates of a device, the one whose validity began last first.
 
-    One that is not valid yet, by the database's clock, comes last: it was made by a clock that was wrong.
+    Those not valid yet, by the database's clock, come at the end: they were issued by a clock that was wrong.
 
     Raises:
         NotFound: There is no such device.
@@ -165,33 +164,33 @@ async def certificates_of(connection: Connection, device_id: str) -> list[dict[s
     if not await connection.fetchval("select exists (select from device where device_id = $1)", device_id):
         raise NotFound(f"no device has the id {device_id!r}")
     statement = load_statements("certificates").certificates.sql
-    found = [dict(r) for r in await connection.fetch(statement, device_id, "active", None, 100000, None, None)]
+    rows = [dict(r) for r in await connection.fetch(statement, device_id, "active", None, 100000, None, None)]
     now = await database_time(connection)
-    return sorted(found, key=lambda row: (row["not_before"] <= now, row["not_before"], row["added_at"]), reverse=True)
+    return sorted(rows, key=lambda row: (row["not_before"] <= now, row["not_before"], row["added_at"]), reverse=True)
 
 
 async def revoke_certificates(connection: Connection, fingerprints: Iterable[str], reason: str) -> list[dict[str, Any]]:
     """
-    Revoke certificates for good and return those that were active.
+    Revoke certificates permanently and return those that were active.
 
     Raises:
-        InvalidInput: The reason is one of those that would not be final, or too long.
+        InvalidInput: The reason is not a final one, or too long.
     """
-    found = await connection.fetch(load_statements("certificates").revoke_certificates.sql, list(fingerprints), reason)
-    return [dict(row) for row in found]
+    rows = await connection.fetch(load_statements("certificates").revoke_certificates.sql, list(fingerprints), reason)
+    return [dict(row) for row in rows]
 
 
 async def revoke_listed(
     connection: Connection, issuer: str, listed: Sequence[tuple[str, str, datetime]]
 ) -> tuple[int, int]:
     """
-    Take over what an authority lists as revoked.
+    Revoke the certificates that an authority lists as revoked.
 
     Args:
         issuer: Subject of the authority, RFC 4514.
-        listed: Serial number, reason, time.
+        listed: Serial number, reason and time of each entry.
     Returns:
-        How many were revoked now, and how many listed ones are not on record.
+        How many certificates this revoked, and how many listed ones are not on record.
     """
     statements = load_statements("certificates")
     columns = [list(column) for column in zip(*listed, strict=True)] or [[], [], []]
@@ -209,13 +208,13 @@ async def save_authority(
     connection: Connection, name: str, subject: str, certificate: str, not_after: datetime
 ) -> None:
     """
-    Make an authority known, or its renewed certificate.
+    Add an authority, or replace its certificate by a renewed one.
 
     Raises:
         Conflict: Another authority has the name, or another name has the subject.
-        InvalidInput: The database refuses it.
+        InvalidInput: The database rejects it.
     """
     statements = load_statements("certificates")
     await connection.execute(statements.save_authority.sql, name, subject, certificate, not_after)
     if await connection.fetchval(statements.authority_subject.sql, name) != subject:
-        raise Conflict(f"another authority is called {name!r} already; choose another name")
+        raise Conflict(f"another authority is already called {name!r}; choose another name")

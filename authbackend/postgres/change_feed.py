@@ -1,8 +1,8 @@
 """
-Reads the registry and follows the change feed, as docs/decisions/0002-change-feed.md tells.
+Reads the registry and follows the change feed; see docs/decisions/0002-change-feed.md.
 
-Every look is one REPEATABLE READ transaction that takes its locks before its snapshot. The mark is the whole
-snapshot, so each change row is read once, whatever the order of commits.
+Every read is one REPEATABLE READ transaction that takes its locks before its snapshot. A position is the whole
+snapshot, so each change row is read once, in whatever order transactions commit.
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ from authbackend.registry.writability import Writability
 log = structlog.get_logger(__name__)
 
 WATCHED_TABLES = ("device_type", "client_id_move", "device", "device_hold", "account", "topic_rule")
-"""Those that this program reads; a newer schema may watch more."""
+"""Tables that this program reads; a newer schema may watch more."""
 TRIGGERS_A_TABLE = 4
 CHUNK_ROWS = 2000
 CHANNEL = "registry"
 PROBE_S = 5.0
 LOCK_TIMEOUT = "500ms"
-"""Shorter than PostgreSQL's deadlock_timeout (1 s): a look gives way to a migration, which is never ended for it."""
-_PATCH_AT_MOST_SHARE = 0.2  # above it a full load is cheaper
+"""Shorter than PostgreSQL's deadlock_timeout (1 s): a read gives way to a migration and never gets one cancelled."""
+_MAX_PATCH_SHARE = 0.2  # of the devices; above it a full load is cheaper
 
 _ENTITIES = ("device_type", "device", "account")
 
 
 class ChangeFeed:
     """
-    One replica's reader; not for several tasks at once.
+    One replica's reader; not for use by several tasks concurrently.
 
     Args:
-        change_retention_s: How long change rows are kept by :meth:`prune`.
-        identity: Who reads, made known on each new connection before the first look; None: somebody who answers nobody.
-        on_ignored: Is told how many changes were of an entity that this program does not know.
-        writability: Shared with whatever else in this process writes to the database.
+        change_retention_s: How long :meth:`prune` keeps change rows.
+        identity: The replica, registered on each new connection before the first read; None: not a replica, answers nobody.
+        on_ignored: Called with the number of changes to entities that this program does not know.
+        writability: Shared with everything else in this process that writes to the database.
     """
 
     def __init__(
@@ -81,16 +81,16 @@ class ChangeFeed:
 
     async def load(self, store: Store, synced_at: float) -> FeedRead:
         """
-        Fill a store with everything; its readers see it at the end.
+        Load the whole registry into a store; its readers see it when it is complete.
 
         Raises:
             Unavailable: The server cannot be reached, is a standby, has no registry, its triggers are missing, its schema
                 needs a newer program, or the store has no room.
         """
-        # Workers that answer from what is there meanwhile are not to notice; nobody else gives way, since a revocation
-        # hangs on the follower.
+        # Workers that answer from the current copy must not notice a reload. Nothing else slows the follower down:
+        # revocations depend on it.
         rest = 1.0 if store.state() is not None else 0.0
-        async with self._look() as (connection, feed_read, _):
+        async with self._read() as (connection, feed_read, _):
             with store.loading(feed_read.position, synced_at, feed_read.confirmed_at.timestamp()) as loader:
                 for entity, statement in (("device_type", "all_device_types"), ("account", "all_accounts")):
                     for row in await self._fetch(connection, statement):
@@ -103,30 +103,30 @@ class ChangeFeed:
 
     async def changes(self, position: FeedPosition, devices: int) -> tuple[Patch, FeedRead] | None:
         """
-        Return what changed since a mark, and where this look stands.
+        Return what changed since a position, and the position of this read.
 
-        None when everything must be loaded anew: another life of the server, change rows pruned or counters gone
-        back, a table emptied, or so many changes, of that many devices, that a load is cheaper.
+        None when everything must be loaded again: another incarnation of the database, change rows pruned, counters
+        gone back, a table truncated, or so many of ``devices`` changed that a load is cheaper.
 
         Raises:
             Unavailable: As :meth:`load`.
         """
-        async with self._look() as (connection, feed_read, floor):
+        async with self._read() as (connection, feed_read, floor):
             patch = await self._changes(connection, position, feed_read.position, floor, devices)
             return None if patch is None else (patch, feed_read)
 
     async def suspects(self, store: Store) -> Patch:
         """
-        Compare a store with the database value by value, on a connection of its own, and return the rows that differ.
+        Compare a store with the database value by value, on a separate connection, and return the rows that differ.
 
-        The store may move on meanwhile, so that a row may differ for that reason: see :meth:`confirm`.
+        A row may also differ because the store was updated meanwhile: see :meth:`confirm`.
 
         Raises:
             Unavailable: As :meth:`load`.
         """
         other = ChangeFeed(self._target)
         try:
-            async with other._look() as (connection, _, _):
+            async with other._read() as (connection, _, _):
                 return await self._compare(connection, store)
         finally:
             await other.close()
@@ -135,53 +135,53 @@ class ChangeFeed:
         types: dict[str, bytes | None] = {}
         devices: dict[str, DeviceRow | None] = {}
         accounts: dict[str, bytes | None] = {}
-        here = store.reader()
+        copy = store.reader()
         for entity, statement, differ in (
             ("device_type", "all_device_types", types),
             ("account", "all_accounts", accounts),
         ):
             rows = await self._fetch(connection, statement)
-            with here:
-                differ.update((r["name"], r["record"]) for r in rows if here.record(entity, r["name"]) != r["record"])
+            with copy:
+                differ.update((r["name"], r["record"]) for r in rows if copy.record(entity, r["name"]) != r["record"])
         async for chunk in self._chunks(connection, self._statements.all_devices.sql):
-            with here:
+            with copy:
                 for row in chunk:
                     device = DeviceRow(row["name"], row["record"], row["other_id"])
-                    if not here.same(device):
+                    if not copy.same(device):
                         devices[(device.other_id or device.name).decode()] = device
             await asyncio.sleep(0)
         return Patch(types, devices, accounts)
 
     async def confirm(self, position: FeedPosition, devices: int, suspects: Patch) -> SuspectRows | None:
         """
-        Read suspects again, together with what changed since a mark.
+        Read suspects again, together with what changed since a position.
 
-        None if everything must be loaded anew anyway.
+        None if everything must be loaded again anyway.
 
         Raises:
             Unavailable: As :meth:`load`.
         """
-        async with self._look() as (connection, feed_read, floor):
+        async with self._read() as (connection, feed_read, floor):
             patch = await self._changes(connection, position, feed_read.position, floor, devices)
             if patch is None:
                 return None
             keys = (suspects.device_types, suspects.devices, suspects.accounts)
-            present = await self._patch(connection, dict(zip(_ENTITIES, map(list, keys), strict=True)))
+            current = await self._patch(connection, dict(zip(_ENTITIES, map(list, keys), strict=True)))
             sizes = await connection.fetchrow(self._statements.sizes.sql)
             assert sizes is not None
-            return SuspectRows(patch, present, dict(sizes), feed_read)
+            return SuspectRows(patch, current, dict(sizes), feed_read)
 
     async def later_changes(self, position: FeedPosition) -> set[tuple[str, str]] | None:
         """
-        Return the keys of what was changed after a mark of an earlier life of the database; None if it cannot be told.
+        Return the keys of what changed after a position in an earlier incarnation of the database; None if unknown.
 
-        A standby that was promoted goes on with the transaction ids of its primary; another cluster or database does not,
-        and there no change is later.
+        A promoted standby continues the transaction ids of its primary. Another cluster or database does not, so no
+        change in it counts as later.
 
         Raises:
             Unavailable: As :meth:`load`.
         """
-        async with self._look() as (connection, feed_read, floor):
+        async with self._read() as (connection, feed_read, floor):
             if position.epoch.split("/")[:2] != feed_read.position.epoch.split("/")[:2]:  # system and database
                 return set()
             if position.xmin < floor:
@@ -190,7 +190,7 @@ class ChangeFeed:
             return {(row["entity"], row["key"]) for row in rows}
 
     async def prune(self) -> None:
-        """Delete change rows that every reader of the retention time has seen."""
+        """Delete change rows older than the retention time."""
         with translated_errors():
             connection = await self._connected()
             await connection.fetchval(self._statements.prune.sql, self._retention_s)
@@ -198,7 +198,7 @@ class ChangeFeed:
     @contextlib.asynccontextmanager
     async def wake_ups(self) -> AsyncIterator[Callable[[], Awaitable[None]]]:
         """
-        Listen on a connection of its own; repeated notifications are one wake-up.
+        Listen for changes on a separate connection; notifications that pile up are one wake-up.
 
         Raises:
             Unavailable: The connection cannot be made or is lost.
@@ -211,7 +211,7 @@ class ChangeFeed:
 
             async def next_change() -> None:
                 while not await listener.wait(PROBE_S):
-                    with translated_errors():  # a connection whose other end is gone says nothing by itself
+                    with translated_errors():  # that the peer is gone shows only when something is sent
                         await connection.fetchval("select 1")
 
             yield next_change
@@ -233,8 +233,8 @@ class ChangeFeed:
         return self._connection
 
     @contextlib.asynccontextmanager
-    async def _look(self) -> AsyncIterator[tuple[Connection, FeedRead, int]]:
-        """Open the reading transaction; yields the connection, where it stands, and the floor of the feed."""
+    async def _read(self) -> AsyncIterator[tuple[Connection, FeedRead, int]]:
+        """Open a transaction to read in; yield the connection, its position, and the floor of the feed."""
         with translated_errors():
             connection = await self._connected()
             server = await connection.fetchrow(self._statements.server.sql)
@@ -245,7 +245,7 @@ class ChangeFeed:
                     "the server is a standby; its snapshots do not show running transactions, so changes could be missed. Connect to the primary"
                 )
             if self._identity is not None:
-                await self._make_known(connection, self._identity)
+                await self._register(connection, self._identity)
             for _ in range(2):
                 try:
                     async with connection.transaction(isolation="repeatable_read", readonly=True):
@@ -259,12 +259,12 @@ class ChangeFeed:
                             return
                 except asyncpg.LockNotAvailableError as error:
                     raise Unavailable(await locked_out(connection, LOCK_TIMEOUT)) from error
-                # Empty after a crash recovery: a new one tells every reader to load anew.
+                # Crash recovery loses the incarnation; a new one makes every reader load everything again.
                 await connection.fetchval(self._statements.renew_incarnation.sql)
-            raise Unavailable("the incarnation of the server cannot be renewed")
+            raise Unavailable("the incarnation of the database cannot be renewed")
 
-    async def _make_known(self, connection: Connection, identity: Identity) -> None:
-        """See to it that whoever waits for the replicas waits for this one."""
+    async def _register(self, connection: Connection, identity: Identity) -> None:
+        """Make sure that whoever waits for the replicas waits for this one."""
         statements = load_statements("replicas")
         if not self._introduced:
             try:
@@ -273,12 +273,12 @@ class ChangeFeed:
                 self._introduced, self._row = True, identity.boot.id
             except Unwritable as error:
                 self._writability.failed(error.detail)
-                # Whoever waits for the boot before this one waits for this one, as long as it cannot take that one's place.
+                # Until this boot can be registered, the row of an earlier boot of the replica stands in for it.
                 ids = [identity.boot.id, *reversed(identity.boot.former)]
                 self._row = await connection.fetchval(statements.known.sql, ids)
                 if self._row is None:
                     raise Unavailable(
-                        "the database does not know this replica, and cannot note it, so that nobody would wait for it "
+                        "this replica is not registered in the database and cannot be, so nobody would wait for it "
                         f"when something is revoked: {error.detail}"
                     ) from error
         if (self._vouches_for is not None) != (self._writability.fault is not None):
@@ -291,7 +291,7 @@ class ChangeFeed:
         expected = len(WATCHED_TABLES) * TRIGGERS_A_TABLE
         if row["triggers"] != expected:
             raise Unavailable(
-                f"{row['triggers']} of {expected} change triggers are there and enabled: a restore is running, or it "
+                f"{row['triggers']} of {expected} change triggers exist and are enabled: a restore is running, or it "
                 "left them disabled. Run: authbackend migrate --repair-triggers"
             )
         if row["incarnation"] is None:
@@ -313,7 +313,7 @@ class ChangeFeed:
             else:
                 changed[row["entity"]].append(row["key"])
         self._ignore(unknown)
-        if len(changed["device"]) > max(CHUNK_ROWS, devices * _PATCH_AT_MOST_SHARE):
+        if len(changed["device"]) > max(CHUNK_ROWS, devices * _MAX_PATCH_SHARE):
             return None
         return await self._patch(connection, changed)
 
@@ -328,10 +328,10 @@ class ChangeFeed:
         types: dict[str, bytes | None] = dict.fromkeys(changed["device_type"])
         devices: dict[str, DeviceRow | None] = dict.fromkeys(changed["device"])
         accounts: dict[str, bytes | None] = dict.fromkeys(changed["account"])
-        for found, statement in ((types, "device_types"), (accounts, "accounts")):
-            if found:
-                rows = await self._fetch(connection, statement, list(found))
-                found.update((row["name"], row["record"]) for row in rows)
+        for records, statement in ((types, "device_types"), (accounts, "accounts")):
+            if records:
+                rows = await self._fetch(connection, statement, list(records))
+                records.update((row["name"], row["record"]) for row in rows)
         if devices:
             async for chunk in self._chunks(connection, self._statements.devices.sql, changed["device"]):
                 for device_id, *row in chunk:
@@ -350,5 +350,5 @@ class ChangeFeed:
 
 
 def _follows(old: FeedPosition, new: FeedPosition, floor: int) -> bool:
-    """Return whether the change feed can lead from one mark to another."""
+    """Return whether the change feed leads from one position to another."""
     return old.same_life(new) and old.xmin >= floor and new.xmin >= old.xmin and new.xmax >= old.xmax

@@ -624,7 +624,7 @@ def test_two_authorities_cannot_share_a_name(cli, ca, take_over):
     assert "No such file" in refused.stderr
     take_over(outside_list(1))
     refused = cli("crl", "import", "outside.crl", "--ca", "outside.pem", "--name", "fleet", exit_code=4)
-    assert "another authority is called 'fleet' already" in refused.stderr
+    assert "another authority is already called 'fleet'" in refused.stderr
 
 
 def test_sync_says_what_it_needs(cli, ca):

@@ -359,9 +359,9 @@ async def test_a_missing_trigger_keeps_the_copy_and_the_fault_is_told(
     follower: Following, connection: asyncpg.Connection, trigger: str, how: str
 ) -> None:
     await connection.execute(f"alter table account {how.format(trigger)}")
-    with pytest.raises(Unavailable, match="23 of 24 change triggers are there and enabled"):
+    with pytest.raises(Unavailable, match="23 of 24 change triggers exist and are enabled"):
         await follower.copy.refresh()
-    with pytest.raises(Unavailable, match="23 of 24 change triggers are there and enabled"):
+    with pytest.raises(Unavailable, match="23 of 24 change triggers exist and are enabled"):
         await follower.copy.compare()
     assert len(follower.devices()) == 3
     assert await migrations.repair_triggers(Target(follower.dsn)) == 1

@@ -116,7 +116,7 @@ async def test_triggers_that_are_not_known_do_not_stand_in_for_one_that_is_missi
 ) -> None:
     await connection.execute(NEWER)
     await connection.execute("alter table device disable trigger change_u")
-    with pytest.raises(Unavailable, match="23 of 24 change triggers are there and enabled"):
+    with pytest.raises(Unavailable, match="23 of 24 change triggers exist and are enabled"):
         await follower.copy.refresh()
     await connection.execute("alter table device enable always trigger change_u")
     await connection.execute("alter table device_group disable trigger change_u")
