@@ -25,7 +25,7 @@ Clients = Callable[..., MQTTClient]
 @pytest.fixture(scope="module")
 def chain(workplace: Path, certificates: Certificates, database: Database, fleet: Fleet) -> Iterator[Revocable]:
     """A node that checks lists, and a replica that signs them and enforces on it; no sweep ends anything meanwhile."""
-    replica = make_service(workplace, certificates, database, broker_port=8090, admin_port=8091)
+    replica = make_service(workplace, certificates, database, broker_port=8090, health_port=8091)
     found = Revocable(workplace, Path(os.environ["AUTHBACKEND_TEST_RABBITMQ_ROOT"]), certificates, replica, "chain")
     replica.enforce(f"https://localhost:{DOORS.management_tls}", sweep_interval_s="3600")
     replica.configure(

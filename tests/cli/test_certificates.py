@@ -612,7 +612,7 @@ def test_a_list_that_is_not_in_order_changes_nothing(cli, fleet, take_over, exec
     old = datetime.now(UTC) - timedelta(days=9)
     assert "too old" in take_over(outside_list(6, entry, now=old), exit_code=2).stderr
     forged = outside_list(6, entry, key=KEY)
-    assert "none of the authorities" in take_over(forged, exit_code=2).stderr
+    assert "none of the given authorities" in take_over(forged, exit_code=2).stderr
     assert "neither DER nor PEM" in take_over(b"x", exit_code=2).stderr
     assert execute("select * from crl") == before
     assert execute("select state from certificate") == [{"state": "active"}]

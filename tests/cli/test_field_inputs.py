@@ -87,7 +87,7 @@ def test_every_certificate_of_a_file_is_taken(cli, fleet, name, number):
 @pytest.mark.parametrize(
     ("name", "fault"),
     [
-        ("trusted.pem", "TRUSTED CERTIFICATE: it is openssl's own form"),
+        ("trusted.pem", "TRUSTED CERTIFICATE: this is OpenSSL's own format"),
         ("utf16.pem", "UTF-16"),
         ("version4.pem", "version 4 is not supported"),
     ],

@@ -167,7 +167,7 @@ def test_profiles_can_be_changed_and_added(folder, tmp_path):
     opened = AuthorityFolder.open(copy, PASSPHRASE)
     assert opened.profile("device", "client").lifetime == timedelta(days=90)
     assert opened.profile("old", "client").key == "rsa-3072"
-    with pytest.raises(PKIError, match="there are device, device-rsa, old, service"):
+    with pytest.raises(PKIError, match="use one of device, device-rsa, old, service"):
         opened.profile("server", "client")
 
 
@@ -294,7 +294,7 @@ NONE = x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Acme")])
         (forged(), "signature is wrong"),
         (request(subject=TWO), "2 common names"),
         (request(subject=NONE), "0 common names"),
-        (request(key=rsa.generate_private_key(65537, 1024)), "RSA from 2048"),
+        (request(key=rsa.generate_private_key(65537, 1024)), "RSA of 2048"),
         (request(key=ec.generate_private_key(ec.SECP192R1())), "EC P-256"),
         (request(key=ed25519.Ed25519PrivateKey.generate()), "EC P-256"),
     ],
@@ -326,7 +326,7 @@ def test_a_stream_is_read_one_by_one_whatever_is_between(authority):
 @pytest.mark.parametrize(
     ("lines", "fault"),
     [
-        ([b"-----BEGIN CERTIFICATE-----\n", b"MIIB\n"], "no end: the file ends"),
+        ([b"-----BEGIN CERTIFICATE-----\n", b"MIIB\n"], "no END line: the file ends"),
         ([b"-----BEGIN CERTIFICATE-----\n", *[b"A" * 64 + b"\n"] * 2000], "longer than 64 KiB"),
     ],
 )

@@ -145,7 +145,7 @@ def test_lists_are_signed_with_rsa_as_well(der):
     assert x509.load_der_x509_crl(der).is_signature_valid(RSA_KEY.public_key())
     assert read_list(der, [CA, RSA_CA])[1] is RSA_CA
     at = len(der) - 30
-    with pytest.raises(PKIError, match="none of the authorities"):
+    with pytest.raises(PKIError, match="none of the given authorities"):
         read_list(der[:at] + bytes([der[at] ^ 1]) + der[at + 1 :], [CA, RSA_CA])
 
 
@@ -222,9 +222,9 @@ def by_words(value):
         (b"<html>502 Bad Gateway</html>", "neither DER nor PEM"),
         (signed().der[:-20], "neither DER nor PEM"),
         (list_pem(signed().der)[:200], "neither DER nor PEM"),
-        (foreign(), "none of the authorities"),
-        (foreign("somebody else"), "none of the authorities.*somebody else"),
-        (tampered(), "none of the authorities"),
+        (foreign(), "none of the given authorities"),
+        (foreign("somebody else"), "none of the given authorities.*somebody else"),
+        (tampered(), "none of the given authorities"),
         (extended(x509.DeltaCRLIndicator(3)), "delta"),
         (
             extended(
@@ -334,7 +334,7 @@ def test_an_entry_that_brokers_cannot_read_is_named(name):
 
 
 def test_what_is_not_supported_is_not_called_forged():
-    with pytest.raises(PKIError, match="not supported"):
+    with pytest.raises(PKIError, match="unsupported"):
         read_list(field("ed.crl"), [x509.load_pem_x509_certificate(field("ed-ca.pem"))])
 
 
@@ -349,7 +349,7 @@ def test_a_leaf_signs_no_list():
         usage=x509.ExtendedKeyUsageOID.CLIENT_AUTH,
         alternative=[],
     )
-    with pytest.raises(PKIError, match="none of the authorities"):
+    with pytest.raises(PKIError, match="none of the given authorities"):
         read_list(signed(issuer=leaf, key=key).der, [leaf])
 
 
@@ -505,8 +505,8 @@ async def test_a_list_is_written_as_pem_for_all_to_read(source, sync, file):
     ("body", "fault"),
     [
         (b"<html>", "neither DER nor PEM"),
-        (foreign(), "none of the authorities"),
-        (tampered(), "none of the authorities"),
+        (foreign(), "none of the given authorities"),
+        (tampered(), "none of the given authorities"),
         (signed(number=6).der, "number 6 is lower than number 7"),
         (signed([CrlEntry("a1", "", NOW)], number=7).der, "number 7 is also that of the list"),
         (signed(number=9, now=NOW - 2 * WEEK).der, "too old"),

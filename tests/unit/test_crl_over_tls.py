@@ -141,7 +141,7 @@ async def test_https_to_a_server_without_tls_and_http_to_one_with_it_are_told(fi
         with pytest.raises(Unavailable, match="does not speak TLS: use http://"):
             await syncer(files, port, tls).once()
     async with serving(files.server()) as (port, _):
-        with pytest.raises(Unavailable, match="if it speaks TLS .* write https://"):
+        with pytest.raises(Unavailable, match="if it speaks TLS .* use https://"):
             await syncer(files, port, tls, "http").once()
 
 
