@@ -73,6 +73,10 @@ EVENTS = {
     "enforcement.paused": ("warning", "Enforcement is paused; it resumes by itself when the pause ends."),
     "enforcement.resumed": ("info", "Enforcement has resumed."),
     "enforcement.unreachable": ("debug", "A cluster does not answer; requests are tried again."),
+    "health.crashed": (
+        "error",
+        "A bug in authbackend: a question about health was answered with 503. Please report it.",
+    ),
     "malformed": (
         "info",
         "A malformed request was denied; RabbitMQ does not send such requests. Usually the client is not RabbitMQ.",

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import structlog
 from aiohttp import web
 
 from authbackend.registry.store import Reader
 from authbackend.service.heartbeats import WorkerHeartbeats
+
+log = structlog.get_logger(__name__)
 
 
 class Health:
@@ -21,7 +24,7 @@ class Health:
 
     def __init__(self, registry: Reader, heartbeats: WorkerHeartbeats, max_staleness_s: float) -> None:
         self._registry = registry
-        self._board = heartbeats
+        self._heartbeats = heartbeats
         self._max_staleness_s = max_staleness_s
 
     async def live(self, _: web.BaseRequest) -> web.Response:
@@ -30,7 +33,17 @@ class Health:
 
     async def ready(self, _: web.BaseRequest) -> web.Response:
         """Return 200, or 503 with the reason."""
-        workers = self._board.states()
+        try:
+            state = self._state()
+        except Exception as error:  # balancers and people must get an answer that they can read
+            log.exception("health.crashed")
+            state = {"status": f"not ready: {type(error).__name__} in authbackend, see its log", "fault": "see the log"}
+        return web.Response(
+            status=200 if state["status"] == "ready" else 503, text=json.dumps(state), content_type="application/json"
+        )
+
+    def _state(self) -> dict[str, Any]:
+        workers = self._heartbeats.states()
         with self._registry as registry:
             known, age_s, stale = registry.state, registry.age_s, registry.stale(self._max_staleness_s)
         fault = "the registry has not been loaded yet" if known is None else known.fault
@@ -45,9 +58,7 @@ class Health:
         elif stale:
             state["status"] = "not ready: the copy of the registry is stale, everything is denied"
         elif workers["hanging"]:
-            state["status"] = f"not ready: {workers['hanging']} of {self._board.workers} workers hang"
+            state["status"] = f"not ready: {workers['hanging']} of {self._heartbeats.workers} workers hang"
         elif not workers["serving"]:
             state["status"] = "not ready: no worker serves yet"
-        return web.Response(
-            status=200 if state["status"] == "ready" else 503, text=json.dumps(state), content_type="application/json"
-        )
+        return state

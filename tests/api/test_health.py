@@ -88,3 +88,13 @@ async def test_health_is_read_only(client, path):
         assert answer.status == 405
     async with client.head(path) as answer:
         assert answer.status == 200
+
+
+async def test_a_bug_is_told_as_not_ready(client, monkeypatch):
+    def broken(_):
+        raise RuntimeError("nobody thought of it")
+
+    monkeypatch.setattr(heartbeats.WorkerHeartbeats, "states", broken)
+    status, told = await ready(client)
+    assert status == 503
+    assert told["status"] == "not ready: RuntimeError in authbackend, see its log"
