@@ -148,6 +148,7 @@ class Supervisor:
             overdue = self._end(self._answering) + self._end([self._registry])
             os.close(self._lifeline)
             os.close(self._life)
+            signal.signal(_READY, signal.SIG_IGN)  # of a child that became ready while it was being ended
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         log.info("service.stopped")
         if overdue:

@@ -37,7 +37,8 @@ def shell(folder):
     """The service that the tutorial starts, and a function that runs a command beside it."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AUTHBACKEND_")}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    environment["AUTHBACKEND_BROKER__LISTEN"] = environment["AUTHBACKEND_ADMIN__LISTEN"] = "127.0.0.1:0"
+    for listener in ("BROKER", "ADMIN", "HEALTH"):
+        environment[f"AUTHBACKEND_{listener}__LISTEN"] = "127.0.0.1:0"
     service = subprocess.Popen(
         ["authbackend", "serve", "--embedded", ".data"],
         cwd=folder,

@@ -169,9 +169,10 @@ async def test_a_registry_that_outgrows_the_memory_is_not_taken_over_and_is_told
         )
 
         async def told():
-            return "does not fit into the memory" in ((await running.status())[1]["fault"] or "")
+            fault = (await running.status())[1]["fault"] or ""
+            return "does not fit into the memory" in fault and running.logged("registry.refresh_failed")
 
-        await until(told, "the fault is told")
+        await until(told, "the fault is told and logged")
         assert running.logged("registry.refresh_failed")[-1]["fault"].startswith("the registry does not fit")
         assert await running.metric("authbackend_registry_sync_failures_total") >= 1
         assert await running.metric("authbackend_registry_memory_available_bytes") > 0
