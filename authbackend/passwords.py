@@ -22,7 +22,7 @@ from typing import Protocol
 from argon2 import PasswordHasher
 from argon2.exceptions import Argon2Error, InvalidHashError
 
-from authbackend.policy.rules import Account
+from authbackend.policy.model import Account
 
 _NICE = 10
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from authbackend.policy import decide
-from authbackend.policy.rules import Effect, Permission, RuleSet, TopicRule, Values
+from authbackend.policy.model import RuleSet
+from authbackend.policy.rules import Effect, Permission, TopicRule, Values
 from authbackend.policy.topics import MOST_WORDS_WITH_MANY
 from authbackend.registry.device_cache import CompiledDevices
 

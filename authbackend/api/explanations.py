@@ -7,7 +7,8 @@ from typing import Any
 
 from authbackend.errors import InvalidInput
 from authbackend.policy.explain import Attempt, Explanation
-from authbackend.policy.rules import Device, Permission, TopicRule
+from authbackend.policy.model import Device
+from authbackend.policy.rules import Permission, TopicRule
 
 ACTIONS = {"publish": Permission.WRITE, "subscribe": Permission.READ}
 _NAMES = {permission: action for action, permission in ACTIONS.items()}

@@ -21,7 +21,7 @@ from authbackend.cli.common import (
     who,
 )
 from authbackend.errors import InvalidInput
-from authbackend.policy.rules import Status
+from authbackend.policy.model import Status
 from authbackend.policy_file.read import parse_time
 from authbackend.postgres import registry_edits
 from authbackend.postgres.connection import Target

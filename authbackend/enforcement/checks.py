@@ -17,10 +17,10 @@ from authbackend.enforcement.distinguished_names import common_name, same_name
 from authbackend.enforcement.management_api import Binding, LiveConnection, Queue
 from authbackend.policy import client_ids, decide, lookups
 from authbackend.policy.decide import DecisionSettings
+from authbackend.policy.model import Account, Device
 from authbackend.policy.names import client_id_fits
 from authbackend.policy.reasons import Reason
 from authbackend.policy.requests import TopicRequest, VhostRequest
-from authbackend.policy.rules import Account, Device
 from authbackend.policy.topics import contains, split, to_routing_key
 
 SESSION_QUEUES = "^mqtt-(subscription|will)-"

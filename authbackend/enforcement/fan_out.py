@@ -11,7 +11,7 @@ from authbackend.enforcement.inventory import LOOK_AGAIN_S, STATISTICS_LATE_S
 from authbackend.enforcement.management_api import LiveConnection
 from authbackend.enforcement.plans import CLOCKS_S, narrowed, since, unseen
 from authbackend.enforcement.tasks import ReplicaConfirmation, Task
-from authbackend.policy.rules import Device
+from authbackend.policy.model import Device
 
 _OWNER = "client_id_owner"
 _PART = 2000

@@ -12,8 +12,9 @@ from authbackend.enforcement.checks import Checker, fits, narrowed_actions, show
 from authbackend.enforcement.clusters import Actions
 from authbackend.enforcement.management_api import LiveConnection
 from authbackend.enforcement.tasks import Listed, Task
+from authbackend.policy.model import Device, RuleSet
 from authbackend.policy.names import possible_owners
-from authbackend.policy.rules import Device, Effect, Permission, RuleSet
+from authbackend.policy.rules import Effect, Permission
 
 _ACTIONS = {Permission.WRITE: "publish", Permission.READ: "subscribe"}
 CLOCKS_S = 2.0

@@ -34,8 +34,8 @@ from authbackend.enforcement.management_api import LiveConnection
 from authbackend.enforcement.tasks import TaskStore, TaskStoreError
 from authbackend.errors import AuthbackendError, Unavailable
 from authbackend.policy.decide import DecisionSettings
+from authbackend.policy.model import Device
 from authbackend.policy.reasons import Reason
-from authbackend.policy.rules import Device
 from authbackend.registry.store import Reader
 
 log = structlog.get_logger(__name__)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from authbackend.policy.lookups import Registry
+from authbackend.policy.model import Account, Device, DeviceType
 from authbackend.policy.names import client_id_fits, possible_owners
 from authbackend.policy.reasons import Reason
-from authbackend.policy.rules import Account, Device, DeviceType
 
 
 def client_id_fault(registry: Registry, device: Device, device_type: DeviceType, client_id: str) -> Reason | None:

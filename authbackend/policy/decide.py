@@ -13,23 +13,20 @@ from dataclasses import dataclass
 
 from authbackend.policy.client_ids import account_client_id_fault, client_id_fault, is_moving
 from authbackend.policy.lookups import Registry
-from authbackend.policy.reasons import Reason
-from authbackend.policy.requests import LoginRequest, ResourceRequest, TopicRequest, VhostRequest
-from authbackend.policy.rules import (
+from authbackend.policy.model import (
     DEFAULT_EXCHANGE,
     NO_RULES,
     Account,
     Device,
     DeviceType,
-    Effect,
     Login,
-    Permission,
     RuleSet,
     Status,
-    TopicRule,
-    Values,
     resource_matches,
 )
+from authbackend.policy.reasons import Reason
+from authbackend.policy.requests import LoginRequest, ResourceRequest, TopicRequest, VhostRequest
+from authbackend.policy.rules import Effect, Permission, TopicRule, Values
 from authbackend.policy.topics import MOST_MANY_IN_A_FILTER, MOST_WORDS_WITH_MANY, Words, split
 
 _TOPIC_PERMISSIONS = {str(permission): permission for permission in Permission}

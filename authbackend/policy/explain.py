@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from authbackend.policy import decide
 from authbackend.policy.decide import Decision, PasswordCheck
 from authbackend.policy.lookups import Registry
+from authbackend.policy.model import Device, DeviceType
 from authbackend.policy.names import DEVICE_ID_PLACEHOLDER
 from authbackend.policy.reasons import Reason
 from authbackend.policy.requests import LoginRequest, ResourceRequest, TopicRequest, VhostRequest
-from authbackend.policy.rules import Device, DeviceType, Permission, TopicRule, Values
+from authbackend.policy.rules import Permission, TopicRule, Values
 from authbackend.policy.topics import MANY, ONE, split, to_routing_key
 
 MOST_NEAREST = 3

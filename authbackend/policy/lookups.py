@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from authbackend.policy.rules import Account, Device, DeviceType
+from authbackend.policy.model import Account, Device, DeviceType
 
 
 class Registry(Protocol):

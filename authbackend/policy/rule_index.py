@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from authbackend.policy.rules import Expected, TopicRule, Values
+from authbackend.policy.rules import Expected, TopicRule, Values
 
 
 class _Node:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from authbackend.policy import names
-from authbackend.policy.rules import Status
+from authbackend.policy.model import Status
 from authbackend.policy_file.model import DeviceEntry, Problem
 from authbackend.policy_file.read import decode, parse_time
 

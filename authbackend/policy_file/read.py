@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import yaml
 
 from authbackend.policy import names
-from authbackend.policy.rules import Status
+from authbackend.policy.model import Status
 from authbackend.policy.topics import topic_filter_fault
 from authbackend.policy_file.model import (
     SCHEMA,

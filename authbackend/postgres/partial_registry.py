@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from authbackend.errors import NotFound
 from authbackend.policy.explain import usual_client_id
+from authbackend.policy.model import Account, Device, DeviceType
 from authbackend.policy.names import possible_owners
-from authbackend.policy.rules import Account, Device, DeviceType
 from authbackend.postgres.compatibility import require_fit
 from authbackend.postgres.connection import Connection, Target, connected
 from authbackend.postgres.statements import load_statements

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from authbackend.policy.rules import NO_RULES, Device
+from authbackend.policy.model import NO_RULES, Device
 from authbackend.registry import records
 
 MOST_RULES = 10_000

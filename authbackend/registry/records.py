@@ -20,21 +20,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from authbackend.policy.model import NO_RULES, Account, ClientIdMove, Device, DeviceType, Login, RuleSet, Status
 from authbackend.policy.names import DeviceId
 from authbackend.policy.networks import Networks
-from authbackend.policy.rules import (
-    NO_RULES,
-    Account,
-    ClientIdMove,
-    Device,
-    DeviceType,
-    Effect,
-    Login,
-    Permission,
-    RuleSet,
-    Status,
-    TopicRule,
-)
+from authbackend.policy.rules import Effect, Permission, TopicRule
 
 _STATUSES = {status[0]: status for status in Status}
 _PERMISSIONS = {"publish": Permission.WRITE, "subscribe": Permission.READ}

@@ -22,7 +22,7 @@ import lmdb
 
 from authbackend import clocks
 from authbackend.errors import NoRoom, Unavailable
-from authbackend.policy.rules import Account, Device, DeviceType
+from authbackend.policy.model import Account, Device, DeviceType
 from authbackend.registry import records
 from authbackend.registry.device_cache import CompiledDevices
 from authbackend.registry.position import FeedPosition

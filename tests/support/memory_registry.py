@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 
-from authbackend.policy.rules import Account, Device, DeviceType
+from authbackend.policy.model import Account, Device, DeviceType
 
 
 class MemoryRegistry:

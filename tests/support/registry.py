@@ -14,7 +14,7 @@ from typing import Any
 
 import asyncpg
 
-from authbackend.policy.rules import Device, DeviceType
+from authbackend.policy.model import Device, DeviceType
 from authbackend.postgres.change_feed import ChangeFeed
 from authbackend.postgres.connection import Target
 from authbackend.registry import records

@@ -1,18 +1,9 @@
 """A small registry for tests of deciding."""
 
+from authbackend.policy.model import Account, Device, DeviceType, Login, RuleSet, Status
 from authbackend.policy.names import DeviceId
-from authbackend.policy.rules import (
-    Account,
-    Device,
-    DeviceType,
-    Effect,
-    Login,
-    Networks,
-    Permission,
-    RuleSet,
-    Status,
-    TopicRule,
-)
+from authbackend.policy.networks import Networks
+from authbackend.policy.rules import Effect, Permission, TopicRule
 from tests.support.memory_registry import MemoryRegistry
 
 NOW = 1_800_000_000.0

@@ -17,19 +17,10 @@ from authbackend.enforcement.checks import (
 from authbackend.enforcement.management_api import Binding, LiveConnection, Queue
 from authbackend.enforcement.sweep import connection_fault
 from authbackend.policy.decide import DecisionSettings
+from authbackend.policy.model import Account, Device, DeviceType, Login, RuleSet, Status
+from authbackend.policy.networks import Networks
 from authbackend.policy.reasons import Reason
-from authbackend.policy.rules import (
-    Account,
-    Device,
-    DeviceType,
-    Effect,
-    Login,
-    Networks,
-    Permission,
-    RuleSet,
-    Status,
-    TopicRule,
-)
+from authbackend.policy.rules import Effect, Permission, TopicRule
 from tests.support.memory_registry import MemoryRegistry
 
 NOW = 1_800_000_000.0

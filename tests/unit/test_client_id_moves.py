@@ -7,9 +7,9 @@ import pytest
 
 from authbackend.policy import decide
 from authbackend.policy.decide import DecisionSettings
+from authbackend.policy.model import ClientIdMove
 from authbackend.policy.reasons import Reason
 from authbackend.policy.requests import LoginRequest, TopicRequest, VhostRequest
-from authbackend.policy.rules import ClientIdMove
 from authbackend.registry import records
 from tests.unit.fleet import APM, NOW, device, registry
 

@@ -4,9 +4,11 @@ import pytest
 
 from authbackend.policy import client_ids, decide
 from authbackend.policy.decide import Decision, DecisionSettings, PasswordCheck
+from authbackend.policy.model import Login, RuleSet, resource_matches
+from authbackend.policy.networks import Networks
 from authbackend.policy.reasons import Reason
 from authbackend.policy.requests import LoginRequest, ResourceRequest, TopicRequest, VhostRequest
-from authbackend.policy.rules import Login, Networks, RuleSet, Values, resource_matches
+from authbackend.policy.rules import Values
 from tests.unit.fleet import APM, FLEET, NOW, account, device, registry, rule
 
 SETTINGS = DecisionSettings()

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from authbackend.policy import decide
+from authbackend.policy.model import NO_RULES
 from authbackend.policy.requests import TopicRequest
-from authbackend.policy.rules import NO_RULES, Effect
+from authbackend.policy.rules import Effect
 from authbackend.registry import records
 from authbackend.registry.device_cache import CompiledDevices
 from authbackend.registry.position import FeedPosition

@@ -4,8 +4,10 @@ import pytest
 
 from authbackend.policy.decide import DecisionSettings
 from authbackend.policy.explain import Attempt, NearRule, explain, nearest_rules, usual_client_id
+from authbackend.policy.model import DeviceType, RuleSet
+from authbackend.policy.networks import Networks
 from authbackend.policy.reasons import Reason
-from authbackend.policy.rules import DeviceType, Effect, Networks, Permission, RuleSet, TopicRule, Values
+from authbackend.policy.rules import Effect, Permission, TopicRule, Values
 from authbackend.policy.topics import split
 from tests.unit.fleet import NOW, account, device, registry
 

@@ -7,7 +7,8 @@ import pytest
 
 from authbackend.enforcement.plans import CLOCKS_S, Plan, PlansByOwner, grouped, plan, receipt
 from authbackend.enforcement.tasks import Task
-from authbackend.policy.rules import Effect, Permission, RuleSet, TopicRule
+from authbackend.policy.model import RuleSet
+from authbackend.policy.rules import Effect, Permission, TopicRule
 from tests.unit.test_checks import checker, live
 
 RULES = [{"effect": "deny", "action": "subscribe", "topic": "x"}]

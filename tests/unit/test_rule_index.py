@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from authbackend.policy import rule_index
-from authbackend.policy import rules as policy_rules
+from authbackend.policy import model, rule_index
+from authbackend.policy.model import RuleSet
 from authbackend.policy.rule_index import RuleIndex
-from authbackend.policy.rules import Effect, Permission, RuleSet, TopicRule, Values
+from authbackend.policy.rules import Effect, Permission, TopicRule, Values
 from authbackend.policy.topics import split
 
 WORDS = st.sampled_from(["a", "b", "c", "x", ""])
@@ -177,7 +177,7 @@ def test_many_rules_are_indexed_once_and_few_are_not(monkeypatch):
             made.append(deny)
             super().__init__(rules, deny=deny)
 
-    monkeypatch.setattr(policy_rules, "RuleIndex", Counted)
+    monkeypatch.setattr(model, "RuleIndex", Counted)
     topics = ["a", "b", "c"]
     rules = RuleSet(
         [TopicRule(effect, Permission.WRITE, topic) for topic in topics for effect in Effect]

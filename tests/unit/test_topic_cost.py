@@ -3,7 +3,8 @@
 import pytest
 
 from authbackend.policy import decide
-from authbackend.policy.rules import Effect, Permission, RuleSet, TopicRule, Values
+from authbackend.policy.model import RuleSet
+from authbackend.policy.rules import Effect, Permission, TopicRule, Values
 from authbackend.policy.topics import split
 
 RULES = 200

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from authbackend.policy import decide
-from authbackend.policy.rules import Effect, Permission, RuleSet, TopicRule, Values, applies
+from authbackend.policy.model import RuleSet
+from authbackend.policy.rules import Effect, Permission, TopicRule, Values, applies
 from authbackend.policy.topics import (
     MANY_NOT_LAST,
     Pattern,
