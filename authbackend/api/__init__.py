@@ -1,1 +1,1 @@
-"""The listeners for people, and for balancers, brokers' hosts and Prometheus."""
+"""The admin listener: explanations as JSON and as text."""

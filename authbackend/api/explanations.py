@@ -1,4 +1,4 @@
-"""Explanations as JSON and as text, the same for the listener and the command line."""
+"""Format explanations as JSON and as text, for both the admin listener and the command line."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _NAMES = {permission: action for action, permission in ACTIONS.items()}
 
 def read_attempt(query: Mapping[str, str]) -> tuple[str, Attempt]:
     """
-    Read ``device``, ``action`` and ``topic``, and optionally ``client_id``, ``vhost`` and ``ip``.
+    Parse the parameters ``device``, ``action`` and ``topic``, and optionally ``client_id``, ``vhost`` and ``ip``.
 
     Raises:
-        InvalidInput: One is missing or not possible.
+        InvalidInput: A parameter is missing or invalid.
     """
     missing = [name for name in ("device", "action", "topic") if name not in query]
     if missing:
         raise InvalidInput(f"missing: {', '.join(missing)}; try ?device=APM0001&action=publish&topic=fleet/x")
     if query["action"] not in ACTIONS:
-        raise InvalidInput("action is publish or subscribe")
+        raise InvalidInput("action must be one of: publish, subscribe")
     attempt = Attempt(
         ACTIONS[query["action"]], query["topic"], query.get("client_id"), query.get("vhost"), query.get("ip")
     )
@@ -33,7 +33,7 @@ def read_attempt(query: Mapping[str, str]) -> tuple[str, Attempt]:
 
 
 def as_json(device: Device, attempt: Attempt, explanation: Explanation) -> dict[str, Any]:
-    """Return an explanation as JSON values."""
+    """Return an explanation as a JSON object."""
     decision = explanation.decision
     return {
         "device": device.device_id,
@@ -65,7 +65,7 @@ def _rule(rule: TopicRule | None) -> dict[str, Any] | None:
 
 
 def as_text(explanation: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines that a person reads."""
+    """Yield the lines of a readable explanation, from its JSON object."""
     yield (
         f"{explanation['verdict'].upper()}: device {explanation['device']} ({explanation['device_type']}, "
         f"{explanation['status']}) {explanation['action']} {explanation['topic']}"
@@ -78,7 +78,7 @@ def as_text(explanation: Mapping[str, Any]) -> Iterator[str]:
         yield f"  nearest: {_line(near)}"
         yield f"           {near['missing']}"
     if explanation["reason"] == "no_rule_allows" and not explanation["nearest"]:
-        yield f"  there is no allow rule for {explanation['action']}, neither of the type nor of the device"
+        yield f"  neither the type nor the device has an allow rule for {explanation['action']}"
 
 
 def _line(rule: Mapping[str, Any]) -> str:

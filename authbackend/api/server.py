@@ -1,4 +1,4 @@
-"""The listener for people: explanations, on loopback."""
+"""The admin listener: explanations, on loopback only."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 def application(reader: Reader, settings: decide.DecisionSettings, *, loopback: bool) -> web.Application:
     """
-    Build the application.
+    Build the application of the admin listener.
 
     Args:
-        loopback: Whether it is reachable from this host only; else it shows no policy, since nobody logs in.
+        loopback: Whether only this host can reach it; if not, it shows no policy, since there is no login.
     """
 
-    async def elsewhere(request: web.Request) -> web.Response:
-        raise NotFound(f"{request.path} is answered by another listener: health.listen (8082 unless set)")
+    async def moved_to_health(request: web.Request) -> web.Response:
+        raise NotFound(f"{request.path} is served by another listener: health.listen (port 8082 by default)")
 
     async def show_explanation(request: web.Request) -> web.Response:
         name, attempt = read_attempt(request.query)
@@ -42,7 +42,7 @@ def application(reader: Reader, settings: decide.DecisionSettings, *, loopback: 
 
     app = web.Application(middlewares=[show_errors])
     for path in ("/metrics", "/health/{name}", "/crl/{name}"):
-        app.router.add_get(path, elsewhere)
+        app.router.add_get(path, moved_to_health)
     if loopback:
         app.router.add_get("/api/explain", _for_this_host(show_explanation))
     return app
@@ -53,19 +53,19 @@ def _dumps(value: object) -> str:
 
 
 def _for_this_host(handler: Handler) -> Handler:
-    """Refuse a request whose Host is another name: a web page could have pointed that name at this host."""
+    """Refuse requests with another Host name: a web page could have pointed that name at this host (DNS rebinding)."""
 
-    async def guarded(request: web.Request) -> web.StreamResponse:
+    async def checked_handler(request: web.Request) -> web.StreamResponse:
         if request.host.rpartition(":")[0] not in _LOOPBACK_NAMES and request.host not in _LOOPBACK_NAMES:
             return web.Response(status=421, text="this listener answers to 127.0.0.1, localhost and [::1] only\n")
         return await handler(request)
 
-    return guarded
+    return checked_handler
 
 
 @web.middleware
 async def show_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer errors of this project as problems (RFC 9457)."""
+    """Answer authbackend's errors as problem details (RFC 9457)."""
     try:
         return await handler(request)
     except AuthbackendError as error:

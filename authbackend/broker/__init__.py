@@ -1,1 +1,1 @@
-"""The face towards RabbitMQ."""
+"""HTTP endpoints for RabbitMQ."""

@@ -1,4 +1,4 @@
-"""The four endpoints that RabbitMQ asks, and nothing else."""
+"""The four endpoints of RabbitMQ's HTTP auth backend."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ _MALFORMED = Decision(False, Reason.MALFORMED_REQUEST)
 @dataclass(frozen=True, slots=True)
 class Question:
     """
-    One endpoint: how its request is read and how it is decided.
+    One endpoint: how its requests are parsed and decided.
 
     Args:
-        patience: The share of the time limit that a request may wait for its turn before it is shed. Logins go first:
-            a refused publish or subscription closes a connection, which costs a login and all that follows.
+        patience: The share of the time limit that a request may wait for its turn before it is shed. Logins are shed
+            first: a refused publish or subscription closes a connection, which causes another login and all that follows.
     """
 
     name: str
@@ -62,11 +62,11 @@ QUESTIONS = {
 @dataclass(frozen=True, slots=True)
 class Limits:
     """
-    Of time.
+    Time limits.
 
     Args:
-        request_s: Longest time from a request's arrival to its answer.
-        staleness_s: Oldest copy of the registry to decide by.
+        request_s: Longest time from the arrival of a request to its answer.
+        staleness_s: Maximum age of the copy of the registry to decide by.
     """
 
     request_s: float = 1.0
@@ -75,7 +75,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class PendingLogin:
-    """A login that hangs on a password, which takes long to check."""
+    """A login that waits for its password check, which is slow."""
 
     question: Question
     request: LoginRequest
@@ -84,7 +84,7 @@ class PendingLogin:
 
 class Handlers:
     """
-    Answers RabbitMQ: 200 with ``allow``, ``allow TAGS`` or ``deny``; 503 when this service itself fails.
+    Answers RabbitMQ: 200 with ``allow``, ``allow TAGS`` or ``deny``; 503 if authbackend itself fails.
 
     Args:
         deny_reasons: Answer ``deny REASON``; for RabbitMQ 4.3 and later.
@@ -112,12 +112,12 @@ class Handlers:
 
     def answer(self, question: Question, form: bytes, arrived: float) -> Prepared | PendingLogin:
         """
-        Answer a question whose form is complete; never raises.
+        Answer a request whose form is complete; never raises.
 
         Args:
-            arrived: When its last bytes did, by the monotonic clock.
+            arrived: When its last bytes arrived, by the monotonic clock.
         Returns:
-            The response, or a login that hangs on a password.
+            The response, or a login that waits for a password check.
         """
         try:
             if self._waited_too_long(question, arrived):
@@ -138,11 +138,11 @@ class Handlers:
         self, question: Question, request: web.BaseRequest, arrived: float, pending: PendingLogin | None = None
     ) -> web.StreamResponse:
         """
-        Answer a request that :meth:`answer` alone could not; never raises but for cancellation.
+        Answer a request that :meth:`answer` alone could not; raises nothing except on cancellation.
 
         Args:
-            arrived: When its last bytes so far did, by the monotonic clock.
-            pending: What :meth:`answer` said of its form, if the form was complete.
+            arrived: When the latest of its bytes arrived, by the monotonic clock.
+            pending: The login that :meth:`answer` returned, if it was called for this request.
         """
         deadline = arrived + self._limits.request_s
         try:
@@ -153,9 +153,9 @@ class Handlers:
         except MalformedRequest as fault:
             return self.malformed(question.name, fault.cause)
         except TimeoutError:
-            return self._failed(question.name, "timeout")
+            return self._unavailable(question.name, "timeout")
         except ConnectionError:
-            return self._failed(question.name, "connection_lost")
+            return self._unavailable(question.name, "connection_lost")
         except Exception as error:
             self._crashed(question, error)
             return self._responses.unavailable.suited_to(request)
@@ -163,7 +163,7 @@ class Handlers:
             self.metrics.answered(question.name, time.monotonic() - arrived)
 
     def malformed(self, endpoint: str, cause: Malformed) -> web.Response:
-        """Deny a request that is not RabbitMQ's, and count why."""
+        """Deny a request that RabbitMQ would not send, and count it by cause."""
         self._count_malformed(endpoint, cause)
         return web.Response(text=protocol.answer(_MALFORMED, with_reason=self._deny_reasons))
 
@@ -173,19 +173,19 @@ class Handlers:
         if request.method == "POST" and request.content.is_eof():
             return self.answer(question, _complete_form(request), arrived)
         if self._waited_too_long(question, arrived):
-            return self._failed(question.name, "timeout")
+            return self._unavailable(question.name, "timeout")
         with self.metrics.in_flight.track_inprogress():
-            form = await _form(request, deadline)
-        return self.answer(question, form, time.monotonic())  # its turn came before the form was complete
+            form = await _read_form(request, deadline)
+        return self.answer(question, form, time.monotonic())  # reading the form does not count as waiting for its turn
 
     async def _check_password(self, login: PendingLogin, deadline: float) -> Prepared:
         with self.metrics.in_flight.track_inprogress():
             async with asyncio.timeout_at(_loop_time(deadline)):
-                decision = await self._checked(login.check, login.request.password or "")
+                decision = await self._decide_by_password(login.check, login.request.password or "")
         return self._response(login.question, login.request, decision)
 
     def _decide(self, question: Question, request: Any) -> Decision | PasswordCheck | None:
-        """Decide at one version of the registry; None if it has not been loaded."""
+        """Decide at one version of the registry; return None if it has not been loaded."""
         with self._registry as registry:
             if registry.state is None:
                 self.metrics.failures.labels(question.name, "not_ready").inc()
@@ -195,7 +195,7 @@ class Handlers:
             return question.decide(registry, request, registry.now, self._settings)
 
     def _response(self, question: Question, request: Any, decision: Decision | None) -> Prepared:
-        """Count and log a decision, and return the response with it."""
+        """Count and log a decision, and return its response."""
         if decision is None:
             return self._responses.unavailable
         self.metrics.decided(question.name, decision)
@@ -203,12 +203,12 @@ class Handlers:
             self._log_denial(question.name, request, decision)
         return self._responses.ok(protocol.answer(decision, with_reason=self._deny_reasons))
 
-    async def _checked(self, check: PasswordCheck, password: str) -> Decision:
+    async def _decide_by_password(self, check: PasswordCheck, password: str) -> Decision:
         try:
-            right = await self._passwords.check(check.account, password)
+            is_correct = await self._passwords.check(check.account, password)
         except Busy:
             return Decision(False, Reason.PASSWORD_CHECKS_BUSY, check.otherwise.kind)
-        if not right or check.account is None:
+        if not is_correct or check.account is None:
             return check.otherwise
         with self._registry as registry:
             if registry.account(check.account.name) != check.account:
@@ -221,8 +221,8 @@ class Handlers:
         self.metrics.shed.labels(question.name).inc()
         return True
 
-    def _failed(self, endpoint: str, cause: str) -> web.Response:
-        """Return 503 and end the connection, on which the rest of the body may still come."""
+    def _unavailable(self, endpoint: str, cause: str) -> web.Response:
+        """Return 503 and close the connection, on which the rest of the body may still arrive."""
         self.metrics.failures.labels(endpoint, cause).inc()
         response = web.Response(status=503, text="unavailable")
         response.force_close()
@@ -266,15 +266,15 @@ def _loop_time(deadline: float) -> float:
 
 
 def _complete_form(request: web.BaseRequest) -> bytes:
-    """Return the form of a request that has come as a whole."""
+    """Return the form of a request that has arrived completely."""
     form = request.content.read_nowait()
     if len(form) > protocol.LONGEST_BODY_BYTES:
         raise MalformedRequest(Malformed.TOO_LARGE)
     return form
 
 
-def _let_send(request: web.BaseRequest) -> None:
-    """Tell a client that waits for it to send its body (RFC 9110 section 10.1.1), unless that is too large anyway."""
+def _send_continue(request: web.BaseRequest) -> None:
+    """Send 100 Continue if the client waits for it (RFC 9110 section 10.1.1), unless the body is too large anyway."""
     if request.version < _HTTP_1_1 or request.headers.get("Expect", "").lower() != "100-continue":
         return
     if (request.content_length or 0) > protocol.LONGEST_BODY_BYTES:
@@ -283,10 +283,10 @@ def _let_send(request: web.BaseRequest) -> None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
-async def _form(request: web.BaseRequest, deadline: float) -> bytes:
-    """Return the form that carries the parameters: the body of a POST, the query of a GET."""
+async def _read_form(request: web.BaseRequest, deadline: float) -> bytes:
+    """Read the form with the parameters: the body of a POST, the query of a GET."""
     if request.method == "POST":
-        _let_send(request)
+        _send_continue(request)
         try:
             async with asyncio.timeout_at(_loop_time(deadline)):
                 return await request.read()

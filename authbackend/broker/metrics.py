@@ -1,4 +1,4 @@
-"""What workers count of RabbitMQ's questions."""
+"""Metrics of RabbitMQ's requests."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ STALL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5,
 MOST_DECISIONS = 5_000
 
 OTHER_TYPES = "(other)"
-"""The device type of decisions counted beyond that many series: no type has this name."""
+"""The device type of decisions beyond ``MOST_DECISIONS`` series; no type has this name."""
 
 
 class BrokerMetrics:
-    """What a worker counts."""
+    """Metrics of one worker."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._decisions = Counter(
@@ -99,15 +99,15 @@ class BrokerMetrics:
         )
 
     def connections_open(self, number: int) -> None:
-        """So many connections of RabbitMQ are open."""
+        """Set the number of RabbitMQ's open connections."""
         self.connections.set(number)
 
     def connection_closed(self, cause: str) -> None:
-        """A connection of RabbitMQ was closed by this side."""
+        """Count a connection that the worker closed."""
         self.connections_closed.labels(cause).inc()
 
     def decided(self, endpoint: str, decision: Decision) -> None:
-        """Count an answer."""
+        """Count a decision."""
         key = (endpoint, decision.allowed, decision.reason, decision.kind)
         child = self._decision_children.get(key)
         if child is None:
@@ -119,7 +119,7 @@ class BrokerMetrics:
         child.inc()
 
     def answered(self, endpoint: str, seconds: float) -> None:
-        """Note how long an answer took."""
+        """Record how long an answer took."""
         child = self._durations.get(endpoint)
         if child is None:
             child = self._durations[endpoint] = self._duration.labels(endpoint)

@@ -1,8 +1,8 @@
 """
-Form in, text out: what RabbitMQ sends and what it understands. Pure.
+RabbitMQ's protocol: parse the forms that it sends, and format the answers that it understands. Pure.
 
-Source: rabbitmq_auth_backend_http; requests of RabbitMQ 3.10.8, 4.0.5 and 4.3.6 were recorded and are replayed in
-the tests.
+Source: rabbitmq_auth_backend_http; the tests replay requests recorded from RabbitMQ 3.10.8, 4.0.5 and
+4.3.6.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from authbackend.policy.requests import LoginRequest, ResourceRequest, TopicRequ
 LONGEST_BODY_BYTES = 256 * 1024
 LONGEST_REQUEST_LINE_BYTES = 8 * 1024
 LONGEST_TOPIC_BYTES = 65_535
-LONGEST_NAME_BYTES = 65_535 + 32  # a queue name holds a client id, which MQTT allows 65,535 bytes
+LONGEST_NAME_BYTES = 65_535 + 32  # a queue name contains a client id, which may have 65,535 bytes in MQTT
 LONGEST_USERNAME_BYTES = 1024
 LONGEST_PASSWORD_BYTES = 4096
 MOST_PARAMETERS = 64
 
 
 class Malformed(StrEnum):
-    """Why a request is not one of RabbitMQ's."""
+    """Why RabbitMQ would not send such a request."""
 
     TOO_LARGE = "too_large"
     BAD_ENCODING = "bad_encoding"
@@ -39,7 +39,7 @@ class Malformed(StrEnum):
 
 
 class MalformedRequest(Exception):
-    """The request is denied and counted by its cause."""
+    """A request that RabbitMQ would not send; it is denied and counted by cause."""
 
     def __init__(self, cause: Malformed) -> None:
         super().__init__(cause)
@@ -68,14 +68,15 @@ _SAME = (
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 
-def parse_form(form: bytes) -> dict[str, str]:  # noqa: PLR0912 - one loop: calls would cost more than what they did
+def parse_form(form: bytes) -> dict[str, str]:  # noqa: PLR0912 - one loop: function calls would cost more than their work
     """
-    Return the parameters of a body or query that this service reads; others are ignored.
+    Parse a body or query and return the known parameters; others are ignored.
 
     Args:
-        form: ``application/x-www-form-urlencoded``, at most :data:`LONGEST_BODY_BYTES`.
+        form: ``application/x-www-form-urlencoded``, up to :data:`LONGEST_BODY_BYTES`.
     Raises:
-        MalformedRequest: Not UTF-8 or badly escaped, NUL, a parameter twice, too long, or two that contradict.
+        MalformedRequest: Not UTF-8, badly escaped, too large, too many parameters, or a parameter that is duplicate,
+            too long, contains NUL or contradicts another.
     """
     if len(form) > LONGEST_BODY_BYTES:
         raise MalformedRequest(Malformed.TOO_LARGE)
@@ -91,7 +92,7 @@ def parse_form(form: bytes) -> dict[str, str]:  # noqa: PLR0912 - one loop: call
             if name not in _LIMITS:
                 name = _unescaped(name)
                 if name not in _LIMITS:
-                    _unescaped(value)  # must be UTF-8 all the same
+                    _unescaped(value)  # must still be UTF-8
                     continue
             if "%" in value or "+" in value:
                 value = _unescaped(value)
@@ -113,12 +114,12 @@ def parse_form(form: bytes) -> dict[str, str]:  # noqa: PLR0912 - one loop: call
 
 def _unescaped(text: str) -> str:
     """
-    Undo the escapes of a name or value.
+    Decode a form-encoded name or value.
 
     Source: WHATWG URL, application/x-www-form-urlencoded parsing.
     """
     if text == "%2F":
-        return "/"  # the default virtual host, in every request twice
+        return "/"  # the default virtual host: twice in every request
     if "+" in text:
         text = text.replace("+", " ")
     return unquote(text, errors="strict") if "%" in text else text
@@ -132,19 +133,19 @@ def _required(parameters: dict[str, str], *names: str) -> list[str]:
 
 
 def login_request(parameters: dict[str, str]) -> LoginRequest:
-    """Read ``/auth/user``; a password that is present, even empty, is a password."""
+    """Parse ``/auth/user``; an empty password counts as a password."""
     (username,) = _required(parameters, "username")
     return LoginRequest(username, parameters.get("password"), parameters.get("client_id"))
 
 
 def vhost_request(parameters: dict[str, str]) -> VhostRequest:
-    """Read ``/auth/vhost``."""
+    """Parse ``/auth/vhost``."""
     username, vhost, ip = _required(parameters, "username", "vhost", "ip")
     return VhostRequest(username, vhost, ip, parameters.get("client_id"))
 
 
 def resource_request(parameters: dict[str, str]) -> ResourceRequest:
-    """Read ``/auth/resource``."""
+    """Parse ``/auth/resource``."""
     username, vhost, resource, name, permission = _required(
         parameters, "username", "vhost", "resource", "name", "permission"
     )
@@ -154,7 +155,7 @@ def resource_request(parameters: dict[str, str]) -> ResourceRequest:
 
 
 def topic_request(parameters: dict[str, str]) -> TopicRequest:
-    """Read ``/auth/topic``; an empty routing key is a key, a missing one is not."""
+    """Parse ``/auth/topic``; the routing key may be empty but not missing."""
     try:
         permission = parameters["permission"]
         request = TopicRequest(
@@ -176,8 +177,8 @@ def answer(decision: Decision, *, with_reason: bool = False) -> str:
     """
     Return the exact text for RabbitMQ: ``allow``, ``allow TAGS``, ``deny`` or ``deny REASON``.
 
-    Anything else crashes the connection process of the broker; a tag anywhere but in a login does too, and a
-    reason does before RabbitMQ 4.3.
+    Anything else crashes RabbitMQ's connection process. So does a tag in the answer to anything but a login, and a
+    reason before RabbitMQ 4.3.
     """
     if decision.allowed:
         return " ".join(("allow", *decision.tags))

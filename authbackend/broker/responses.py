@@ -1,8 +1,8 @@
 """
-HTTP answers that are made once and written as they are: nearly all of what RabbitMQ is told is `allow` or `deny`.
+HTTP responses that are built once and reused: nearly all answers to RabbitMQ are `allow` or `deny`.
 
-aiohttp builds a response anew for each request, which costs more than deciding. What a client gets is the same:
-status, length, type, date.
+aiohttp builds a new response for each request, which costs more than deciding. The client receives the same: status,
+length, type, date.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from aiohttp import hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 
 MOST_UNREAD_BYTES = 64 * 1024
-"""A client that asks on and does not read its answers is cut off."""
+"""A client that sends requests without reading the answers is disconnected above this."""
 
 _HTTP_1_1 = (1, 1)
 
 
 class _Clock:
-    """The Date header's line, made once a second (RFC 9110 section 6.6.1)."""
+    """The Date header, formatted once a second (RFC 9110 section 6.6.1)."""
 
     def __init__(self) -> None:
         self._second = 0
@@ -40,7 +40,7 @@ _clock = _Clock()
 
 class Prepared(web.StreamResponse):
     """
-    A whole response, shared by all requests that get it; for HTTP/1.1 with keep-alive.
+    A complete response, shared between requests; for HTTP/1.1 with keep-alive.
 
     Args:
         status: For example ``200 OK``.
@@ -57,33 +57,33 @@ class Prepared(web.StreamResponse):
         ).encode()
 
     def message(self) -> bytes:
-        """Return it as it goes to the client."""
+        """Return the response as it is sent to the client."""
         return self._head + _clock.line() + self._content
 
     def suited_to(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Return it, or for an old client or another method one that aiohttp makes for this request alone."""
+        """Return this response, or for an old client or another method one that aiohttp builds for this request."""
         plain = request.method in (hdrs.METH_POST, hdrs.METH_GET)
         if request.version == _HTTP_1_1 and request.keep_alive and plain:
             return self
         return web.Response(status=self.status, text=self._text)
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        """Write it all."""
+        """Write the whole response."""
         if request.transport is None:
             raise ConnectionResetError
         write(request.transport, self.message())
         return None
 
     async def write_eof(self, data: bytes = b"") -> None:
-        """Do nothing: it is written."""
+        """Do nothing: :meth:`prepare` has written everything."""
 
 
 def write(transport: Any, message: bytes) -> None:
     """
-    Write a whole response.
+    Write a complete response.
 
     Raises:
-        ConnectionResetError: The client does not read its answers, and was cut off.
+        ConnectionResetError: The client does not read its answers and was disconnected.
     """
     if transport.get_write_buffer_size() > MOST_UNREAD_BYTES:
         transport.abort()
@@ -92,14 +92,14 @@ def write(transport: Any, message: bytes) -> None:
 
 
 class Responses:
-    """The responses by their text; ``unavailable`` is 503."""
+    """Cached responses by text; ``unavailable`` is 503."""
 
     def __init__(self) -> None:
         self._ok: dict[str, Prepared] = {}
         self.unavailable = Prepared("503 Service Unavailable", "unavailable")
 
     def ok(self, text: str) -> Prepared:
-        """Return 200 with a text of RabbitMQ's protocol."""
+        """Return a 200 response with an answer of RabbitMQ's protocol."""
         response = self._ok.get(text)
         if response is None:
             response = self._ok[text] = Prepared("200 OK", text)

@@ -1,4 +1,4 @@
-"""The listener that RabbitMQ asks: HTTP/1.1 with keep-alive, TLS or mutual TLS, no routing beyond a dictionary."""
+"""The listener for RabbitMQ: HTTP/1.1 with keep-alive, TLS or mutual TLS, paths looked up in a dictionary."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _LONGEST_LOGGED_PATH = 256
 
 class BrokerServer(BoundedServer):
     """
-    aiohttp's low-level server, answering what its parser refuses with ``deny`` instead of an error page.
+    aiohttp's low-level server, which answers requests that its parser rejects with ``deny`` instead of an error page.
 
-    The time to send a body is bounded by its endpoint.
+    Each endpoint limits the time to send a body.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class BrokerServer(BoundedServer):
 
 
 class _UnknownPaths:
-    """Counts what is asked at no path of ours, and says once a minute what is expected: nearly always a wrong setting."""
+    """Counts requests to unknown paths, and logs the expected path once a minute: nearly always a setting is wrong."""
 
     def __init__(self, metrics: BrokerMetrics) -> None:
         self._metrics = metrics
@@ -76,7 +76,7 @@ class _UnknownPaths:
         self._unlogged = 0
 
     def count(self, path: str) -> None:
-        """Count a request."""
+        """Count a request, and log it if none was logged in the last minute."""
         self._metrics.unknown_paths.inc()
         if time.monotonic() < self._next_line:
             self._unlogged += 1
@@ -84,24 +84,19 @@ class _UnknownPaths:
         self._next_line = time.monotonic() + _UNKNOWN_PATH_LOG_S
         unlogged, self._unlogged = self._unlogged, 0
         if not path.startswith("/"):
-            path = "/" + path.partition("://")[2].partition("/")[2]  # what is before can hold a password
-        nearest = f"/auth/{path.rstrip('/').rpartition('/')[2]}"
+            path = "/" + path.partition("://")[2].partition("/")[2]  # the part before may contain a password
+        expected = f"/auth/{path.rstrip('/').rpartition('/')[2]}"
         log.warning(
             "broker.unknown_path",
             path=path[:_LONGEST_LOGGED_PATH],
-            expected=nearest if nearest in QUESTIONS else ", ".join(QUESTIONS),
-            fix="correct auth_http.user_path, vhost_path, resource_path and topic_path in rabbitmq.conf; until then RabbitMQ refuses whoever it asks about there",
+            expected=expected if expected in QUESTIONS else ", ".join(QUESTIONS),
+            fix="correct auth_http.user_path, vhost_path, resource_path and topic_path in rabbitmq.conf; until then RabbitMQ refuses everybody that it checks at this path",
             unlogged=unlogged,
         )
 
 
 class _Protocol(BoundedConnection):
-    """
-    One connection.
-
-    Args:
-        pending: A request's payload, and the login in it that waits for a password check.
-    """
+    """One connection; ``_pending`` is a request's payload and the login in it that waits for a password check."""
 
     __slots__ = ("_pending",)
 
@@ -110,19 +105,19 @@ class _Protocol(BoundedConnection):
         self._pending: tuple[Any, PendingLogin | None] = (None, None)
 
     def pending_login(self, request: web.BaseRequest) -> PendingLogin | None:
-        """Return, once, the login that this request was found to be before it was handed to aiohttp, if it was."""
+        """Take the pending login, if this request was parsed as one before it was passed to aiohttp."""
         payload, pending = self._pending
         self._pending = None, None
         return pending if payload is request.content else None
 
     def data_received(self, data: bytes) -> None:
-        """Answer at once what can be; aiohttp does the rest."""
+        """Answer inline where possible; leave the rest to aiohttp."""
         self.arrived()
         waiter = self._waiter
-        if waiter is None or self._messages:  # aiohttp is at work on this connection: one after the other
+        if waiter is None or self._messages:  # aiohttp is handling a request of this connection: keep the order
             RequestHandler.data_received(self, data)
             return
-        self._waiter = None  # nobody is woken up before it is known that it cannot be answered here
+        self._waiter = None  # do not wake aiohttp's task before it is clear that it is needed
         try:
             RequestHandler.data_received(self, data)
         finally:
@@ -132,10 +127,10 @@ class _Protocol(BoundedConnection):
 
     def _answer_inline(self) -> bool:
         """
-        Answer without a task of its own, if this is one whole, plain POST, as RabbitMQ sends them.
+        Answer without waking aiohttp's task, if this is one complete, plain POST, as RabbitMQ sends them.
 
-        A task for each request costs aiohttp a quarter of its time (docs/performance.md). What is done here is what
-        ``RequestHandler.start`` of aiohttp 3.14 does around a handler, and no parsing.
+        Using a task costs aiohttp a quarter of its time (docs/performance.md). This does what ``RequestHandler.start``
+        of aiohttp 3.14 does around a handler, and no parsing.
         """
         server, parser = self._manager, self._parser
         if len(self._messages) != 1 or not isinstance(server, BrokerServer) or parser is None or self._close:
@@ -172,7 +167,7 @@ class _Protocol(BoundedConnection):
         exc: BaseException | None = None,
         message: str | None = None,  # noqa: ARG002
     ) -> web.StreamResponse:
-        """Deny what is not HTTP or too long; nothing of the request is logged, it may hold a password."""
+        """Deny requests that are not HTTP or too long; log nothing of them, since they may contain a password."""
         server = self._manager
         assert isinstance(server, BrokerServer)
         if status >= 500:
@@ -197,11 +192,11 @@ async def listening(
     drain_s: float = 5.0,
 ) -> AsyncIterator[int]:
     """
-    Serve for the time of the block and yield the port; then stop accepting and finish what is in flight.
+    Serve for the duration of the block and yield the port; then stop accepting and finish requests in flight.
 
     Args:
-        shared: Other processes listen on the same port (SO_REUSEPORT); the kernel spreads connections over them.
-        drain_s: Longest time for what is in flight.
+        shared: Other processes listen on the same port (SO_REUSEPORT); the kernel distributes connections among them.
+        drain_s: Longest time to finish requests in flight.
     Raises:
         ConfigurationError: The address cannot be listened on.
     """
@@ -214,7 +209,7 @@ async def listening(
             port=port,
             backlog=backlog,
             reuse_port=shared or None,
-        ) as found:
-            yield found
+        ) as bound_port:
+            yield bound_port
     except OSError as error:
         raise ConfigurationError(f"broker.listen: cannot listen on {host}:{port}: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""Tells the other replicas, through the database, which version this one serves; and learns about them."""
+"""Announce through the database which version this replica serves, and read what the other replicas serve."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ log = structlog.get_logger(__name__)
 
 SHORTEST_PAUSE_S = 0.02
 LONGEST_PAUSE_S = 1.0
-_LEAVING_S = 2.0
+_SIGN_OFF_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Peers:
     """
-    The replicas as the database knows them.
+    The replicas listed in the database.
 
     Args:
         states: How many are ``live``, ``silent`` and ``stopped``.
-        ages_s: By name, how long ago each was in step, by the database's clock; of several, the longest.
-        twins: How many run from a folder from which another runs as well.
+        ages_s: How long ago each was up to date, by name and by the database's clock; of several with one name, the longest.
+        twins: How many share their folder with another running replica.
     """
 
     states: dict[str, int]
@@ -41,39 +41,39 @@ class Peers:
 
 
 class ReplicaTable(Protocol):
-    """Writes this replica's row; ``postgres.replicas`` has the real one."""
+    """Access to this replica's row in the database; implemented in ``postgres.replicas``."""
 
     async def announce(self, position: FeedPosition, confirmed_at: datetime) -> None:
-        """Say which version this replica serves."""
+        """Record the version that this replica serves."""
 
     async def sign_off(self, *, comes_back: bool) -> None:
-        """Say that this replica stops."""
+        """Record that this replica stops."""
 
     async def peers(self) -> Peers:
-        """Return what the database knows of all replicas."""
+        """Return the state of all replicas."""
 
     async def close(self) -> None:
-        """Drop the connection."""
+        """Close the connection."""
 
 
 class AnnouncerObserver(Protocol):
-    """Is told about the replicas, for metrics."""
+    """Receives the state of all replicas, for metrics."""
 
     def peers(self, peers: Peers) -> None:
-        """Take what the database knows of the replicas."""
+        """Accept the latest state of the replicas."""
 
 
 class ReplicaAnnouncer:
     """
-    Announces the newest version, at most fifty times a second and at least once a second.
+    Announces the newest version, between once and fifty times a second.
 
-    A fault of the database is not told here: the copy's own look meets it too, and this replica then counts as one
-    that may still be serving what it had. Except one that only a writer meets.
+    Database errors are logged at debug level only: the follower meets and reports them too, and the others then assume
+    that this replica may still serve its last version. Errors that only a writer meets go to ``writability``.
 
     Args:
-        comes_back: Whether this replica can start again by itself, from a copy on disk.
-        reachability: Shared with whatever else in this process needs the database.
-        writability: Is told whether the announcement could be written.
+        comes_back: Whether this replica can restart without the database, from a copy on disk.
+        reachability: Shared by everything in this process that needs the database.
+        writability: Receives whether the announcement could be written.
     """
 
     def __init__(
@@ -93,14 +93,14 @@ class ReplicaAnnouncer:
         self._newest: FeedRead | None = None
         self._fault: str | None = None
         self._next_peers = 0.0  # monotonic
-        self._news = asyncio.Event()
+        self._version_changed = asyncio.Event()
 
     def serves(self, feed_read: FeedRead) -> None:
-        """Note the version that all workers serve from now on."""
+        """Set the version that all workers serve from now on."""
         changed = self._newest is None or self._newest.position != feed_read.position
         self._newest = feed_read
         if changed:
-            self._news.set()
+            self._version_changed.set()
 
     async def run(self) -> None:
         """Announce until cancelled."""
@@ -109,18 +109,18 @@ class ReplicaAnnouncer:
             if self._fault is None:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(LONGEST_PAUSE_S):
-                        await self._news.wait()
-            self._news.clear()
+                        await self._version_changed.wait()
+            self._version_changed.clear()
             if self._newest is None:
                 continue
-            if await self._announced(self._newest):
+            if await self._announce(self._newest):
                 backoff.reset()
                 await asyncio.sleep(SHORTEST_PAUSE_S)
             else:
                 await self._reachability.pause(backoff)
 
-    async def _announced(self, newest: FeedRead) -> bool:
-        """Announce once; False if it failed."""
+    async def _announce(self, newest: FeedRead) -> bool:
+        """Announce once; return False if that failed."""
         try:
             await self._replica_table.announce(newest.position, newest.confirmed_at)
             self._writability.succeeded()
@@ -133,7 +133,7 @@ class ReplicaAnnouncer:
             if self._fault != error.detail:
                 log.debug("replica.not_announced", fault=error.detail)
             self._fault = error.detail
-        except Exception as error:  # a fault of ours must not end the announcements for good
+        except Exception as error:  # a bug in authbackend must not end the announcements for good
             if self._fault != str(error):
                 log.exception("replica.announcement_crashed")
             self._fault = str(error)
@@ -146,9 +146,9 @@ class ReplicaAnnouncer:
         return False
 
     async def leave(self) -> None:
-        """Sign off, if the database answers soon; call it when no worker answers any more."""
+        """Sign off, unless the database takes too long; call it after all workers have stopped answering."""
         try:
-            async with asyncio.timeout(_LEAVING_S):
+            async with asyncio.timeout(_SIGN_OFF_TIMEOUT_S):
                 if self._newest is not None:
                     await self._replica_table.sign_off(comes_back=self._comes_back)
         except (AuthbackendError, TimeoutError) as error:

@@ -1,4 +1,4 @@
-"""Devices with rules of their own, kept between requests: to compile 2,000 rules takes 20 ms."""
+"""A cache of devices with rules of their own: compiling 2,000 rules takes 20 ms."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ MOST_RULES = 10_000
 
 class CompiledDevices:
     """
-    Devices with own rules, as long as their records are what they were.
+    Compiled devices with rules of their own, each valid while its record is unchanged.
 
-    What is kept is taken only for a record of the very same bytes, which the caller has just read: whatever changes in
-    the registry, a device is decided by what is there.
+    An entry is used only if the record that the caller has just read has exactly the same bytes, so decisions always
+    follow the current registry.
 
     Args:
-        most_rules: Those that were not asked for longest are dropped beyond it, but never the newest one.
+        most_rules: Above this number, the least recently used devices are dropped, but never the newest one.
     """
 
-    __slots__ = ("_known", "_most_rules", "rules")
+    __slots__ = ("_cached", "_most_rules", "rules")
 
     def __init__(self, most_rules: int = MOST_RULES) -> None:
-        self._known: dict[str, tuple[bytes, Device, int]] = {}
+        self._cached: dict[str, tuple[bytes, Device, int]] = {}
         self._most_rules = most_rules
         self.rules = 0
-        """How many rules are kept."""
+        """The number of cached rules."""
 
     def device(self, name: str, record: bytes) -> Device:
-        """Return the device that a record says is kept under a common name."""
-        known = self._known.pop(name, None) if self._known else None
-        if known is not None:
-            if known[0] == record:
-                self._known[name] = known  # asked for last
-                return known[1]
-            self.rules -= known[2]
-        device = records.device(name, record, known[:2] if known else None)
+        """Return the device that a record describes."""
+        cached = self._cached.pop(name, None) if self._cached else None
+        if cached is not None:
+            if cached[0] == record:
+                self._cached[name] = cached  # now the most recently used
+                return cached[1]
+            self.rules -= cached[2]
+        device = records.device(name, record, cached[:2] if cached else None)
         if device.rules is not NO_RULES:
-            number = sum(1 for _ in device.rules)
-            self._known[name] = (record, device, number)
-            self.rules += number
-            while self.rules > self._most_rules and len(self._known) > 1:
-                self.rules -= self._known.pop(next(iter(self._known)))[2]
+            count = sum(1 for _ in device.rules)
+            self._cached[name] = (record, device, count)
+            self.rules += count
+            while self.rules > self._most_rules and len(self._cached) > 1:
+                self.rules -= self._cached.pop(next(iter(self._cached)))[2]
         return device
 
     def forget(self, name: str) -> None:
-        """Drop a device that is gone."""
-        if self._known and (known := self._known.pop(name, None)):
-            self.rules -= known[2]
+        """Drop a device that was removed."""
+        if self._cached and (cached := self._cached.pop(name, None)):
+            self.rules -= cached[2]

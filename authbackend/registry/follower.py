@@ -1,7 +1,7 @@
 """
-Keeps the copy true: load, follow the change feed, notice staleness.
+Keep the copy up to date: load the registry, follow the change feed, notice staleness.
 
-One look at a time. A notification only wakes the loop up; what changed is read from the change feed, which is also
+One refresh runs at a time. A notification only wakes the loop; changes are read from the change feed, which is also
 polled, so a lost notification delays a change by a second and loses nothing.
 """
 
@@ -32,18 +32,18 @@ from authbackend.registry.writability import Writability
 log = structlog.get_logger(__name__)
 
 NO_ROOM_S = 10.0
-"""How long to wait when the registry does not fit: each attempt reads all of it from the database, in vain."""
+"""Pause when the registry does not fit into memory: each attempt reads all of it from the database, in vain."""
 CONFIRM_ON_DISK_S = 10.0
-_AT_ONCE = 2000
+_YIELD_EVERY = 2000
 
 
 @dataclass(frozen=True, slots=True)
 class FeedRead:
     """
-    Where a look at the database stood.
+    The result of one read of the change feed.
 
     Args:
-        confirmed_at: The database's clock when the look began.
+        confirmed_at: The database's clock when the read began.
     """
 
     position: FeedPosition
@@ -53,12 +53,12 @@ class FeedRead:
 @dataclass(frozen=True, slots=True)
 class RefreshResult:
     """
-    What one look at the database gave.
+    The outcome of one refresh.
 
     Args:
-        full: True when the copy was loaded anew.
+        full: Whether the whole registry was loaded.
         changed: Rows read.
-        duration_s: From the start of the look to the moment decisions use it.
+        duration_s: From the start of the refresh until decisions use it.
     """
 
     full: bool
@@ -69,12 +69,12 @@ class RefreshResult:
 @dataclass(frozen=True, slots=True)
 class SuspectRows:
     """
-    What the database holds, all at one look.
+    What the database holds, read in one snapshot.
 
     Args:
-        patch: What changed since the mark.
-        present: The suspects.
-        sizes: How many rows there are, by entity.
+        patch: The changes since the position.
+        present: The suspect rows as the database has them.
+        sizes: Number of rows by entity.
     """
 
     patch: Patch
@@ -84,56 +84,56 @@ class SuspectRows:
 
 
 class Feed(Protocol):
-    """Reads the registry from the database; ``postgres.feed`` has the real one."""
+    """Reads the registry from the database; implemented in ``postgres.change_feed``."""
 
     async def load(self, store: Store, synced_at: float) -> FeedRead:
-        """Fill a store with everything."""
+        """Load the whole registry into a store."""
 
     async def changes(self, position: FeedPosition, devices: int) -> tuple[Patch, FeedRead] | None:
-        """Return what changed since a mark, None if it must be loaded anew; ``devices``: how many there were."""
+        """Return the changes since a position, None if a full load is needed; ``devices``: how many the copy has."""
 
     async def suspects(self, store: Store) -> Patch:
-        """Return the rows in which a store, which may move on meanwhile, seems to differ from the database."""
+        """Return the rows in which a store, which may change meanwhile, seems to differ from the database."""
 
     async def confirm(self, position: FeedPosition, devices: int, suspects: Patch) -> SuspectRows | None:
-        """Look at suspects again, together with what changed since a mark; None if all must be loaded anew anyway."""
+        """Read suspect rows again, with the changes since a position; None if a full load is needed anyway."""
 
     async def later_changes(self, position: FeedPosition) -> set[lost_changes.Key] | None:
         """
-        Return what was changed after a mark of an earlier life of the database, as far as its change feed tells.
+        Return what the change feed says was changed after a position in an earlier incarnation of the database.
 
-        None if it does not reach back so far.
+        None if the feed does not reach back that far.
         """
 
     async def prune(self) -> None:
-        """Delete change rows that every reader has seen."""
+        """Delete change rows that every reader has read."""
 
     def wake_ups(self) -> contextlib.AbstractAsyncContextManager[Callable[[], Awaitable[None]]]:
-        """Listen for changes; the value waits for the next one and raises when the connection is lost."""
+        """Listen for changes; the yielded function waits for the next one and raises if the connection is lost."""
 
     async def close(self) -> None:
-        """Drop the connection; the next call opens one."""
+        """Close the connection; the next call opens one."""
 
 
 class FollowerObserver(Protocol):
-    """Is told what happens, for metrics and for the other replicas."""
+    """Receives what the follower does, for metrics and for the other replicas."""
 
     def refreshed(self, feed_read: FeedRead, refreshed: RefreshResult, *, lasting: bool) -> None:
         """
-        A look at the database succeeded.
+        A refresh succeeded.
 
         Args:
-            lasting: False if what changed should be on disk and is not: a restart could go back behind it.
+            lasting: False if the change could not be written to disk: a restart could lose it.
         """
 
     def refresh_failed(self) -> None:
-        """A look at the database failed; the copy stays as it is."""
+        """A refresh failed; the copy is unchanged."""
 
     def compared(self, differences: int) -> None:
         """The copy was compared with the database row by row."""
 
     def served_changes_gone(self, number: int) -> None:
-        """A database in another life lacks changes that were served."""
+        """The database, in a new incarnation, has lost changes that were served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +150,8 @@ class RegistryFollower:
     Follows the database and writes the store that decisions are made from.
 
     Args:
-        reachability: Shared with whatever else in this process needs the database.
-        writability: Shared with whatever else in this process writes to it; its fault is noted in the store.
+        reachability: Shared by everything in this process that needs the database.
+        writability: Shared by everything in this process that writes to it; its fault is recorded in the store.
     """
 
     def __init__(
@@ -170,26 +170,26 @@ class RegistryFollower:
         self._feed = feed
         self._observer = observer
         self._times = times or SyncTimes()
-        self._disk = snapshot_folder
-        self._on_disk_until = 0.0  # monotonic: when the disk must be told again that the copy is true
+        self._snapshot_folder = snapshot_folder
+        self._next_disk_write = 0.0  # monotonic: when to confirm on disk again that the copy is current
         self._wake = asyncio.Event()
         self._reachability = reachability or Reachability()
         self._writability = writability or Writability()
         self._backoff = Backoff()
-        self._no_room = Backoff(NO_ROOM_S, NO_ROOM_S)
-        self._looking = asyncio.Lock()  # one look at a time: an older result must never follow a newer one
+        self._no_room_backoff = Backoff(NO_ROOM_S, NO_ROOM_S)
+        self._looking = asyncio.Lock()  # one refresh at a time: an older result must never replace a newer one
         self._next_prune = 0.0
 
     async def run(self) -> None:
-        """Follow the database until cancelled; never raises for a fault of the database."""
+        """Follow the database until cancelled; database errors never end it."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._listen())
             tasks.create_task(self._compare_regularly())
             while True:
-                await self._look()
+                await self._refresh_and_wait()
 
-    async def _look(self) -> None:
-        """Look once, then wait for a notification or the next poll, or after a failure until it may be over."""
+    async def _refresh_and_wait(self) -> None:
+        """Refresh once, then wait for a notification or the next poll; after a failure, pause."""
         self._wake.clear()
         try:
             async with self._looking:
@@ -197,11 +197,11 @@ class RegistryFollower:
                 await self._maintain()
         except NoRoom as error:
             await self._failed(error.detail)
-            await asyncio.sleep(self._no_room.next_s())
+            await asyncio.sleep(self._no_room_backoff.next_s())
         except AuthbackendError as error:
             await self._failed(error.detail)
             await self._reachability.pause(self._backoff)
-        except Exception as error:  # a fault of ours must not stop the copy from following
+        except Exception as error:  # a bug in authbackend must not stop the follower
             fault = f"{type(error).__name__} while reading the registry"
             if self.fault != fault:
                 log.exception("registry.refresh_crashed")
@@ -215,19 +215,19 @@ class RegistryFollower:
 
     async def refresh(self, *, full: bool = False) -> RefreshResult:
         """
-        Look at the database once and apply what changed, or load everything anew.
+        Read the database once and apply the changes, or load the whole registry.
 
         Raises:
-            AuthbackendError: The database could not be read; the copy stays as it was.
+            AuthbackendError: The database could not be read; the copy is unchanged.
         """
         began = Instant.now()
         state = self.store.state()
-        found = None
+        changes = None
         if state is not None and not full:
-            found = await self._feed.changes(state.position, self.store.sizes()["device"])
-        if found is not None:
-            return await self._apply(*found, began)
-        with self.store.reader() as before:  # what was served stays readable until it has been compared
+            changes = await self._feed.changes(state.position, self.store.sizes()["device"])
+        if changes is not None:
+            return await self._apply(*changes, began)
+        with self.store.reader() as before:  # keeps the version that was served readable until it has been compared
             feed_read = await self._feed.load(self.store, began.uptime)
             sizes = self.store.sizes()
             refreshed = RefreshResult(True, sum(sizes.values()), clocks.uptime() - began.uptime)
@@ -238,34 +238,36 @@ class RegistryFollower:
                 JournalEntry(began, feed_read.position, Patch(), feed_read.confirmed_at.timestamp()),
             )
             if state is not None and not feed_read.position.same_life(state.position):
-                await self._compare_with_served(before, state.position)
+                await self._report_lost_changes(before, state.position)
         return refreshed
 
-    async def _compare_with_served(self, before: Reader, position: FeedPosition) -> None:
+    async def _report_lost_changes(self, before: Reader, position: FeedPosition) -> None:
         try:
             later = await self._feed.later_changes(position)
         except AuthbackendError:
             later = None
-        found = set()
+        differing_keys = set()
         with self.store.reader() as after:
             for number, key in enumerate(lost_changes.differing(before, after)):
                 if key is not None:
-                    found.add(key)
-                if number % _AT_ONCE == 0:
+                    differing_keys.add(key)
+                if number % _YIELD_EVERY == 0:
                     await asyncio.sleep(0)
-        self._observer.served_changes_gone(lost_changes.report(found, later))
+        self._observer.served_changes_gone(lost_changes.report(differing_keys, later))
 
     async def _apply(self, patch: Patch, feed_read: FeedRead, began: Instant) -> RefreshResult:
-        time_there = feed_read.confirmed_at.timestamp()
+        database_time = feed_read.confirmed_at.timestamp()
         if len(patch):
-            self.store.apply(patch, feed_read.position, began.uptime, time_there)
+            self.store.apply(patch, feed_read.position, began.uptime, database_time)
         else:
             fault = self._writability.fault
-            self.store.note(position=feed_read.position, synced_at=began.uptime, fault=fault, database_time=time_there)
+            self.store.note(
+                position=feed_read.position, synced_at=began.uptime, fault=fault, database_time=database_time
+            )
         refreshed = RefreshResult(False, len(patch), clocks.uptime() - began.uptime)
         if len(patch):
             log.info("registry.changed", rows=len(patch), duration_s=round(refreshed.duration_s, 4))
-        await self._succeeded(feed_read, refreshed, JournalEntry(began, feed_read.position, patch, time_there))
+        await self._succeeded(feed_read, refreshed, JournalEntry(began, feed_read.position, patch, database_time))
         return refreshed
 
     async def _succeeded(self, feed_read: FeedRead, refreshed: RefreshResult, entry: JournalEntry) -> None:
@@ -276,16 +278,16 @@ class RegistryFollower:
         self.fault = None
         if self._writability.fault is not None and (len(entry.patch) or refreshed.full):
             self.store.note(fault=self._writability.fault)
-        lasting = await self._written(entry, new_image=refreshed.full)
+        lasting = await self._write_to_disk(entry, new_image=refreshed.full)
         self._observer.refreshed(feed_read, refreshed, lasting=lasting)
 
-    async def _written(self, entry: JournalEntry, *, new_image: bool) -> bool:
-        """Write a look to disk where it matters; False: it is not there, so nobody may rely on it after a crash."""
-        snapshot_folder = self._disk
+    async def _write_to_disk(self, entry: JournalEntry, *, new_image: bool) -> bool:
+        """Write a refresh to disk where needed; return False if that failed, so nobody may rely on it after a crash."""
+        snapshot_folder = self._snapshot_folder
         if snapshot_folder is None:
             return True
         now = time.monotonic()
-        if not (new_image or len(entry.patch) or snapshot_folder.wants_image or now >= self._on_disk_until):
+        if not (new_image or len(entry.patch) or snapshot_folder.wants_image or now >= self._next_disk_write):
             return True
         try:
             if new_image or snapshot_folder.wants_image:
@@ -296,31 +298,32 @@ class RegistryFollower:
         except OSError as error:
             log.error("registry.not_on_disk", fault=error.strerror)
             return False
-        self._on_disk_until = now + CONFIRM_ON_DISK_S
+        self._next_disk_write = now + CONFIRM_ON_DISK_S
         return True
 
     async def compare(self) -> int:
         """
-        Compare the copy with the database row by row and load it anew when they differ.
+        Compare the copy with the database row by row, and reload it if they differ.
 
-        Finds what no trigger can see, for example a restore that disabled them. The copy follows on meanwhile.
+        This catches changes that bypass the triggers, for example a restore that disabled them. The copy keeps
+        following meanwhile.
         """
         suspects = await self._feed.suspects(self.store)
         async with self._looking:
             began = Instant.now()
             state = self.store.state()
             assert state is not None
-            found = await self._feed.confirm(state.position, self.store.sizes()["device"], suspects)
-            if found is None:
+            confirmed = await self._feed.confirm(state.position, self.store.sizes()["device"], suspects)
+            if confirmed is None:
                 await self.refresh(full=True)
                 return 0
-            await self._apply(found.patch, found.feed_read, began)
-            differences = self.store.differences(found.present) or sum(
-                abs(size - found.sizes[entity]) for entity, size in self.store.sizes().items()
+            await self._apply(confirmed.patch, confirmed.feed_read, began)
+            differences = self.store.differences(confirmed.present) or sum(
+                abs(size - confirmed.sizes[entity]) for entity, size in self.store.sizes().items()
             )
             self._observer.compared(differences)
             if differences:
-                log.error("registry.differs", rows=differences, next="loading it anew")
+                log.error("registry.differs", rows=differences, next="reloading it")
                 await self.refresh(full=True)
             return differences
 
@@ -342,7 +345,7 @@ class RegistryFollower:
                     await self.compare()
             except AuthbackendError as error:
                 log.warning("registry.compare_failed", fault=error.detail)
-            except Exception:  # a fault of ours must not end the comparisons for good
+            except Exception:  # a bug in authbackend must not end the comparisons for good
                 log.exception("registry.compare_crashed")
 
     async def _failed(self, detail: str) -> None:
@@ -370,8 +373,8 @@ class RegistryFollower:
                         self._wake.set()
                         backoff.reset()
             except AuthbackendError:
-                pass  # the poll follows meanwhile, and says what is wrong with the database
-            except Exception as error:  # a fault of ours must not end the listening for good
+                pass  # polling goes on meanwhile, and reports what is wrong with the database
+            except Exception as error:  # a bug in authbackend must not end listening for good
                 if crash != str(error):
                     log.exception("registry.listen_crashed")
                 crash = str(error)

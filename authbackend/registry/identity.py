@@ -1,10 +1,10 @@
 """
-Who a replica is: a folder's id, which lasts, and an id of each boot, which is a start of the service.
+The identity of a replica: the id of its folder, which is permanent, and an id for each boot (start of the service).
 
-Each boot has a row of its own in the database. A restart takes the place of the boots before it only where the kernel
-proves that they have ended: they held the lock of the folder, all their processes hold it until they end, and this boot
-has it now. The proof holds for one file under one kernel. In a folder that was copied the lock is another file, and under
-another kernel (another host, or this one started anew) nobody knows who holds what elsewhere.
+Each boot has a row of its own in the database. A restart replaces earlier boots only if the kernel proves that they
+have ended: all processes of a boot hold the folder's lock until they end, and this boot holds it now. That proves
+something only for one lock file under one kernel. In a copied folder the lock is another file, and under another kernel
+(another host, or this one rebooted) locks held elsewhere are unknown.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-_KERNEL = Path("/proc/sys/kernel/random/boot_id")
-_MOST_FORMER = 100
+_KERNEL_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_MAX_FORMER = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +26,9 @@ class Boot:
     One start of the service.
 
     Args:
-        folder: The id of the folder that it keeps its copy in; None without one.
-        former: The boots of the same lock file before this one, oldest first.
-        former_ended: Whether it is proven that none of them runs any more; else only those that signed off have ended.
+        folder: The id of the folder with the copy on disk; None without one.
+        former: The earlier boots that used the same lock file, oldest first.
+        former_ended: Whether all of them have provably ended; if not, only those that signed off count as ended.
     """
 
     id: uuid.UUID
@@ -39,33 +39,33 @@ class Boot:
 
 def begin(folder: uuid.UUID, record: bytes | None, lock: int) -> tuple[Boot, bytes]:
     """
-    Return this boot, and what to keep in the folder for the next one.
+    Return this boot, and the record to store in the folder for the next one.
 
     Args:
-        record: What the boot before kept; None if there was none, or one that kept nothing.
-        lock: The descriptor of the folder's lock, which this process holds.
+        record: The record of the previous boot; None if there is none.
+        lock: File descriptor of the folder's lock, held by this process.
     """
-    here = _lock(lock)
-    # Before boots had ids of their own, a replica's row had the folder's.
+    current_lock = _lock(lock)
+    # Before boots had ids of their own, a replica's row had the folder's id.
     former: tuple[uuid.UUID, ...] = (folder,)
-    there = None
+    previous_lock = None
     if record is not None:
         former = ()
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            kept = json.loads(record)
-            there = kept["lock"]
-            former = tuple(uuid.UUID(one) for one in kept["boots"])
-            if there["inode"] != here["inode"]:
+            previous = json.loads(record)
+            previous_lock = previous["lock"]
+            former = tuple(uuid.UUID(text) for text in previous["boots"])
+            if previous_lock["inode"] != current_lock["inode"]:
                 former = ()
-    boot = Boot(uuid.uuid4(), folder, former, there == here)
-    # What is not proven now must not look so to the next boot, which sees only that this one has ended.
+    boot = Boot(uuid.uuid4(), folder, former, previous_lock == current_lock)
+    # The next boot can prove only that this one has ended: boots that are not proven to have ended must not be in its list.
     ended = former if boot.former_ended else ()
-    boots = [str(one) for one in (*ended, boot.id)][-_MOST_FORMER:]
-    return boot, json.dumps({"lock": here, "boots": boots}).encode() + b"\n"
+    boots = [str(boot_id) for boot_id in (*ended, boot.id)][-_MAX_FORMER:]
+    return boot, json.dumps({"lock": current_lock, "boots": boots}).encode() + b"\n"
 
 
 def _lock(descriptor: int) -> dict[str, str | int]:
-    """Return where the lock is: no other file of this kernel has the same three, as long as somebody has it open."""
-    found = os.fstat(descriptor)
-    kernel = _KERNEL.read_text(encoding="ascii").strip()
-    return {"kernel": kernel, "device": found.st_dev, "inode": found.st_ino}
+    """Identify the lock file: no other file under this kernel has the same three values while it is open."""
+    stat = os.fstat(descriptor)
+    kernel = _KERNEL_BOOT_ID.read_text(encoding="ascii").strip()
+    return {"kernel": kernel, "device": stat.st_dev, "inode": stat.st_ino}

@@ -1,4 +1,4 @@
-"""What replicas had served and a database in another life lacks: found after a fail-over, a crash or a restore."""
+"""Changes that replicas had served and the database has lost, in a fail-over, a crash or a restore."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Key = tuple[str, str]
 
 
 def differing(before: Reader, after: Reader) -> Iterator[Key | None]:
-    """Yield what two versions hold differently, and None for each entry that they do not."""
+    """Yield the key of each entry that differs between two versions, and None for each that does not."""
     for entity in ("device_type", "account", "device"):
         for name, record in before.entries(entity):
             yield _key(entity, name, record) if after.record(entity, name) != record else None
@@ -29,33 +29,34 @@ def _key(entity: str, name: str, record: bytes) -> Key:
     return entity, records.device_id_of(name, record) if entity == "device" else name
 
 
-def report(found: set[Key], later: set[Key] | None) -> int:
+def report(differing_keys: set[Key], later: set[Key] | None) -> int:
     """
-    Log which served changes are gone, by name, and return how many.
+    Log the served changes that are lost, by name, and return how many.
 
-    What was changed again after that cannot be told from a change that is gone, and is not named.
+    An entry that was changed again afterwards may have lost nothing, and is not named.
 
     Args:
-        found: What differs from what was served.
-        later: What the database says was changed after that, ``*`` for all of an entity; None: it does not reach back so far.
+        differing_keys: Entries that differ from what was served.
+        later: Entries changed after that according to the change feed, ``*`` for all of an entity; None if the feed does
+            not reach back that far.
     """
     if later is None:
-        if found:
+        if differing_keys:
             log.warning(
                 "registry.served_changes_unknown",
-                differing=len(found),
-                fault="the database is in another life, and its change feed does not reach back to what was served",
+                differing=len(differing_keys),
+                fault="the database is in a new incarnation, and its change feed does not reach back to the version that was served",
             )
         return 0
-    gone = sorted(key for key in found if key not in later and (key[0], "*") not in later)
+    gone = sorted(key for key in differing_keys if key not in later and (key[0], "*") not in later)
     if gone:
         log.error(
             "registry.served_changes_gone",
             number=len(gone),
             named=[f"{entity} {name}" for entity, name in gone[:NAMED]],
-            fault="these were served in a state that the database does not hold any more, and its change feed has no change after "
-            "that: it went back behind them (a fail-over, a crash, a restore), or changed them with transaction ids given out "
-            "again. What the database holds is decided by now",
-            next="look at each, and make the change again",
+            fault="the database no longer has these entries as they were served, and its change feed has no later change of "
+            "them: it went back to an earlier state (a fail-over, a crash, a restore), or changed them under reused transaction "
+            "ids. Decisions now follow the database",
+            next="check each entry, and make the change again if it was meant",
         )
     return len(gone)

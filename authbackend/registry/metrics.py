@@ -1,4 +1,4 @@
-"""What is counted of the copy of the registry, and of the replica."""
+"""Metrics of the copy of the registry, and of the replica."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ SYNC_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 
 
 class RegistryMetrics:
     """
-    What the process that follows the database counts.
+    Metrics of the follower process.
 
     Args:
-        tell: Takes what it knows of its copy and of the other replicas, for :class:`ReplicaMetrics`.
+        publish: Receives what it knows about its copy and the other replicas, for :class:`ReplicaMetrics`.
     """
 
-    def __init__(self, registry: CollectorRegistry, tell: Callable[[dict[str, Any]], object]) -> None:
-        self._tell = tell
-        self._known: dict[str, Any] = {}
+    def __init__(self, registry: CollectorRegistry, publish: Callable[[dict[str, Any]], object]) -> None:
+        self._publish = publish
+        self._state: dict[str, Any] = {}
         self._sync_metrics(registry)
 
     def _sync_metrics(self, registry: CollectorRegistry) -> None:
@@ -65,93 +65,95 @@ class RegistryMetrics:
         )
 
     def ignored(self, changes: int) -> None:
-        """Changes were of an entity that a newer schema has."""
+        """Count changes of an entity that only a newer schema has."""
         self._ignored.inc(changes)
 
     def refreshed(self, _: FeedRead, refreshed: RefreshResult, *, lasting: bool) -> None:
-        """A look at the database succeeded."""
+        """Record a successful refresh."""
         self._sync_duration.labels("full" if refreshed.full else "changes").observe(refreshed.duration_s)
-        known = {**self._known, "lasting": lasting}
+        state = {**self._state, "lasting": lasting}
         if refreshed.changed or refreshed.full:
-            known["changed_at"] = time.time()
-        self._learn(known)
+            state["changed_at"] = time.time()
+        self._update(state)
 
     def refresh_failed(self) -> None:
-        """A look at the database failed."""
+        """Count a failed refresh."""
         self._sync_failures.inc()
 
     def compared(self, differences: int) -> None:
-        """The copy was compared with the database row by row."""
+        """Count a comparison with the database, and the rows that differed."""
         self._comparisons.inc()
         self._differences.inc(differences)
 
     def served_changes_gone(self, number: int) -> None:
-        """A database in another life lacks changes that were served."""
+        """Count served changes that the database has lost."""
         self._gone.inc(number)
 
     def peers(self, peers: Peers) -> None:
-        """Take what the database knows of the replicas."""
-        self._learn({**self._known, "states": peers.states, "ages_s": peers.ages_s, "twins": peers.twins})
+        """Accept the latest state of the replicas."""
+        self._update({**self._state, "states": peers.states, "ages_s": peers.ages_s, "twins": peers.twins})
 
-    def _learn(self, known: dict[str, Any]) -> None:
-        if known != self._known:
-            self._known = known
-            self._tell(known)
+    def _update(self, state: dict[str, Any]) -> None:
+        if state != self._state:
+            self._state = state
+            self._publish(state)
 
 
 class ReplicaMetrics(Collector):
     """
-    What is true of the replica and what it knows of the others.
+    Gauges of this replica, and of the others as far as it knows them.
 
     Args:
-        present: Returns what is true at this moment; asked at each scrape.
-        known: Returns what the process that follows the database told last, None if there is no such process.
+        current: Returns the current state; called at each scrape.
+        published: Returns what the follower process last published, None if it is not running.
     """
 
-    def __init__(self, present: Callable[[], Present], known: Callable[[], dict[str, Any] | None]) -> None:
-        self._present = present
-        self._known = known
+    def __init__(self, current: Callable[[], Present], published: Callable[[], dict[str, Any] | None]) -> None:
+        self._current = current
+        self._published = published
 
     def collect(self) -> Iterator[Metric]:
         """Yield the gauges, for one scrape."""
-        now = self._present()
+        now = self._current()
         state = now.state
-        known = self._known() or {}
+        published = self._published() or {}
         yield gauge(
             "registry_version",
             "Upper end of the transactions that the copy contains (PostgreSQL transaction id).",
             None if state is None else state.position.xmax,
         )
         yield gauges("registry_entries", "Entries of the copy in memory.", "entity", now.sizes)
-        taken, available = now.memory_bytes
-        yield gauge("registry_memory_bytes", "Memory that the copy has, what it can use again included.", taken)
+        used, available = now.memory_bytes
+        yield gauge("registry_memory_bytes", "Memory that the copy has, what it can use again included.", used)
         yield gauge(
             "registry_memory_available_bytes",
             "Memory that is left in the file system of registry.memory_dir.",
             available,
         )
-        yield gauge("registry_changed_timestamp_seconds", "When the copy last changed.", known.get("changed_at"))
+        yield gauge("registry_changed_timestamp_seconds", "When the copy last changed.", published.get("changed_at"))
         yield gauge(
             "registry_sync_age_seconds",
             "Time since the start of the last look at the database that succeeded; NaN before the first.",
             float("nan") if state is None else clocks.uptime() - state.synced_at,
         )
         yield gauge(
-            "registry_on_disk", "1 if the copy on disk holds what the one in memory does.", known.get("lasting", False)
+            "registry_on_disk",
+            "1 if the copy on disk holds what the one in memory does.",
+            published.get("lasting", False),
         )
         yield gauges("workers", "Workers by state: serving, starting, hanging.", "state", now.workers)
         yield gauge("worker_restarts", "How often a worker had to be started again.", now.restarts)
-        yield gauges("replicas", "Replicas by state: live, silent, stopped.", "state", known.get("states", {}))
+        yield gauges("replicas", "Replicas by state: live, silent, stopped.", "state", published.get("states", {}))
         yield gauges(
             "replica_sync_age_seconds",
             "How far each replica is behind, by the database's clock.",
             "replica",
-            known.get("ages_s", {}),
+            published.get("ages_s", {}),
         )
         yield gauge(
             "replicas_of_a_shared_folder",
             "Replicas that run from a folder (registry.snapshot_dir) from which another one runs as well: it was copied.",
-            known.get("twins"),
+            published.get("twins"),
         )
         info = GaugeMetricFamily(
             "authbackend_build_info", "Always 1; labels tell what runs.", labels=["version", "python"]
@@ -162,7 +164,7 @@ class ReplicaMetrics(Collector):
 
 @dataclass(frozen=True, slots=True)
 class Present:
-    """What is true at this moment; ``workers`` by state, ``sizes`` by entity, ``memory_bytes`` taken and left."""
+    """The current state of a replica: ``sizes`` by entity, ``workers`` by state, ``memory_bytes`` used and available."""
 
     state: State | None
     sizes: dict[str, int]

@@ -1,4 +1,4 @@
-"""How far a reader of the database has come."""
+"""Positions in the change feed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class FeedPosition:
     """
-    How far a reader has come.
+    How far a reader has read the change feed.
 
     Args:
-        epoch: The life of the server and its tables, within which transaction ids are not given out twice.
+        epoch: Identifies the server and its tables; within it, no transaction id is reused.
         incarnation: Renewed by every crash recovery.
         snapshot: ``xmin:xmax:xip,...`` of ``pg_current_snapshot()``.
     """
@@ -22,7 +22,7 @@ class FeedPosition:
 
     @property
     def xmin(self) -> int:
-        """The oldest transaction that was still running."""
+        """The oldest transaction id that was still running."""
         return int(self.snapshot.split(":")[0])
 
     @property
@@ -32,12 +32,12 @@ class FeedPosition:
 
     @property
     def running(self) -> list[str]:
-        """The transactions between that were not visible."""
+        """The transaction ids between the two that were not visible."""
         text = self.snapshot.split(":")[2]
         return text.split(",") if text else []
 
     def same_life(self, other: FeedPosition) -> bool:
-        """Return whether transaction ids mean the same in both."""
+        """Return whether transaction ids can be compared between the two."""
         return (self.epoch, self.incarnation) == (other.epoch, other.incarnation)
 
     def serves(self, transaction: int) -> bool:

@@ -1,16 +1,16 @@
 """
-How the registry's rows are kept in the store: one short text for each device, JSON for what is few.
+The format of the registry's rows in the store: a short text for each device, JSON for types and accounts, which are few.
 
-The database itself makes these texts (``sql/queries/registry.sql``), so that a load of a million devices is hardly
-more than copying bytes, and a comparison with the database is a comparison of bytes.
+The database produces these texts (``sql/queries/registry.sql``), so that loading a million devices is little more than
+copying bytes, and comparing with the database is comparing bytes.
 
-A device, under its common name, fields separated by a tab, which JSON never contains::
+The key of a device is its common name. Fields are separated by tabs, which JSON never contains::
 
     aAPM <tab> device id, empty if it is the common name <tab> expiry, seconds <tab> attributes <tab> own rules <tab> hold
     ^ status: pending, active, suspended, revoked                                             end of a hold, seconds ^
 
-A device type and an account, under their name: a JSON object with the columns of their table and ``rules``. A rule is
-``[id, effect, action, topic, exchange]``.
+The key of a device type or an account is its name, the value a JSON object with the columns of its table and ``rules``.
+A rule is ``[id, effect, action, topic, exchange]``.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _EFFECTS = {str(effect): effect for effect in Effect}
 @dataclass(frozen=True, slots=True)
 class DeviceRow:
     """
-    A device as the database hands it over.
+    A device as the database returns it.
 
     Args:
         name: The common name, UTF-8.
-        record: What is kept under it.
-        other_id: The device id if it is not the common name.
+        record: The value to store.
+        other_id: The device id, if it differs from the common name.
     """
 
     name: bytes
@@ -48,7 +48,7 @@ class DeviceRow:
 
 @dataclass(slots=True)
 class Patch:
-    """What changed between two marks, by device id, type name and account name; None means that it is gone."""
+    """The changes between two positions, by device id, type name and account name; None means deleted."""
 
     device_types: Mapping[str, bytes | None] = field(default_factory=dict)
     devices: Mapping[str, DeviceRow | None] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Patch:
 
 
 class StoredAttributes(Mapping[str, str]):
-    """Attributes as they are kept, read when the first one is asked for: most rules use none."""
+    """Attributes in their stored form, parsed at the first access: most rules use none."""
 
     __slots__ = ("_read", "_text")
 
@@ -83,29 +83,29 @@ class StoredAttributes(Mapping[str, str]):
 
 
 def device_id_of(name: str, record: bytes) -> str:
-    """Return the id of a device that is kept under a common name."""
+    """Return the device id in a record; ``name`` is its common name."""
     return record.split(b"\t", 2)[1].decode() or name
 
 
 def device(name: str, record: bytes, previous: tuple[bytes, Device] | None = None) -> Device:
     """
-    Return the device that is kept under a common name.
+    Parse the record of a device.
 
     Args:
-        previous: Record and device that were kept under it before: rules that it had then are taken over, and if none has
-            changed, all that was compiled of them.
+        previous: The previous record and device with this common name: unchanged rules are reused, and if none has
+            changed, everything compiled from them.
     """
     head, device_id, expires_at, attributes, rules, held_until = record.decode().split("\t")
-    found = device_id or name
+    device_id = device_id or name
     own = before = NO_RULES
-    if previous is not None and previous[1].device_id == found:
+    if previous is not None and previous[1].device_id == device_id:
         before = previous[1].rules
     if rules and before is not NO_RULES and previous is not None and _own_rules(previous[0]) == rules:
         own = before
     elif rules:
-        own = _rules(json.loads(rules), f"device_id {found}", before)
+        own = _rules(json.loads(rules), f"device_id {device_id}", before)
     return Device(
-        device_id=DeviceId(found),
+        device_id=DeviceId(device_id),
         common_name=name,
         type=head[1:],
         status=_STATUSES[head[0]],
@@ -121,7 +121,7 @@ def _own_rules(record: bytes) -> str:
 
 
 def device_type(record: bytes, previous: DeviceType | None = None) -> DeviceType:
-    """Return a device type with its rules compiled; rules that the previous version had too are taken over."""
+    """Parse a device type and compile its rules; rules that the previous version had too are reused."""
     row = json.loads(record)
     return DeviceType(
         name=row["name"],
@@ -136,7 +136,7 @@ def device_type(record: bytes, previous: DeviceType | None = None) -> DeviceType
 
 
 def account(record: bytes) -> Account:
-    """Return an account with its rules compiled."""
+    """Parse an account and compile its rules."""
     row = json.loads(record)
     return Account(
         name=row["name"],
@@ -157,15 +157,15 @@ def account(record: bytes) -> Account:
 def _rules(rows: list[list[Any]] | None, owner: str, previous: RuleSet = NO_RULES) -> RuleSet:
     if not rows:
         return NO_RULES
-    known = {(rule.rule_id, rule.effect, rule.permission, rule.topic, rule.exchange): rule for rule in previous}
-    found = []
+    reusable = {(rule.rule_id, rule.effect, rule.permission, rule.topic, rule.exchange): rule for rule in previous}
+    rules = []
     for rule_id, effect, action, topic, exchange in rows:
         key = (rule_id, _EFFECTS[effect], _PERMISSIONS[action], topic, exchange)
-        rule = known.get(key)
+        rule = reusable.get(key)
         if rule is None:
             rule = TopicRule(key[1], key[2], topic, rule_id=rule_id, owner=owner, exchange=exchange)
-        found.append(rule)
-    return RuleSet(found)
+        rules.append(rule)
+    return RuleSet(rules)
 
 
 def _move(former: list[str], held: list[str] | None, until: str) -> ClientIdMove:

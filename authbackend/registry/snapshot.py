@@ -1,21 +1,21 @@
 """
-The registry on disk, so that a replica can start while the database is away.
+The registry on disk, so that a replica can start while the database is unreachable.
 
-An image of the store, and a journal of what changed since. A replica tells others that it serves a change only when
-the change is in the journal: whatever a revocation was confirmed to, holds after a crash without the database too.
+An image of the store, and a journal of the changes since. A replica announces that it serves a change only once the
+change is in the journal: a confirmed revocation holds even after a crash and a restart without the database.
 
-Files, in a folder of mode 700 that belongs to one replica, each of mode 600::
+Files of mode 600, in a folder of mode 700 that belongs to one replica::
 
     replica-id      the folder's id
-    boots           who ran here, and under which lock (see ``boots``)
-    manifest.json   names image and journal, with the image's digest; replaced as a whole, last
-    image-X         the store, as LMDB copies it
+    boots           the boots that ran here, and their lock (see ``identity``)
+    manifest.json   names image and journal, with the image's digest; replaced atomically, last
+    image-X         the store, copied by LMDB
     journal-X       entries: a header, then the payload as JSON. The header: 4 bytes length of the payload, 32 bytes BLAKE2b
-                    of the previous digest and the payload, 16 bytes BLAKE2b of the previous digest and the header so far
+                    of the previous digest and the payload, 16 bytes BLAKE2b of the previous digest and these 36 bytes
 
-A file that is damaged, of another format, of another database or writable by others is refused as a whole. Only a last
-entry that is cut short is dropped: it was being written when the machine stopped, so nobody had been told of it. The
-header has a checksum of its own, since a damaged length would make any entry look like a last one that is cut short.
+If a file is damaged, of another format, of another database or writable by others, the whole copy is refused. Only a
+truncated last entry is dropped: it was being written when the machine stopped, so it had not been announced. The header
+has a checksum of its own, since a damaged length would make any entry look like a truncated last one.
 """
 
 from __future__ import annotations
@@ -54,18 +54,18 @@ _SMALLEST_JOURNAL_BYTES = 4 * 1024**2
 
 
 class SnapshotRefused(Exception):
-    """What is on disk cannot be used; the message says why and what to do."""
+    """The copy on disk cannot be used; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class JournalEntry:
     """
-    A look at the database that succeeded.
+    A successful refresh from the database.
 
     Args:
         at: When it began.
-        patch: What had changed.
-        database_time: The database's clock then, seconds since the epoch.
+        patch: The changes.
+        database_time: The database's clock at that time, seconds since the epoch.
     """
 
     at: Instant
@@ -77,12 +77,12 @@ class JournalEntry:
 @dataclass(frozen=True, slots=True)
 class RestoredSnapshot:
     """
-    What was on disk.
+    The content of the copy on disk.
 
     Args:
-        entries: Oldest first; the first stands for the image.
-        age_s: How long ago the last of them was.
-        longest_staleness_s: What the replica had told the others when it wrote the image.
+        entries: Oldest first; the first represents the image.
+        age_s: Age of the last entry.
+        longest_staleness_s: The limit that the replica had announced when it wrote the image.
     """
 
     entries: list[JournalEntry]
@@ -92,13 +92,13 @@ class RestoredSnapshot:
 
 class SnapshotFolder:
     """
-    The folder of one replica; its methods do disk work and belong into a thread, one at a time.
+    The folder of one replica; its methods block on disk: call them in a thread, one at a time.
 
     Args:
-        registry: Names the database (never with a password); a copy of another one is refused.
-        longest_staleness_s: How old a copy this replica decides by.
+        registry: Name of the database (never with a password); a copy of another one is refused.
+        longest_staleness_s: Maximum age of a copy that this replica decides by.
     Raises:
-        ConfigurationError: The folder cannot be made or used, or another replica uses it.
+        ConfigurationError: The folder cannot be created or used, or another replica uses it.
     """
 
     def __init__(self, folder: Path, registry: str, longest_staleness_s: float) -> None:
@@ -123,10 +123,10 @@ class SnapshotFolder:
 
     def begin_boot(self) -> Boot:
         """
-        Return who this replica is; to be called once.
+        Record the start of this replica and return its identity; call it once.
 
         Raises:
-            ConfigurationError: It cannot be written down.
+            ConfigurationError: The folder cannot be written.
         """
         record = None
         with contextlib.suppress(FileNotFoundError):
@@ -142,16 +142,16 @@ class SnapshotFolder:
         file = self._folder / "replica-id"
         with contextlib.suppress(OSError, ValueError):
             return uuid.UUID(file.read_text(encoding="ascii").strip())
-        made = uuid.uuid4()
-        self._replace(file, f"{made}\n".encode())
-        return made
+        folder_id = uuid.uuid4()
+        self._replace(file, f"{folder_id}\n".encode())
+        return folder_id
 
     def restore(self, folder: Path) -> RestoredSnapshot | None:
         """
-        Put the image where a store can be opened, and return what changed since; None if there is none.
+        Copy the image to where a store can be opened, and return the changes since; None if there is no copy on disk.
 
         Raises:
-            Refused: It is damaged, foreign or open to others; nothing was put anywhere.
+            SnapshotRefused: It is damaged, of another database or writable by others; nothing was copied.
         """
         manifest = self._manifest()
         if manifest is None:
@@ -161,8 +161,8 @@ class SnapshotFolder:
         partial = folder / f"{DATA_FILE}.partial"
         try:
             self._check_owner(image)
-            if _copied_digest(image, partial) != chain:
-                raise SnapshotRefused(f"{image} is damaged: its checksum is not the one in {MANIFEST}. {_REMEDY}")
+            if _copy_and_digest(image, partial) != chain:
+                raise SnapshotRefused(f"{image} is damaged: its checksum differs from the one in {MANIFEST}. {_REMEDY}")
             image_entry = JournalEntry(
                 Instant(**manifest["at"]), FeedPosition(**manifest["position"]), Patch(), manifest["database_time"]
             )
@@ -180,7 +180,7 @@ class SnapshotFolder:
         try:
             age_s = clocks.age_s(newest.at, newest.database_time)
         except clocks.AgeUnknown as error:
-            raise SnapshotRefused(f"how old {self._folder} is cannot be told: {error}. {_REMEDY}") from error
+            raise SnapshotRefused(f"the age of {self._folder} is unknown: {error}. {_REMEDY}") from error
         if age_s < -_CLOCK_SLACK_S:
             raise SnapshotRefused(
                 f"{self._folder} is from the future: this machine's clock is wrong, or was. {_REMEDY}"
@@ -189,18 +189,18 @@ class SnapshotFolder:
 
     def save(self, store: Store, feed_read: JournalEntry) -> None:
         """
-        Write a new image, of what a store holds since a look, and begin an empty journal.
+        Write a new image of the store as of a refresh, and begin an empty journal.
 
         Raises:
-            OSError: There is no room; the old copy stays.
+            OSError: It cannot be written, for example because the disk is full; the old copy stays.
         """
         number = time.time_ns()
         image, journal = self._folder / f"image-{number}", self._folder / f"journal-{number}"
         try:
-            with _private(image) as descriptor:
+            with _created_privately(image) as descriptor:
                 store.copy_to(descriptor)
                 os.fsync(descriptor)
-            with _private(journal) as descriptor:
+            with _created_privately(journal) as descriptor:
                 os.fsync(descriptor)
             digest = _digest(image)
         except BaseException:
@@ -227,23 +227,23 @@ class SnapshotFolder:
         self._chain = digest
         self._image_bytes = image.stat().st_size
         self._journal_bytes = 0
-        self._forget_others(image.name, journal.name)
+        self._delete_others(image.name, journal.name)
 
     def append(self, entry: JournalEntry) -> None:
         """
-        Note a look at the database; returns when it is on disk.
+        Append a refresh to the journal; return once it is on disk.
 
         Raises:
-            OSError: It cannot be written; a new image is wanted then.
+            OSError: It cannot be written; a new image is needed then.
         """
         assert self._journal is not None
         head = {"at": asdict(entry.at), "position": asdict(entry.position), "database_time": entry.database_time}
-        payload = json.dumps({**head, **_plain(entry.patch)}).encode()
+        payload = json.dumps({**head, **_to_json(entry.patch)}).encode()
         chain = _chained(self._chain, payload)
         data = _header(self._chain, len(payload), chain) + payload
         try:
             if os.write(self._journal, data) != len(data):
-                raise OSError(28, "the entry was written only in part")
+                raise OSError(28, "the entry was only partly written")
             os.fdatasync(self._journal)
         except OSError:
             self.close_journal()
@@ -253,18 +253,18 @@ class SnapshotFolder:
 
     @property
     def wants_image(self) -> bool:
-        """True when there is no journal to append to, or it has grown long."""
+        """Whether a new image is due: there is no journal to append to, or it has grown too long."""
         longest = max(_SMALLEST_JOURNAL_BYTES, self._image_bytes * _LARGEST_JOURNAL_SHARE)
         return self._journal is None or self._journal_bytes > longest
 
     def close_journal(self) -> None:
-        """Append no more; the next thing written is a new image."""
+        """Close the journal; the next write is a new image."""
         if self._journal is not None:
             os.close(self._journal)
             self._journal = None
 
     def close(self) -> None:
-        """Leave the folder to others."""
+        """Release the folder, so that another replica can use it."""
         self.close_journal()
         os.close(self._lock)
 
@@ -278,23 +278,25 @@ class SnapshotFolder:
         except (OSError, ValueError) as error:
             raise SnapshotRefused(f"{file} cannot be read: {error}. {_REMEDY}") from error
         if not isinstance(manifest, dict) or manifest.pop("check", None) != _check(manifest):
-            raise SnapshotRefused(f"{file} is damaged: its checksum does not fit. {_REMEDY}")
+            raise SnapshotRefused(f"{file} is damaged: its checksum does not match. {_REMEDY}")
         if (manifest["format"], manifest["machine"]) != (FORMAT, platform.machine()):
-            raise SnapshotRefused(f"{file} was written by another version or on another kind of machine. {_REMEDY}")
+            raise SnapshotRefused(
+                f"{file} was written by another version of authbackend or on another machine architecture. {_REMEDY}"
+            )
         if manifest["registry"] != self._registry:
-            raise SnapshotRefused(f"{file} is a copy of another database than the one that is set. {_REMEDY}")
+            raise SnapshotRefused(f"{file} is a copy of another database, not of the configured one. {_REMEDY}")
         if manifest.get("lock", lock := os.fstat(self._lock).st_ino) != lock:
             raise SnapshotRefused(
-                f"{self._folder} was copied from another replica's, and what is in it may be older than what that one "
-                f"has told since. {_REMEDY}"
+                f"{self._folder} was copied from another replica's, and its content may be older than what that replica "
+                f"has announced since. {_REMEDY}"
             )
         return manifest
 
     def _check_owner(self, file: Path) -> None:
         for path in (self._folder, file):
-            found = path.stat()
-            if found.st_uid != os.geteuid() or found.st_mode & 0o022:
-                raise SnapshotRefused(f"{path} belongs to somebody else or can be written by others. {_REMEDY}")
+            stat = path.stat()
+            if stat.st_uid != os.geteuid() or stat.st_mode & 0o022:
+                raise SnapshotRefused(f"{path} belongs to another user or is writable by others. {_REMEDY}")
 
     def _entries(self, file: Path, chain: bytes) -> Iterator[JournalEntry]:
         self._check_owner(file)
@@ -303,7 +305,7 @@ class SnapshotFolder:
         while position < len(data):
             header = data[position : position + HEADER_BYTES]
             if len(header) < HEADER_BYTES:
-                return  # cut short: it was being written
+                return  # truncated: it was being written
             length, digest = int.from_bytes(header[:4], "big"), header[4 : 4 + _DIGEST_BYTES]
             payload = data[position + HEADER_BYTES : position + HEADER_BYTES + length]
             if header != _header(chain, length, digest) or (
@@ -311,15 +313,15 @@ class SnapshotFolder:
             ):
                 raise SnapshotRefused(f"{file} is damaged at byte {position}. {_REMEDY}")
             if len(payload) < length:
-                return  # cut short: the length is what was written, so nothing came after it
-            yield _entry(json.loads(payload))
+                return  # truncated: the header confirms the length, so no entry follows
+            yield _from_json(json.loads(payload))
             chain = digest
             position += HEADER_BYTES + length
 
     def _replace(self, file: Path, data: bytes) -> None:
         partial = file.with_suffix(".partial")
         partial.unlink(missing_ok=True)
-        with _private(partial) as descriptor:
+        with _created_privately(partial) as descriptor:
             left = memoryview(data)
             while left:
                 left = left[os.write(descriptor, left) :]
@@ -331,18 +333,18 @@ class SnapshotFolder:
         finally:
             os.close(folder)
 
-    def _forget_others(self, *names: str) -> None:
+    def _delete_others(self, *names: str) -> None:
         for pattern in ("image-*", "journal-*"):
             for file in self._folder.glob(pattern):
                 if file.name not in names:
                     file.unlink(missing_ok=True)
 
 
-_REMEDY = "It is not used. Remove it to be rid of this message; it is written anew from the database"
+_REMEDY = "It is not used. Remove it to stop this message; a new copy is written from the database"
 
 
 @contextlib.contextmanager
-def _private(file: Path) -> Iterator[int]:
+def _created_privately(file: Path) -> Iterator[int]:
     descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
     try:
         yield descriptor
@@ -355,8 +357,8 @@ def _digest(file: Path) -> bytes:
         return hashlib.file_digest(opened, "sha256").digest()
 
 
-def _copied_digest(source: Path, target: Path) -> bytes:
-    """Copy first and look at the copy: what was checked is what is used."""
+def _copy_and_digest(source: Path, target: Path) -> bytes:
+    """Copy the file and hash the copy, so that exactly what was checked is used."""
     shutil.copyfile(source, target)
     target.chmod(0o600)
     return _digest(target)
@@ -375,7 +377,7 @@ def _check(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _plain(patch: Patch) -> dict[str, Any]:
+def _to_json(patch: Patch) -> dict[str, Any]:
     return {
         "device_types": {key: row and row.decode() for key, row in patch.device_types.items()},
         "accounts": {key: row and row.decode() for key, row in patch.accounts.items()},
@@ -386,17 +388,17 @@ def _plain(patch: Patch) -> dict[str, Any]:
     }
 
 
-def _entry(plain: dict[str, Any]) -> JournalEntry:
+def _from_json(values: dict[str, Any]) -> JournalEntry:
     devices: dict[str, DeviceRow | None] = {}
-    for key, row in plain["devices"].items():
+    for key, row in values["devices"].items():
         if row is None:
             devices[key] = None
         else:
             name, record, other = row
             devices[key] = DeviceRow(name.encode(), record.encode(), other and other.encode())
     patch = Patch(
-        device_types={key: row and row.encode() for key, row in plain["device_types"].items()},
-        accounts={key: row and row.encode() for key, row in plain["accounts"].items()},
+        device_types={key: row and row.encode() for key, row in values["device_types"].items()},
+        accounts={key: row and row.encode() for key, row in values["accounts"].items()},
         devices=devices,
     )
-    return JournalEntry(Instant(**plain["at"]), FeedPosition(**plain["position"]), patch, plain["database_time"])
+    return JournalEntry(Instant(**values["at"]), FeedPosition(**values["position"]), patch, values["database_time"])

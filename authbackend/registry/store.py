@@ -1,8 +1,8 @@
 """
 The registry in shared memory: one process writes it, every worker reads it, each request at one version.
 
-LMDB on a file system in memory. A reader sees a whole version or the next one, never half of one; a worker that is
-killed, or the writer in the middle of a change, leaves it whole. Why LMDB: docs/decisions/0007-shared-registry.md.
+LMDB on a file system in memory. A reader sees one complete version; killing a worker, or the writer in the middle of a
+change, does not corrupt it. Why LMDB: docs/decisions/0007-shared-registry.md.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ DATA_FILE = "data.mdb"
 LOCK_FILE = "lock.mdb"
 SPARE_FILE = "spare"
 LARGEST_BYTES = 64 * 1024**3
-"""Address space, not memory: some 600 million devices."""
+"""Address space, not memory; enough for about 600 million devices."""
 
 MOST_KNOWN = 10_000
-"""Device types, and accounts, that a reader keeps in readable form."""
+"""Number of device types, and of accounts, that a reader keeps parsed."""
 
 _MOST_READERS = 512
-_LONGEST_NAME_BYTES = 500  # LMDB's keys are at most 511 bytes; no name of the registry is longer than 128
+_LONGEST_NAME_BYTES = 500  # LMDB's keys have up to 511 bytes; no name in the registry is longer than 128
 _TABLES = (b"device", b"device_id", b"device_type", b"account", b"state")
 _STATE = b"state"
-_NO_ROOM = {errno.ENOSPC, errno.EIO}  # a write that got only some of its pages is the second
+_NO_ROOM = {errno.ENOSPC, errno.EIO}  # LMDB reports a partly written page as EIO
 _SPARE_BYTES = 1024**2
 _SPARE_FILE_BYTES = 128 * 1024
 
@@ -49,16 +49,17 @@ _SPARE_FILE_BYTES = 128 * 1024
 @dataclass(frozen=True, slots=True)
 class State:
     """
-    What is known about a version.
+    The metadata of a version.
 
     Args:
-        mark: How far the reader of the database has come.
-        synced_at: Start of the last look at the database that succeeded; seconds by ``clocks.uptime``, which all
-            processes of a machine share.
-        content: Grows with every change of the content.
-        fault: Why the last look failed, None if it did not.
-        longest_staleness_s: What the other replicas were told last, if the database has not been seen since the start.
-        database_time: The database's clock at ``synced_at``, seconds since the epoch; None if it is not known.
+        position: How far the change feed has been read.
+        synced_at: Start of the last successful refresh; seconds by ``clocks.uptime``, which all processes of a machine
+            share.
+        content: Increases with every change of the content.
+        fault: Why the last refresh failed, None if it succeeded.
+        longest_staleness_s: The limit last announced to the other replicas, if the database has not been read since the
+            start.
+        database_time: The database's clock at ``synced_at``, seconds since the epoch; None if unknown.
     """
 
     position: FeedPosition
@@ -71,15 +72,16 @@ class State:
 
 class Store:
     """
-    The store in a folder.
+    The registry in a folder.
 
-    Open it after a fork, never before one. One process writes; a second writer would wait for the first.
+    Open it after a fork, never before one. Only one process writes; a second writer would block.
 
     Args:
         folder: On a file system in memory.
-        readonly: For workers; the folder must hold a store.
+        readonly: For workers; the folder must contain a store.
     Raises:
-        Unavailable: It cannot be opened.
+        Unavailable: The store cannot be opened.
+        NoRoom: The memory for its table of readers cannot be reserved.
     """
 
     def __init__(self, folder: Path, *, readonly: bool = False) -> None:
@@ -92,7 +94,7 @@ class Store:
                 max_readers=_MOST_READERS,
                 max_spare_txns=1,
                 readonly=readonly,
-                sync=False,  # it is memory; what must last is in PostgreSQL
+                sync=False,  # it is in memory; PostgreSQL holds the durable data
                 metasync=False,
                 meminit=False,
                 mode=0o600,
@@ -108,7 +110,7 @@ class Store:
             self._reserve_spare()
 
     def _reserve_readers(self, folder: Path) -> None:
-        """Give the table of readers its memory now; a worker that got none for its place later would be killed."""
+        """Allocate the reader table now; a worker that could get no memory for its slot later would be killed (SIGBUS)."""
         try:
             with (folder / LOCK_FILE).open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
@@ -117,37 +119,37 @@ class Store:
             raise NoRoom(_no_room(folder, str(error.strerror))) from error
 
     def _reserve_spare(self) -> None:
-        """Set memory aside in which to note that there is none; if there is none for it now, at the next occasion."""
+        """Reserve memory for recording that memory has run out; if there is none now, the next write tries again."""
         with contextlib.suppress(OSError), (self.folder / SPARE_FILE).open("ab") as file:
             os.posix_fallocate(file.fileno(), 0, _SPARE_FILE_BYTES)
 
     def close(self) -> None:
-        """Close it; a reader of it must not be used any more."""
+        """Close the store; its readers must not be used afterwards."""
         self._env.close()
 
     def state(self) -> State | None:
-        """Return the newest version's state, None before the first load."""
+        """Return the state of the newest version, None before the first load."""
         with self._env.begin() as transaction:
             text: Any = transaction.get(_STATE, db=self._states)
             return _state(text)
 
     def sizes(self) -> dict[str, int]:
-        """Return how many devices, device types and accounts there are."""
+        """Return the number of devices, device types and accounts."""
         tables = {"device": self._devices, "device_type": self._types, "account": self._accounts}
         with self._env.begin() as transaction:
             return {name: transaction.stat(table)["entries"] for name, table in tables.items()}
 
     def memory_bytes(self) -> tuple[int, int]:
-        """Return how much memory the file of the store has, and how much is left beside it."""
-        here = os.statvfs(self.folder)
-        return (self.folder / DATA_FILE).stat().st_blocks * 512, here.f_bavail * here.f_frsize
+        """Return how much memory the store's file uses, and how much its file system has left."""
+        filesystem = os.statvfs(self.folder)
+        return (self.folder / DATA_FILE).stat().st_blocks * 512, filesystem.f_bavail * filesystem.f_frsize
 
     def forget_dead_readers(self) -> None:
-        """Free what a worker that was killed had been reading."""
+        """Free the reader slots of workers that were killed."""
         self._env.reader_check()
 
     def copy_to(self, descriptor: int) -> None:
-        """Write a compact copy of one version to a file; from any thread."""
+        """Write a compact copy of one version to a file; may be called from any thread."""
         self._env.copyfd(descriptor, compact=True)
 
     def note(
@@ -158,7 +160,7 @@ class Store:
         fault: str | None = None,
         database_time: float | None = None,
     ) -> None:
-        """Note a look at the database that changed nothing, or failed; does nothing before the first load."""
+        """Record a refresh that changed nothing or failed; does nothing before the first load."""
         self._note(
             lambda old: (
                 replace(old, position=position or old.position, fault=fault)
@@ -168,7 +170,7 @@ class Store:
         )
 
     def restored(self, synced_at: float, longest_staleness_s: float, database_time: float | None = None) -> None:
-        """Note that the content is from disk: how old it is, and how long others count on it being used."""
+        """Record that the content is from disk, how old it is, and for how long other replicas expect it to be used."""
         fault = "the database has not been read since the start"
         self._note(
             lambda old: replace(
@@ -182,12 +184,12 @@ class Store:
 
     def _note(self, change: Callable[[State], State]) -> None:
         try:
-            self._noted(change)
+            self._change_state(change)
         except NoRoom:
             (self.folder / SPARE_FILE).unlink(missing_ok=True)
-            self._noted(change)
+            self._change_state(change)
 
-    def _noted(self, change: Callable[[State], State]) -> None:
+    def _change_state(self, change: Callable[[State], State]) -> None:
         with self._writing() as transaction:
             state = _state(transaction.get(_STATE, db=self._states))
             if state is not None:
@@ -195,10 +197,10 @@ class Store:
 
     def apply(self, patch: Patch, position: FeedPosition, synced_at: float, database_time: float | None = None) -> None:
         """
-        Apply what changed; readers see all of it or nothing.
+        Apply changes; readers see all of them or none.
 
         Raises:
-            NoRoom: The version stays what it was.
+            NoRoom: There is not enough memory; the old version stays.
         """
         with self._writing() as transaction:
             for table, rows in ((self._types, patch.device_types), (self._accounts, patch.accounts)):
@@ -207,7 +209,7 @@ class Store:
                         transaction.delete(key.encode(), db=table)
                     else:
                         transaction.put(key.encode(), record, db=table)
-            for device_id in patch.devices:  # all of the old first: two devices may have swapped their common names
+            for device_id in patch.devices:  # first delete all old: two devices may have swapped names
                 self._forget(transaction, device_id)
             for row in patch.devices.values():
                 if row is not None:
@@ -220,13 +222,13 @@ class Store:
     @contextlib.contextmanager
     def loading(self, position: FeedPosition, synced_at: float, database_time: float | None = None) -> Iterator[Loader]:
         """
-        Replace everything by what the loader is given in the block; readers see it when the block has ended.
+        Replace the content by what is added to the loader in the block; readers see it when the block ends.
 
         Raises:
-            NoRoom: The version stays what it was.
+            NoRoom: There is not enough memory; the old version stays.
         """
         with self._writing() as transaction:
-            before_bytes = self._bytes(transaction)
+            before_bytes = self._size_bytes(transaction)
             for table in (self._devices, self._ids, self._types, self._accounts):
                 transaction.drop(table, delete=False)
             yield Loader(transaction, self._devices, self._ids, self._types, self._accounts)
@@ -240,33 +242,35 @@ class Store:
             with self._env.begin(write=True) as transaction:
                 yield transaction
         except lmdb.Error as error:
-            self._give_back()
+            self._free_unused()
             if isinstance(error, lmdb.MapFullError) or getattr(error, "code", None) in _NO_ROOM:
                 raise NoRoom(_no_room(self.folder, str(error))) from error
             raise Unavailable(f"the registry in {self.folder} cannot be written: {error}") from error
 
-    def _give_back(self) -> None:
-        """Return the memory beyond the newest version, which a change that failed had taken; nobody reads it."""
+    def _free_unused(self) -> None:
+        """Free the memory that a failed change took beyond the newest version; nobody reads it."""
         used = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
         with contextlib.suppress(OSError), (self.folder / DATA_FILE).open("r+b") as file:
             if os.fstat(file.fileno()).st_size > used:
                 os.ftruncate(file.fileno(), used)
 
     def _check_room(self, transaction: Any, before_bytes: int) -> None:
-        """Refuse what would fill the file system, before it is written: others need room there as well."""
-        taken, available = self.memory_bytes()
-        missing = before_bytes + self._bytes(transaction) - taken - available + _SPARE_BYTES
+        """Refuse content that would fill the file system before writing it: others need room there too."""
+        used, available = self.memory_bytes()
+        missing = before_bytes + self._size_bytes(transaction) - used - available + _SPARE_BYTES
         if missing > 0:
             raise NoRoom(
-                _no_room(self.folder, f"{missing / 2**20:.1f} MiB more are needed to load all of it beside it")
+                _no_room(
+                    self.folder, f"{missing / 2**20:.1f} MiB more are needed to load a new version beside the old one"
+                )
             )
 
-    def _bytes(self, transaction: Any) -> int:
-        """Return how much a version takes."""
+    def _size_bytes(self, transaction: Any) -> int:
+        """Return the size of a version."""
         tables = (self._devices, self._ids, self._types, self._accounts)
-        found = [transaction.stat(table) for table in tables]
+        stats = [transaction.stat(table) for table in tables]
         return int(
-            sum((one["branch_pages"] + one["leaf_pages"] + one["overflow_pages"]) * one["psize"] for one in found)
+            sum((stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]) * stat["psize"] for stat in stats)
         )
 
     def _finish(self, transaction: Any, position: FeedPosition, synced_at: float, database_time: float | None) -> None:
@@ -287,21 +291,21 @@ class Store:
         transaction.delete(name, db=self._devices)
 
     def differences(self, present: Patch) -> int:
-        """Return how many rows are not here as the database has them."""
-        with self.reader() as here:
-            found = sum(here.record("device_type", key) != record for key, record in present.device_types.items())
-            found += sum(here.record("account", key) != record for key, record in present.accounts.items())
+        """Count the rows that differ from the database's; ``present`` has them as the database does."""
+        with self.reader() as reader:
+            number = sum(reader.record("device_type", key) != record for key, record in present.device_types.items())
+            number += sum(reader.record("account", key) != record for key, record in present.accounts.items())
             for device_id, row in present.devices.items():
-                found += here.device_by_id(device_id) is not None if row is None else not here.same(row)
-            return found
+                number += reader.device_by_id(device_id) is not None if row is None else not reader.same(row)
+            return number
 
     def reader(self) -> Reader:
-        """Return a reader; one for each task that reads."""
+        """Return a new reader; each task that reads needs its own."""
         return Reader(self._env, self._devices, self._ids, self._types, self._accounts, self._states)
 
 
 class Loader:
-    """Fills an emptied store."""
+    """Adds entries to an empty store."""
 
     def __init__(self, transaction: Any, devices: Any, ids: Any, types: Any, accounts: Any) -> None:
         self._transaction = transaction
@@ -314,7 +318,7 @@ class Loader:
         self._transaction.put(name.encode(), record, db=self._tables[entity])
 
     def add_devices(self, rows: Iterable[tuple[bytes, bytes, bytes | None]]) -> None:
-        """Add devices: common name, record, and the device id where it is not the common name."""
+        """Add devices: common name, record, and the device id where it differs from the common name."""
         plain = []
         for name, record, other_id in rows:
             plain.append((name, record))
@@ -326,9 +330,9 @@ class Loader:
 
 class Reader:
     """
-    The registry at one version for the time of a ``with`` block, which must not give way to another task.
+    The registry at one version for the duration of a ``with`` block, which must not await.
 
-    Cost: beginning and looking one device up take about 2 microseconds, whatever the size.
+    Cost: entering the block and looking up one device take about 2 microseconds, whatever the size of the registry.
     """
 
     __slots__ = (
@@ -346,9 +350,9 @@ class Reader:
         self._seen = -1
         self._compiled = CompiledDevices()
         self._types_known: dict[str, tuple[bytes, DeviceType]] = {}
-        self._types_fresh: dict[str, DeviceType | None] = {}  # looked at in this version
+        self._types_fresh: dict[str, DeviceType | None] = {}  # looked up in this version
         self._accounts_known: dict[str, tuple[bytes, Account]] = {}
-        self._transaction: Any  # lmdb.Transaction, whose stubs think of buffers=True
+        self._transaction: Any  # lmdb.Transaction, whose stubs assume buffers=True
         self.state: State | None = None
 
     def __enter__(self) -> Self:
@@ -358,9 +362,9 @@ class Reader:
         if version != self._seen:
             self._seen = version
             self._types_fresh.clear()
-            for known in (self._types_known, self._accounts_known):  # also who was removed and is asked for no more
-                if len(known) > MOST_KNOWN:
-                    known.clear()
+            for cache in (self._types_known, self._accounts_known):  # may hold removed entries that nobody looks up
+                if len(cache) > MOST_KNOWN:
+                    cache.clear()
             self.state = _state(transaction.get(_STATE, db=self._states))
         return self
 
@@ -371,15 +375,15 @@ class Reader:
 
     @property
     def age_s(self) -> float:
-        """Seconds since the start of the last look at the database that succeeded; infinite before the first load."""
+        """Seconds since the start of the last successful refresh; infinite before the first load."""
         return float("inf") if self.state is None else clocks.uptime() - self.state.synced_at
 
     @property
     def now(self) -> float:
         """
-        The database's time of day, seconds since the epoch, carried on since the last look.
+        The database's time of day, seconds since the epoch, extrapolated since the last refresh.
 
-        Setting this machine's clock moves no expiry and no hold. This machine's where the database's is not known.
+        Setting this machine's clock does not move expiries and holds. If the database's time is unknown, this machine's.
         """
         state = self.state
         if state is None or state.database_time is None:
@@ -387,13 +391,13 @@ class Reader:
         return state.database_time + self.age_s
 
     def stale(self, longest_s: float) -> bool:
-        """Return whether the copy is too old to decide by."""
+        """Return whether the copy is too old to make decisions from."""
         if self.state is not None and self.state.longest_staleness_s is not None:
             longest_s = min(longest_s, self.state.longest_staleness_s)
         return self.age_s > longest_s
 
     def device_by_name(self, common_name: str) -> Device | None:
-        """Return the device with this common name, in any status."""
+        """Return the device with this common name, whatever its status."""
         key = _key(common_name)
         record = self._transaction.get(key, db=self._devices) if key else None
         if record is None:
@@ -402,7 +406,7 @@ class Reader:
         return self._compiled.device(common_name, record)
 
     def device_by_id(self, device_id: str) -> Device | None:
-        """Return the device with this id, in any status."""
+        """Return the device with this id, whatever its status."""
         key = _key(device_id)
         if not key:
             return None
@@ -413,27 +417,27 @@ class Reader:
         return None if name is None else self.device_by_name(name.decode())
 
     def device_type(self, name: str) -> DeviceType | None:
-        """Return a device type."""
+        """Return the device type with this name."""
         try:
             return self._types_fresh[name]
         except KeyError:
             pass
         record = self._transaction.get(_key(name) or b"\x00", db=self._types)
-        found: DeviceType | None = None
+        device_type: DeviceType | None = None
         if record is not None:
             known = self._types_known.get(name)
             if known is not None and known[0] == record:
-                found = known[1]
+                device_type = known[1]
             else:
-                found = records.device_type(record, known[1] if known else None)
-                self._types_known[name] = (record, found)
+                device_type = records.device_type(record, known[1] if known else None)
+                self._types_known[name] = (record, device_type)
         else:
             self._types_known.pop(name, None)
-        self._types_fresh[name] = found
-        return found
+        self._types_fresh[name] = device_type
+        return device_type
 
     def account(self, name: str) -> Account | None:
-        """Return an account."""
+        """Return the account with this name."""
         key = _key(name)
         record = self._transaction.get(key, db=self._accounts) if key else None
         if record is None:
@@ -445,32 +449,32 @@ class Reader:
         return known[1]
 
     def accounts(self) -> Iterator[Account]:
-        """Yield the accounts."""
+        """Yield all accounts."""
         for key, _ in self._transaction.cursor(self._accounts):
-            found = self.account(bytes(key).decode())
-            assert found is not None
-            yield found
+            account = self.account(bytes(key).decode())
+            assert account is not None
+            yield account
 
     def same(self, row: DeviceRow) -> bool:
-        """Return whether a device is here as the database has it."""
+        """Return whether the copy of a device equals the database's row."""
         return bool(self._transaction.get(row.name, db=self._devices) == row.record) and (
             row.other_id is None or self._transaction.get(row.other_id, db=self._ids) == row.name
         )
 
     def record(self, entity: str, name: str) -> bytes | None:
-        """Return what is kept of a device type, an account, or a device by its common name."""
+        """Return the record of a device type, an account, or a device by its common name."""
         table = {"device_type": self._types, "account": self._accounts, "device": self._devices}[entity]
-        found: bytes | None = self._transaction.get(name.encode(), db=table)
-        return found
+        record: bytes | None = self._transaction.get(name.encode(), db=table)
+        return record
 
     def entries(self, entity: str) -> Iterator[tuple[str, bytes]]:
-        """Yield name, or common name, and what is kept of each device type, account or device."""
+        """Yield the name (of devices, the common name) and record of each device type, account or device."""
         table = {"device_type": self._types, "account": self._accounts, "device": self._devices}[entity]
         for name, record in self._transaction.cursor(table):
             yield bytes(name).decode(), bytes(record)
 
     def rows(self) -> Iterator[tuple[bytes, bytes]]:
-        """Yield every device's common name and record."""
+        """Yield the common name and record of each device."""
         yield from self._transaction.cursor(self._devices)
 
 
@@ -482,7 +486,7 @@ def _no_room(folder: Path, cause: str) -> str:
 
 
 def _key(name: str) -> bytes | None:
-    """Return a name as a key; None for one that no row can have."""
+    """Return a name as an LMDB key; None for one that no row can have."""
     if not name or len(name) > _LONGEST_NAME_BYTES:
         return None
     key = name.encode("utf-8", "surrogatepass")

@@ -1,4 +1,4 @@
-"""Whether the database takes what a replica writes; one that does not is followed all the same."""
+"""Whether the replica can write to the database; it can follow one that is read-only."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Writability:
         self.fault: str | None = None
 
     def failed(self, fault: str) -> None:
-        """Tell that something could not be written, and why."""
+        """Record that a write failed, and why."""
         if self.fault is None:
-            log.warning("database.not_writable", fault=fault, next="what can be read is followed")
+            log.warning("database.not_writable", fault=fault, next="the replica goes on reading changes")
         self.fault = fault
 
     def succeeded(self) -> None:
-        """Tell that something was written."""
+        """Record that a write succeeded."""
         if self.fault is not None:
             log.info("database.writable")
         self.fault = None

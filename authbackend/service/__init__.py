@@ -1,1 +1,1 @@
-"""The processes of a replica: how they are built, started, watched and stopped."""
+"""The processes of a replica: build, start, watch and stop them."""

@@ -1,4 +1,4 @@
-"""Builds the service from its settings, starts it and stops it: the only place that knows every part."""
+"""Build the service from its settings, start it and stop it: the only module that knows every part."""
 
 from __future__ import annotations
 
@@ -58,32 +58,32 @@ log = structlog.get_logger(__name__)
 BEAT_S = 0.1
 KEEPALIVE_S = 75.0
 DRAIN_S = 2.0
-LISTS_LOOK_S = 0.05
+CRL_POLL_S = 0.05
 
 
 def broker_tls(broker: Broker) -> TLSFiles | None:
     """
-    Return the certificates of the broker's listener, None for plain HTTP.
+    Return the TLS files of the listener for RabbitMQ, None for plain HTTP.
 
     Raises:
-        ConfigurationError: The listener could be reached from elsewhere without mutual TLS, or the files do not fit.
+        ConfigurationError: Other hosts could reach the listener without mutual TLS, or the TLS files cannot be used.
     """
     _check_tls("broker", broker.tls)
     if not is_loopback(broker.listen) and not broker.insecure and broker.tls.client_ca_file is None:
         raise ConfigurationError(
-            f"broker.listen {broker.listen} can be reached from other hosts, where anybody could ask and guess passwords: "
+            f"broker.listen {broker.listen} is reachable from other hosts, where anybody could send requests and guess passwords: "
             "set broker.tls.certificate_file, broker.tls.key_file and broker.tls.client_ca_file for mutual TLS, "
-            "listen on 127.0.0.1, or accept it with broker.insecure = true"
+            "listen on 127.0.0.1, or accept the risk with broker.insecure = true"
         )
     return _tls_files("broker", broker.tls)
 
 
 def health_tls(health: HealthSettings) -> TLSFiles | None:
     """
-    Return the certificates of the listener for health, None for plain HTTP.
+    Return the TLS files of the health listener, None for plain HTTP.
 
     Raises:
-        ConfigurationError: The files do not fit.
+        ConfigurationError: The TLS files cannot be used.
     """
     _check_tls("health", health.tls)
     return _tls_files("health", health.tls)
@@ -112,33 +112,33 @@ async def run_follower(
     resources: ReplicaResources,
     store: Store,
     on_end: OnEnd,
-    collected: CollectorRegistry | None = None,
+    collector_registry: CollectorRegistry | None = None,
 ) -> AsyncIterator[None]:
     """
-    Follow the database and enforce, for the time of the block; what one process of a replica does.
+    Follow the database and enforce, for the duration of the block: the follower process.
 
     Args:
-        collected: The metrics of this process; those of others come from files.
-        on_end: Is told the name of a background task that ended by itself, which it never should.
+        collector_registry: The metrics of this process.
+        on_end: Called with the name of a background task that ended by itself, which should never happen.
     Raises:
-        ConfigurationError: ``pki.authority_dir`` cannot be taken up.
+        ConfigurationError: ``pki.authority_dir`` cannot be used.
     """
-    collected = collected or CollectorRegistry()
-    counted = RegistryMetrics(collected, resources.replica_state.write)
+    collector_registry = collector_registry or CollectorRegistry()
+    registry_metrics = RegistryMetrics(collector_registry, resources.replica_state.write)
     database = target(settings)
     reachability = Reachability()
-    feed, announcer, copy = _registry_parts(settings, resources, store, counted, reachability)
-    certificates, lists = resources.certificate_counts, resources.published_crls
+    feed, announcer, copy = _registry_parts(settings, resources, store, registry_metrics, reachability)
+    certificates, crls = resources.certificate_counts, resources.published_crls
     publisher = CrlPublisher(
         database,
         WatchedAuthority(settings.pki),
         settings.pki.crl_lifetime_s,
         reachability,
-        lambda found: lists.write(to_plain(found)),
-        lambda found: certificates.write(found.told()),
+        lambda published: crls.write(to_plain(published)),
+        lambda counts: certificates.write(counts.told()),
     )
-    parts = [("registry", copy.run), ("presence", announcer.run), ("crl", publisher.run)]
-    if leader := _leader(settings, store, collected, reachability):
+    parts = [("registry", copy.run), ("announcer", announcer.run), ("crl", publisher.run)]
+    if leader := _leader(settings, store, collector_registry, reachability):
         parts.append(("enforcement", leader.run))
 
     async with contextlib.AsyncExitStack() as stack:
@@ -150,47 +150,51 @@ async def run_follower(
 
 
 def _registry_parts(
-    settings: Settings, resources: ReplicaResources, store: Store, counted: RegistryMetrics, reachability: Reachability
+    settings: Settings,
+    resources: ReplicaResources,
+    store: Store,
+    registry_metrics: RegistryMetrics,
+    reachability: Reachability,
 ) -> tuple[ChangeFeed, ReplicaAnnouncer, RegistryFollower]:
     database, identity, writability = target(settings), _identity(settings, resources), Writability()
-    feed = ChangeFeed(database, settings.registry.change_retention_s, identity, counted.ignored, writability)
+    feed = ChangeFeed(database, settings.registry.change_retention_s, identity, registry_metrics.ignored, writability)
     announcer = ReplicaAnnouncer(
         PostgresReplicaTable(database, identity),
-        counted,
+        registry_metrics,
         reachability,
         comes_back=resources.snapshot_folder is not None,
         writability=writability,
     )
-    observers = _Observers(counted, announcer)
+    observers = _Observers(registry_metrics, announcer)
     copy = RegistryFollower(
-        feed, store, observers, _times(settings), resources.snapshot_folder, reachability, writability
+        feed, store, observers, _sync_times(settings), resources.snapshot_folder, reachability, writability
     )
     return feed, announcer, copy
 
 
-def _present(store: Store, heartbeats: WorkerHeartbeats) -> Present:
+def _replica_status(store: Store, heartbeats: WorkerHeartbeats) -> Present:
     return Present(store.state(), store.sizes(), heartbeats.states(), heartbeats.restarts, store.memory_bytes())
 
 
 @contextlib.asynccontextmanager
 async def run_admin(
-    settings: Settings, store: Store, opened: socket.socket, collected: CollectorRegistry | None = None
+    settings: Settings, store: Store, sock: socket.socket, collector_registry: CollectorRegistry | None = None
 ) -> AsyncIterator[None]:
     """
-    Answer people for the time of the block; what one process of a replica does.
+    Serve the admin listener for the duration of the block: the admin process.
 
     Args:
-        opened: The listening socket.
-        collected: The metrics of this process.
+        sock: The listening socket.
+        collector_registry: The metrics of this process.
     """
-    counted = metrics.admin_metrics(collected or CollectorRegistry())
+    listener_metrics = metrics.admin_metrics(collector_registry or CollectorRegistry())
     app = application(
         store.reader(),
         DecisionSettings(mqtt_exchange=settings.broker.mqtt_exchange),
         loopback=is_loopback(settings.admin.listen),
     )
     bounds = Bounds(KEEPALIVE_S, settings.admin.request_timeout_s, settings.admin.max_connections)
-    async with _application_listening(app, opened, bounds, counted):
+    async with _application_listening(app, sock, bounds, listener_metrics):
         yield
 
 
@@ -199,58 +203,58 @@ async def answering_health(
     settings: Settings,
     resources: ReplicaResources,
     store: Store,
-    opened: socket.socket,
+    sock: socket.socket,
     on_end: OnEnd,
-    collected: CollectorRegistry | None = None,
+    collector_registry: CollectorRegistry | None = None,
     reload: asyncio.Event | None = None,
 ) -> AsyncIterator[None]:
     """
-    Answer balancers, brokers' hosts and Prometheus for the time of the block; what one process of a replica does.
+    Serve health, CRLs and metrics for the duration of the block: the health process.
 
     Args:
-        opened: The listening socket.
-        collected: The metrics of this process; those of others come from files.
-        on_end: Is told the name of a background task that ended by itself, which it never should.
-        reload: Set to have the certificates read again at once.
+        sock: The listening socket.
+        collector_registry: The metrics of this process; those of others come from files.
+        on_end: Called with the name of a background task that ended by itself, which should never happen.
+        reload: Set it to reload the certificates immediately.
     Raises:
         ConfigurationError: The certificates cannot be used.
     """
-    collected = collected or CollectorRegistry()
+    collector_registry = collector_registry or CollectorRegistry()
     heartbeats, tls = resources.heartbeats, health_tls(settings.health)
-    replica = ReplicaMetrics(lambda: _present(store, heartbeats), resources.replica_state.read)
+    replica = ReplicaMetrics(lambda: _replica_status(store, heartbeats), resources.replica_state.read)
     certificates = CertificateMetrics(resources.certificate_counts.read)
-    lists = PublishedCrls()
+    crls = PublishedCrls()
     app = health_application(
-        lambda: metrics.exposition(collected, resources.metrics, replica, certificates),
+        lambda: metrics.exposition(collector_registry, resources.metrics, replica, certificates),
         Health(store.reader(), heartbeats, settings.registry.max_staleness_s),
-        lists,
+        crls,
     )
     bounds = Bounds(KEEPALIVE_S, settings.health.request_timeout_s, settings.health.max_connections)
     async with contextlib.AsyncExitStack() as stack:
-        await stack.enter_async_context(_background("lists", _take_lists(resources.published_crls, lists), on_end))
+        await stack.enter_async_context(_background("crls", _take_over_crls(resources.published_crls, crls), on_end))
         if tls is not None:
             await stack.enter_async_context(_background("certificates", watch(tls, reload or asyncio.Event()), on_end))
-        counted = metrics.health_metrics(collected)
-        await stack.enter_async_context(_application_listening(app, opened, bounds, counted, tls))
+        listener_metrics = metrics.health_metrics(collector_registry)
+        await stack.enter_async_context(_application_listening(app, sock, bounds, listener_metrics, tls))
         yield
 
 
-async def _take_lists(note: SharedValue, lists: PublishedCrls) -> None:
-    """Serve the revocation lists as the process that follows the database publishes them."""
-    seen = None
+async def _take_over_crls(shared_value: SharedValue, crls: PublishedCrls) -> None:
+    """Serve each new set of CRLs that the follower process publishes."""
+    served = None
     while True:
-        known = note.read()
-        if known is not None and known is not seen:
-            seen = known
-            lists.replace(from_plain(known))
-        await asyncio.sleep(LISTS_LOOK_S)
+        latest = shared_value.read()
+        if latest is not None and latest is not served:
+            served = latest
+            crls.replace(from_plain(latest))
+        await asyncio.sleep(CRL_POLL_S)
 
 
 def _leader(
-    settings: Settings, store: Store, collected: CollectorRegistry, reachability: Reachability
+    settings: Settings, store: Store, collector_registry: CollectorRegistry, reachability: Reachability
 ) -> Leader | None:
     """
-    Return what makes verdicts true for what is connected; None without clusters.
+    Build the leader election, which enforces while this replica leads; None without clusters.
 
     Raises:
         ConfigurationError: A URL or a file cannot be used.
@@ -261,7 +265,7 @@ def _leader(
     database = target(settings)
     limit_s = float("inf") if enforcement.hold_until_done else enforcement.hold_limit_s
     clusters = clusters_of(settings)
-    metrics = EnforcementMetrics(collected)
+    metrics = EnforcementMetrics(collector_registry)
     return Leader(
         lambda: leading(database, limit_s, list(clusters), metrics.lock_taken),
         lambda part: open_store(database, part),
@@ -279,7 +283,7 @@ def _leader(
 
 def clusters_of(settings: Settings) -> dict[str, Callable[[], ManagementAPI]]:
     """
-    Return the clusters to enforce on, by name, each with a function that opens connections of its own to it.
+    Return the clusters to enforce on, by name, each with a function that creates a client with its own connections.
 
     Raises:
         ConfigurationError: A URL or a file cannot be used, or two clusters have the same name.
@@ -290,39 +294,39 @@ def clusters_of(settings: Settings) -> dict[str, Callable[[], ManagementAPI]]:
     def credentials() -> tuple[str, str]:
         return enforcement.username, read_password(enforcement)
 
-    def opened(urls: str) -> Callable[[], ManagementAPI]:
+    def client_factory(urls: str) -> Callable[[], ManagementAPI]:
         return lambda: ManagementAPI(Access(tuple(urls.split()), credentials, ca_file, enforcement.timeout_s))
 
     read_password(enforcement)
-    found: dict[str, Callable[[], ManagementAPI]] = {}
+    clients: dict[str, Callable[[], ManagementAPI]] = {}
     for urls in enforcement.clusters:
-        name = opened(urls)().name
-        if name in found:
+        name = client_factory(urls)().name
+        if name in clients:
             raise ConfigurationError(
-                f"enforcement.clusters: two clusters begin with the host {name}, by which a cluster is named; "
-                "begin one of them with another of its nodes"
+                f"enforcement.clusters: two clusters begin with {name}, and a cluster is named after its first host; "
+                "put another node first in one of them"
             )
-        found[name] = opened(urls)
-    return found
+        clients[name] = client_factory(urls)
+    return clients
 
 
 class _Observers:
-    """Tells metrics and presence what the copy does."""
+    """Passes the follower's events on to metrics and announcer."""
 
-    def __init__(self, counted: RegistryMetrics, announcer: ReplicaAnnouncer) -> None:
-        self._presence = announcer
-        self._counted = counted
-        self.refresh_failed = counted.refresh_failed
-        self.compared = counted.compared
-        self.served_changes_gone = counted.served_changes_gone
+    def __init__(self, registry_metrics: RegistryMetrics, announcer: ReplicaAnnouncer) -> None:
+        self._announcer = announcer
+        self._metrics = registry_metrics
+        self.refresh_failed = registry_metrics.refresh_failed
+        self.compared = registry_metrics.compared
+        self.served_changes_gone = registry_metrics.served_changes_gone
 
     def refreshed(self, feed_read: FeedRead, refreshed: RefreshResult, *, lasting: bool) -> None:
-        self._counted.refreshed(feed_read, refreshed, lasting=lasting)
+        self._metrics.refreshed(feed_read, refreshed, lasting=lasting)
         if lasting:
-            self._presence.serves(feed_read)
+            self._announcer.serves(feed_read)
 
 
-def _times(settings: Settings) -> SyncTimes:
+def _sync_times(settings: Settings) -> SyncTimes:
     registry = settings.registry
     return SyncTimes(registry.poll_interval_s, registry.compare_interval_s, registry.prune_interval_s)
 
@@ -345,22 +349,22 @@ async def run_worker(
     worker: int,
     port: int,
     on_end: OnEnd,
-    collected: CollectorRegistry | None = None,
+    collector_registry: CollectorRegistry | None = None,
     reload: asyncio.Event | None = None,
 ) -> AsyncIterator[int]:
     """
-    Answer RabbitMQ for the time of the block and yield the port; what each worker does.
+    Answer RabbitMQ for the duration of the block and yield the port: a worker process.
 
     Args:
-        reload: Set to have the certificates read again at once.
+        reload: Set it to reload the certificates immediately.
     Raises:
         ConfigurationError: The address or the certificates cannot be used.
     """
     tls = broker_tls(settings.broker)
-    counted = BrokerMetrics(collected or CollectorRegistry())
+    broker_metrics = BrokerMetrics(collector_registry or CollectorRegistry())
     broker = settings.broker
-    passwords = _password_checker(settings, counted)
-    server = _broker_server(settings, resources, store, counted, passwords)
+    passwords = _password_checker(settings, broker_metrics)
+    server = _broker_server(settings, resources, store, broker_metrics, passwords)
     host, _ = host_and_port(broker.listen)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(passwords.close)
@@ -377,19 +381,25 @@ async def run_worker(
                 drain_s=settings.replica.drain_timeout_s / 2,
             )
         )
-        await stack.enter_async_context(_background("beat", _beat(resources.heartbeats, worker, counted), on_end))
+        await stack.enter_async_context(
+            _background("beat", _beat(resources.heartbeats, worker, broker_metrics), on_end)
+        )
         yield port
 
 
 def _broker_server(
-    settings: Settings, resources: ReplicaResources, store: Store, counted: BrokerMetrics, passwords: PasswordChecker
+    settings: Settings,
+    resources: ReplicaResources,
+    store: Store,
+    broker_metrics: BrokerMetrics,
+    passwords: PasswordChecker,
 ) -> BrokerServer:
     broker = settings.broker
     health = Health(store.reader(), resources.heartbeats, settings.registry.max_staleness_s)
     handlers = Handlers(
         store.reader(),
         passwords,
-        counted,
+        broker_metrics,
         Sampler(settings.log.denials_per_device, settings.log.denials),
         DecisionSettings(mqtt_exchange=broker.mqtt_exchange),
         Limits(broker.request_timeout_s, settings.registry.max_staleness_s),
@@ -398,7 +408,7 @@ def _broker_server(
     return BrokerServer(
         handlers,
         {"/health/live": health.live, "/health/ready": health.ready},
-        counted,
+        broker_metrics,
         Bounds(
             broker.keepalive_timeout_s,
             broker.request_timeout_s,
@@ -408,31 +418,31 @@ def _broker_server(
     )
 
 
-async def _beat(heartbeats: WorkerHeartbeats, worker: int, counted: BrokerMetrics) -> None:
-    """Say that the worker serves, and notice how late its event loop is."""
+async def _beat(heartbeats: WorkerHeartbeats, worker: int, broker_metrics: BrokerMetrics) -> None:
+    """Record that the worker serves, and measure how late its event loop is."""
     process_id = os.getpid()
     while True:
         heartbeats.beat(worker, process_id)
         due = time.monotonic() + BEAT_S
         await asyncio.sleep(BEAT_S)
-        counted.stalls.observe(max(0.0, time.monotonic() - due))
+        broker_metrics.stalls.observe(max(0.0, time.monotonic() - due))
 
 
 class _PasswordMetrics:
-    def __init__(self, counted: BrokerMetrics) -> None:
-        self._counted = counted
+    def __init__(self, broker_metrics: BrokerMetrics) -> None:
+        self._metrics = broker_metrics
 
     def checked(self, result: str) -> None:
-        self._counted.password_checks.labels(result).inc()
+        self._metrics.password_checks.labels(result).inc()
 
     def running(self, number: int) -> None:
-        self._counted.passwords_running.set(number)
+        self._metrics.passwords_running.set(number)
 
 
-def _password_checker(settings: Settings, counted: BrokerMetrics) -> PasswordChecker:
+def _password_checker(settings: Settings, broker_metrics: BrokerMetrics) -> PasswordChecker:
     accounts = settings.accounts
     return PasswordChecker(
-        _PasswordMetrics(counted),
+        _PasswordMetrics(broker_metrics),
         threads=accounts.hashing_threads,
         queue=accounts.hashing_queue,
         reserved=accounts.reserved,
@@ -444,35 +454,35 @@ def _password_checker(settings: Settings, counted: BrokerMetrics) -> PasswordChe
 @contextlib.asynccontextmanager
 async def service(settings: Settings, folder: Path, on_end: OnEnd = log.error) -> AsyncIterator[dict[str, str]]:
     """
-    Run everything in this process, with one worker, for the time of the block; yields the URLs ``broker``, ``admin`` and ``health``.
+    Run everything in this process, with one worker, for the duration of the block; yield the URLs ``broker``, ``admin`` and ``health``.
 
-    Listens at once and answers 503 until the registry is loaded. For tests; ``supervisor.serve`` runs the processes
-    of a replica from the same parts.
+    It listens immediately and answers 503 until the registry is loaded. For tests; ``supervisor.serve`` runs the
+    processes of a replica from the same parts.
 
     Args:
-        folder: Empty, on a file system in memory.
+        folder: An empty folder on a file system in memory.
     Raises:
         ConfigurationError: A setting cannot be used.
     """
     _, port = host_and_port(settings.broker.listen)
-    with open_replica(settings, folder, shared=False) as made, contextlib.closing(Store(folder)) as store:
+    with open_replica(settings, folder, shared=False) as resources, contextlib.closing(Store(folder)) as store:
         admin = listening_socket("admin.listen", settings.admin.listen)
         health = listening_socket("health.listen", settings.health.listen)
-        collected = CollectorRegistry()
+        collector_registry = CollectorRegistry()
         async with (
-            run_follower(settings, made, store, on_end, collected),
-            run_admin(settings, store, admin, collected),
-            answering_health(settings, made, store, health, on_end, collected),
-            run_worker(settings, made, store, 0, port, on_end, collected) as found,
+            run_follower(settings, resources, store, on_end, collector_registry),
+            run_admin(settings, store, admin, collector_registry),
+            answering_health(settings, resources, store, health, on_end, collector_registry),
+            run_worker(settings, resources, store, 0, port, on_end, collector_registry) as bound_port,
         ):
-            where = urls(settings, found, admin, health)
-            log.info("service.listening", **where)
-            yield where
+            service_urls = urls(settings, bound_port, admin, health)
+            log.info("service.listening", **service_urls)
+            yield service_urls
             log.info("service.stopping")
 
 
 def urls(settings: Settings, port: int, admin: socket.socket, health: socket.socket) -> dict[str, str]:
-    """Return where everybody is answered: RabbitMQ (at a port), people, and balancers, brokers' hosts and Prometheus."""
+    """Return the URLs of the listeners for RabbitMQ (at ``port``), admin and health."""
     return {
         "broker": _url(settings.broker.listen, port, settings.broker.tls),
         "admin": _url(settings.admin.listen, admin.getsockname()[1]),
@@ -488,50 +498,56 @@ def _url(listen: str, port: int, tls: TLS | None = None) -> str:
 
 def listening_socket(setting: str, listen: str) -> socket.socket:
     """
-    Return a socket that listens already.
+    Open a socket and listen on it.
 
     Raises:
         ConfigurationError: The address cannot be listened on.
     """
-    opened = bound_socket(setting, listen)
-    opened.listen(128)
-    return opened
+    sock = bound_socket(setting, listen)
+    sock.listen(128)
+    return sock
 
 
 def bound_socket(setting: str, listen: str, port: int | None = None, *, shared: bool = False) -> socket.socket:
     """
-    Return a socket that is bound and does not listen.
+    Open a socket and bind it, without listening.
 
     Raises:
-        ConfigurationError: The address cannot be had.
+        ConfigurationError: The address cannot be bound.
     """
-    host, wanted = host_and_port(listen)
+    host, configured_port = host_and_port(listen)
     try:
         family, kind, _, _, address = socket.getaddrinfo(
-            host or None, wanted if port is None else port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host or None, configured_port if port is None else port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        opened = socket.socket(family, kind)
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock = socket.socket(family, kind)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if shared:
-            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        opened.bind(address)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(address)
     except OSError as error:
         raise ConfigurationError(f"{setting}: cannot listen on {listen}: {error.strerror}") from error
-    return opened
+    return sock
 
 
 @contextlib.asynccontextmanager
 async def _application_listening(
-    app: web.Application, opened: socket.socket, bounds: Bounds, counted: ListenerMetrics, tls: TLSFiles | None = None
+    app: web.Application,
+    sock: socket.socket,
+    bounds: Bounds,
+    listener_metrics: ListenerMetrics,
+    tls: TLSFiles | None = None,
 ) -> AsyncIterator[None]:
     runner = web.AppRunner(app)
     await runner.setup()
-    made = runner.server
-    assert made is not None
-    server = BoundedServer(made.request_handler, bounds, counted, request_factory=made.request_factory)
+    web_server = runner.server
+    assert web_server is not None
+    server = BoundedServer(
+        web_server.request_handler, bounds, listener_metrics, request_factory=web_server.request_factory
+    )
     async with contextlib.AsyncExitStack() as stack:
-        await stack.enter_async_context(accepting(server, DRAIN_S, sock=opened, tls=tls.context if tls else None))
-        stack.push_async_callback(runner.cleanup)  # first: whoever waits for a list is answered
+        await stack.enter_async_context(accepting(server, DRAIN_S, sock=sock, tls=tls.context if tls else None))
+        stack.push_async_callback(runner.cleanup)  # runs first, to answer clients that wait for a CRL
         yield
 
 

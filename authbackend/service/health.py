@@ -16,10 +16,10 @@ log = structlog.get_logger(__name__)
 
 class Health:
     """
-    ``/health/live``: the process answers. ``/health/ready``: the replica can decide, and if not, why.
+    ``/health/live``: the process responds. ``/health/ready``: whether the replica can decide, and if not, why.
 
-    Not ready before the first load, when the copy is older than ``registry.max_staleness_s``, when no worker serves,
-    and when one hangs, since the kernel still gives it connections.
+    Not ready before the first load, when the copy is older than ``registry.max_staleness_s``, when no worker serves, or
+    when one hangs, since the kernel still assigns connections to it.
     """
 
     def __init__(self, registry: Reader, heartbeats: WorkerHeartbeats, max_staleness_s: float) -> None:
@@ -28,7 +28,7 @@ class Health:
         self._max_staleness_s = max_staleness_s
 
     async def live(self, _: web.BaseRequest) -> web.Response:
-        """Return 200."""
+        """Return 200: the process responds."""
         return web.Response(text='{"status": "live"}', content_type="application/json")
 
     async def ready(self, _: web.BaseRequest) -> web.Response:
@@ -45,15 +45,15 @@ class Health:
     def _state(self) -> dict[str, Any]:
         workers = self._heartbeats.states()
         with self._registry as registry:
-            known, age_s, stale = registry.state, registry.age_s, registry.stale(self._max_staleness_s)
-        fault = "the registry has not been loaded yet" if known is None else known.fault
+            version, age_s, stale = registry.state, registry.age_s, registry.stale(self._max_staleness_s)
+        fault = "the registry has not been loaded yet" if version is None else version.fault
         state: dict[str, Any] = {
             "status": "ready",
-            "sync_age_s": None if known is None else round(age_s, 3),
+            "sync_age_s": None if version is None else round(age_s, 3),
             "fault": fault,
             "workers": workers,
         }
-        if known is None:
+        if version is None:
             state["status"] = "not ready: the registry has not been loaded"
         elif stale:
             state["status"] = "not ready: the copy of the registry is stale, everything is denied"

@@ -1,4 +1,4 @@
-"""The listener for balancers, brokers' hosts and Prometheus, without login: health, revocation lists, metrics."""
+"""The listener without login, for load balancers, RabbitMQ hosts and Prometheus: health, CRLs, metrics."""
 
 from __future__ import annotations
 
@@ -14,47 +14,47 @@ from authbackend.service.health import Health
 
 EXPOSITION_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 METRICS_SHARE = 0.2
-"""Of the process's time, at most, for metrics, however many ask: who asks for health must not wait for them."""
+"""Largest share of the process's time spent on metrics, however many clients ask: health checks must not wait for them."""
 
 
 class Exposition:
     """
-    The metrics, rendered for everybody who waits for them at once, never older than a question.
+    The metrics endpoint; rendered once for all waiting clients, never before the request.
 
     Args:
-        render: Reads the files of all processes; takes milliseconds, in which nobody else is answered.
+        render: Reads the files of all processes; blocks the event loop for milliseconds.
     """
 
     def __init__(self, render: Callable[[], bytes]) -> None:
         self._render = render
-        self._not_before = 0.0
+        self._next_render_at = 0.0
         self._next: asyncio.Task[bytes] | None = None
 
     async def show(self, _: web.Request) -> web.Response:
         """Return the metrics in Prometheus' text format."""
         if self._next is None:
-            self._next = asyncio.create_task(self._rendered())
-        text = await asyncio.shield(self._next)  # others may wait for it
+            self._next = asyncio.create_task(self._render_when_due())
+        text = await asyncio.shield(self._next)  # other requests may wait for it
         return web.Response(body=text, headers={"Content-Type": EXPOSITION_TYPE})
 
-    async def _rendered(self) -> bytes:
-        await asyncio.sleep(self._not_before - time.monotonic())
+    async def _render_when_due(self) -> bytes:
+        await asyncio.sleep(self._next_render_at - time.monotonic())
         self._next = None
         began = time.monotonic()
         try:
             return self._render()
         finally:
             ended = time.monotonic()
-            self._not_before = ended + (ended - began) * (1 / METRICS_SHARE - 1)
+            self._next_render_at = ended + (ended - began) * (1 / METRICS_SHARE - 1)
 
 
 def health_application(render: Callable[[], bytes], health: Health, lists: PublishedCrls) -> web.Application:
     """
-    Build the application.
+    Build the application of the health listener.
 
     Args:
         render: Returns the metrics.
-        lists: The revocation lists; public by nature.
+        lists: The CRLs, which are public.
     """
     app = web.Application(middlewares=[show_errors])
     app.router.add_get("/metrics", Exposition(render).show)

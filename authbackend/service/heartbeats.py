@@ -1,4 +1,4 @@
-"""What the processes of a replica tell each other: a page of shared memory, made before the first fork."""
+"""Heartbeats of the workers, in shared memory that is allocated before the first fork."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HANGS_AFTER_S = 5.0
 
 
 class WorkerState(IntEnum):
-    """The life of a worker, as it says itself."""
+    """The state of a worker, as written to its slot."""
 
     STARTING = 0
     SERVING = 1
@@ -20,9 +20,9 @@ class WorkerState(IntEnum):
 
 class WorkerHeartbeats:
     """
-    A slot for each worker, which that worker writes, and the supervisor when it is gone.
+    A slot for each worker, written by the worker, and by the supervisor once the worker has ended.
 
-    A worker beats ten times a second; one that serves and has not beaten for 5 s hangs.
+    A worker beats ten times a second; one that is serving and has not beaten for 5 s counts as hanging.
     """
 
     def __init__(self, workers: int) -> None:
@@ -30,30 +30,30 @@ class WorkerHeartbeats:
         self._memory = mmap.mmap(-1, max(mmap.PAGESIZE, workers * _SLOT.size))
 
     def beat(self, worker: int, process_id: int) -> None:
-        """Say that a worker serves."""
+        """Record that a worker is serving."""
         restarts = self._slot(worker)[2]
         _SLOT.pack_into(self._memory, worker * _SLOT.size, WorkerState.SERVING, time.monotonic(), restarts, process_id)
 
     def gone(self, worker: int) -> None:
-        """Note that a worker has ended and will be started again."""
+        """Record that a worker has ended and will be restarted."""
         restarts = self._slot(worker)[2]
         _SLOT.pack_into(self._memory, worker * _SLOT.size, WorkerState.STARTING, 0.0, restarts + 1, 0)
 
     def states(self) -> dict[str, int]:
-        """Return how many workers are serving, starting and hanging."""
-        found = {"serving": 0, "starting": 0, "hanging": 0}
+        """Count the workers that are serving, starting and hanging."""
+        counts = {"serving": 0, "starting": 0, "hanging": 0}
         now = time.monotonic()
         for worker in range(self.workers):
             state, beat, *_ = self._slot(worker)
             if state == WorkerState.STARTING:
-                found["starting"] += 1
+                counts["starting"] += 1
             else:
-                found["hanging" if now - beat > HANGS_AFTER_S else "serving"] += 1
-        return found
+                counts["hanging" if now - beat > HANGS_AFTER_S else "serving"] += 1
+        return counts
 
     @property
     def restarts(self) -> int:
-        """How often a worker had to be started again."""
+        """How often a worker had to be restarted."""
         return sum(self._slot(worker)[2] for worker in range(self.workers))
 
     def _slot(self, worker: int) -> tuple[int, float, int, int]:

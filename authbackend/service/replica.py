@@ -1,4 +1,4 @@
-"""What the processes of a replica stand on: the shared store, filled from disk where there is a copy, and a board."""
+"""Resources opened before the first fork: the shared store, filled from the copy on disk if there is one, and heartbeats."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from authbackend.settings import Settings
 log = structlog.get_logger(__name__)
 
 FOLLOWER = "registry"
-"""The process that follows the database."""
+"""Name of the process that follows the database and enforces."""
 ADMIN = "admin"
-"""The process that answers people."""
+"""Name of the process with the admin listener."""
 HEALTH = "health"
-"""The process that answers balancers, brokers' hosts and Prometheus."""
+"""Name of the process with the health listener."""
 
 
 def worker_names(settings: Settings) -> list[str]:
-    """Return the names of the workers, by place."""
+    """Return the process names of the workers, in order."""
     return [f"worker-{place}" for place in range(settings.replica.workers)]
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaResources:
     """
-    What the processes of a replica stand on, made before the first of them.
+    Resources shared by the processes of a replica, opened before the first fork.
 
     Args:
-        folder: In memory; the store is in it.
-        shared: Whether the processes share metrics, in ``folder / "metrics"``.
-        disk: The copy on disk, None without ``registry.snapshot_dir``.
+        folder: The folder of the store, on a file system in memory.
+        shared: Whether there are several processes, which share metrics in ``folder / "metrics"``.
+        snapshot_folder: The copy on disk, None without ``registry.snapshot_dir``.
     """
 
     folder: Path
@@ -57,31 +57,31 @@ class ReplicaResources:
 
     @property
     def replica_state(self) -> SharedValue:
-        """What the process that follows the database knows of its copy and of the other replicas."""
+        """What the follower knows about its copy and the other replicas."""
         return SharedValue(self.folder / "notes", "replica")
 
     @property
     def certificate_counts(self) -> SharedValue:
-        """What it counts of certificates."""
+        """The follower's certificate metrics."""
         return SharedValue(self.folder / "notes", "certificates")
 
     @property
     def published_crls(self) -> SharedValue:
-        """The revocation lists that are served."""
+        """The CRLs to serve."""
         return SharedValue(self.folder / "notes", "lists")
 
     @property
     def metrics(self) -> Path | None:
-        """Where shared metrics are, None if there is one process only."""
+        """The folder of the shared metrics, None if there is only one process."""
         return self.folder / "metrics" if self.shared else None
 
 
 def target(settings: Settings, application_name: str = "authbackend") -> Target:
     """
-    Return where the database is.
+    Return how to connect to the database.
 
     Raises:
-        ConfigurationError: No connection URI is set, or it is not valid.
+        ConfigurationError: No connection URI is set, or it is invalid.
     """
     database = settings.database
     dsn = read_dsn(database)
@@ -93,11 +93,11 @@ def target(settings: Settings, application_name: str = "authbackend") -> Target:
 @contextlib.contextmanager
 def open_replica(settings: Settings, folder: Path, *, shared: bool) -> Iterator[ReplicaResources]:
     """
-    Lay the ground in an empty folder: the store, with what a copy on disk held, if there is one.
+    Create the shared resources in an empty folder; the store is filled from the copy on disk, if there is one.
 
     Raises:
         ConfigurationError: ``registry.snapshot_dir`` cannot be used.
-        Unavailable: There is no room in memory.
+        Unavailable: There is not enough memory.
     """
     registry = settings.registry
     (folder / "notes").mkdir(mode=0o700)
@@ -135,17 +135,20 @@ def _restore(store: Store, restored: RestoredSnapshot) -> None:
 
 
 def _database_name(database: Target) -> str:
-    """Return hosts and name of a database, without role, password and how to connect."""
+    """Return the hosts and name of a database, without role, password and connection options."""
     parts = urlsplit(database.dsn)
-    place = {k: v for k, v in parse(database.dsn).parameters.items() if k in ("host", "port", "dbname", "service")}
-    return f"{parts.netloc.rpartition('@')[2]}{parts.path}?{urlencode(place, safe='/,')}"
+    location = {k: v for k, v in parse(database.dsn).parameters.items() if k in ("host", "port", "dbname", "service")}
+    return f"{parts.netloc.rpartition('@')[2]}{parts.path}?{urlencode(location, safe='/,')}"
 
 
 def memory_fault(settings: Settings) -> str | None:
-    """Return what is wrong with ``registry.memory_dir``, or None."""
+    """Return what is wrong with ``registry.memory_dir``, None if nothing is."""
     folder = settings.registry.memory_dir
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        return f"registry.memory_dir {folder} is not a folder that can be written"
+        return f"registry.memory_dir {folder} is not a writable folder; create it or set another one"
     if not in_memory(folder):
-        return f"registry.memory_dir {folder} is not on a file system in memory (tmpfs), and decisions must not wait for a disk"
+        return (
+            f"registry.memory_dir {folder} is not on a file system in memory (tmpfs), and decisions must not wait for a disk; "
+            "set a folder on one, for example /dev/shm"
+        )
     return None

@@ -1,4 +1,4 @@
-"""What the process that follows the database tells the one that answers balancers, brokers' hosts and Prometheus: files in memory, replaced as a whole."""
+"""Values that the follower process passes to the health process, through files in memory that are replaced atomically."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = structlog.get_logger(__name__)
 
 
 class SharedValue:
-    """A JSON value that one process writes and others read."""
+    """A JSON value, written by one process and read by others."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._file = folder / f"{name}.json"
@@ -21,7 +21,7 @@ class SharedValue:
         self._value: Any = None
 
     def write(self, value: Any) -> None:
-        """Replace the value; what cannot be written is logged, since following the database does not depend on it."""
+        """Replace the value; a failure is only logged, since following the database does not depend on it."""
         new = self._file.with_suffix(".new")
         try:
             new.write_text(json.dumps(value), encoding="utf-8")
@@ -30,14 +30,14 @@ class SharedValue:
             log.warning("note.not_written", path=str(self._file), fault=error.strerror)
 
     def forget(self) -> None:
-        """Drop the value: its writer is gone."""
+        """Delete the value, because its writer has ended."""
         self._file.unlink(missing_ok=True)
 
     def read(self) -> Any:
         """
         Return the value, None if there is none; the same object until it is written again.
 
-        It stays what it was while the file cannot be opened, as when clients hold all files that the process may open.
+        If the file cannot be opened, for example because clients use up the limit on open files, the last value stays.
         """
         try:
             with self._file.open(encoding="utf-8") as file:

@@ -1,10 +1,10 @@
 """
-The processes of a replica: a small parent, one process that follows the database and enforces, one that answers people,
-one that answers balancers, brokers' hosts and Prometheus, and the workers.
+The processes of a replica: a small parent, the follower, which also enforces, one process each for the admin and the
+health listener, and the workers.
 
-The parent has no event loop and opens nothing but sockets, so that it can fork at any time. It starts again what dies,
-with back-off, and drains on SIGTERM: workers stop accepting, finish what is in flight and end; then the replica signs
-off. A child whose parent is gone ends by itself.
+The parent has no event loop and opens only sockets, so that it can fork at any time. It restarts children that die, with
+back-off, and drains on SIGTERM: workers stop accepting, finish requests in flight and exit; then the replica signs off.
+A child whose parent has died exits.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ log = structlog.get_logger(__name__)
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
 LIVED_LONG_S = 10.0
-"""A process that lived this long is started again at once when it dies."""
+"""A process that lived this long is restarted without a pause when it dies."""
 
 _PREFIX = "authbackend-"
 _READY = signal.SIGRTMIN
-"""A child to its parent, when it serves. Two of SIGUSR1 at once would be one; signals of this kind queue."""
+"""Sent by a child to its parent when it serves. Real-time signals queue; two pending SIGUSR1 would merge into one."""
 _SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGHUP, _READY}
-_GARBAGE = 10_000  # containers until a collection; requests leave no cycles behind, so there is little to find
+_GC_THRESHOLD = 10_000  # allocations until a collection; requests leave no cycles behind, so there is little to collect
 
 Part = Callable[[Store, components.OnEnd, asyncio.Event], AbstractAsyncContextManager[object]]
-"""A part of the service; the event is set when certificates are to be read again."""
+"""A part of the service, run by one child; the event is set to reload certificates."""
 
 
 @dataclass(slots=True)
 class _Process:
-    """A place for a child; ``started`` and ``due`` are of the monotonic clock."""
+    """A child process, running or due to be started; ``started`` and ``due`` are by the monotonic clock."""
 
     name: str
     part: Part
@@ -81,10 +81,10 @@ def serve(settings: Settings, started: Callable[[dict[str, str]], object]) -> No
     Run the processes of a replica until SIGTERM or SIGINT.
 
     Args:
-        started: Is told where it listens, when everybody does.
+        started: Called with the URLs once all processes serve.
     Raises:
         ConfigurationError: A setting cannot be used.
-        Unavailable: A process had to be killed because it did not end in time.
+        Unavailable: A process had to be killed because it did not exit in time.
     """
     if fault := memory_fault(settings):
         raise ConfigurationError(fault)
@@ -92,73 +92,75 @@ def serve(settings: Settings, started: Callable[[dict[str, str]], object]) -> No
     with _folder(settings.registry.memory_dir) as folder, open_replica(settings, folder, shared=True) as resources:
         admin = components.listening_socket("admin.listen", settings.admin.listen)
         health = components.listening_socket("health.listen", settings.health.listen)
-        components.bound_socket("broker.listen", settings.broker.listen).close()  # somebody listens there already?
-        broker = components.bound_socket("broker.listen", settings.broker.listen, shared=True)  # keeps the port
+        components.bound_socket("broker.listen", settings.broker.listen).close()  # fails if the address is in use
+        broker = components.bound_socket("broker.listen", settings.broker.listen, shared=True)  # reserves the port
         with admin, health, broker:
             Supervisor(settings, resources, admin, health, broker.getsockname()[1]).run(started)
 
 
 def survive_hangups(on_hangup: Callable[[], object] = lambda: None) -> None:
     """
-    Do something at SIGHUP, or nothing; never end by it.
+    Call a function on SIGHUP, instead of ending the process.
 
-    A handler of Python's own: an event loop that closes would leave the signal to end the process, and one that is
-    ignored would stay so in every program that is started.
+    A plain Python handler: an event loop removes its handlers when it closes, and SIGHUP would then end the process;
+    SIG_IGN would be inherited by every program that is started.
     """
     signal.signal(signal.SIGHUP, lambda *_: on_hangup())
 
 
 class Supervisor:
-    """Starts, watches and ends the children."""
+    """Starts, watches and stops the child processes."""
 
     def __init__(
         self, settings: Settings, resources: ReplicaResources, admin: socket.socket, health: socket.socket, port: int
     ) -> None:
         self._settings = settings
-        self._ground = resources
+        self._resources = resources
         self._where = components.urls(settings, port, admin, health)
-        self._life, self._lifeline = os.pipe()  # read end for children: its end is the parent's
+        self._parent_alive, self._parent_end = os.pipe()  # children watch the read end: it closes when the parent dies
 
-        def follow(store: Store, on_end: components.OnEnd, _: asyncio.Event) -> AbstractAsyncContextManager[object]:
+        def run_follower(
+            store: Store, on_end: components.OnEnd, _: asyncio.Event
+        ) -> AbstractAsyncContextManager[object]:
             return components.run_follower(settings, resources, store, on_end)
 
-        def people(store: Store, _: components.OnEnd, __: asyncio.Event) -> AbstractAsyncContextManager[object]:
+        def run_admin(store: Store, _: components.OnEnd, __: asyncio.Event) -> AbstractAsyncContextManager[object]:
             return components.run_admin(settings, store, admin)
 
-        def health_and_lists(
+        def run_health(
             store: Store, on_end: components.OnEnd, reload: asyncio.Event
         ) -> AbstractAsyncContextManager[object]:
             return components.answering_health(settings, resources, store, health, on_end, reload=reload)
 
-        def answer(worker: int) -> Part:
+        def run_worker(worker: int) -> Part:
             return lambda store, on_end, reload: components.run_worker(
                 settings, resources, store, worker, port, on_end, reload=reload
             )
 
-        self._registry = _Process(FOLLOWER, follow)
-        self._workers = [_Process(name, answer(n), n) for n, name in enumerate(worker_names(settings))]
-        self._answering = [_Process(ADMIN, people), _Process(HEALTH, health_and_lists), *self._workers]
+        self._registry = _Process(FOLLOWER, run_follower)
+        self._workers = [_Process(name, run_worker(n), n) for n, name in enumerate(worker_names(settings))]
+        self._answering = [_Process(ADMIN, run_admin), _Process(HEALTH, run_health), *self._workers]
 
     def run(self, started: Callable[[dict[str, str]], object]) -> None:
-        """Run until a signal; see :func:`serve`."""
+        """Run until SIGTERM or SIGINT; see :func:`serve`."""
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             self._watch(started)
         finally:
             overdue = self._end(self._answering) + self._end([self._registry])
-            os.close(self._lifeline)
-            os.close(self._life)
+            os.close(self._parent_end)
+            os.close(self._parent_alive)
             signal.signal(_READY, signal.SIG_IGN)  # of a child that became ready while it was being ended
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         log.info("service.stopped")
         if overdue:
             raise Unavailable(
-                f"{', '.join(overdue)} did not end within replica.drain_timeout_s "
+                f"{', '.join(overdue)} did not exit within replica.drain_timeout_s "
                 f"({self._settings.replica.drain_timeout_s:g} s) and had to be killed"
             )
 
     def _watch(self, started: Callable[[dict[str, str]], object]) -> None:
-        told = False
+        announced = False
         everybody = [self._registry, *self._answering]
         while True:
             now = time.monotonic()
@@ -173,18 +175,18 @@ class Supervisor:
                 log.info("service.stopping")
                 return
             if received.si_signo == signal.SIGHUP:
-                self._tell_hangup()
+                self._forward_hangup()
             if received.si_signo == _READY:
                 for process in everybody:
                     process.ready = process.ready or process.process_id == received.si_pid
             self._reap(everybody)
-            if not told and all(process.ready for process in everybody):
-                told = True
+            if not announced and all(process.ready for process in everybody):
+                announced = True
                 log.info("service.listening", **self._where, workers=len(self._workers))
                 started(self._where)
 
-    def _tell_hangup(self) -> None:
-        """Have those who answer read their certificates again."""
+    def _forward_hangup(self) -> None:
+        """Forward SIGHUP to the processes that listen, so that they reload their certificates."""
         log.info("service.reloading")
         for process in self._answering:
             if process.process_id is not None:
@@ -202,7 +204,7 @@ class Supervisor:
     def _ended(self, process: _Process, code: int) -> None:
         self._forget(process)
         if code == ConfigurationError.exit_code and not process.ready:
-            raise ConfigurationError(f"{process.name} cannot start; its message is above")
+            raise ConfigurationError(f"{process.name} cannot start; see its message above")
         lived = time.monotonic() - process.started
         if lived >= LIVED_LONG_S:
             process.backoff.reset()
@@ -216,11 +218,11 @@ class Supervisor:
     def _forget(self, process: _Process) -> None:
         process.process_id = None
         if process.worker is not None:
-            self._ground.heartbeats.gone(process.worker)
+            self._resources.heartbeats.gone(process.worker)
         if process.name == FOLLOWER:
-            self._ground.replica_state.forget()
-        if self._ground.metrics is not None:
-            metric_files.forget_gauges(self._ground.metrics, process.name)
+            self._resources.replica_state.forget()
+        if self._resources.metrics is not None:
+            metric_files.forget_gauges(self._resources.metrics, process.name)
 
     def _start(self, process: _Process) -> None:
         process.started = time.monotonic()
@@ -231,16 +233,16 @@ class Supervisor:
             return
         code = 70
         try:
-            os.close(self._lifeline)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells when to stop
+            os.close(self._parent_end)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-            code = _run_child(self._settings, self._ground, process, self._life, parent)
+            code = _run_child(self._settings, self._resources, process, self._parent_alive, parent)
         finally:
             sys.stderr.flush()
-            os._exit(code)  # nothing of the parent's is cleaned up here
+            os._exit(code)  # skip the parent's cleanup handlers
 
     def _end(self, processes: list[_Process]) -> list[str]:
-        """End children and return the names of those that had to be killed."""
+        """Stop children and return the names of those that had to be killed."""
         for process in processes:
             if process.process_id is not None:
                 os.kill(process.process_id, signal.SIGTERM)
@@ -259,12 +261,14 @@ class Supervisor:
         return [process.name for process in overdue]
 
 
-def _run_child(settings: Settings, resources: ReplicaResources, process: _Process, life: int, parent: int) -> int:
+def _run_child(
+    settings: Settings, resources: ReplicaResources, process: _Process, parent_alive: int, parent: int
+) -> int:
     logs.configure(settings.log.format, settings.log.level, process.name)
     assert resources.metrics is not None
     metric_files.share(resources.metrics, process.name)
     try:
-        uvloop.run(_child(resources, process, life, parent))
+        uvloop.run(_child(resources, process, parent_alive, parent))
     except AuthbackendError as error:
         log.error("process.failed", fault=error.detail)
         return error.exit_code
@@ -274,7 +278,7 @@ def _run_child(settings: Settings, resources: ReplicaResources, process: _Proces
     return 0
 
 
-async def _child(resources: ReplicaResources, process: _Process, life: int, parent: int) -> None:
+async def _child(resources: ReplicaResources, process: _Process, parent_alive: int, parent: int) -> None:
     stop = asyncio.Event()
     reload = asyncio.Event()
     ended: list[str] = []
@@ -286,25 +290,25 @@ async def _child(resources: ReplicaResources, process: _Process, life: int, pare
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     survive_hangups(lambda: _wake(loop, reload))
-    loop.add_reader(life, stop.set)  # readable at its end: the parent is gone
+    loop.add_reader(parent_alive, stop.set)  # readable at end of file, when the parent has died
     with contextlib.closing(Store(resources.folder, readonly=process.name != FOLLOWER)) as store:
         async with process.part(store, on_end, reload):
-            gc.freeze()  # what is here by now stays: no collection has to look at it again
-            gc.set_threshold(_GARBAGE)
+            gc.freeze()  # objects from startup stay: exclude them from collections
+            gc.set_threshold(_GC_THRESHOLD)
             os.kill(parent, _READY)
             await stop.wait()
     if ended:
-        raise Unavailable(f"the task {ended[0]} ended by itself; stopped, so that it is started anew")
+        raise Unavailable(f"the task {ended[0]} ended unexpectedly; the process stops, so that the parent restarts it")
 
 
 def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
-    with contextlib.suppress(RuntimeError):  # it has closed
+    with contextlib.suppress(RuntimeError):  # the loop is closed
         loop.call_soon_threadsafe(event.set)
 
 
 @contextlib.contextmanager
 def _folder(memory: Path) -> Iterator[Path]:
-    """Make a folder in memory for the time of the block, and remove those that killed services left."""
+    """Create a folder in memory for the duration of the block; remove those left by services that were killed."""
     for old in memory.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError), (old / "owner").open("rb") as owner:
             fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -319,7 +323,7 @@ def _folder(memory: Path) -> Iterator[Path]:
 
 
 def _raise_file_limit() -> None:
-    """Allow as many open files as the administrator lets this process have; each connection is one."""
+    """Raise the limit on open files to the hard limit; each connection needs one."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -63,7 +63,7 @@ async def test_client_id_and_vhost_count_when_they_are_given(client):
     [
         ({"device": None}, 400, "InvalidInput", "missing: device; try ?device="),
         ({"device": None, "action": None, "topic": None}, 400, "InvalidInput", "missing: device, action, topic"),
-        ({"action": "write"}, 400, "InvalidInput", "action is publish or subscribe"),
+        ({"action": "write"}, 400, "InvalidInput", "action must be one of: publish, subscribe"),
         ({"device": "nobody"}, 404, "NotFound", "no device has the id or common name 'nobody'"),
         ({"device": ""}, 404, "NotFound", "no device has the id or common name ''"),
         ({"device": "x" * 5000}, 404, "NotFound", "no device has the id or common name"),
@@ -99,7 +99,7 @@ async def test_who_asks_here_for_health_metrics_or_lists_is_told_where_they_are(
     async with client.get(path) as answer:
         problem = await answer.json(content_type=None)
     assert (answer.status, problem["title"]) == (404, "NotFound")
-    assert problem["detail"] == f"{path} is answered by another listener: health.listen (8082 unless set)"
+    assert problem["detail"] == f"{path} is served by another listener: health.listen (port 8082 by default)"
 
 
 @pytest.mark.parametrize("host", ["localhost", "localhost:8081", "127.0.0.1:1", "[::1]", "[::1]:8081"])

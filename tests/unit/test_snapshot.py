@@ -224,7 +224,7 @@ def test_after_a_start_of_the_machine_a_copy_is_as_old_as_the_time_of_day_says(t
 def test_a_start_with_a_wrong_clock_refuses_the_copy(tmp_path, written, monkeypatch):
     started_anew(monkeypatch, synchronised=False)
     with pytest.raises(
-        SnapshotRefused, match=r"how old .* cannot be told: .* its clock is not synchronised \(see: timedatectl\)"
+        SnapshotRefused, match=r"the age of .* is unknown: .* its clock is not synchronised \(see: timedatectl\)"
     ):
         restored(tmp_path)
 
@@ -266,7 +266,7 @@ def test_a_copy_from_the_future_is_refused(tmp_path, written, monkeypatch):
 def test_what_others_may_write_is_refused(tmp_path, written, what):
     folder, _ = written
     (folder if what == "folder" else file_of(folder, what)).chmod(0o777)
-    with pytest.raises(SnapshotRefused, match="can be written by others"):
+    with pytest.raises(SnapshotRefused, match="writable by others"):
         restored(tmp_path)
 
 
