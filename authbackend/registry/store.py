@@ -38,6 +38,8 @@ MOST_KNOWN = 10_000
 """Number of device types, and of accounts, that a reader keeps parsed."""
 
 _MOST_READERS = 512
+_LOCK_FILE_BYTES = 64 * 1024
+"""A reader takes a cache line of the lock file, 64 bytes; LMDB uses the whole file if it is larger than needed."""
 _LONGEST_NAME_BYTES = 500  # LMDB's keys have up to 511 bytes; no name in the registry is longer than 128
 _TABLES = (b"device", b"device_id", b"device_type", b"account", b"state")
 _STATE = b"state"
@@ -86,6 +88,8 @@ class Store:
 
     def __init__(self, folder: Path, *, readonly: bool = False) -> None:
         self.folder = folder
+        if not readonly:
+            _reserve_readers(folder)
         try:
             self._env = lmdb.open(
                 str(folder),
@@ -106,17 +110,7 @@ class Store:
         except lmdb.Error as error:
             raise Unavailable(f"the registry in {folder} cannot be opened: {error}") from error
         if not readonly:
-            self._reserve_readers(folder)
             self._reserve_spare()
-
-    def _reserve_readers(self, folder: Path) -> None:
-        """Allocate the reader table now; a worker that could get no memory for its slot later would be killed (SIGBUS)."""
-        try:
-            with (folder / LOCK_FILE).open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-        except OSError as error:
-            self._env.close()
-            raise NoRoom(_no_room(folder, str(error.strerror))) from error
 
     def _reserve_spare(self) -> None:
         """Reserve memory for recording that memory has run out; if there is none now, the next write tries again."""
@@ -302,6 +296,23 @@ class Store:
     def reader(self) -> Reader:
         """Return a new reader; each task that reads needs its own."""
         return Reader(self._env, self._devices, self._ids, self._types, self._accounts, self._states)
+
+
+def _reserve_readers(folder: Path) -> None:
+    """
+    Allocate the reader table; a worker that could get no memory for its slot later would be killed (SIGBUS).
+
+    Before LMDB opens it: a process that closes any descriptor of a file loses its locks on it (fcntl(2)), and the next
+    process to open the store would then find nobody in it, and clear the table under those who read.
+    """
+    try:
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, _LOCK_FILE_BYTES)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise NoRoom(_no_room(folder, str(error.strerror))) from error
 
 
 class Loader:
