@@ -143,6 +143,10 @@ EVENTS = {
         "warning",
         "This replica stopped without signing off; others wait for it until its copy is stale.",
     ),
+    "request.crashed": (
+        "error",
+        "A bug in authbackend: a request to the listener for people or for health was answered with 500. Please report it.",
+    ),
     "schedule.blocked": (
         "warning",
         "A scheduled change waits because another session has locked the device's row; `held_by` says which.",

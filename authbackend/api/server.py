@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable
 
+import structlog
 from aiohttp import web
 
 from authbackend.api.explanations import as_json, read_attempt
@@ -12,6 +13,8 @@ from authbackend.errors import AuthbackendError, NotFound, Unavailable
 from authbackend.policy import decide
 from authbackend.policy.explain import explain
 from authbackend.registry.store import Reader
+
+log = structlog.get_logger(__name__)
 
 _LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
 
@@ -65,11 +68,18 @@ def _for_this_host(handler: Handler) -> Handler:
 
 @web.middleware
 async def show_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer authbackend's errors as problem details (RFC 9457)."""
+    """Answer errors as problem details (RFC 9457)."""
     try:
         return await handler(request)
     except AuthbackendError as error:
-        problem = {"title": type(error).__name__, "detail": error.detail}
-        return web.json_response(
-            problem, status=error.http_status, content_type="application/problem+json", dumps=_dumps
-        )
+        return _problem(error.http_status, type(error).__name__, error.detail)
+    except web.HTTPException:
+        raise
+    except Exception as error:
+        log.exception("request.crashed", path=request.path)
+        return _problem(500, "InternalError", f"{type(error).__name__} in authbackend, see its log")
+
+
+def _problem(status: int, title: str, detail: str) -> web.Response:
+    content = {"title": title, "detail": detail}
+    return web.json_response(content, status=status, content_type="application/problem+json", dumps=_dumps)

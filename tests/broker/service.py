@@ -178,10 +178,18 @@ class Service:
         self.start()
 
     def metrics(self) -> str:
-        """What Prometheus would read."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=5) as answer:
-            body: bytes = answer.read()
-            return body.decode()
+        """
+        What Prometheus would read.
+
+        Raises:
+            HarnessError: it is not answered with 200; the message has the answer and the end of the log.
+        """
+        try:
+            with urllib.request.urlopen(f"{self.url}/metrics", timeout=5) as answer:
+                body: bytes = answer.read()
+                return body.decode()
+        except urllib.error.HTTPError as error:
+            raise HarnessError(f"{error}: {error.read().decode()}\n{tail(self.log)}") from None
 
     def count(self, name: str, **labels: str) -> int:
         """The sum of a counter's series that carry these labels; 0 without any."""
