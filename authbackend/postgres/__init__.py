@@ -1,1 +1,1 @@
-"""PostgreSQL: the only package that imports asyncpg."""
+"""Access to PostgreSQL; no other package imports asyncpg."""

@@ -1,4 +1,4 @@
-"""Export of the audit trail, from one snapshot."""
+"""Export the audit trail as lines of JSON, from one snapshot."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FETCH_ROWS = 250
 @dataclass(frozen=True, slots=True)
 class TrailFilter:
     """
-    Which rows of the trail to export; None matches any.
+    Which rows of the trail to export; None matches all.
 
     Args:
         since: Written at this time or later.
@@ -44,8 +44,8 @@ class TrailEnd:
 
     Args:
         as_of: When the snapshot was taken, by the database's clock.
-        next_version: The oldest transaction still open then; the next export has to begin with it.
-        absent: Requested entities of which the trail has no row at all.
+        next_version: The oldest transaction still open then; pass it as ``from_version`` of the next export.
+        absent: Requested entities for which the trail has no rows.
     """
 
     rows: int
@@ -57,10 +57,10 @@ class TrailEnd:
 
 async def export(target: Target, wanted: TrailFilter, write: Callable[[bytes], object]) -> TrailEnd:
     """
-    Write the matching rows as lines of JSON, ordered by ``id``; in constant memory, from one snapshot.
+    Write the matching rows as lines of JSON, ordered by ``id``, in constant memory.
 
     Raises:
-        AuthbackendError: The database cannot be reached or refuses; what was written so far is incomplete.
+        AuthbackendError: The database cannot be reached or refuses; the output is incomplete.
     """
     statements = load_statements("audit")
     rows, last_id = 0, None

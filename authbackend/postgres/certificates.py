@@ -1,4 +1,4 @@
-"""Certificates on record; private keys are never stored."""
+"""Read and write the table ``certificate``, and the authorities; private keys are never stored."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class CertificateRow(NamedTuple):
     A row of the table ``certificate``.
 
     Args:
-        device_id: None: the device with the common name, if there is one.
-        reason: Why it was revoked, for the state ``revoked``.
+        device_id: None links it to the device with its common name, if there is one.
+        reason: Why it was revoked; empty if it is not.
     """
 
     fingerprint: str
@@ -42,10 +42,10 @@ class Inserted:
     Result of :func:`insert_certificates`.
 
     Args:
-        new: Fingerprints of those inserted.
-        unknown: Common names of new ones that belong to no device.
-        present: How many were on record already.
-        collided: Serial numbers of those rejected because another certificate of the issuer has the same one.
+        new: Fingerprints of the certificates inserted.
+        unknown: Common names of inserted certificates that belong to no device.
+        present: Number already on record.
+        collided: Serial numbers rejected because another certificate of the same issuer has them.
     """
 
     new: list[str]
@@ -79,7 +79,7 @@ async def insert_certificates(connection: Connection, rows: Sequence[Certificate
 
 
 async def compromised_keys(connection: Connection, fingerprints: Sequence[str]) -> set[str]:
-    """Return those of these keys with a certificate that was revoked for key compromise."""
+    """Return those of the keys that have a certificate revoked for key compromise."""
     rows = await connection.fetch(load_statements("certificates").compromised_keys.sql, list(fingerprints))
     return {row["key_fingerprint"] for row in rows}
 
@@ -98,10 +98,10 @@ async def list_certificates(
     limit: int = 1000,
 ) -> list[dict[str, Any]]:
     """
-    Return up to ``limit`` certificates, those that expire first, with type and status of their devices.
+    Return up to ``limit`` certificates, ordered by expiry, with the type and status of their devices.
 
     Args:
-        within: Only those that expire between now and this time from now, by the database's clock.
+        within: Only certificates that expire within this time from now, by the database's clock.
     """
     statement = load_statements("certificates").certificates.sql
     async with connected(target) as connection:
@@ -109,7 +109,7 @@ async def list_certificates(
 
 
 async def expiring_by_day(target: Target, within: timedelta) -> list[tuple[date, int]]:
-    """Count active certificates without a successor by the day on which they expire, from now on, by the database's clock."""
+    """Count active certificates without a successor by day of expiry, from now on, by the database's clock."""
     async with connected(target) as connection:
         rows = await connection.fetch(load_statements("certificates").expiring_by_day.sql, within)
         return [(row["day"], row["number"]) for row in rows]
@@ -117,7 +117,7 @@ async def expiring_by_day(target: Target, within: timedelta) -> list[tuple[date,
 
 async def find_certificates(connection: Connection, name: str) -> list[dict[str, Any]]:
     """
-    Return the certificates with a serial number or fingerprint; colons, spaces, 0x and upper case are accepted.
+    Return the certificates with this serial number or fingerprint; colons, spaces, 0x and upper case are accepted.
 
     Raises:
         InvalidInput: ``name`` is neither.
@@ -137,7 +137,7 @@ async def find_certificates(connection: Connection, name: str) -> list[dict[str,
 
 async def get_certificate(connection: Connection, name: str) -> dict[str, Any]:
     """
-    Return the one certificate with a serial number or fingerprint.
+    Return the one certificate with this serial number or fingerprint.
 
     Raises:
         NotFound: There is none.
@@ -154,9 +154,9 @@ async def get_certificate(connection: Connection, name: str) -> dict[str, Any]:
 
 async def certificates_of(connection: Connection, device_id: str) -> list[dict[str, Any]]:
     """
-    Return the active certificates of a device, the one whose validity began last first.
+    Return the active certificates of a device, newest start of validity first.
 
-    Those not valid yet, by the database's clock, come at the end: they were issued by a clock that was wrong.
+    Certificates that are not valid yet, by the database's clock, come last: they were issued under a wrong clock.
 
     Raises:
         NotFound: There is no such device.
@@ -174,7 +174,7 @@ async def revoke_certificates(connection: Connection, fingerprints: Iterable[str
     Revoke certificates permanently and return those that were active.
 
     Raises:
-        InvalidInput: The reason is not a final one, or too long.
+        InvalidInput: The reason is not permanent (certificateHold), or is too long.
     """
     rows = await connection.fetch(load_statements("certificates").revoke_certificates.sql, list(fingerprints), reason)
     return [dict(row) for row in rows]
@@ -190,7 +190,7 @@ async def revoke_listed(
         issuer: Subject of the authority, RFC 4514.
         listed: Serial number, reason and time of each entry.
     Returns:
-        How many certificates this revoked, and how many listed ones are not on record.
+        How many certificates were revoked now, and how many listed ones are not on record.
     """
     statements = load_statements("certificates")
     columns = [list(column) for column in zip(*listed, strict=True)] or [[], [], []]
@@ -200,7 +200,7 @@ async def revoke_listed(
 
 
 async def count_on_record(connection: Connection, issuer: str, serials: Collection[str]) -> int:
-    """Return how many of an issuer's serial numbers are on record."""
+    """Return how many of these serial numbers of an issuer are on record."""
     return int(await connection.fetchval(load_statements("certificates").known_serials.sql, issuer, list(serials)))
 
 

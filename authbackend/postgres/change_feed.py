@@ -1,5 +1,5 @@
 """
-Reads the registry and follows the change feed; see docs/decisions/0002-change-feed.md.
+Read the registry and its changes from the database, for the copy in memory; see docs/decisions/0002-change-feed.md.
 
 Every read is one REPEATABLE READ transaction that takes its locks before its snapshot. A position is the whole
 snapshot, so each change row is read once, in whatever order transactions commit.
@@ -42,7 +42,7 @@ CHUNK_ROWS = 2000
 CHANNEL = "registry"
 PROBE_S = 5.0
 LOCK_TIMEOUT = "500ms"
-"""Shorter than PostgreSQL's deadlock_timeout (1 s): a read gives way to a migration and never gets one cancelled."""
+"""Shorter than PostgreSQL's deadlock_timeout (1 s): a read gives way to a migration and never causes its cancellation."""
 _MAX_PATCH_SHARE = 0.2  # of the devices; above it a full load is cheaper
 
 _ENTITIES = ("device_type", "device", "account")
@@ -50,11 +50,11 @@ _ENTITIES = ("device_type", "device", "account")
 
 class ChangeFeed:
     """
-    One replica's reader; not for use by several tasks concurrently.
+    Reads for one replica; not for concurrent use by several tasks.
 
     Args:
         change_retention_s: How long :meth:`prune` keeps change rows.
-        identity: The replica, registered on each new connection before the first read; None: not a replica, answers nobody.
+        identity: The replica, registered on each new connection before the first read; None for a reader that is no replica.
         on_ignored: Called with the number of changes to entities that this program does not know.
         writability: Shared with everything else in this process that writes to the database.
     """
@@ -81,14 +81,14 @@ class ChangeFeed:
 
     async def load(self, store: Store, synced_at: float) -> FeedRead:
         """
-        Load the whole registry into a store; its readers see it when it is complete.
+        Load the whole registry into a store, whose readers see it only when it is complete.
 
         Raises:
             Unavailable: The server cannot be reached, is a standby, has no registry, its triggers are missing, its schema
                 needs a newer program, or the store has no room.
         """
-        # Workers that answer from the current copy must not notice a reload. Nothing else slows the follower down:
-        # revocations depend on it.
+        # Pause between chunks while workers answer from the current copy: they must not notice a reload. Nothing else
+        # may slow the follower down: revocations depend on it.
         rest = 1.0 if store.state() is not None else 0.0
         async with self._read() as (connection, feed_read, _):
             with store.loading(feed_read.position, synced_at, feed_read.confirmed_at.timestamp()) as loader:
@@ -103,10 +103,10 @@ class ChangeFeed:
 
     async def changes(self, position: FeedPosition, devices: int) -> tuple[Patch, FeedRead] | None:
         """
-        Return what changed since a position, and the position of this read.
+        Return the changes since a position, and the position of this read.
 
-        None when everything must be loaded again: another incarnation of the database, change rows pruned, counters
-        gone back, a table truncated, or so many of ``devices`` changed that a load is cheaper.
+        None if a full load is needed: another incarnation of the database, change rows pruned, counters
+        gone back, a table truncated, or so many of the ``devices`` changed that a full load is cheaper.
 
         Raises:
             Unavailable: As :meth:`load`.
@@ -119,7 +119,7 @@ class ChangeFeed:
         """
         Compare a store with the database value by value, on a separate connection, and return the rows that differ.
 
-        A row may also differ because the store was updated meanwhile: see :meth:`confirm`.
+        A row may differ only because the store was updated meanwhile: see :meth:`confirm`.
 
         Raises:
             Unavailable: As :meth:`load`.
@@ -154,9 +154,9 @@ class ChangeFeed:
 
     async def confirm(self, position: FeedPosition, devices: int, suspects: Patch) -> SuspectRows | None:
         """
-        Read suspects again, together with what changed since a position.
+        Read suspect rows again, together with the changes since a position.
 
-        None if everything must be loaded again anyway.
+        None if a full load is needed anyway.
 
         Raises:
             Unavailable: As :meth:`load`.
@@ -173,10 +173,10 @@ class ChangeFeed:
 
     async def later_changes(self, position: FeedPosition) -> set[tuple[str, str]] | None:
         """
-        Return the keys of what changed after a position in an earlier incarnation of the database; None if unknown.
+        Return the keys of the rows changed after a position in an earlier incarnation; None if unknown.
 
-        A promoted standby continues the transaction ids of its primary. Another cluster or database does not, so no
-        change in it counts as later.
+        A promoted standby continues the transaction ids of its primary. In another server or database they are
+        unrelated, so no change counts as later.
 
         Raises:
             Unavailable: As :meth:`load`.
@@ -198,7 +198,7 @@ class ChangeFeed:
     @contextlib.asynccontextmanager
     async def wake_ups(self) -> AsyncIterator[Callable[[], Awaitable[None]]]:
         """
-        Listen for changes on a separate connection; notifications that pile up are one wake-up.
+        Listen for changes on a separate connection; notifications that pile up become one wake-up.
 
         Raises:
             Unavailable: The connection cannot be made or is lost.
@@ -211,7 +211,7 @@ class ChangeFeed:
 
             async def next_change() -> None:
                 while not await listener.wait(PROBE_S):
-                    with translated_errors():  # that the peer is gone shows only when something is sent
+                    with translated_errors():  # a lost peer is noticed only when something is sent
                         await connection.fetchval("select 1")
 
             yield next_change
@@ -220,7 +220,7 @@ class ChangeFeed:
                 await connection.close(timeout=1)
 
     async def close(self) -> None:
-        """Drop the connection; the next call opens one."""
+        """Close the connection; the next call opens a new one."""
         connection, self._connection = self._connection, None
         if connection is not None:
             with contextlib.suppress(Exception):
@@ -234,7 +234,7 @@ class ChangeFeed:
 
     @contextlib.asynccontextmanager
     async def _read(self) -> AsyncIterator[tuple[Connection, FeedRead, int]]:
-        """Open a transaction to read in; yield the connection, its position, and the floor of the feed."""
+        """Open a read transaction; yield the connection, its position, and the floor: older changes may be pruned."""
         with translated_errors():
             connection = await self._connected()
             server = await connection.fetchrow(self._statements.server.sql)
@@ -242,7 +242,7 @@ class ChangeFeed:
             require_fit(server["oldest_program"])
             if server["standby"]:
                 raise Unavailable(
-                    "the server is a standby; its snapshots do not show running transactions, so changes could be missed. Connect to the primary"
+                    "the server is a standby; its snapshots do not list running transactions, so changes could be missed. Connect to the primary"
                 )
             if self._identity is not None:
                 await self._register(connection, self._identity)
@@ -259,12 +259,12 @@ class ChangeFeed:
                             return
                 except asyncpg.LockNotAvailableError as error:
                     raise Unavailable(await locked_out(connection, LOCK_TIMEOUT)) from error
-                # Crash recovery loses the incarnation; a new one makes every reader load everything again.
+                # Crash recovery empties the table of the incarnation; a new one makes every reader load everything again.
                 await connection.fetchval(self._statements.renew_incarnation.sql)
             raise Unavailable("the incarnation of the database cannot be renewed")
 
     async def _register(self, connection: Connection, identity: Identity) -> None:
-        """Make sure that whoever waits for the replicas waits for this one."""
+        """Register this replica, so that nothing counts as confirmed by all replicas without it."""
         statements = load_statements("replicas")
         if not self._introduced:
             try:
@@ -273,13 +273,13 @@ class ChangeFeed:
                 self._introduced, self._row = True, identity.boot.id
             except Unwritable as error:
                 self._writability.failed(error.detail)
-                # Until this boot can be registered, the row of an earlier boot of the replica stands in for it.
+                # Until this boot can be registered, the row of an earlier boot of the same replica stands in for it.
                 ids = [identity.boot.id, *reversed(identity.boot.former)]
                 self._row = await connection.fetchval(statements.known.sql, ids)
                 if self._row is None:
                     raise Unavailable(
-                        "this replica is not registered in the database and cannot be, so nobody would wait for it "
-                        f"when something is revoked: {error.detail}"
+                        "this replica is not registered in the database and cannot be, so a revocation would not wait "
+                        f"for it: {error.detail}"
                     ) from error
         if (self._vouches_for is not None) != (self._writability.fault is not None):
             statement = statements.vouch if self._vouches_for is None else statements.no_vouch
@@ -287,7 +287,7 @@ class ChangeFeed:
             self._vouches_for = None if self._vouches_for else self._row
 
     def _position(self, row: Any) -> tuple[FeedRead | None, int]:
-        require_fit(row["oldest_program"])  # again: the schema may have changed before the locks were taken
+        require_fit(row["oldest_program"])  # checked again: the schema may have changed before the locks were taken
         expected = len(WATCHED_TABLES) * TRIGGERS_A_TABLE
         if row["triggers"] != expected:
             raise Unavailable(

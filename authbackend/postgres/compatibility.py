@@ -1,4 +1,4 @@
-"""Whether this program reads the database's schema correctly, which may be newer than the program."""
+"""Check that this program is new enough for the database's schema, which may be newer than the program."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
 
 def require_fit(oldest: str, program: str = __version__) -> None:
     """
-    Require this program to be at least the oldest one that reads the schema correctly.
+    Require that this program is not older than the oldest one that reads the schema correctly.
 
     Args:
         oldest: What ``registry_oldest_program()`` returns.

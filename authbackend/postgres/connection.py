@@ -1,4 +1,4 @@
-"""Connections and the translation of driver errors."""
+"""Open connections to PostgreSQL, and translate the driver's errors into this project's."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Connection = asyncpg.Connection
 @dataclass(frozen=True, slots=True)
 class Target:
     """
-    Where the database is; the URI may hold a password and is never shown.
+    How to connect to the database; the URI may hold a password and is never shown.
 
     Args:
-        connect_timeout_s: For each host, unless the URI says another.
-        read_dsn: Returns the URI with the password as its file has it now, asked for each connection; None: it is in ``dsn``.
+        connect_timeout_s: Per host, unless the URI has its own.
+        read_dsn: Called for each connection; returns the URI with the current password from its file. None: use ``dsn``.
     """
 
     dsn: str = field(repr=False)
@@ -40,15 +40,15 @@ class Target:
 @contextlib.contextmanager
 def translated_errors() -> Iterator[None]:
     """
-    Turn what asyncpg raises into this project's errors.
+    Translate asyncpg's exceptions into this project's errors.
 
     Raises:
-        InvalidInput: A constraint refused a row; the detail is the database's own message.
-        Conflict: Something of that name exists, or is still referred to.
-        Forbidden: The role lacks the right.
+        InvalidInput: A constraint rejected a row; the detail is the database's own message.
+        Conflict: The name is taken or still referenced, or another transaction changed the same rows.
+        Forbidden: The role lacks the privilege.
         Unwritable: The database is read-only or its disk is full.
-        Unavailable: No connection, the server is stopping, or something took too long, each in words of its own;
-            nothing of the URI is shown.
+        Unavailable: There is no connection, the server is stopping, or something took too long; the detail says
+            which, without any part of the URI.
     """
     try:
         yield
@@ -71,78 +71,78 @@ def translated_errors() -> Iterator[None]:
     except asyncpg.PostgresError as error:
         raise Unavailable(f"PostgreSQL: {error.args[0]}") from error
     except TimeoutError as error:
-        if error.errno is not None:  # the network's own, not that of a statement
+        if error.errno is not None:  # a timeout of the network, not of a statement
             raise Unavailable(connection_fault(error)) from error
         raise Unavailable(
             "PostgreSQL did not answer a statement in time (database.statement_timeout_s): it is stuck or overloaded, or the "
-            "network lost the answer. Whether the change was made is not known; look before you try again"
+            "network lost the answer. It is not known whether the change was made; check before you try again"
         ) from error
     except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
-        # The last is what asyncpg makes of a server that says goodbye in the middle of an answer.
+        # InternalClientError: the server closed the connection in the middle of an answer.
         raise Unavailable(connection_fault(error)) from error
 
 
 def _refused(error: asyncpg.PostgresError) -> str:
-    told = str(error.args[0])
-    # Not of a check: there PostgreSQL's detail has the row, and the row may have a password hash.
+    message = str(error.args[0])
+    # Not for a check constraint: PostgreSQL's detail shows the row, which may contain a password hash.
     if isinstance(error, (asyncpg.UniqueViolationError, asyncpg.ForeignKeyViolationError)):
-        told = f"{told}: {getattr(error, 'detail', '') or ''}".rstrip(": ")
+        message = f"{message}: {getattr(error, 'detail', '') or ''}".rstrip(": ")
     hint = getattr(error, "hint", None)
-    return f"{told}. {hint}" if hint else told
+    return f"{message}. {hint}" if hint else message
 
 
 def _unfit(error: asyncpg.PostgresError) -> str:
     if isinstance(error, asyncpg.UndefinedTableError):
         return "the database has no registry yet; run: authbackend migrate"
     return (
-        f"the database has no registry of this version ({error.args[0]}); run: authbackend migrate. If its schema is newer, "
-        "upgrade authbackend"
+        f"the database's schema does not fit this version of authbackend ({error.args[0]}); run: authbackend migrate. If the "
+        "schema is newer, upgrade authbackend"
     )
 
 
 def _unwritable(error: asyncpg.PostgresError) -> str:
     if isinstance(error, asyncpg.DiskFullError):
-        return f"nothing was changed: the disk of the database is full ({error.args[0]}). Make room there; who can read goes on"
+        return f"nothing was changed: the disk of the database is full ({error.args[0]}). Free space there; reads still work"
     return (
         f"nothing was changed: the database is read-only ({error.args[0]}). It is a standby or was demoted, or "
         "default_transaction_read_only is on, which some providers set when its disk is full. Connect to the primary, "
-        "or end that; who can read goes on"
+        "or make it writable again; reads still work"
     )
 
 
-_WHO = "select pid, application_name, usename, state, xact_start from pg_stat_activity order by xact_start"
+_FIND_HOLDER = "select pid, application_name, usename, state, xact_start from pg_stat_activity order by xact_start"
 
 
 def _waited(error: asyncpg.PostgresError) -> str:
-    said = error.args[0]
+    message = error.args[0]
     if isinstance(error, asyncpg.DeadlockDetectedError):
         return (
-            f"nothing was changed: this and another transaction waited for each other, and PostgreSQL ended this one ({said}); "
+            f"nothing was changed: this and another transaction waited for each other, and PostgreSQL cancelled this one ({message}); "
             "try again"
         )
     if isinstance(error, asyncpg.LockNotAvailableError):
         return (
-            f"nothing was changed: another transaction holds what this needs and did not end in time ({said}). "
-            f"Try again; who holds it is among: {_WHO}"
+            f"nothing was changed: another transaction holds a lock that this needs and did not end in time ({message}). "
+            f"Try again; to find that transaction: {_FIND_HOLDER}"
         )
     return (
-        f"nothing was changed: PostgreSQL ended the statement before it was done ({said}). Most often another transaction "
-        f"holds what it needs; it is among: {_WHO}. Then try again, or with a longer database.statement_timeout_s"
+        f"nothing was changed: PostgreSQL cancelled the statement before it finished ({message}). Most often another transaction "
+        f"holds a lock that it needs; to find it: {_FIND_HOLDER}. Then try again, or with a longer database.statement_timeout_s"
     )
 
 
 NEXT_HOST_S = 0.5
-"""How long a host may be silent before the next of the URI is tried beside it."""
+"""After this time without an answer from a host, the next host of the URI is tried in parallel."""
 
 
 async def connect(target: Target) -> Connection:
     """
-    Open a connection, to the first host of the URI that answers and is what ``target_session_attrs`` asks for.
+    Connect to the first host of the URI that answers and satisfies ``target_session_attrs``.
 
     Raises:
-        ConfigurationError: The URI is not valid, its password file cannot be read, or it leads to a pooler that does not
-            keep a session together.
-        Unavailable: No server can be reached, or each refuses; each cause in words of its own.
+        ConfigurationError: The URI is not valid, its password file cannot be read, or it leads to a pooler without
+            session pooling.
+        Unavailable: Every host is unreachable or refuses; the detail names the cause for each.
     """
     if target.read_dsn is not None:
         target = replace(target, dsn=target.read_dsn())
@@ -159,15 +159,15 @@ async def connect(target: Target) -> Connection:
 async def _connect_any(target: Target, uri: ConnectionURI, options: dict[str, Any]) -> Connection:
     faults: dict[str, str] = {}
     opening: dict[asyncio.Task[Connection], str] = {}
-    left = list(uri.hosts)
+    untried = list(uri.hosts)
     try:
-        while left or opening:
-            if left:
-                host, port = left.pop(0)
+        while untried or opening:
+            if untried:
+                host, port = untried.pop(0)
                 task = asyncio.create_task(_connect_one(target, uri, {**options, "host": host, "port": port}))
                 opening[task] = f"{host}:{port}"
             done, _ = await asyncio.wait(
-                opening, timeout=NEXT_HOST_S if left else None, return_when=asyncio.FIRST_COMPLETED
+                opening, timeout=NEXT_HOST_S if untried else None, return_when=asyncio.FIRST_COMPLETED
             )
             for task in [task for task in opening if task in done]:  # in the order of the URI
                 error = task.exception()
@@ -181,8 +181,8 @@ async def _connect_any(target: Target, uri: ConnectionURI, options: dict[str, An
         for task in opening:
             task.cancel()
             task.add_done_callback(_drop)
-    named = "; ".join(f"{host}: {fault}" for host, fault in faults.items())
-    raise Unavailable(f"no host of the connection URI can be used: {named}")
+    listed = "; ".join(f"{host}: {fault}" for host, fault in faults.items())
+    raise Unavailable(f"no host of the connection URI can be used: {listed}")
 
 
 def _drop(task: asyncio.Task[Connection]) -> None:
@@ -195,7 +195,7 @@ async def _connect_one(target: Target, uri: ConnectionURI, options: dict[str, An
     try:
         with translated_errors():
             if await check_pooling(connection, target.dsn, lambda: _open(target, uri, options)):
-                # A pooler passes no such setting on when a session begins.
+                # A pooler does not pass this startup parameter on.
                 await connection.execute(f"set statement_timeout = {_statement_timeout_ms(target)}")
     except BaseException:
         connection.terminate()
@@ -212,11 +212,11 @@ async def _open(target: Target, uri: ConnectionURI, options: dict[str, Any]) -> 
     timeout_s = uri.connect_timeout_s or target.connect_timeout_s
     if uri.session is not None:
         options = {**options, "target_session_attrs": uri.session}
-    named = f"{uri.application_name} ({target.application_name})" if uri.application_name else target.application_name
+    name = f"{uri.application_name} ({target.application_name})" if uri.application_name else target.application_name
     settings = {
-        "application_name": named,
+        "application_name": name,
         "statement_timeout": str(_statement_timeout_ms(target)),
-        "timezone": "UTC",  # the epoch of the change feed holds a timestamp as text
+        "timezone": "UTC",  # the epoch of the change feed contains a timestamp as text
     }
     if uri.options:
         settings["options"] = uri.options
@@ -229,7 +229,7 @@ async def _open(target: Target, uri: ConnectionURI, options: dict[str, Any]) -> 
             if error.errno is not None:
                 raise
             raise Unavailable(f"PostgreSQL cannot be reached: no connection within {timeout_s:g} s") from error
-        except OSError:  # also those of TLS that are ValueErrors
+        except OSError:  # some TLS errors are also ValueErrors
             raise
         except ValueError as error:
             raise Unavailable(
@@ -241,14 +241,15 @@ async def _asyncpg_connection(
     target: Target, uri: ConnectionURI, timeout_s: float, settings: dict[str, str], options: dict[str, Any]
 ) -> Connection:
     async def attempt(settings: dict[str, str]) -> Connection:
-        found: Connection = await asyncpg.connect(
+        connection: Connection = await asyncpg.connect(
             uri.dsn,
             timeout=timeout_s,
-            command_timeout=target.statement_timeout_s + 1,  # later than the server's own, which says why
+            command_timeout=target.statement_timeout_s
+            + 1,  # later than the server's own timeout, whose error says more
             server_settings=settings,
             **options,
         )
-        return found
+        return connection
 
     try:
         return await attempt(settings)
@@ -260,30 +261,31 @@ async def _asyncpg_connection(
 
 
 def _set_socket_options(connection: Connection, options: tuple[tuple[int, int, int], ...]) -> None:
-    found = connection._transport.get_extra_info("socket") if options else None  # type: ignore[attr-defined]  # noqa: SLF001 - asyncpg does not give its socket away
-    if found is not None and found.family != socket.AF_UNIX:
+    own = connection._transport.get_extra_info("socket") if options else None  # type: ignore[attr-defined]  # noqa: SLF001 - asyncpg has no public access to its socket
+    if own is not None and own.family != socket.AF_UNIX:
         for option in options:
-            found.setsockopt(*option)
+            own.setsockopt(*option)
 
 
 async def name_actor(connection: Connection, name: str) -> None:
     """
-    Name who acts, until the end of the transaction.
+    Set who acts, until the end of the transaction.
 
-    The audit trail keeps it as ``claimed_by``; its ``actor`` is the role that logged in, unless that role may speak for others.
+    The audit trail records the name as ``claimed_by``. Its ``actor`` is the role that logged in, unless that role may
+    speak for others.
     """
     await connection.execute("select set_config('authbackend.actor', $1, true)", name)
 
 
 async def database_time(connection: Connection) -> datetime:
-    """Return the database's time, by which records are made and compared."""
+    """Return the current time by the database's clock, to compare with times on record."""
     now: datetime = await connection.fetchval("select clock_timestamp()")
     return now
 
 
 @contextlib.asynccontextmanager
 async def connected(target: Target) -> AsyncIterator[Connection]:
-    """Open a connection for the time of the block; errors inside it are translated too."""
+    """Open a connection for the duration of the block; errors inside it are translated too."""
     connection = await connect(target)
     try:
         with translated_errors():

@@ -1,4 +1,4 @@
-"""Why there is no connection, in words; nothing of the URI is shown but hosts."""
+"""Explain why there is no connection to PostgreSQL, for people; of the URI, only hosts are shown."""
 
 from __future__ import annotations
 
@@ -12,28 +12,31 @@ _SERVER_CERTIFICATE = {
     9: "is not valid yet: is this host's clock right?",
     10: "has expired: give the server a new one",
     23: "is revoked",
-    3: "cannot be looked up: sslcrl has no revocation list of its authority",
-    12: "cannot be looked up: the revocation list (sslcrl) has expired",
-    62: "is for another name: connect by a name in it, or give the server one with the name in the connection URI",
-    64: "is for another address: connect by a name in it, or give the server one with the address in the connection URI",
+    3: "cannot be checked for revocation: sslcrl has no revocation list of its authority",
+    12: "cannot be checked for revocation: the revocation list (sslcrl) has expired",
+    62: "is for another name: connect by a name in the certificate, or give the server one with the name in the connection URI",
+    64: "is for another address: connect by a name in the certificate, or give the server one with the address in the connection URI",
     **dict.fromkeys((2, 18, 19, 20, 21), "is not from an authority in sslrootcert"),
 }
 _ALERTS = (
     ("CERTIFICATE_EXPIRED", "it refuses this client's certificate (sslcert), which has expired"),
     ("CERTIFICATE_REVOKED", "it refuses this client's certificate (sslcert), which is revoked"),
-    ("CERTIFICATE_REQUIRED", "it demands a client certificate: set sslcert and sslkey"),
+    ("CERTIFICATE_REQUIRED", "the server requires a client certificate: set sslcert and sslkey"),
     ("UNKNOWN_CA", "it refuses this client's certificate (sslcert), whose authority it does not know"),
     ("ALERT_BAD_CERTIFICATE", "it refuses this client's certificate (sslcert)"),
     ("CERTIFICATE_UNKNOWN", "it refuses this client's certificate (sslcert)"),
     ("PROTOCOL_VERSION", "no version of TLS that both sides allow"),
     ("UNSUPPORTED_PROTOCOL", "no version of TLS that both sides allow"),
-    ("HANDSHAKE_FAILURE", "no cipher that both sides allow, or it demands a client certificate (sslcert)"),
-    ("WRONG_VERSION_NUMBER", "what answers there does not speak TLS"),
+    (
+        "HANDSHAKE_FAILURE",
+        "no cipher suite that both sides allow, or the server requires a client certificate (sslcert)",
+    ),
+    ("WRONG_VERSION_NUMBER", "the server there does not speak TLS"),
 )
 
 
 def connection_fault(error: BaseException) -> str:
-    """Return what a driver error means for whoever has to mend it."""
+    """Return the cause of a driver error, and what to do about it."""
     if isinstance(error, asyncpg.ConnectionDoesNotExistError):
         # With TLS 1.3 a server refuses a client certificate after the handshake.
         if isinstance(error.__cause__, OSError):
@@ -53,7 +56,7 @@ def connection_fault(error: BaseException) -> str:
     if isinstance(error, OSError):
         return f"PostgreSQL cannot be reached: {_network(error)}"
     if isinstance(error, (asyncpg.InternalClientError, asyncpg.InterfaceError)):
-        # What asyncpg makes of a server that says goodbye, or of a connection that is gone.
+        # asyncpg's errors for a server that closes the connection, and for a connection that is already closed.
         return f"PostgreSQL cannot be reached: it ended the connection ({type(error).__name__})"
     return f"PostgreSQL cannot be reached: {type(error).__name__}"
 
@@ -65,11 +68,11 @@ def _network(error: OSError) -> str:
     if isinstance(error, ConnectionRefusedError):
         return f"nothing listens there ({name})"
     if isinstance(error, FileNotFoundError):
-        return f"its Unix socket is not there ({name})"
+        return f"its Unix socket does not exist ({name})"
     if isinstance(error, ConnectionResetError):
-        return f"it closed the connection, and its log may say why ({name}); over TLS, it may have refused sslcert"
+        return f"it closed the connection ({name}); its log may say why. Over TLS, it may have refused sslcert"
     if "rejected SSL upgrade" in str(error):
-        return "it has no TLS, which sslmode of the connection URI demands (ssl = on in postgresql.conf)"
+        return "the server has no TLS, which sslmode of the connection URI requires; set ssl = on in postgresql.conf"
     if "AF_UNIX path too long" in str(error):
-        return "the path of its Unix socket is too long; Linux takes 107 bytes. Name a shorter folder as host in the connection URI"
+        return "the path of its Unix socket is longer than Linux allows (107 bytes). Give a shorter folder as host in the connection URI"
     return name if error.strerror is None else f"{error.strerror} ({name})"

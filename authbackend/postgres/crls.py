@@ -1,4 +1,4 @@
-"""Revocation lists in the database: what belongs on them, and the present list of each authority."""
+"""Read and write certificate revocation lists: what belongs on them, the current ones, and where they are installed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from authbackend.postgres.connection import Connection, Target, connected, name_
 from authbackend.postgres.statements import load_statements
 
 CHANNELS = ("certificate", "crl")
-"""What is notified when certificates change, and when lists or authorities do."""
+"""The channels notified when certificates change, and when lists or authorities change."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredCrl:
-    """A list as it is in the database."""
+    """A revocation list as stored in the database."""
 
     number: int
     this_update: datetime
@@ -28,13 +28,13 @@ class StoredCrl:
 @dataclass(frozen=True, slots=True)
 class Moment:
     """
-    When a list is signed or taken over.
+    What is known of an authority's lists at the time the next one is signed or imported.
 
     Args:
         now: The database's time.
-        kept: The highest number that a list of the authority ever had here; None: it had none.
-        installed: The highest that the host of a node has reported; above ``kept`` after the database was restored.
-        listed: How many certificates are known to be on the present list.
+        kept: The highest CRL number ever stored here; None if there was none.
+        installed: The highest CRL number that a node's host has reported; above ``kept`` after the database was restored.
+        listed: Number of certificates recorded as being on the current list.
     """
 
     now: datetime
@@ -50,7 +50,7 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class StoredAuthority:
-    """An authority, and its list if it has one yet."""
+    """An authority, with its revocation list if it has one yet."""
 
     name: str
     subject: str
@@ -62,12 +62,12 @@ class StoredAuthority:
 @dataclass(frozen=True, slots=True)
 class Expiring:
     """
-    How many active certificates without a successor end soon.
+    How many active certificates without a successor expire soon.
 
     Args:
-        within: By device type (``unknown``: of no device): within 7, 30 and 90 days, each with those before.
-        expired: Ended already, and the device is active.
-        most_on_a_day: The most that end on one day of the next 90.
+        within: By device type (``unknown`` for no device), how many expire within 7, 30 and 90 days (cumulative).
+        expired: How many have expired although their device is active.
+        most_on_a_day: The most that expire on a single day of the next 90.
     """
 
     within: dict[str, tuple[int, int, int]]
@@ -79,10 +79,10 @@ async def fetch_authorities(
     connection: Connection, name: str | None = None, known: Mapping[str, StoredCrl] | None = None
 ) -> list[StoredAuthority]:
     """
-    Return authorities by name, or the one of that name.
+    Return all authorities by name, or only the named one.
 
     Args:
-        known: Lists that the asker has, by authority: their contents, which can be megabytes, are not sent again.
+        known: Lists that the caller already has, by authority; their contents, which can be megabytes, are not fetched again.
     """
     known = known or {}
     marks = [f"{authority}:{stored.number}" for authority, stored in known.items()]
@@ -104,12 +104,12 @@ async def fetch_authorities(
 
 
 async def lock_list(connection: Connection, authority: str) -> None:
-    """Wait until nobody else signs the list of an authority; until the end of the transaction."""
+    """Lock the list of an authority until the end of the transaction, so that only one process signs it."""
     await connection.execute(load_statements("certificates").lock_list.sql, authority)
 
 
 async def fetch_moment(connection: Connection, issuer: str) -> Moment:
-    """Return the database's time, and the highest numbers of an authority's lists."""
+    """Return the database's time and the highest CRL numbers of an authority."""
     row = await connection.fetchrow(load_statements("certificates").signing.sql, issuer)
     assert row is not None
     kept, installed = (None if row[name] is None else int(row[name]) for name in ("kept", "installed"))
@@ -120,12 +120,12 @@ async def report_list(
     target: Target, node: str, issuer: str, number: int, next_update: datetime, counts_s: float
 ) -> None:
     """
-    Note which list of an authority the host of a node has installed.
+    Record which list of an authority is installed on the host of a node.
 
     Args:
-        counts_s: How long the report counts, in seconds.
+        counts_s: How long the report is valid, in seconds.
     Raises:
-        InvalidInput: Another role reports for this node, or this role for another node.
+        InvalidInput: Another role reports for this node, or this role reports for another node.
         AuthbackendError: The database cannot be reached or refuses.
     """
     async with connected(target) as connection:
@@ -134,17 +134,17 @@ async def report_list(
 
 
 async def list_installed(target: Target) -> list[dict[str, Any]]:
-    """Return which lists the hosts of nodes say that they have installed, who says so, and whether that still counts."""
+    """Return the lists reported as installed, by node, with the reporting role and whether the report is still valid."""
     async with connected(target) as connection:
         return [dict(row) for row in await connection.fetch(load_statements("certificates").installed.sql)]
 
 
 async def forget_node(target: Target, actor: str, node: str) -> None:
     """
-    Forget what the host of a node said that it had installed, and which role said it.
+    Delete the reports of a node's host, so that another role can report for it.
 
     Raises:
-        NotFound: It said nothing.
+        NotFound: It has reported nothing.
     """
     async with connected(target) as connection, connection.transaction():
         await name_actor(connection, actor)
@@ -155,19 +155,19 @@ async def forget_node(target: Target, actor: str, node: str) -> None:
 async def fetch_revoked(
     connection: Connection, issuer: str, oldest_end: datetime
 ) -> Sequence[tuple[str, str, datetime]]:
-    """Return serial number, reason and time of what belongs on a list; what ended before ``oldest_end`` does not."""
+    """Return serial number, reason and time of the revocations to list: of certificates that end after ``oldest_end``."""
     rows = await connection.fetch(load_statements("certificates").revoked.sql, issuer, oldest_end)
     return [tuple(row) for row in rows]
 
 
 async def save_crl(connection: Connection, authority: str, stored: StoredCrl, serials: Sequence[str]) -> None:
     """
-    Make a list the present one.
+    Store a list as the current one of an authority.
 
     Args:
-        serials: Of the certificates that are on it for good.
+        serials: The serial numbers on it, without temporary entries (certificateHold).
     Raises:
-        InvalidInput: The present one is newer.
+        InvalidInput: The current one is newer.
     """
     await connection.execute(
         load_statements("certificates").save_crl.sql,
@@ -179,7 +179,7 @@ async def save_crl(connection: Connection, authority: str, stored: StoredCrl, se
 
 
 async def fetch_expiring(connection: Connection) -> Expiring:
-    """Count what ends soon. Cost: an index over those that end within 90 days and one look for each."""
+    """Count the certificates that expire soon. Cost: an index scan over 90 days, with one lookup per certificate."""
     statements = load_statements("certificates")
     types = await connection.fetch(statements.expiring_by_type.sql)
     days = await connection.fetch(statements.expiring_by_day.sql, timedelta(days=90))

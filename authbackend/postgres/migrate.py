@@ -1,7 +1,7 @@
 """
-Applies the migrations of ``sql/migrations`` in dbmate's file format and with its ``schema_migrations`` table.
+Apply the migrations of ``sql/migrations``, which have dbmate's file format and use its ``schema_migrations`` table.
 
-Source: https://github.com/amacneil/dbmate#usage (file names ``VERSION_name.sql``, ``-- migrate:up``).
+Format: https://github.com/amacneil/dbmate#usage (file names ``VERSION_name.sql``, ``-- migrate:up``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _UP = re.compile(r"^--\s*migrate:up\s*$(.*?)(?:^--\s*migrate:down.*)?\Z", re.MUL
 
 @dataclass(frozen=True, slots=True)
 class Migration:
-    """One file: its version (the digits of its name) and the statements to run."""
+    """One migration file: its version (the leading digits of its name) and the statements to run."""
 
     version: str
     name: str
@@ -35,27 +35,28 @@ def migrations(folder: Path = SQL / "migrations") -> list[Migration]:
     Return the migrations of a folder, oldest first.
 
     Raises:
-        ConfigurationError: A file is not in dbmate's format, or there is none.
+        ConfigurationError: A file is not in dbmate's format, or the folder has no migrations.
     """
-    found = []
+    result = []
     for path in sorted(folder.glob("*.sql")):
         version, _, name = path.stem.partition("_")
         up = _UP.search(path.read_text(encoding="utf-8"))
         if not version.isdigit() or up is None:
             raise ConfigurationError(f"{path}: not a dbmate migration (VERSION_name.sql with a line -- migrate:up)")
-        found.append(Migration(version, name, up.group(1)))
-    if not found:
+        result.append(Migration(version, name, up.group(1)))
+    if not result:
         raise ConfigurationError(f"no migrations in {folder}")
-    return found
+    return result
 
 
 async def migrate(target: Target) -> list[Migration]:
     """
-    Apply what is missing, each migration in a transaction of its own, and return what was applied.
+    Apply the missing migrations, each in its own transaction, and return those applied.
 
-    Safe when several replicas start at once: an advisory lock lets one work and the others wait.
+    Several processes may call this at once: an advisory lock lets one run while the others wait.
 
     Raises:
+        ConfigurationError: The database's encoding is not UTF-8.
         Unavailable: The server cannot be reached, is older than PostgreSQL 15, or a lock was not free in time.
     """
     applied = []
@@ -85,7 +86,7 @@ async def migrate(target: Target) -> list[Migration]:
 
 
 async def missing(target: Target) -> list[Migration]:
-    """Return the migrations that the database lacks, which may be all of them."""
+    """Return the migrations not applied to the database yet."""
     async with connected(target) as connection:
         if await connection.fetchval("select to_regclass('public.schema_migrations')") is None:
             return migrations()
@@ -95,14 +96,13 @@ async def missing(target: Target) -> list[Migration]:
 
 async def repair_triggers(target: Target) -> int:
     """
-    Enable every trigger of the registry again, as after a restore that disabled them, and return how many there are.
+    Enable the disabled triggers of the registry, for example after a restore that left them off, and return how many.
 
-    What was changed while they were disabled left no change rows: replicas find it by their next comparison, so
-    restart them or wait for ``registry.compare_interval_s``. Nor did it leave audit rows, so the trail is told which
-    triggers were off.
+    Changes made meanwhile left no change rows: replicas find them at their next comparison, so restart the replicas or
+    wait for ``registry.compare_interval_s``. They left no audit rows either, so the trail gets a row that names the triggers.
     """
     async with connected(target) as connection:
-        found = await connection.fetch(
+        disabled = await connection.fetch(
             "select tgrelid::regclass::text as watched, tgname as name, quote_ident(tgname) as quoted from pg_trigger "
             "where not tgisinternal and tgenabled <> 'A' and (tgrelid = any ($1::regclass[]) or tgrelid in "
             "(select tgrelid from pg_trigger where tgfoid in ('public.change_note'::regproc, 'public.audit_note'::regproc)))",
@@ -110,16 +110,16 @@ async def repair_triggers(target: Target) -> int:
         )
         async with connection.transaction():
             await connection.execute(f"set local lock_timeout = '{LOCK_TIMEOUT}'")
-            for row in found:
+            for row in disabled:
                 await connection.execute(f"alter table {row['watched']} enable always trigger {row['quoted']}")
             await connection.execute(
                 "insert into audit (operation, entity, before) select 'ENABLE TRIGGER', u.watched, "
                 "jsonb_build_object('not_always_on', jsonb_agg(u.name order by u.name)) "
                 "from unnest($1::text[], $2::text[]) as u (watched, name) group by u.watched",
-                [row["watched"] for row in found],
-                [row["name"] for row in found],
+                [row["watched"] for row in disabled],
+                [row["name"] for row in disabled],
             )
-        return len(found)
+        return len(disabled)
 
 
 async def _versions(connection: Connection) -> set[str]:

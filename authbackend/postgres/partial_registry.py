@@ -1,4 +1,4 @@
-"""The part of the registry around one device, read straight from the database: for explanations without a service."""
+"""Load the part of the registry that decides about one device, to explain decisions without a running service."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from authbackend.registry import records
 
 @dataclass(frozen=True, slots=True)
 class PartialRegistry:
-    """Some devices and types; implements ``policy.lookups.Registry``."""
+    """Some devices and their types; implements ``policy.lookups.Registry``."""
 
     devices: dict[str, Device]
     types: dict[str, DeviceType]
     now: float
-    """The database's clock, seconds since the epoch."""
+    """The database's clock, in seconds since the epoch."""
     age_s: float = 0.0
 
     def device_by_name(self, common_name: str) -> Device | None:
@@ -37,18 +37,19 @@ class PartialRegistry:
         return self.types.get(name)
 
     def account(self, name: str) -> Account | None:  # noqa: ARG002
-        """Return None: no decision about a device needs an account."""
+        """Return None: decisions about devices need no account."""
         return None
 
 
 async def load_partial(target: Target, name: str, client_id: str | None) -> tuple[PartialRegistry, Device]:
     """
-    Return the part of the registry that decides about one device: it, the devices that could own the client id,
-    and their types.
+    Load a device by id or common name, the devices that could own the client id, and the types of all these.
 
+    Args:
+        client_id: None for the device's usual one.
     Raises:
         NotFound: There is no such device.
-        Unavailable: The database cannot be reached, or its schema needs a newer program.
+        Unavailable: The database cannot be reached, or its schema needs a newer version of authbackend.
     """
     async with connected(target) as connection, connection.transaction(isolation="repeatable_read", readonly=True):
         require_fit(await connection.fetchval("select registry_oldest_program()"))
@@ -62,7 +63,7 @@ async def load_partial(target: Target, name: str, client_id: str | None) -> tupl
         types = await _types(connection, [device.type])
         client_id = client_id if client_id is not None else usual_client_id(device, types[device.type])
         devices = await _devices(connection, [device_id, *possible_owners(client_id)])
-        types = await _types(connection, sorted({found.type for found in devices.values()}))
+        types = await _types(connection, sorted({owner.type for owner in devices.values()}))
         now = await connection.fetchval("select extract(epoch from clock_timestamp())::float8")
     return PartialRegistry(devices, types, now), device
 

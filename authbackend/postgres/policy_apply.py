@@ -1,12 +1,12 @@
 """
-Makes the registry as a policy file says: planned without a lock, written in one transaction that gives way.
+Make the registry match a policy file: plan without locks, then write in one transaction that gives way to others.
 
-To plan it is to write it, too, in a transaction that is rolled back: only then the impact is exactly what the brake of
-the database counts.
+A plan also writes everything, in a transaction that is rolled back, so that its impact is exactly what the brake in the
+database counts.
 
-The rows that the plan changes or removes are locked first, in the order of tables and keys, and compared with what the
-plan saw. Only then is anything written. As soon as somebody waits for this transaction it is rolled back and tried
-again, against the same plan. Told in docs/decisions/0010-applying-a-policy.md.
+Before anything is written, the rows that the plan changes or removes are locked, in the order of tables and keys, and
+compared with what the plan read. As soon as another session waits for this transaction, it is rolled back and tried again
+with the same plan. See docs/decisions/0010-applying-a-policy.md.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from authbackend.postgres.policy_file import (
 )
 
 PAUSES_S = (0.5, 1.0, 2.0)
-"""Before each further attempt, when the last one gave way."""
+"""Pauses before the further attempts, after one gave way."""
 TURN_S = 600.0
 CONFLICTS_SHOWN = 20
 ANY_NUMBER = 2**63 - 1
@@ -49,7 +49,7 @@ T = TypeVar("T")
 
 
 class _Changed(Exception):
-    """A row is not what the plan saw."""
+    """A row is no longer as the plan read it."""
 
 
 async def plan(target: Target, document: Document, *, prune: bool = False, say: Say = lambda _: None) -> Planned:
@@ -57,7 +57,7 @@ async def plan(target: Target, document: Document, *, prune: bool = False, say: 
     Return the exact difference between the registry and a document, and its impact; nothing is changed.
 
     Args:
-        say: As for :func:`apply`.
+        say: See :func:`apply`.
     Raises:
         AuthbackendError: The database cannot be reached or refuses to read.
     """
@@ -85,17 +85,17 @@ async def apply(
     say: Say = lambda _: None,
 ) -> Applied:
     """
-    Make the registry as the document says, all or nothing; nobody waits for it.
+    Make the registry match a document, all or nothing; no other session has to wait for it.
 
     Args:
-        accept_impact: From so many devices, accounts and certificates something may be taken; None: as the brake allows.
-        say: Told what an operator would wonder about: for whom this waits, and to whom it gave way.
+        accept_impact: How many devices, accounts and certificates it may take something from; None: the brake's limits.
+        say: Called with progress for the operator: which session it waits for, or gave way to.
     Raises:
-        InvalidInput: A constraint refused a row, or it would touch more than is accepted; nothing was changed.
-        Conflict: Somebody else changed a row meanwhile, or a name is taken or still referred to; nothing was changed.
-        Unavailable: There is no connection; a row was held for too long by somebody else; or others wanted the rows
-            again and again. Nothing was changed.
-        Forbidden: The role lacks a right.
+        InvalidInput: A constraint rejected a row, or the impact is more than accepted; nothing was changed.
+        Conflict: Somebody else changed a row meanwhile, or a name is taken or still referenced; nothing was changed.
+        Unavailable: There is no connection, another session held a row for too long, or it gave way too often; nothing
+            was changed.
+        Forbidden: The role lacks a privilege.
     """
     async with connected(patient(target)) as connection, watching(target, connection) as watch:
         await _take_turn(connection, watch, say)
@@ -109,27 +109,27 @@ async def apply(
 
 
 async def _take_turn(connection: Connection, watch: Watch, say: Say) -> None:
-    """Wait for other applies, in steps, because a session that waits holds the server's cleaning back."""
-    end = time.monotonic() + TURN_S
-    told = False
+    """Wait for other applies, in steps, because one long wait would hold back vacuum on the server."""
+    deadline = time.monotonic() + TURN_S
+    announced = False
     while True:
         try:
             await connection.execute("select pg_advisory_lock($1)", APPLY)
         except asyncpg.LockNotAvailableError:
             holder = await watch.holder_of(APPLY)
-            if time.monotonic() > end:
+            if time.monotonic() > deadline:
                 raise Unavailable(
-                    f"nothing was changed: another policy is being applied by {holder}, for longer than {TURN_S:g} s"
+                    f"nothing was changed: another policy is being applied by {holder} and was not finished within {TURN_S:g} s"
                 ) from None
-            if not told:
+            if not announced:
                 say(f"waiting for another policy, which is being applied by {holder}")
-                told = True
+                announced = True
         else:
             return
 
 
 class _Plan:
-    """The differences that were worked out, in temporary tables of the connection."""
+    """The planned changes, held in temporary tables of the connection."""
 
     def __init__(
         self,
@@ -148,10 +148,10 @@ class _Plan:
 
     async def carry_out(self, accept_impact: int | None) -> tuple[str, Impact]:
         """
-        Write everything and return the registry version that serves it.
+        Write everything, and return the registry version with the changes.
 
         Raises:
-            InvalidInput: The brake refused it; the error has the impact of all, not only of what was written by then.
+            InvalidInput: The brake refused it; the error has the impact of the whole plan, not only of what was written.
         """
         try:
             return await self._persist(lambda: self._attempt(accept_impact))
@@ -163,7 +163,7 @@ class _Plan:
             raise InvalidInput(f"nothing was changed: {impact}{accepted}; {impact.way_on}") from error
 
     async def rehearse(self) -> Impact:
-        """Write everything, roll it back, and return what the brake has counted."""
+        """Write everything, roll it back, and return the impact that the brake counted."""
         return await self._persist(self._rehearsal)
 
     async def _persist(self, attempt: Callable[[], Awaitable[T]]) -> T:
@@ -174,17 +174,17 @@ class _Plan:
             try:
                 return await attempt()
             except _Changed:
-                if found := await self._conflicts():
-                    raise Conflict(_told(found)) from None
-                why = "rows that were changed and changed back"
+                if conflicts := await self._conflicts():
+                    raise Conflict(_conflict_message(conflicts)) from None
+                why = "edits that were undone again"
             except GaveWay as gave_way:
                 why = gave_way.waiter
             if pause_s is not None:
                 self._say(f"nothing was changed yet: gave way to {why}; trying again in {pause_s:g} s")
                 await asyncio.sleep(pause_s)
         raise Unavailable(
-            f"nothing was changed: others wanted what this was changing, {len(PAUSES_S) + 1} times, the last one {why}. "
-            "Try again when fewer edit the registry, or with smaller files"
+            f"nothing was changed: this gave way to others {len(PAUSES_S) + 1} times, the last time to {why}. "
+            "Try again when fewer people edit the registry, or with smaller files"
         )
 
     async def _attempt(self, accept_impact: int | None) -> tuple[str, Impact]:
@@ -225,7 +225,7 @@ class _Plan:
         )
 
     async def _execute(self, statement: str, *arguments: Any) -> int:
-        """Execute and return how many rows were touched."""
+        """Execute a statement, and return how many rows it wrote."""
         self._watch.check()
         count = str(await self._connection.execute(statement, *arguments)).rpartition(" ")[2]
         return int(count) if count.isdigit() else 0
@@ -251,7 +251,7 @@ class _Plan:
                 raise _Changed
 
     async def _write(self) -> None:
-        """Remove first, so that names become free; types last, when no device has them any more."""
+        """Remove rows first, so that names become free, but types last, when no device has them any more."""
         for table in reversed(self._tables):
             if table is not TYPES:
                 await self._remove(table)
@@ -268,14 +268,14 @@ class _Plan:
                 where p.operation = 'remove' and t.{table.key} = p.key""")
 
     async def _change(self, table: Table) -> None:
-        """Name only columns that differ: to name others wakes triggers that lock what is not needed."""
+        """Update only columns that differ: naming others would fire triggers that take more locks."""
         if not self._planned[table.name, "change"]:
             return
         differ = ", ".join(f"bool_or((before).{name} is distinct from (after).{name})" for name in table.copied)
-        found = await self._connection.fetchrow(f"select {differ} from {table.planned} where operation = 'change'")
-        assert found is not None
+        row = await self._connection.fetchrow(f"select {differ} from {table.planned} where operation = 'change'")
+        assert row is not None
         values = ", ".join(
-            f"{name} = (p.after).{name}" for name, differs in zip(table.copied, found, strict=True) if differs
+            f"{name} = (p.after).{name}" for name, differs in zip(table.copied, row, strict=True) if differs
         )
         await self._execute(f"""
             update {table.name} t set {values} from {table.planned} p
@@ -293,8 +293,8 @@ class _Plan:
             raise _Changed
 
     async def _conflicts(self) -> list[str]:
-        """Return what is not as the plan saw it, in words; somewhat more than is shown."""
-        found = []
+        """Describe the rows that are no longer as the plan read them; some more of them than are shown."""
+        conflicts = []
         for table in self._tables:
             queries = [(table, query) for query in _conflict_queries(table)]
             if table is not RULES:
@@ -303,8 +303,8 @@ class _Plan:
                 rows = await self._connection.fetch(f"""
                     select key, to_jsonb(before) as before, to_jsonb(after) as after, to_jsonb(now) as now
                     from ({query}) as q order by n limit {CONFLICTS_SHOWN + 1}""")
-                found += [_conflict(of, row) for row in rows]
-        return found
+                conflicts += [_conflict(of, row) for row in rows]
+        return conflicts
 
 
 def _conflict_queries(table: Table) -> tuple[str, str]:
@@ -322,7 +322,7 @@ def _conflict_queries(table: Table) -> tuple[str, str]:
 
 
 def _strays(table: Table) -> str:
-    """Return the query for rules that would go with an owner that is removed, and that the plan did not see."""
+    """Return the query for rules that would be deleted with a removed owner although the plan did not read them."""
     return f"""
         select 0 as n, t.id as key, null::{RULES.wanted} as before, null::{RULES.wanted} as after, {RULES.row()} as now
         from {table.planned} p join topic_rule t on t.{table.rules_by} = p.key
@@ -336,16 +336,16 @@ def _conflict(table: Table, row: Any) -> str:
     what = f"{one.entity} {one.key}"
     if now is None:
         return f"{what}: the plan saw it, now it is gone"
-    said = "the plan saw" if before else "the file says"
+    source = "the plan saw" if before else "the file says"
     differ = change_of(table.name, one.key, before or row["after"], now).fields
-    fields = [f"{name}: {said} {shown(old)}, now {shown(new)}" for name, (old, new) in differ.items()]
+    fields = [f"{name}: {source} {shown(old)}, now {shown(new)}" for name, (old, new) in differ.items()]
     return f"{what}: " + "; ".join(fields if before else ["the plan saw none, now there is one", *fields])
 
 
-def _told(conflicts: list[str]) -> str:
+def _conflict_message(conflicts: list[str]) -> str:
     more = ["..."] if len(conflicts) > CONFLICTS_SHOWN else []
     lines = "\n".join(f"  {line}" for line in [*conflicts[:CONFLICTS_SHOWN], *more])
     return (
-        f"nothing was changed: somebody else changed what the plan saw, after it looked:\n{lines}\n"
-        "Look at these, put into the file what is to stay, and apply again"
+        f"nothing was changed: somebody else changed these rows after the plan was made:\n{lines}\n"
+        "Check them, put into the file what should stay, and apply again"
     )

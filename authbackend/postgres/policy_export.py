@@ -1,4 +1,4 @@
-"""The whole registry as a policy file's document."""
+"""Read the whole registry into the document of a policy file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from authbackend.postgres.policy_file import patient
 
 
 async def export(target: Target) -> Document:
-    """Return the whole registry as a document."""
+    """Return the whole registry as a document, read in one snapshot."""
     async with (
         connected(patient(target)) as connection,
         connection.transaction(isolation="repeatable_read", readonly=True),

@@ -1,8 +1,8 @@
 """
-The policy file against the registry: what differs.
+Find the differences between a policy file and the registry, inside PostgreSQL.
 
-What is wanted goes into temporary tables by COPY, and PostgreSQL finds the differences, so a file of a million
-devices costs one pass over both. Nothing here waits for an edit or makes one wait.
+COPY puts the document into temporary tables, and a join finds the differences, so a file of a million devices costs one
+pass over both. Nothing here waits for an edit or makes one wait.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Table:
     One table of the registry and its section of the document.
 
     Args:
-        copied: Columns as COPY fills them; ``networks`` and ``attributes`` travel as text.
-        kept: Columns that keep their value where the file says nothing: the value that is wanted, of ``w``, the row of
-            the file, and ``t``, the row that is there or nulls.
-        conflict: What makes a new row the same as one that is there, as ON CONFLICT names it.
-        rules_by: The column of ``topic_rule`` that refers to it.
+        copied: The columns that COPY fills; ``networks`` and ``attributes`` are copied as text.
+        kept: Columns whose value stays if the file gives none: SQL for the new value, from ``w``, the row of the file,
+            and ``t``, the current row (all null if there is none).
+        conflict: The target of ON CONFLICT by which a new row counts as existing.
+        rules_by: The column of ``topic_rule`` that refers to this table.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Table:
 
     @property
     def wanted(self) -> str:
-        """The temporary table of the document's rows; its row type is that of ``before`` and ``after``."""
+        """The temporary table of the document's rows; its row type is also that of ``before`` and ``after``."""
         return f"wanted_{self.name}"
 
     @property
@@ -47,12 +47,12 @@ class Table:
         """
         The temporary table of the differences: n, operation, key, before, after.
 
-        ``n`` counts in the order of keys. The key is that of the row that is there; a rule to add has none.
+        ``n`` numbers them in the order of keys. A rule to add has no key, because its id is not known yet.
         """
         return f"planned_{self.name}"
 
     def row(self, alias: str = "t") -> str:
-        """Return a row as a value of the type that ``before`` and ``after`` have."""
+        """Return SQL for a row as a value of the type of ``before`` and ``after``."""
         return f"row({', '.join(f'{alias}.{column}' for column in self.copied)})::{self.wanted}"
 
 
@@ -94,7 +94,7 @@ ACCOUNTS = Table(
     ),
     "(name)",
     "account",
-    # A password that was kept ends with the login by password.
+    # A kept password is dropped when the account no longer logs in by password.
     {"password_hash": "case when w.login <> 'certificate' then coalesce(w.password_hash, t.password_hash) end"},
 )
 RULE_KEY = ("device_type", "device_id", "account", "effect", "action", "topic", "exchange")
@@ -105,7 +105,7 @@ LONGEST_STATEMENT_S = 3600.0  # a million devices are one statement over a milli
 
 
 def patient(target: Target) -> Target:
-    """Return the database with time for statements over the whole registry."""
+    """Return the target with a timeout for statements over the whole registry."""
     return replace(target, statement_timeout_s=LONGEST_STATEMENT_S)
 
 
@@ -155,12 +155,12 @@ def _list(values: tuple[str, ...] | None) -> list[str] | None:
 
 
 def tables(document: Document) -> list[Table]:
-    """Return the tables that a document speaks about, in the order in which they are locked and written."""
+    """Return the tables that a document has sections for, in the order in which they are locked and written."""
     return [*(table for table, _ in _sections(document)), RULES]
 
 
 async def stage(connection: Connection, document: Document) -> None:
-    """Copy the document into temporary tables of this session."""
+    """Copy the document into temporary tables of this connection."""
     rows: list[tuple[Table, Iterable[tuple[Any, ...]]]] = [*_sections(document), (RULES, _rule_records(document))]
     for table, records in rows:
         await connection.execute(
@@ -185,16 +185,16 @@ def _rule_records(document: Document) -> Iterator[tuple[Any, ...]]:
 
 
 async def work_out(connection: Connection, document: Document, *, prune: bool) -> list[Change]:
-    """Fill the tables of differences from one snapshot of the registry, and return what is in them."""
+    """Fill the temporary tables of differences from one snapshot of the registry, and return the differences."""
     async with connection.transaction(isolation="repeatable_read"):
-        # Before the snapshot: a TRUNCATE that commits after it would look like an empty table.
+        # Lock before the snapshot is taken: a table truncated after it would look empty.
         await connection.execute("lock table device_type, device, account, topic_rule in access share mode")
         for table in tables(document):
             query = _rule_differences(document, prune) if table is RULES else _differences(table, prune)
             await connection.execute(f"create temp table {table.planned} as {query}")
             await connection.execute(f"analyze {table.planned}")
     changes: list[Change] = []
-    async with connection.transaction():  # a cursor needs one; it holds nothing of the registry
+    async with connection.transaction():  # a cursor needs one; it locks nothing of the registry
         for table in tables(document):
             async for row in connection.cursor(
                 f"select key, to_jsonb(before) as old, to_jsonb(after) as new from {table.planned} order by n",
@@ -205,7 +205,7 @@ async def work_out(connection: Connection, document: Document, *, prune: bool) -
 
 
 def difference(table: Table, key: str, old: str | None, new: str | None) -> Change:
-    """Return the difference between two rows as JSON texts; None is no row."""
+    """Return the difference between two rows given as JSON text; None stands for no row."""
     if table is not RULES:
         return change_of(table.name, key, old, new)
     return rule_change(json.loads(old or "null"), json.loads(new or "null"))
@@ -231,16 +231,16 @@ def _differences(table: Table, prune: bool) -> str:
 
 
 def _owned(document: Document, prune: bool) -> str:
-    """Return the condition for the rules that a document speaks about: those of the owners it names or removes."""
+    """Return the condition for the rules that a document covers: those of the owners it names or removes."""
     conditions = ["false"]
     for table in tables(document)[:-1]:
-        told = table is not DEVICES or document.speaks_of_device_rules
-        if told and prune:
+        covers_rules = table is not DEVICES or document.speaks_of_device_rules
+        if covers_rules and prune:
             conditions.append(f"t.{table.rules_by} is not null")
         else:
             named = (
                 f"select {table.key} from {table.wanted}"
-                if told
+                if covers_rules
                 else f"select key from {table.planned} where operation = 'remove'"
             )
             conditions.append(f"t.{table.rules_by} in ({named})")
@@ -248,7 +248,7 @@ def _owned(document: Document, prune: bool) -> str:
 
 
 def rule_identity(row: str) -> str:
-    """Return what no two rules have in common, as a value that can be hashed although parts of it are null."""
+    """Return SQL for what identifies a rule, as a value that can be hashed although parts of it may be null."""
     return f"jsonb_build_array({', '.join(f'{row}.{column}' for column in RULE_KEY)})"
 
 

@@ -1,8 +1,8 @@
 """
-Connection poolers: one that gives a server connection to each transaction is refused.
+Detect connection poolers, and refuse those with transaction or statement pooling.
 
-Listening, advisory locks, prepared statements and ``set`` belong to a session. PgBouncer makes up the process id that it
-tells a client, by which any pooler is seen; which kind it is, only a second client can see.
+LISTEN, advisory locks, prepared statements and ``set`` belong to a session. PgBouncer makes up the process id that it
+gives a client, which shows that there is a pooler. Its pooling mode can only be found out with a second connection.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _PID = "select pg_backend_pid()"
 _session_pooling: set[str] = set()
 
 REFUSED = (
-    "the connection URI leads to a connection pooler that gives a server connection to each transaction (PgBouncer: pool_mode = "
-    "transaction or statement). Listening for changes and locks need one for the whole session: connect to PostgreSQL directly, "
-    "or to a pool with pool_mode = session, in pgbouncer.ini for this database alone: NAME = host=... pool_mode=session"
+    "the connection URI leads to a connection pooler with transaction or statement pooling (PgBouncer: pool_mode). Listening for "
+    "changes and advisory locks need one server connection for the whole session: connect to PostgreSQL directly, or to a pool "
+    "with pool_mode = session, in pgbouncer.ini for this database alone: NAME = host=... pool_mode=session"
 )
 
 
@@ -33,13 +33,13 @@ async def check_pooling(
     Return whether a connection goes through a pooler.
 
     Args:
-        place: Where it leads; what is found out is remembered for it.
-        another: Opens one more.
+        place: The connection URI; a pooler with session pooling is remembered for it.
+        another: Opens one more connection to the same place.
     Raises:
-        ConfigurationError: It is one that does not keep a session together.
+        ConfigurationError: The pooler has transaction or statement pooling.
     """
     if connection.get_server_version().major < _OLDEST:
-        return False  # refused by name when it is used
+        return False  # too old; refused elsewhere, with a message of its own
     try:
         pid = await connection.fetchval(_PID)
         if pid == connection.get_server_pid():
@@ -48,7 +48,7 @@ async def check_pooling(
             await _check_kind(connection, pid, another)
             _session_pooling.add(place)
     except (
-        asyncpg.DuplicatePreparedStatementError,  # another client's
+        asyncpg.DuplicatePreparedStatementError,  # of another client
         asyncpg.InvalidSQLStatementNameError,
         asyncpg.ProtocolViolationError,
     ) as error:
@@ -68,13 +68,13 @@ async def _check_kind(
             try:
                 other = await another()
             except AuthbackendError:
-                return  # no room in the pool while the first one is idle: that keeps its server connection
+                return  # the pool is full although the first connection is idle, so that one keeps its server connection
             stack.callback(other.terminate)
             try:
-                await other.execute("begin")  # not allowed with statement pooling, where it costs the connection
+                await other.execute("begin")  # statement pooling does not allow this, and closes the connection
                 taken = await other.fetchval(_PID)
             except TimeoutError:
                 return
-            # In a transaction meanwhile, so that the first one would get what is left.
+            # While the second is in a transaction, transaction pooling gives the first another server connection.
             if taken == pid or await connection.fetchval(_PID) != pid:
                 raise ConfigurationError(REFUSED)

@@ -1,4 +1,4 @@
-"""Edits of single devices and accounts; each is one transaction with its audit row, or an error and no change."""
+"""Read and edit single devices and accounts; each edit is one transaction with its audit row, or fails and changes nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DEVICE = (
 
 @asynccontextmanager
 async def editing(target: Target, actor: str) -> AsyncIterator[Connection]:
-    """Open a transaction in which the audit trail keeps what the client says of who acts."""
+    """Open a transaction whose audit rows record ``actor``, as the client claims it."""
     async with connected(target) as connection, connection.transaction():
         await name_actor(connection, actor)
         yield connection
@@ -29,7 +29,7 @@ async def _version(connection: Connection) -> str:
 
 
 async def present_version(target: Target) -> str:
-    """Return a version that has everything committed before it."""
+    """Return a registry version that includes everything committed so far."""
     async with connected(target) as connection:
         return await _version(connection)
 
@@ -45,23 +45,23 @@ def _device(row: Any) -> dict[str, Any]:
 async def list_devices(
     target: Target, *, device_type: str | None = None, status: str | None = None, limit: int = 1000
 ) -> list[dict[str, Any]]:
-    """Return devices by id, at most ``limit``."""
+    """Return up to ``limit`` devices, ordered by id."""
     async with connected(target) as connection:
-        found = await connection.fetch(
+        rows = await connection.fetch(
             f"{_DEVICE} where ($1::text is null or type = $1) and ($2::text is null or status = $2) order by device_id limit $3",
             device_type,
             status,
             limit,
         )
-        return [_device(row) for row in found]
+        return [_device(row) for row in rows]
 
 
 async def get_device(target: Target, name: str) -> dict[str, Any]:
     """
-    Return a device by its id, else by its common name, with its own rules and those of its type.
+    Return a device by id or else by common name, with its own rules, those of its type, and its scheduled changes.
 
     Raises:
-        NotFound: There is none.
+        NotFound: There is no such device.
     """
     async with connected(target) as connection:
         row = await connection.fetchrow(
@@ -70,7 +70,7 @@ async def get_device(target: Target, name: str) -> dict[str, Any]:
         if row is None:
             raise NotFound(f"no device has the id or common name {name!r}")
         device = _device(row)
-        found = await connection.fetch(
+        rules = await connection.fetch(
             "select id, device_type, effect, action, topic, note from topic_rule where device_id = $1 or device_type = $2 order by effect desc, action, topic",
             device["device_id"],
             device["type"],
@@ -86,7 +86,7 @@ async def get_device(target: Target, name: str) -> dict[str, Any]:
                 "of": "type" if rule["device_type"] else "device",
                 **{k: rule[k] for k in ("effect", "action", "topic", "note")},
             }
-            for rule in found
+            for rule in rules
         ]
         return device
 
@@ -103,10 +103,10 @@ async def insert_device(
     expires_at: datetime | None = None,
 ) -> str:
     """
-    Register a device and return the registry version that serves it.
+    Register a device, and return the registry version with it.
 
     Raises:
-        InvalidInput: A name or the status is not possible.
+        InvalidInput: A name or the status is not valid.
         Conflict: The id or common name is taken, or there is no such type.
     """
     async with editing(target, actor) as connection:
@@ -121,11 +121,11 @@ async def schedule_device_status(
     target: Target, actor: str, device_id: str, status: str, reason: str, at: datetime
 ) -> str:
     """
-    Note a change of status that is to happen later, and return the registry version.
+    Schedule a change of status, and return the registry version.
 
     Raises:
         NotFound: There is no such device.
-        InvalidInput: The time is past or not possible.
+        InvalidInput: The time is in the past, or the status cannot be scheduled.
     """
     async with editing(target, actor) as connection:
         await _schedule(connection, device_id, status, reason, at)
@@ -134,7 +134,7 @@ async def schedule_device_status(
 
 async def _schedule(connection: Connection, device_id: str, status: str, reason: str, at: datetime) -> None:
     if await connection.fetchval("select $1 <= now()", at):
-        raise InvalidInput(f"{at.isoformat()} is past")
+        raise InvalidInput(f"{at.isoformat()} is in the past")
     if not await connection.fetchval("select exists (select from device where device_id = $1)", device_id):
         raise NotFound(f"no device has the id {device_id!r}")
     await connection.execute(
@@ -148,24 +148,24 @@ async def set_device_status(
     target: Target, actor: str, device_id: str, status: str, reason: str, until: datetime | None = None
 ) -> str | None:
     """
-    Change the status of a device and return the registry version that serves it, None if it had that status.
+    Change the status of a device, and return the registry version with it; None if it already had that status.
 
     Args:
-        until: When it becomes active again by itself; None for never.
+        until: When the device becomes active again by itself; None for never.
     Raises:
         NotFound: There is no such device.
         Conflict: A revoked device can only be reinstated to ``active``.
     """
     async with editing(target, actor) as connection:
-        present = await connection.fetchval("select status from device where device_id = $1 for update", device_id)
-        if present is None:
+        current = await connection.fetchval("select status from device where device_id = $1 for update", device_id)
+        if current is None:
             raise NotFound(f"no device has the id {device_id!r}")
         if until is not None:
             await _schedule(connection, device_id, "active", f"end of: {reason}" if reason else "", until)
-        if present == status:
+        if current == status:
             return None if until is None else await _version(connection)
-        if present == "revoked" and status == "suspended":
-            raise Conflict(f"device {device_id} is revoked, which is more than suspended; nothing was changed")
+        if current == "revoked" and status == "suspended":
+            raise Conflict(f"device {device_id} is revoked and cannot be suspended; nothing was changed")
         await connection.execute(
             "update device set status = $2, status_reason = $3 where device_id = $1", device_id, status, reason
         )
@@ -173,13 +173,13 @@ async def set_device_status(
 
 
 async def list_accounts(target: Target) -> list[dict[str, Any]]:
-    """Return the accounts by name; of a password only whether it is set."""
+    """Return all accounts, ordered by name; of passwords, only whether one is set."""
     async with connected(target) as connection:
-        found = await connection.fetch(
+        rows = await connection.fetch(
             "select name, login, password_hash is not null as password_set, tags, vhosts, networks::text[] as networks, "
             "client_ids, configure, write, read, unchecked_dead_lettering from account order by name"
         )
-        return [dict(row) for row in found]
+        return [dict(row) for row in rows]
 
 
 async def insert_account(
@@ -192,12 +192,12 @@ async def insert_account(
     lists: dict[str, tuple[str, ...]],
 ) -> str:
     """
-    Register an account and return the registry version that serves it.
+    Register an account, and return the registry version with it.
 
     Args:
         lists: ``tags``, ``vhosts``, ``client_ids``, ``configure``, ``write`` and ``read``.
     Raises:
-        InvalidInput: A name, tag, client id or permission is not possible.
+        InvalidInput: A name, tag, client id or permission is not valid.
         Conflict: The name is taken.
     """
     columns = ("tags", "vhosts", "client_ids", "configure", "write", "read")
@@ -211,7 +211,7 @@ async def insert_account(
 
 async def set_password(target: Target, actor: str, name: str, password_hash: str) -> str:
     """
-    Set an account's password and return the registry version that serves it.
+    Set an account's password hash, and return the registry version with it.
 
     Raises:
         NotFound: There is no such account.

@@ -1,4 +1,4 @@
-"""The named statements of ``sql/queries`` and the place of ``sql/``."""
+"""Load the named statements of ``sql/queries``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import aiosql
 
 _PACKAGED = Path(__file__).parent.parent / "sql"
 SQL = _PACKAGED if _PACKAGED.is_dir() else _PACKAGED.parent.parent / "sql"
-"""The folder of migrations and queries: inside the installed package, or beside it in a checkout."""
+"""The folder ``sql/``: inside the installed package, or beside the package in a checkout."""
 
 
 def load_statements(name: str) -> Any:

@@ -1,7 +1,7 @@
 """
-The connection URI: each parameter of libpq is honoured, or named as one that is not.
+Parse the connection URI; each parameter of libpq is either honoured or rejected by name.
 
-asyncpg takes what it does not know for a setting of the server. Therefore nothing reaches it that is not listed here.
+asyncpg passes unknown parameters to the server as settings. Therefore only parameters listed here reach it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ _HERE = {
     "target_session_attrs",
 }
 _ONLY: Mapping[str, tuple[tuple[str, ...], str]] = {
-    "channel_binding": (("prefer", "disable"), "the driver has none; sslmode=verify-full proves who the server is"),
-    "gssencmode": (("prefer", "disable"), "the driver cannot encrypt with GSSAPI; use TLS, sslmode=verify-full"),
+    "channel_binding": (
+        ("prefer", "disable"),
+        "the driver does not support it; sslmode=verify-full proves the server's identity",
+    ),
+    "gssencmode": (("prefer", "disable"), "the driver cannot encrypt with GSSAPI; use TLS (sslmode=verify-full)"),
     "gssdelegation": (("0",), "the driver delegates no credentials"),
     "client_encoding": (("utf8", "utf-8", "auto"), "the registry is read as UTF-8"),
     "sslcompression": (("0",), "TLS compression is unsafe"),
@@ -47,12 +50,12 @@ _ONLY: Mapping[str, tuple[tuple[str, ...], str]] = {
 }
 _NEVER: Mapping[str, str] = {
     "hostaddr": "write the address as the host",
-    "require_auth": "the driver takes what the server asks for; allow only scram-sha-256 in pg_hba.conf",
-    "requirepeer": "let the folder of the Unix socket be writable by PostgreSQL's user only",
+    "require_auth": "the driver uses the method that the server asks for; allow only scram-sha-256 in pg_hba.conf",
+    "requirepeer": "make the folder of the Unix socket writable only by PostgreSQL's user",
     "servicefile": "set PGSERVICEFILE in the environment",
-    "sslcrldir": "put the lists into one file: sslcrl",
-    "sslkeylogfile": "it would write down the keys of the connection",
-    **dict.fromkeys(("scram_client_key", "scram_server_key"), "give the password"),
+    "sslcrldir": "put the lists into one file and use sslcrl",
+    "sslkeylogfile": "it would write the keys of the connection to a file",
+    **dict.fromkeys(("scram_client_key", "scram_server_key"), "use a password"),
     **dict.fromkeys(
         ("oauth_issuer", "oauth_client_id", "oauth_client_secret", "oauth_scope", "oauth_ca_file"),
         "the driver has no OAuth; use a password or a client certificate",
@@ -71,17 +74,17 @@ PARAMETERS = frozenset((*_BY_ASYNCPG, *_HERE, *_ONLY, *_NEVER))
 @dataclass(frozen=True, slots=True, repr=False)
 class ConnectionURI:
     """
-    A connection URI that has been understood; never shown, since it may hold a password.
+    A parsed connection URI; never shown, because it may contain a password.
 
     Args:
-        dsn: For asyncpg, without hosts and what it does not know.
-        hosts: Host or folder of the Unix socket, and port; empty: asyncpg's default places.
+        dsn: The URI for asyncpg, without hosts and without parameters that asyncpg does not know.
+        hosts: Host (or folder of the Unix socket) and port of each; empty for asyncpg's defaults.
         session: ``target_session_attrs``; None leaves it to the environment.
-        connect_timeout_s: For each host; None if the URI does not say.
-        application_name: What the URI calls its connections.
-        options: Command line options for the server's process.
-        socket_options: Level, name and value, for TCP.
-        parameters: As they were written.
+        connect_timeout_s: Timeout per host; None if the URI has none.
+        application_name: The URI's ``application_name``; None if it has none.
+        options: Command-line options for the server process.
+        socket_options: Level, name and value of each option for TCP sockets.
+        parameters: All parameters as written in the URI.
     """
 
     dsn: str
@@ -96,11 +99,11 @@ class ConnectionURI:
 
 def parse(dsn: str) -> ConnectionURI:
     """
-    Understand a connection URI.
+    Parse a connection URI.
 
     Raises:
-        ConfigurationError: It is not valid, or has a parameter that cannot be honoured. No value is shown that could
-            be part of a password.
+        ConfigurationError: It is not valid, or has a parameter that cannot be honoured. The message shows nothing that
+            could be part of a password.
     """
     parts, parameters = _split(dsn)
     for name, value in parameters.items():
@@ -108,7 +111,7 @@ def parse(dsn: str) -> ConnectionURI:
     hosts = _hosts(parts, parameters)
     session = parameters.get("target_session_attrs") or None
     if session is None and len(hosts) > 1:
-        session = "primary"  # a standby cannot be followed, and may be the first that answers
+        session = "primary"  # otherwise the first to answer may be a standby, which cannot be followed
     passed = {name: value for name, value in parameters.items() if name in _BY_ASYNCPG}
     if passed.get("sslrootcert") == "system":
         _check_system_mode(passed.get("sslmode"))
@@ -159,14 +162,18 @@ def _check(name: str, value: str) -> None:
     elif name not in PARAMETERS:
         shown = name if re.fullmatch(r"[A-Za-z_.]{1,63}", name) else "a parameter"
         nearest = difflib.get_close_matches(name, sorted(PARAMETERS - _NEVER.keys()), 1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ". A setting of the server: options=-c%20name%3Dvalue"
-        raise ConfigurationError(f"the connection URI has {shown}, which is no parameter of libpq{hint}")
+        hint = (
+            f"; did you mean {nearest[0]}?"
+            if nearest
+            else ". For a setting of the server, write options=-c%20name%3Dvalue"
+        )
+        raise ConfigurationError(f"the connection URI has {shown}, which is not a parameter of libpq{hint}")
 
 
 def _check_system_mode(sslmode: str | None) -> None:
     if sslmode not in (None, "verify-full"):
         raise ConfigurationError(
-            "the connection URI's sslrootcert=system needs sslmode=verify-full: anybody can have a certificate of a public authority"
+            "the connection URI's sslrootcert=system needs sslmode=verify-full: anybody can get a certificate from a public authority"
         )
 
 
@@ -174,14 +181,14 @@ def _hosts(parts: SplitResult, parameters: Mapping[str, str]) -> tuple[tuple[str
     netloc = parts.netloc.rpartition("@")[2]
     hosts, ports = [], []
     for part in (netloc or parameters.get("host", "")).split(","):
-        found = re.fullmatch(r"(\[[0-9A-Fa-f:.%\w]+\]|[^:\[\]]*)(?::(\d*))?", part)
-        if found is None and not part.startswith("/"):
+        match = re.fullmatch(r"(\[[0-9A-Fa-f:.%\w]+\]|[^:\[\]]*)(?::(\d*))?", part)
+        if match is None and not part.startswith("/"):
             raise ConfigurationError(
                 "the connection URI is not valid: a host is written host:port or [IPv6 address]:port. Special characters "
                 "in a role or password must be percent-encoded"
             )
-        hosts.append(unquote(found[1].strip("[]")) if found else part)
-        ports.append((found[2] or "") if found else "")
+        hosts.append(unquote(match[1].strip("[]")) if match else part)
+        ports.append((match[2] or "") if match else "")
     if not hosts[0] and len(hosts) == 1:
         named = parameters.get("host", "").split(",")
         hosts, ports = named, ports * len(named)
@@ -189,7 +196,7 @@ def _hosts(parts: SplitResult, parameters: Mapping[str, str]) -> tuple[tuple[str
     if len(given) == 1:
         given *= len(hosts)
     if len(given) != len(hosts):
-        raise ConfigurationError("the connection URI is not valid: as many ports as hosts, or one for all")
+        raise ConfigurationError("the connection URI is not valid: give as many ports as hosts, or one port for all")
     if hosts == [""]:
         return ()
     return tuple((host, _port(own or other)) for host, own, other in zip(hosts, ports, given, strict=True))
@@ -215,13 +222,13 @@ def _connect_timeout_s(parameters: Mapping[str, str]) -> float | None:
     number = _number(parameters, "connect_timeout")
     if number is not None and number <= 0:
         raise ConfigurationError(
-            "the connection URI's connect_timeout must be at least 1: without a limit, a host that is silent is waited for without end"
+            "the connection URI's connect_timeout must be at least 1: without a limit, connecting to a silent host would never end"
         )
     return number
 
 
 def _socket_options(parameters: Mapping[str, str]) -> tuple[tuple[int, int, int], ...]:
-    found = []
+    result = []
     options = {
         "keepalives": (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
         "keepalives_idle": (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE),
@@ -231,19 +238,19 @@ def _socket_options(parameters: Mapping[str, str]) -> tuple[tuple[int, int, int]
     }
     for name, option in options.items():
         number = _number(parameters, name)
-        if number is not None and (number > 0 or name == "keepalives"):  # 0: the system's own
-            found.append((*option, number))
-    if found and "keepalives" not in parameters:
-        found.append((socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1))
-    return tuple(found)
+        if number is not None and (number > 0 or name == "keepalives"):  # 0 keeps the system's default
+            result.append((*option, number))
+    if result and "keepalives" not in parameters:
+        result.append((socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1))
+    return tuple(result)
 
 
 def tls_context(uri: ConnectionURI, environment: Mapping[str, str] = os.environ) -> ssl.SSLContext | None:
     """
-    Read the files that TLS needs, and return a context where asyncpg could not make it itself.
+    Check the files that TLS needs; return a TLS context for ``sslrootcert=system``, else None: asyncpg makes its own.
 
     Raises:
-        Unavailable: One is missing or not what it should be, and which.
+        Unavailable: A file is missing or not usable; the message names it.
     """
     given = uri.parameters
     files = {name: given.get(name) or environment.get(variable) or None for name, variable in _FILES.items()}
@@ -296,10 +303,10 @@ def _load(name: str, path: str, load: Callable[[], object]) -> None:
         load()
     except ssl.SSLError as error:
         what = {
-            "KEY_VALUES_MISMATCH": "the key is not that of the certificate",
-            "BAD_DECRYPT": "the passphrase (sslpassword) is not that of the key",
+            "KEY_VALUES_MISMATCH": "the key does not belong to the certificate",
+            "BAD_DECRYPT": "the passphrase (sslpassword) of the key is wrong",
             "BAD_PASSWORD_READ": "the key needs a passphrase (sslpassword)",
-        }.get(error.reason or "", "it is not what is expected there, in PEM")
+        }.get(error.reason or "", "it does not contain the expected PEM data")
         raise Unavailable(f"no connection to PostgreSQL: {name} {path}: {what}") from error
     except OSError as error:
         raise Unavailable(f"no connection to PostgreSQL: {name} {path} cannot be read: {error.strerror}") from error

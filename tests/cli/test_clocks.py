@@ -113,4 +113,4 @@ def test_without_a_database_the_clock_of_the_machine_is_all_there_is(cli, ca, tm
 def test_what_is_scheduled_is_past_or_not_by_the_clock_of_the_database(cli, fleet, execute):
     (row,) = execute("select now() + interval '1 h' as soon, now() - interval '1 h' as past")
     cli("device", "revoke", "D1", "--at", row["soon"].isoformat())
-    assert "is past" in cli("device", "revoke", "D2", "--at", row["past"].isoformat(), exit_code=2).stderr
+    assert "is in the past" in cli("device", "revoke", "D2", "--at", row["past"].isoformat(), exit_code=2).stderr

@@ -27,10 +27,10 @@ def test_a_suspension_that_ends_by_itself_and_a_revocation_in_the_future(cli, po
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
-        (("revoke", "D1", "--at", "2020-01-01"), 2, "is past"),
+        (("revoke", "D1", "--at", "2020-01-01"), 2, "is in the past"),
         (("revoke", "D1", "--at", "soon"), 2, "write it as"),
         (("revoke", "nobody", "--at", "2035-01-01"), 3, "no device has the id"),
-        (("suspend", "D1", "--until", "2020-01-01"), 2, "is past"),
+        (("suspend", "D1", "--until", "2020-01-01"), 2, "is in the past"),
     ],
 )
 def test_what_cannot_be_scheduled_changes_nothing(cli, policy, dsn, arguments, status, said):  # noqa: F811

@@ -20,7 +20,7 @@ def shared_database(postgres: Server, unbraked_template: str) -> str:
 
 @pytest.fixture
 async def scratch(postgres: Server, shared_database: str) -> AsyncIterator[asyncpg.Connection]:
-    """A connection inside a transaction that is rolled back at the end: quick, for one session's view of things."""
+    """A connection in a transaction that is rolled back at the end: fast, for tests that need only one session."""
     async with connected(postgres.dsn(shared_database)) as connection:
         transaction = connection.transaction()
         await transaction.start()

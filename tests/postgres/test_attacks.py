@@ -1,4 +1,4 @@
-"""Ways that were found to get past the database's own guard, each kept shut."""
+"""Attacks that once got past the checks in the database, and must stay blocked."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def test_a_role_cannot_slip_its_own_types_under_the_owners_functions(postg
 
 
 async def test_every_function_looks_for_temporary_names_last(connection: asyncpg.Connection) -> None:
-    """PostgreSQL looks in pg_temp first unless it is named."""
+    """PostgreSQL searches pg_temp first unless search_path names it."""
     found = await connection.fetch(
         "select proname, proconfig from pg_proc where pronamespace = 'public'::regnamespace and prokind in ('f', 'p')"
     )
@@ -48,7 +48,7 @@ async def test_every_function_looks_for_temporary_names_last(connection: asyncpg
 
 
 async def test_two_halves_of_a_forbidden_account_cannot_commit_at_once(dsn: str) -> None:
-    """One gives the account a rule on an exchange, the other the right to write to it."""
+    """One transaction gives the account a rule on an exchange, the other the right to write to it."""
     async with connected(dsn) as one, connected(dsn) as other, connected(dsn) as watching:
         await one.execute("insert into account (name, login, configure) values ('mach', 'certificate', '{q*}')")
         rule = "insert into topic_rule (account, effect, action, topic, exchange) values ('mach', 'allow', 'publish', 'x', 'events')"

@@ -1,4 +1,4 @@
-"""The audit trail: every change of the registry, by whom, when, from what to what, and never a password hash."""
+"""The audit trail records every change of the registry: who, when, before and after, and never a password hash."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of certificates, authorities and lists refuse what is wrong, and say what changed."""
+"""The tables of certificates, authorities and lists reject invalid rows, and notify about changes."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ REVOKED = (None, "revoked", "cessationOfOperation", True)
 
 
 async def states(connection: asyncpg.Connection) -> dict[str, tuple[Any, ...]]:
-    """What is on record, by the first two digits of the fingerprint."""
+    """Return the certificates on record, by the first two digits of their fingerprints."""
     rows = await connection.fetch(f"select {OF} from certificate")
     return {row["fingerprint"][:2]: tuple(row)[1:] for row in rows}
 
@@ -115,9 +115,9 @@ def numbered(digits: str, **changes: Any) -> str:
 async def test_a_deleted_device_takes_its_certificates_with_it(
     scratch: asyncpg.Connection, replication_role: str
 ) -> None:
-    """All that could be used in its name, but nobody else's, and none that was revoked before changes."""
+    """All that could be used in its name, but none of another device; those revoked before stay as they are."""
     await add_type(scratch)
-    await scratch.execute(numbered("a1"))  # never given to the device, and good to log in as it
+    await scratch.execute(numbered("a1"))  # not linked to the device, but usable to log in as it
     for device_id in ("d1", "other"):
         await add_device(scratch, device_id, device_id.upper())
     await scratch.execute(numbered("b1"))
@@ -150,23 +150,23 @@ async def test_a_deleted_device_takes_its_certificates_with_it(
 
 
 async def test_a_later_device_of_that_name_gets_none_of_them(scratch: asyncpg.Connection) -> None:
-    """What is put on record from now on is its own."""
+    """Certificates recorded from now on belong to the new device."""
     await add_type(scratch)
     await add_device(scratch, "d1", "D1")
     await scratch.execute(numbered("b1"))
     await scratch.execute("delete from device")
-    await scratch.execute(numbered("b2"))  # while there is none
+    await scratch.execute(numbered("b2"))  # while there is no such device
     await add_device(scratch, "d1", "D1")
     await scratch.execute(numbered("b3"))
     mine = ("d1", "active", "", False)
     assert await states(scratch) == {"b1": REVOKED, "b2": (None, "active", "", False), "b3": mine}
     assert await certificates.link_devices(scratch, ["b1" * 32]) == 0
-    assert await certificates.link_devices(scratch, ["b2" * 32]) == 1  # put on record once more, of it
+    assert await certificates.link_devices(scratch, ["b2" * 32]) == 1  # recorded again, now linked to it
     assert await states(scratch) == {"b1": REVOKED, "b2": mine, "b3": mine}
 
 
 async def test_a_certificate_that_is_put_on_record_meanwhile_is_revoked_as_well(dsn: str) -> None:
-    """The deletion waits for whoever is giving the device a certificate."""
+    """The deletion waits for a transaction that adds a certificate of the device."""
     async with connected(dsn) as one, connected(dsn) as other:
         await add_type(one)
         await add_device(one, "d1", "D1")
@@ -246,7 +246,7 @@ async def test_deleting_devices_wakes_whoever_signs_the_list_and_enforces(connec
 
 
 async def lists_revoked(connection: asyncpg.Connection) -> list[tuple[str, str]]:
-    """What belongs on the list of the authority."""
+    """Return what belongs on the revocation list of the authority."""
     rows = await connection.fetch(load_statements("certificates").revoked.sql, "CN=CA", datetime.now(UTC))
     return [(row["serial"], row["reason"]) for row in rows]
 
@@ -425,7 +425,7 @@ async def test_two_that_sign_at_once_wait_for_each_other(dsn: str) -> None:
         await two.close()
 
 
-# --- what ends soon ------------------------------------------------------------------------------------------------
+# --- certificates that expire soon ---------------------------------------------------------------------------------
 
 
 async def test_what_ends_soon_is_counted_by_type_without_what_has_a_successor(scratch: asyncpg.Connection) -> None:

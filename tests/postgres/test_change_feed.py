@@ -1,4 +1,4 @@
-"""The copy in memory follows every change, in whatever order, way and size it is committed."""
+"""The copy in memory follows every change, whatever the order, kind and size of commits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def follower(dsn: str, connection: asyncpg.Connection) -> AsyncIterator[Fo
 
 
 async def refresh(follower: Following) -> int:
-    """Refresh by the change feed, not by a load, and return how many rows were read."""
+    """Refresh by the change feed, not by a full load, and return how many rows were read."""
     refreshed = await follower.copy.refresh()
     assert not refreshed.full
     return refreshed.changed
@@ -239,11 +239,11 @@ async def test_a_bulk_change_of_100000_devices_is_followed(dsn: str, connection:
     await fleet(connection, 100_000)
     async with copied(dsn) as follower:
         await connection.execute("update device set status = 'suspended' where substr(device_id, 2)::int <= 15000")
-        assert await refresh(follower) == 15_000  # a few: patched
+        assert await refresh(follower) == 15_000  # few enough to patch
         assert [status for *_, status in follower.devices().values()].count("suspended") == 15_000
         assert await follower.copy.compare() == 0
         await connection.execute("update device set expires_at = '2001-01-01Z'")
-        assert (await follower.copy.refresh()).full  # all of them: loading is cheaper
+        assert (await follower.copy.refresh()).full  # all of them, so a full load is cheaper
         assert {device.expires_at for device in follower.all_devices()} == {978307200.0}
         assert await follower.agrees()
 
@@ -322,7 +322,7 @@ async def test_a_storm_of_commits_is_one_look_at_a_time_and_few_of_them(
         async def changes(self, position: FeedPosition, devices: int) -> tuple[Patch, FeedRead] | None:
             self.now += 1
             self.most = max(self.most, self.now)
-            if not self.all_are_made:  # a slow look: changes go on meanwhile
+            if not self.all_are_made:  # a slow read, during which changes go on
                 await self.some_more.wait()
                 self.some_more.clear()
             try:
@@ -344,13 +344,13 @@ async def test_a_storm_of_commits_is_one_look_at_a_time_and_few_of_them(
         await connection.execute("update device set status = 'revoked'")
         await until_revoked(follower)
     assert feed.most == 1
-    assert len(follower.observed.refreshes) < 50  # of 301 changes
+    assert len(follower.observed.refreshes) < 50  # for 301 changes
     assert await follower.agrees()
     await follower.feed.close()
 
 
 async def listened(connection: asyncpg.Connection) -> int:
-    """Wait until somebody listens to this database and return that server process."""
+    """Wait until a session listens in this database, and return its process id."""
     found: list[int] = []
 
     async def listens() -> bool:
@@ -409,7 +409,7 @@ async def test_pruning_spares_readers_of_the_retention_time(
 ) -> None:
     await connection.execute("update device set status = 'revoked'")
     for _ in range(3):
-        await follower.feed.prune()  # keeps an hour
+        await follower.feed.prune()  # keeps one hour
     assert await connection.fetchval("select count(*) from change") > 0
     assert await refresh(follower) == 3
     assert await follower.agrees()
@@ -468,7 +468,7 @@ async def test_rows_and_floors_from_a_cluster_that_was_ahead_do_not_last(
     await connection.execute("insert into change_horizon (horizon) values ('4000000000')")
     await connection.execute("update change_floor set floor = '4000000000'")
     assert (await follower.copy.refresh()).full
-    assert (await follower.copy.refresh()).full  # right, but dear: until the next pruning
+    assert (await follower.copy.refresh()).full  # correct but expensive, until the next pruning
     await follower.feed.prune()
     assert await refresh(follower) == 0
     await connection.execute("update device set status = 'revoked'")
@@ -543,5 +543,7 @@ async def test_a_copy_is_compared_in_the_background(dsn: str, connection: asyncp
 
 async def test_without_a_registry_the_fault_says_what_to_run(postgres: Server) -> None:
     feed = ChangeFeed(Target(postgres.dsn("postgres")))
-    with pytest.raises(Unavailable, match="the database has no registry of this version .*; run: authbackend migrate"):
+    with pytest.raises(
+        Unavailable, match="the database's schema does not fit this version of authbackend .*; run: authbackend migrate"
+    ):
         await loaded(feed)

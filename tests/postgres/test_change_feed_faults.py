@@ -1,4 +1,4 @@
-"""The copy in memory stays right through crashes, restores, standbys and changes of the schema."""
+"""The copy in memory stays correct through crashes, restores, fail-overs and changes of the schema."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def follower(dsn: str, connection: asyncpg.Connection) -> AsyncIterator[Fo
 
 @contextlib.asynccontextmanager
 async def in_background(dsn: str) -> AsyncIterator[Following]:
-    """A copy that follows by itself, looking often."""
+    """A copy that follows by itself, with short intervals."""
     follower = Following(dsn, times=SOON)
     async with following(follower.copy):
         await until(lambda: _is(follower.loaded), "the copy is loaded")
@@ -60,7 +60,7 @@ async def execute(dsn: str, *statements: str) -> None:
 
 
 async def refreshed_fully(follower: Following) -> None:
-    """Refresh after a break of the connection or of the server, which must end in a whole load."""
+    """Refresh after the connection or the server broke, which must end in a full load."""
     await follower.feed.close()
     assert (await follower.copy.refresh()).full
     assert await follower.agrees()
@@ -68,7 +68,7 @@ async def refreshed_fully(follower: Following) -> None:
 
 
 async def catch_up(dsn: str, position: FeedPosition) -> None:
-    """Let the counter of transaction ids get past a mark of a life that is over: then nothing of it looks odd."""
+    """Advance the transaction ids past a position of an earlier incarnation, so that its numbers look plausible."""
 
     async with connected(dsn) as connection:
 
@@ -86,7 +86,7 @@ async def catch_up(dsn: str, position: FeedPosition) -> None:
 
 @pytest.fixture
 def lazy_wal(postgres: Server) -> Iterator[None]:
-    """Keep what was committed asynchronously out of the WAL for seconds, so that a crash loses it for certain."""
+    """Delay writing asynchronous commits to the WAL for seconds, so that a crash is sure to lose them."""
     for setting in ("wal_writer_delay = '10s'", "wal_writer_flush_after = '1GB'"):
         postgres.psql("postgres", f"alter system set {setting}")
     postgres.psql("postgres", "select pg_reload_conf()")
@@ -98,7 +98,7 @@ def lazy_wal(postgres: Server) -> Iterator[None]:
 async def test_transaction_ids_given_out_again_after_a_crash_hide_no_change(
     postgres: Server, dsn: str, follower: Following, lazy_wal: None
 ) -> None:
-    for _ in range(5):  # a checkpoint or another writer may have flushed the WAL: try again
+    for _ in range(5):  # retried, because a checkpoint or another writer may have flushed the WAL
         async with connected(dsn) as victim:
             await victim.execute("set synchronous_commit = off")
             for _ in range(3):
@@ -120,7 +120,7 @@ async def test_transaction_ids_given_out_again_after_a_crash_hide_no_change(
     await refreshed_fully(follower)
     assert follower.devices()["d2"][2] == "revoked"
     assert follower.position.incarnation != seen.incarnation
-    assert follower.position.epoch == seen.epoch  # nothing but the incarnation told
+    assert follower.position.epoch == seen.epoch  # only the incarnation shows it
 
 
 @pytest.mark.parametrize("mode", ["immediate", "fast"])
@@ -157,7 +157,7 @@ async def test_replicas_agree_on_the_incarnation_that_a_crash_made_necessary(
 
 @pytest.mark.parametrize("hosts", [1, 2], ids=["a host", "two hosts"])
 async def test_a_host_that_swallows_packets_costs_no_more_than_the_connect_timeout(hosts: int) -> None:
-    """The kernel drops what comes in while its queue of connections is full, and the client would try for minutes."""
+    """While the listen queue is full, the kernel drops connection attempts, and a client would retry for minutes."""
     async with asyncio.timeout(30):
         with contextlib.ExitStack() as stack:
             places = []
@@ -227,7 +227,8 @@ async def test_a_table_locked_for_long_is_a_fault_that_keeps_the_copy(
         await altering.execute("lock table device in access exclusive mode")
         pid = altering.get_server_pid()
         with pytest.raises(
-            Unavailable, match=rf"^the registry cannot be read: .*pid {pid} .* has table device for itself"
+            Unavailable,
+            match=rf"^the registry cannot be read: .*pid {pid} .* has an ACCESS EXCLUSIVE lock on table device\. ",
         ):
             await follower.copy.refresh()
         assert len(follower.devices()) == 3
@@ -258,9 +259,11 @@ async def test_a_dump_with_a_change_of_the_schema_behind_it_is_told_with_who_hol
         assert told is not None
         wants, holds = f"pid {alter.get_server_pid()} ", f"pid {dump.get_server_pid()} "
         assert re.search(
-            wants + r'\(application "migration"\) waits since 20[0-9-]+ [0-9:+]+ to have table device', told
+            wants
+            + r'\(application "migration"\) has been waiting since 20[0-9-]+ [0-9:+]+ for an ACCESS EXCLUSIVE lock on table device,',
+            told,
         )
-        assert re.search("it waits for " + holds + r'\(application "pg_dump", role postgres; ', told)
+        assert re.search("It waits for " + holds + r'\(application "pg_dump", role postgres; ', told)
         assert ("its transaction began at 20" in told) == (role == "postgres")
         assert f"select pg_terminate_backend({alter.get_server_pid()})" in told
         assert len(follower.devices()) == 3
@@ -287,7 +290,7 @@ async def test_a_changed_column_type_is_followed(dsn: str, connection: asyncpg.C
 
         await connection.execute("update device_type set vhosts = '{/,first}'")
         await until(first, "the first change is followed")
-        await connection.execute("drop trigger not_null on device_type")  # it names the column
+        await connection.execute("drop trigger not_null on device_type")  # it depends on the column
         await connection.execute("alter table device_type alter column vhosts type varchar(255)[]")
         await connection.execute("update device_type set vhosts = '{/,second}'")
         await until(second, "the second change is followed")
@@ -325,7 +328,7 @@ async def test_a_restore_into_the_same_database_never_empties_the_copy(
         await until(lambda: _is(follower.copy.fault is None), "the fault is over")
         assert sizes == {str({"device": 3, "device_type": 1, "account": 1})}
         assert follower.position.epoch != before.epoch
-        assert follower.position.incarnation == before.incarnation  # it travels in the dump: the tables alone are new
+        assert follower.position.incarnation == before.incarnation  # the dump contains it; only the tables are new
         await execute(dsn, "update device set status = 'revoked'")
         await until(lambda: _is({s for *_, s in follower.devices().values()} == {"revoked"}), "the next change")
         assert await follower.agrees()
@@ -345,7 +348,7 @@ async def test_a_restore_of_data_alone_is_told_repaired_and_healed(
     assert follower.devices() == {}
     assert await migrations.repair_triggers(Target(dsn)) > 0
     await follower.copy.refresh()
-    assert follower.devices() == {}  # no change row told of it
+    assert follower.devices() == {}  # there was no change row for it
     assert await follower.copy.compare() == 3
     assert await follower.agrees()
     assert len(follower.devices()) == 3
@@ -385,7 +388,7 @@ async def test_another_database_of_the_same_name_is_loaded_anew(
 
 @pytest.fixture
 def primary(postgres: Server) -> Iterator[Server]:
-    """A second cluster with a small fleet in the database ``registry``."""
+    """A second server with a small fleet in the database ``registry``."""
     server = Server(postgres.version)
     try:
         server.create()
@@ -445,7 +448,7 @@ async def test_an_older_copy_of_the_files_is_loaded_anew(primary: Server) -> Non
         assert ahead.incarnation == incarnation
         await catch_up(dsn, ahead)
         await refreshed_fully(follower)
-        assert follower.position.incarnation == incarnation  # nothing but the start of the server told
+        assert follower.position.incarnation == incarnation  # only the start time of the server shows it
         assert {key: status for key, (*_, status) in follower.devices().items()} == {
             "d1": "revoked",
             "d2": "active",
@@ -460,7 +463,7 @@ async def test_what_psql_commits_is_what_is_decided_by(
     postgres: Server, database: str, dsn: str, connection: asyncpg.Connection
 ) -> None:
     await fleet(connection)
-    follower = Following(dsn)  # with the times of production
+    follower = Following(dsn)  # with the intervals of production
 
     def allowed() -> bool:
         with follower.store.reader() as registry:

@@ -1,4 +1,4 @@
-"""Many writers at once against the real reader: every refresh is compared with the database in the same snapshot."""
+"""Many concurrent writers against the real reader: every refresh is compared with the database in the same snapshot."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.registry import CheckedFeed, Following, contents, copied, fle
 
 DEVICES = 2000
 SECONDS = float(os.environ.pop("AUTHBACKEND_TEST_STRESS_SECONDS", "10"))
-EXPECTED = (  # what writers that fight each other must expect
+EXPECTED = (  # errors that conflicting writers must expect
     asyncpg.SerializationError,
     asyncpg.UniqueViolationError,
     asyncpg.ForeignKeyViolationError,
@@ -27,7 +27,7 @@ EXPECTED = (  # what writers that fight each other must expect
 
 
 class Writers:
-    """Everything that may happen to a registry, at random, and what each numbered writer has committed."""
+    """Make random changes of every kind to a registry, and record what each counting writer has committed."""
 
     def __init__(self, dsn: str, seed: int) -> None:
         self.dsn = dsn
@@ -48,7 +48,7 @@ class Writers:
             tasks.create_task(self.every(0.7, self.disturb, until))
 
     async def count(self, device: str, until: float) -> None:
-        """Commit 1, 2, 3, ... to one device, in transactions of every kind, and remember the versions."""
+        """Commit 1, 2, 3, ... to one device, in transactions of every kind, and record the versions."""
         async with connected(self.dsn) as connection:
             number = 0
             while time.monotonic() < until:
@@ -178,7 +178,7 @@ class Writers:
 
 
 def check_versions(follower: Following, committed: list[tuple[int, str, int]]) -> None:
-    """A copy serves a version exactly when it holds what that transaction wrote, or something newer."""
+    """Assert that the copy serves a version exactly if it has what that transaction wrote, or something newer."""
     for version, name, number in committed:
         device = follower.device(name)
         assert device is not None

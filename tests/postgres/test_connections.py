@@ -1,4 +1,4 @@
-"""Why there is no connection: each cause in words of its own, and what a URI asks for is done."""
+"""Each cause of a failed connection has its own message, and parameters of the URI take effect."""
 
 import asyncio
 import socket
@@ -21,7 +21,7 @@ FUTURE = {"not_before": datetime.now(UTC) + timedelta(days=1), "not_after": date
 
 
 class Files:
-    """An authority, and certificates of it in files."""
+    """An authority, and files with certificates that it issued."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -29,14 +29,14 @@ class Files:
         (folder / "ca.pem").write_bytes(self.authority.certificate_pem)
 
     def issued(self, issued, name):
-        """The context of a server, and the parameters of a client, that have a certificate."""
+        """Write a certificate and its key to files, and return their paths."""
         certificate, key = self.folder / f"{name}.pem", self.folder / f"{name}.key"
         certificate.write_bytes(issued.certificate_pem)
         key.write_bytes(issued.key_pem)
         return certificate, key
 
     def context(self, *, names=("localhost",), authority=None, client_authority=None, **validity):
-        """The TLS of a server."""
+        """Return the TLS context of a server."""
         issued = (authority or self.authority).issue_server(list(names), **validity)
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(*self.issued(issued, "server"))
@@ -47,7 +47,7 @@ class Files:
         return context
 
     def client(self, authority, **validity):
-        """The parameters of a URI with a client certificate."""
+        """Return the URI parameters for a client certificate."""
         certificate, key = self.issued(authority.issue_client("role", **validity), "client")
         return f"&sslcert={certificate}&sslkey={key}"
 
@@ -73,7 +73,7 @@ def verified(front, database, files, more=""):
 
 
 async def told(dsn):
-    """What a failed connection says."""
+    """Return the message of a failed connection."""
     with pytest.raises(Unavailable) as caught:
         await connect(Target(dsn))
     assert "hunter2" not in caught.value.detail
@@ -93,7 +93,7 @@ async def test_a_certificate_that_expires_while_running_is_told_as_that(front, d
     ("server", "words"),
     [
         (FUTURE, "certificate is not valid yet: is this host's clock right"),
-        ({"names": ["other.example"]}, "certificate is for another name: connect by a name in it"),
+        ({"names": ["other.example"]}, "certificate is for another name: connect by a name in the certificate"),
         ({"authority": Authority.create("somebody")}, "certificate is not from an authority in sslrootcert"),
     ],
 )
@@ -107,7 +107,9 @@ async def test_a_client_certificate_that_the_server_refuses(front, database, fil
     front.context = files.context(client_authority=clients)
     async with connected(Target(verified(front, database, files, files.client(clients)))) as connection:
         assert await connection.fetchval("select 1") == 1
-    assert "it demands a client certificate" in await told(verified(front, database, files))
+    assert "the server requires a client certificate: set sslcert and sslkey" in await told(
+        verified(front, database, files)
+    )
     expired = verified(front, database, files, files.client(clients, **PAST))
     assert "refuses this client's certificate (sslcert), which has expired" in await told(expired)
     unknown = verified(front, database, files, files.client(Authority.create("somebody")))
@@ -116,7 +118,9 @@ async def test_a_client_certificate_that_the_server_refuses(front, database, fil
 
 async def test_a_server_without_tls(front, database, files):
     front.context = None
-    assert "it has no TLS, which sslmode of the connection URI demands" in await told(verified(front, database, files))
+    assert "the server has no TLS, which sslmode of the connection URI requires" in await told(
+        verified(front, database, files)
+    )
 
 
 async def test_a_file_that_is_missing_or_another_is_named(front, database, files):
@@ -128,11 +132,11 @@ async def test_a_file_that_is_missing_or_another_is_named(front, database, files
     assert "/.postgresql/root.crt cannot be read: No such file" in await told(default)
     (folder / "text.pem").write_text("hunter2")
     text = uri(front, database, f"sslmode=verify-full&sslrootcert={folder}/text.pem")
-    assert f"sslrootcert {folder}/text.pem: it is not what is expected there" in await told(text)
+    assert f"sslrootcert {folder}/text.pem: it does not contain the expected PEM data" in await told(text)
     certificate, _ = files.issued(files.authority.issue_client("one"), "one")
     _, key = files.issued(files.authority.issue_client("two"), "two")
     mixed = verified(front, database, files, f"&sslcert={certificate}&sslkey={key}")
-    assert "the key is not that of the certificate" in await told(mixed)
+    assert "the key does not belong to the certificate" in await told(mixed)
     no_key = verified(front, database, files, f"&sslcert={certificate}&sslkey={folder}/none.key")
     assert f"sslkey {folder}/none.key cannot be read: No such file" in await told(no_key)
 
@@ -151,11 +155,11 @@ async def test_hosts_that_cannot_be_reached(database):
         nobody = f"127.0.0.1:{closed.getsockname()[1]}"
         assert "nothing listens there" in await told(f"postgresql://postgres@{nobody}/{database}")
     assert "host name is not known" in await told(f"postgresql://postgres@no.invalid/{database}")
-    assert "Unix socket is not there" in await told(f"postgresql://postgres@/{database}?host=/nowhere")
+    assert "Unix socket does not exist" in await told(f"postgresql://postgres@/{database}?host=/nowhere")
 
 
 async def test_the_path_of_a_unix_socket_that_is_too_long(database):
-    with pytest.raises(Unavailable, match="the path of its Unix socket is too long"):
+    with pytest.raises(Unavailable, match="the path of its Unix socket is longer than Linux allows"):
         await connect(Target(f"postgresql://u@/{database}?host=/{'long' * 40}"))
 
 
@@ -185,7 +189,7 @@ async def test_a_host_that_is_silent_does_not_keep_the_next_one_from_being_tried
         dsn = f"postgresql://postgres@127.0.0.1:{port},localhost:{front.port}/{database}?sslmode=disable"
         async with connected(Target(dsn, connect_timeout_s=3600)) as connection:
             assert await connection.fetchval("select 1") == 1
-        await asyncio.wait_for(ended.wait(), 30)  # and that connection is given up
+        await asyncio.wait_for(ended.wait(), 30)  # the silent connection is closed
     finally:
         server.close()
 

@@ -1,4 +1,4 @@
-"""Who may say which revocation list is installed on the host of a node, for how long that counts, and what is on record of it."""
+"""Who may report the revocation list of a node's host, how long a report is valid, and what the audit trail has of it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HOSTS = ("crl_one", "crl_two")
 async def target(
     postgres: Server, database: str, connection: asyncpg.Connection
 ) -> AsyncIterator[Callable[..., Target]]:
-    """The database as a role; the hosts of two nodes have one each."""
+    """Return targets for the database by role; the hosts of two nodes have one role each."""
     give_roles(postgres, database)
     for host in HOSTS:
         await connection.execute(f"create role {host} login in role authbackend_crl_sync")

@@ -1,4 +1,4 @@
-"""Every change that narrows leaves work behind in its own transaction, whoever makes it; one that does not leaves none."""
+"""Every change that takes something away creates tasks in its own transaction, whoever makes it; other changes create none."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ delete from enforcement; delete from device_hold;
 
 @pytest.fixture
 async def work(scratch: asyncpg.Connection) -> asyncpg.Connection:
-    """A registry in which enforcement is on, inside a transaction."""
+    """A registry with enforcement switched on, in a transaction."""
     await scratch.execute(SETUP)
     return scratch
 
@@ -142,7 +142,7 @@ async def test_a_device_whose_new_type_has_wider_patterns_may_take_client_ids(wo
 
 
 async def test_patterns_before_the_first_of_several_changes_are_kept(work: asyncpg.Connection) -> None:
-    """What a device could use before any of them is its own; all that came since is held until it has been looked at."""
+    """Client ids that fitted before the first change stay usable; all that fit since are held until they have been checked."""
     widen = "update device_type set client_ids = client_ids || $1::text where name = 'T'"
     await work.execute(widen, "{device_id}-*")
     await work.execute("update client_id_move set held = '{x}'")
@@ -185,7 +185,7 @@ async def test_also_with_session_replication_role_replica(work: asyncpg.Connecti
 
 async def test_an_expiry_is_noted_once_when_its_time_has_come(work: asyncpg.Connection) -> None:
     await work.execute("select enforcement_note_expired()")
-    for seconds in (0.02, 0.2, 2.0, 20.0):  # until the look was in time: the machine may be busy
+    for seconds in (0.02, 0.2, 2.0, 20.0):  # longer each time, because the machine may be busy
         attempt = work.transaction()
         await attempt.start()
         expiry = "update device set expires_at = clock_timestamp() + $1 where device_id = 'A'"
@@ -235,7 +235,7 @@ async def test_the_end_of_a_suspension_does_not_reinstate_who_was_revoked_meanwh
 
 
 async def test_a_hold_is_part_of_the_copy_and_ends_by_itself(connection: asyncpg.Connection, dsn: str) -> None:
-    """The record carries when it ends, so that it ends also while the database is away."""
+    """The record contains its end, so that it ends even while the database is unreachable."""
     await fleet(connection, 3)
     await connection.execute(ENABLED)
     follower = Following(dsn)
@@ -254,13 +254,13 @@ async def test_a_hold_is_part_of_the_copy_and_ends_by_itself(connection: asyncpg
 
 @contextlib.asynccontextmanager
 async def tasks_of(dsn: str) -> AsyncIterator[PostgresTaskStore]:
-    """Enforcement is on for the cluster ``c``; yields the tasks."""
+    """Switch enforcement on for the cluster ``c``, and yield its task store."""
     async with leading(Target(dsn), 30, ["c"]), open_store(Target(dsn), "test") as store:
         yield store
 
 
 async def every(store: PostgresTaskStore, limit: int = 10) -> list[Task]:
-    """Return what is due in any lane."""
+    """Return the due tasks of all lanes."""
     return [task for lane in (URGENT, SMALL, MASS) for task in await store.due("c", lane, set(), limit)]
 
 
@@ -374,7 +374,7 @@ async def test_each_cluster_has_tasks_of_its_own(connection: asyncpg.Connection,
 async def test_fetching_reads_no_more_than_it_returns_however_much_is_open(
     connection: asyncpg.Connection, dsn: str
 ) -> None:
-    """Two hundred thousand open tasks: the plan of the fetch is an index scan that filters nothing away."""
+    """With 200,000 open tasks, the query plan is an index scan that reads no row in vain."""
     await fleet(connection, 100)
     async with tasks_of(dsn) as store:
         await connection.execute(
@@ -386,7 +386,7 @@ async def test_fetching_reads_no_more_than_it_returns_however_much_is_open(
         await connection.execute(REVOKE, ["d1"])
         sql = load_statements("enforcement").due.sql
         for lane, limit in (("urgent", 50), ("small", 50), ("mass", 5000)):
-            for _ in range(2):  # also the plan that PostgreSQL keeps
+            for _ in range(2):  # a second time, for the cached plan
                 (text,) = await connection.fetchrow("explain (analyze, format json) " + sql, "c", lane, [], limit)
             found = list(scans(json.loads(text)[0]["Plan"], "enforcement"))
             assert found, text
@@ -471,7 +471,7 @@ async def test_the_security_team_can_look_and_retry_and_nothing_else(
 async def test_receipts_go_after_a_month_whatever_order_they_were_finished_in(
     connection: asyncpg.Connection, dsn: str
 ) -> None:
-    """A task that was done again lately keeps the one on whose behalf it was noted."""
+    """A child that was done again recently keeps its parent from being deleted."""
     await fleet(connection, 1)
     async with tasks_of(dsn) as work:
         await connection.execute("update device_type set vhosts = '{}'")
@@ -486,7 +486,7 @@ async def test_receipts_go_after_a_month_whatever_order_they_were_finished_in(
         await connection.execute(old, child.id)
         async with connected(dsn) as somebody, somebody.transaction():
             await somebody.execute("select from enforcement where id = $1 for update", child.id)
-            await work.forget_done()  # waits for nobody
+            await work.forget_done()  # does not wait for the lock
         await work.forget_done()
         await work.forget_done()
         assert await connection.fetchval("select count(*) from enforcement") == 0

@@ -1,4 +1,4 @@
-"""Two real servers with streaming replication, and a fail-over between them."""
+"""Fail-over between two real servers with streaming replication."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ class Pair:
         self.standby = standby
 
     def uri(self, *servers: Server, more: str = "") -> str:
-        """Return the URI that names servers in this order."""
+        """Return a URI with these servers as hosts, in this order."""
         folders = ",".join(str(server.folder) for server in servers)
         return f"postgresql://postgres@/registry?host={folders}{more}"
 
     @property
     def both(self) -> str:
-        """Return the URI of a replica."""
+        """Return a URI with both servers, as replicas use it."""
         return self.uri(self.standby, self.primary)
 
     def synchronous(self) -> None:
-        """Let the primary wait for its standby at each commit."""
+        """Make commits on the primary wait for the standby."""
         self.primary.psql("postgres", "alter system set synchronous_standby_names = '*'")
         self.primary.psql("postgres", "select pg_reload_conf()")
 
     async def streaming(self, state: str) -> None:
-        """Wait until the standby has everything, as a synchronous or asynchronous one."""
+        """Wait until the standby has caught up in this state (sync or async)."""
 
         async def caught_up() -> bool:
             sql = "select sync_state || ' ' || (replay_lsn = pg_current_wal_lsn())::text from pg_stat_replication"
@@ -55,7 +55,7 @@ class Pair:
         await until(caught_up, f"the standby streams, {state}")
 
     def fail_over(self) -> None:
-        """Lose the primary at once, and promote the standby."""
+        """Crash the primary, and promote the standby."""
         self.primary.stop("immediate")
         self.standby.run("pg_ctl", "promote", "-w", "-D", self.standby.data)
 
@@ -168,7 +168,7 @@ async def test_a_change_that_an_asynchronous_standby_lacks_is_alarmed_by_name(pa
     await pair.streaming("async")
     async with followed(pair.both) as follower:
         before = follower.position
-        # What is committed from now on does not reach the standby.
+        # Commits from now on do not reach the standby.
         pair.standby.psql("postgres", "alter system set primary_conninfo = ''")
         pair.standby.psql("postgres", "select pg_reload_conf()")
 
@@ -189,9 +189,9 @@ async def test_a_change_that_an_asynchronous_standby_lacks_is_alarmed_by_name(pa
         await until(served, "the changes are served")
         with capture_logs() as logged:
             await asyncio.to_thread(pair.fail_over)
-            # On the new primary, before it is followed or after: no change that was lost.
+            # A change on the new primary is not among the lost ones, whether made before or after replicas follow it.
             async with connected(pair.standby.dsn("registry")) as connection:
-                for _ in range(20):  # past the transaction ids that were lost
+                for _ in range(20):  # beyond the lost transaction ids
                     await connection.execute("select pg_current_xact_id()")
                 await connection.execute("update device set status = 'suspended' where device_id = 'd3'")
 
@@ -204,7 +204,7 @@ async def test_a_change_that_an_asynchronous_standby_lacks_is_alarmed_by_name(pa
                 return bool(follower.observed.gone)
 
             await until(alarmed, "what was served has been compared")
-        assert status(follower, "d1") == "active"  # the new primary is the truth
+        assert status(follower, "d1") == "active"  # the new primary is authoritative
         assert follower.device("d2") is not None
         assert follower.device("new") is None
     (alarm,) = [line for line in logged if line["event"] == "registry.served_changes_gone"]

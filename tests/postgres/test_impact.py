@@ -1,4 +1,4 @@
-"""What a plan says of its impact is what the brake counts when it is applied, change for change."""
+"""The impact that a plan shows is what the brake counts when the plan is applied, for every kind of change."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def documents(draw: st.DrawFn) -> Document:
 
 
 async def agree(dsn: str, document: Document, prune: bool) -> None:
-    """Plan, be refused, and apply: three times the same number for the same causes."""
+    """Plan, apply with too low a number, and apply: all three must give the same impact for the same causes."""
     target = Target(dsn)
     planned = await policy_apply.plan(target, document, prune=prune)
     if planned.fault is not None:
@@ -263,5 +263,5 @@ async def test_a_person_reads_the_impact_so_far_in_psql(registry: Target, connec
         }
         assert json.loads(row["causes"])[1] == {"kind": "account", "cause": "deleted", "number": 1, "names": ["ops"]}
     assert await connection.fetchval("select touched from impact()") == 0
-    with pytest.raises(AuthbackendError):  # and it is not left to the next transaction
+    with pytest.raises(AuthbackendError):  # the accepted number does not carry over to the next transaction
         await policy_apply.apply(registry, document("schema: authbackend/1\ndevices: []\n"), actor="a", prune=True)

@@ -40,7 +40,7 @@ update device set device_group = 'north' where device_id = 'd1';
 
 @pytest.fixture
 async def ignored() -> list[int]:
-    """How many changes each look ignored."""
+    """The number of ignored changes of each read."""
     return []
 
 
@@ -71,7 +71,7 @@ async def test_what_a_newer_schema_adds_is_ignored_and_counted_while_a_replica_f
     assert follower.copy.fault is None
     assert await follower.agrees()
     unknown = [line["entity"] for line in lines if line["event"] == "registry.entity_unknown"]
-    assert sorted(unknown) == ["device_group", "device_tag"]  # once each
+    assert sorted(unknown) == ["device_group", "device_tag"]  # one warning each
 
 
 async def test_a_migration_that_locks_tables_in_another_order_than_a_look_is_not_ended_as_a_deadlock(
@@ -82,7 +82,7 @@ async def test_a_migration_that_locks_tables_in_another_order_than_a_look_is_not
 
     await connection.execute(
         f'alter database "{await connection.fetchval("select current_database()")}" set deadlock_timeout = "1s"'
-    )  # as it is where nobody has changed it
+    )  # PostgreSQL's default
     await follower.feed.close()
     async with connected(dsn) as owner, owner.transaction():
         await owner.execute("set local deadlock_timeout = '700ms'")
@@ -104,7 +104,7 @@ async def test_a_table_that_is_not_known_is_emptied_without_a_new_load(
     ignored.clear()
     await connection.execute("truncate device_tag")
     refreshed = await follower.copy.refresh()
-    # The tags were of devices too, which are known: this program cannot tell that they do not matter.
+    # Tags are also noted as changes of devices, which this program knows: it cannot tell that they do not matter.
     assert refreshed.full
     await connection.execute("create table zone (id text); call change_watch('zone', 'zone', 'id'); truncate zone")
     assert not (await follower.copy.refresh()).full
@@ -120,7 +120,7 @@ async def test_triggers_that_are_not_known_do_not_stand_in_for_one_that_is_missi
         await follower.copy.refresh()
     await connection.execute("alter table device enable always trigger change_u")
     await connection.execute("alter table device_group disable trigger change_u")
-    await follower.copy.refresh()  # it is not this program's matter
+    await follower.copy.refresh()  # this program does not read that table
 
 
 async def test_repairing_enables_the_triggers_of_tables_that_are_not_known(
@@ -137,7 +137,7 @@ async def test_repairing_enables_the_triggers_of_tables_that_are_not_known(
 
 
 async def oldest(connection: asyncpg.Connection, version: str) -> None:
-    """A migration that states which programs decide rightly by what it makes."""
+    """Apply a migration that sets the oldest version able to read the schema."""
     await connection.execute(
         f"create or replace function registry_oldest_program() returns text language sql stable set search_path = pg_catalog, pg_temp as $$ select '{version}' $$"
     )
@@ -152,7 +152,7 @@ async def test_a_program_that_would_misread_the_schema_keeps_its_copy_and_says_w
     for _ in range(2):
         with pytest.raises(Unavailable, match=rf"needs authbackend 99\.0\.0 or later, and this is {__version__}"):
             await follower.copy.refresh()
-    assert follower.devices()["d1"][2] == "active"  # it grows old by this, and denies in the end
+    assert follower.devices()["d1"][2] == "active"  # the copy is kept, becomes stale, and finally denies
     with pytest.raises(Unavailable, match=r"99\.0\.0 or later"):
         await load_partial(Target(follower.dsn), "d1", None)
     await oldest(connection, __version__)
@@ -179,7 +179,7 @@ async def test_a_schema_that_changes_between_the_question_and_the_locks_is_not_d
     def between(stated: str) -> None:
         nonlocal asked
         asked += 1
-        if asked > 1:  # the first answer is before the locks; what a migration did meanwhile is in the second
+        if asked > 1:  # the second read is after the locks, and sees what a migration did meanwhile
             require_fit(stated, "0.0.1")
 
     monkeypatch.setattr(change_feed, "require_fit", between)

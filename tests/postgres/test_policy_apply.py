@@ -1,4 +1,4 @@
-"""`policy apply` beside other people's edits: it makes nobody wait, overwrites nothing, and says who is in its way."""
+"""`policy apply` during other edits: it makes nobody wait, overwrites nothing, and names the session that blocks it."""
 
 import asyncio
 import contextlib
@@ -33,7 +33,7 @@ APPLICATION = "the apply"
 
 @pytest.fixture
 async def registry(postgres, database, migrated_template):
-    """A registry with BEFORE in it, applied and edited with the rights of the admin role; returns its target."""
+    """A registry that contains BEFORE, applied and edited with the admin role; returns its target."""
     give_roles(postgres, database)
     target = Target(postgres.dsn(database, ADMIN), application_name=APPLICATION)
     await apply(target, BEFORE)
@@ -42,7 +42,7 @@ async def registry(postgres, database, migrated_template):
 
 @pytest.fixture
 async def session(registry):
-    """Open further sessions of the admin role."""
+    """A function that opens further sessions of the admin role."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def opened(name="somebody"):
@@ -82,7 +82,7 @@ async def waits(connection, application, for_pid=None):
 
 
 async def state(connection):
-    """Everything a policy says, and how often it was written."""
+    """Return everything that a policy file covers, and how often it was written."""
     return [
         await connection.fetch(f"select {what} from {table} order by 1")
         for table, what in (
@@ -96,7 +96,7 @@ async def state(connection):
 
 
 async def begun(connection, holder, target, text, **options):
-    """Begin an apply, and return when it has planned and waits for what a session holds."""
+    """Begin an apply, and return when it has planned and waits for a lock of another session."""
     task = asyncio.create_task(apply(target, text, **options))
     await waits(connection, APPLICATION, holder.get_server_pid())
     return task
@@ -186,7 +186,9 @@ async def test_an_edit_after_the_plan_is_never_overwritten(registry, session, co
     with pytest.raises(Conflict) as caught:
         await task
     assert caught.value.detail.splitlines()[1:-1] == [f"  {line}" for line in told]
-    assert caught.value.detail.startswith("nothing was changed: somebody else changed what the plan saw")
+    assert caught.value.detail.startswith(
+        "nothing was changed: somebody else changed these rows after the plan was made:"
+    )
     assert "argon2id" not in caught.value.detail
     assert await state(connection) == theirs
 
@@ -223,7 +225,7 @@ async def test_many_conflicts_are_not_all_told(registry, session, connection):
     assert lines[-3:-1] == ["  device M19: the plan saw none, now there is one", "  ..."]
 
 
-# --- somebody waits ------------------------------------------------------------------------------------------------
+# --- another session waits -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -290,7 +292,7 @@ async def test_who_edits_in_another_order_is_not_the_victim_of_a_deadlock(regist
 
 
 async def test_who_waits_for_the_guard_of_names_gets_through(registry, session, connection, no_pauses):
-    """The device that is added shares the guard; then the rule waits."""
+    """The inserted device shares the lock of the guard; then the rule has to wait."""
     text = BEFORE.replace('topic: "b/#"}', 'topic: "b/#"}, {effect: deny, action: publish, topic: n}')
     text = text.replace("accounts:", "  - {device_id: D9, type: APM}\naccounts:")
     idle, said = await session(), []
@@ -326,7 +328,7 @@ async def test_it_gives_way_three_times_and_then_fails_with_nothing_changed(regi
                 await waiter.execute("select from device where device_id = 'D1' for update")
             await asyncio.sleep(0)
         with pytest.raises(
-            Unavailable, match=r'wanted what this was changing, 4 times, the last one pid [0-9]+ .application "nosy"'
+            Unavailable, match=r'this gave way to others 4 times, the last time to pid [0-9]+ .application "nosy"'
         ):
             await task
     assert len(said) == 3
@@ -345,13 +347,13 @@ async def test_a_schema_change_that_waits_does_not_hold_up_everybody_behind_it(
     text = MOVED.replace('topic: "b/#"}', 'topic: "b/#"}, {effect: deny, action: publish, topic: n}')
     text = text.replace('vhosts: ["/"]}\n', 'vhosts: ["b"]}\n')
     task = await begun(connection, idle, registry, text, say=said.append)
-    await connection.execute("alter table account add column note text")  # the apply holds an account
+    await connection.execute("alter table account add column note text")  # the apply has a lock on account
     await transaction.rollback()
     assert len((await task).changes) == 6
     assert said
 
 
-# --- two at once, and who holds what -------------------------------------------------------------------------------
+# --- two applies, and sessions that hold locks ---------------------------------------------------------------------
 
 
 async def test_two_applies_take_turns(registry, session, connection, monkeypatch):
@@ -373,7 +375,7 @@ async def test_two_applies_take_turns(registry, session, connection, monkeypatch
     assert re.fullmatch(
         r'waiting for another policy, which is being applied by pid [0-9]+ .application "the apply", .*', said[0]
     )
-    assert first_said == []  # it gave way to nobody
+    assert first_said == []  # the first one gave way to nobody
     assert await connection.fetchval("select count(*) from pg_locks where locktype = 'advisory'") == 0
 
 
@@ -429,7 +431,7 @@ async def test_nobody_to_look_who_waits_is_the_end_of_it(registry, session, conn
             "select pg_terminate_backend(pid) from pg_stat_activity where application_name = $1",
             f"{APPLICATION} looking who waits",
         )
-        with pytest.raises(Unavailable, match="the connection that looks who waits was lost"):
+        with pytest.raises(Unavailable, match="the connection that watches for waiting sessions was lost"):
             await task
         assert await state(connection) == before
 
@@ -458,7 +460,7 @@ async def test_to_plan_locks_nothing_against_anybody(registry, session, postgres
         )
         assert [row["mode"] for row in held] == ["AccessShareLock"]
     editing = await session()
-    async with editing.transaction():  # and it waits for no edit
+    async with editing.transaction():  # the plan waits for no edit
         await editing.execute("update device set status = 'revoked'")
         await editing.execute("update account set vhosts = '{x}'")
         planned = await policy_apply.plan(Target(postgres.dsn(database, ADMIN)), document(MOVED))
@@ -478,7 +480,7 @@ async def test_devices_from_a_list_are_removed_with_rules_that_the_plan_names(re
     assert await connection.fetchval("select count(*) from topic_rule") == 1
 
 
-# --- the texts -----------------------------------------------------------------------------------------------------
+# --- messages ------------------------------------------------------------------------------------------------------
 
 
 async def test_a_statement_that_waited_too_long_is_not_told_as_no_connection(registry, session):
@@ -489,8 +491,8 @@ async def test_a_statement_that_waited_too_long_is_not_told_as_no_connection(reg
         with pytest.raises(Unavailable) as caught:
             await registry_edits.set_device_status(hasty, "bob", "D1", "revoked", "")
     assert caught.value.detail.startswith(
-        "nothing was changed: PostgreSQL ended the statement before it was done (canceling statement due to statement timeout). "
-        "Most often another transaction holds what it needs"
+        "nothing was changed: PostgreSQL cancelled the statement before it finished (canceling statement due to statement timeout). "
+        "Most often another transaction holds a lock that it needs; to find it: select pid"
     )
     assert "database.statement_timeout_s" in caught.value.detail
 
@@ -501,7 +503,7 @@ async def test_a_lock_that_was_not_free_in_time_has_words_of_its_own(registry, s
         await idle.execute("select from device where device_id = 'D1' for update")
         with pytest.raises(
             Unavailable,
-            match=r"^nothing was changed: another transaction holds what this needs and did not end in time",
+            match=r"^nothing was changed: another transaction holds a lock that this needs and did not end in time",
         ):
             with translated_errors():
                 await other.execute("set lock_timeout = 50; select from device where device_id = 'D1' for update")
@@ -535,7 +537,7 @@ async def test_a_deadlock_has_words_of_its_own(registry, session):
 async def test_an_answer_that_does_not_come_is_not_told_as_no_connection(registry, session):
     one = await session()
     with pytest.raises(
-        Unavailable, match=r"did not answer a statement in time .*Whether the change was made is not known"
+        Unavailable, match=r"did not answer a statement in time .*It is not known whether the change was made"
     ):
         with translated_errors():
             await one.execute("select pg_sleep(10)", timeout=0.05)

@@ -1,4 +1,4 @@
-"""Replicas announce what they serve; `wait` says confirmed only when nobody can answer by anything older."""
+"""Replicas announce what they serve; `wait` confirms a version only when no replica can answer by an older one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support.registry import Following, fleet
 
 
 class Replica:
-    """A replica refreshed and announced by hand."""
+    """A replica that refreshes and announces only when told to."""
 
     def __init__(
         self, dsn: str, name: str, longest_staleness_s: float = 900.0, snapshot_folder: SnapshotFolder | None = None
@@ -91,13 +91,13 @@ async def test_confirmed_only_when_every_replica_has_announced_it(dsn: str, conn
         assert "north" not in message
         waiting = asyncio.create_task(replicas.wait(Target(dsn), version, 30))
         await south.feed_read()
-        assert not waiting.done()  # it decides by it and has not said so
+        assert not waiting.done()  # it serves the version but has not announced it
         await south.announce()
         assert [found["name"] for found in await waiting] == ["north", "south"]
 
 
 async def test_a_replica_is_waited_for_from_before_its_first_look(dsn: str, connection: asyncpg.Connection) -> None:
-    """Else a change committed between its first look and its first announcement would be confirmed without it."""
+    """Otherwise a change committed between its first read and its first announcement would be confirmed without it."""
     await fleet(connection)
     async with replica(dsn, "new") as new, connected(dsn) as locking:
         transaction = locking.transaction()
@@ -159,7 +159,7 @@ async def test_a_silent_one_is_waited_for_until_its_copy_is_too_old_to_decide_by
 async def test_one_that_is_cut_off_is_not_taken_for_gone_because_the_clock_of_the_database_was_set_forward(
     dsn: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Here the clock is left alone, and everything that it has told is made older."""
+    """The test leaves the clock alone and moves all recorded times back instead."""
     await fleet(connection)
     uptime = clocks.uptime
     async with replica(dsn, "north", longest_staleness_s=900) as north, replica(dsn, "south") as south:
@@ -196,16 +196,16 @@ async def test_a_version_of_another_life_is_never_confirmed(
     version = await revoke(dsn)
     transaction, _, life = version.partition("@")
     other = f"{transaction}@{life[::-1] if life != life[::-1] else '0' * 8}"
-    assert "another life" in await unconfirmed(dsn, other)
+    assert "another incarnation" in await unconfirmed(dsn, other)
     async with replica(dsn, "north") as north:
         await north.feed_read()
         await north.announce()
         assert len(await replicas.wait(Target(dsn), version, 0)) == 1
         postgres.crash()
-        assert "another life" in await unconfirmed(dsn, version)
+        assert "another incarnation" in await unconfirmed(dsn, version)
         async with connected(dsn) as again:
             later = str(await again.fetchval("select registry_version()"))
-        assert "north" in await unconfirmed(dsn, later)  # its mark is of the life before
+        assert "north" in await unconfirmed(dsn, later)  # its position is of the previous incarnation
         await north.close()
         await north.feed_read()
         await north.announce()
@@ -258,7 +258,7 @@ async def test_a_forgotten_replica_that_still_runs_comes_back(dsn: str, connecti
 
 @contextlib.contextmanager
 def folder(path: Path) -> Iterator[SnapshotFolder]:
-    """A data folder in use for the time of the block, as that of a service is while one of its processes lives."""
+    """A data folder that is in use for the duration of the block, as by a service with a live process."""
     snapshot_folder = SnapshotFolder(path, "registry", 900.0)
     try:
         yield snapshot_folder
@@ -274,7 +274,9 @@ async def test_two_that_run_from_copies_of_one_folder_are_two_and_both_are_waite
         async with replica(dsn, "north", snapshot_folder=snapshot_folder) as first:
             await first.feed_read()
             await first.announce()
-            shutil.copytree(tmp_path / "a", tmp_path / "b")  # its lock is free, and the first one lives
+            shutil.copytree(
+                tmp_path / "a", tmp_path / "b"
+            )  # the lock of the copy is free although the first replica runs
             with folder(tmp_path / "b") as copied:
                 async with replica(dsn, "north", snapshot_folder=copied) as second:
                     await second.feed_read()
@@ -303,7 +305,7 @@ async def test_a_killed_one_that_is_started_again_takes_its_own_place_at_once(
             await killed.feed_read()
             await killed.announce()
     with folder(tmp_path / "a") as snapshot_folder:
-        snapshot_folder.begin_boot()  # and killed again, before it reached the database
+        snapshot_folder.begin_boot()  # killed again before it reached the database
     with folder(tmp_path / "a") as snapshot_folder:
         async with replica(dsn, "north", snapshot_folder=snapshot_folder) as again:
             version = await revoke(dsn)
@@ -333,7 +335,7 @@ async def test_one_that_starts_again_while_nothing_can_be_written_is_waited_for_
             (row,) = await replicas.list_replicas(Target(dsn))
             assert (row["id"], row["may_answer"]) == (str(killed.identity.boot.id), True)
             postgres.psql("postgres", f"alter database {database} reset default_transaction_read_only")
-            await again.follower.feed.close()  # a new connection can write
+            await again.follower.feed.close()  # the new connection can write
             await again.feed_read()
             await again.announce()
             (row,) = await replicas.list_replicas(Target(dsn))

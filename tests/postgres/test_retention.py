@@ -1,4 +1,4 @@
-"""What grows with time has an end: the audit trail, certificates that ended long ago, and what hosts of brokers report."""
+"""Limits on what grows with time: the audit trail, certificates that ended long ago, and reports of brokers' hosts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ OLD = "alter table audit alter at set default clock_timestamp() - interval '{}'"
 
 
 async def write(connection: asyncpg.Connection, age: str, *types: str) -> None:
-    """Leave a row in the trail for each type, of some age."""
+    """Write an audit row of this age for each type."""
     await connection.execute(OLD.format(age))
     for name in types:
         await connection.execute("insert into device_type (name) values ($1)", name)
@@ -106,7 +106,7 @@ async def test_a_host_of_a_broker_cannot_fill_the_database_with_reports(scratch:
     await report("CN=CA")
     with pytest.raises(asyncpg.CheckViolationError, match="crl hosts --forget NODE"):
         await report("CN=Another")
-    await report("CN=CA", 2)  # what has been reported before goes on
+    await report("CN=CA", 2)  # a list reported before can still be updated
     assert await scratch.fetchval("select number from crl_installed where node = 'rabbit@mine'") == 2
     await scratch.fetchval("select crl_forget('rabbit@8')")
     await report("CN=Another")

@@ -1,4 +1,4 @@
-"""The roles of sql/roles.sql: each can do its work, and nothing that would hide or forge a change."""
+"""Each role of sql/roles.sql can do its work, and nothing that would hide or forge a change."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ insert into crl values ('fleet', 5, '2026-01-01Z', '2099-01-01Z', '');
 
 
 def give_roles(postgres: Server, database: str) -> None:
-    """Run roles.sql and let its roles log in; ``outsider`` is a role that was given nothing."""
+    """Run roles.sql and let its roles log in; ``outsider`` is a role without privileges."""
     postgres.psql(database, (SQL / "roles.sql").read_text(encoding="utf-8"))
     postgres.psql(
         database,
@@ -61,7 +61,7 @@ def roles_database(postgres: Server, migrated_template: str) -> str:
 
 @pytest.fixture
 async def as_role(postgres: Server, roles_database: str) -> AsyncIterator[Callable[[str], Any]]:
-    """Open a session of a role whose transaction is rolled back."""
+    """A function that opens a session of a role, in a transaction that is rolled back."""
     opened: list[asyncpg.Connection] = []
 
     async def open_session(role: str) -> asyncpg.Connection:
@@ -264,7 +264,7 @@ async def test_the_service_role_follows_the_registry_and_prunes(
     postgres: Server, database: str, connection: asyncpg.Connection
 ) -> None:
     give_roles(postgres, database)
-    await connection.execute("delete from incarnation")  # as after a crash: the service renews it
+    await connection.execute("delete from incarnation")  # as after a crash; the service writes a new one
     await connection.execute(FLEET)
     feed = ChangeFeed(Target(postgres.dsn(database, SERVICE)), change_retention_s=0)
     try:
@@ -306,7 +306,7 @@ async def test_the_admin_and_no_other_role_can_be_missing_a_right_without_a_clea
 
 @pytest.fixture
 def edited(postgres: Server, migrated_template: str) -> Iterator[str]:
-    """A database with the roles that a synchronous test may commit to."""
+    """A database with the roles, to which a synchronous test may commit."""
     name = "edited_by_admin"
     postgres.psql("postgres", f"create database {name} template {migrated_template}")
     give_roles(postgres, name)
@@ -378,7 +378,7 @@ def test_the_admin_role_suffices_for_every_command(
     assert {(role, who) for role, who, _ in told} == {(ADMIN, "ann")}
     others = [
         key for *_, key in told if len(key) < 64 and key not in ("fleet", "bulk")
-    ]  # not the fingerprints, not the authority, not the pause
+    ]  # without fingerprints, the authority and the pause
     assert others == ["d1", "d2", "d1", "d1", "d1", "robot", "robot", "press", "d2"]
 
 

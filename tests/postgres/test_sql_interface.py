@@ -1,4 +1,4 @@
-"""SQL is a public interface: what people's tools write works on every table of theirs, and names change hands in one statement."""
+"""SQL is a public interface: statements of common tools work on every table people write, and names can be swapped."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ insert into device_schedule (device_id, at, status) values ('D1', '2099-01-01Z',
 
 @pytest.fixture
 async def sql(dsn: str, postgres: Server, database: str) -> AsyncIterator[asyncpg.Connection]:
-    """A connection with the rights of whoever edits the registry."""
+    """A connection of the admin role."""
     async with connected(dsn) as owner:
         await owner.execute(FLEET)
     give_roles(postgres, database)
@@ -235,7 +235,7 @@ def runner() -> Iterator[asyncio.Runner]:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_any_names_change_hands_if_they_differ_in_the_end(dsn: str, runner: asyncio.Runner, form: str) -> None:
-    """As a constraint does that is checked at the end of a statement."""
+    """As with a constraint that is checked at the end of the statement."""
     ids = [f"D{n}" for n in range(1, 7)]
 
     async def attempt(connection: asyncpg.Connection, given: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Who did it: the role that logged in, and no road to the tables of enforcement and the registry without a row in the trail."""
+"""The trail names the role that logged in, and no role of people can change a table without an audit row."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ NOT_FOR_PEOPLE = (
 
 @pytest.fixture
 async def fleet(postgres: Server, database: str, connection: asyncpg.Connection) -> AsyncIterator[asyncpg.Connection]:
-    """A fleet with a task, a hold and a replica; ``ann`` is a person of the security team, ``api`` speaks for others."""
+    """A fleet with a task, a hold and a replica; ``ann`` is on the security team, ``api`` may speak for others."""
     give_roles(postgres, database)
     await connection.execute(FLEET)
     await connection.execute(WORK)
@@ -102,7 +102,7 @@ async def test_who_may_speak_for_others_names_the_person_and_nobody_else_does(
     async with connected(postgres.dsn(database, "api")) as api:
         await api.execute("update device set status_reason = 'x' where device_id = 'd1'")
     assert people(await trail(fleet, "device"))[-1] == ("api", "api", None)
-    # Not the owner either, who is a member of every role as PostgreSQL counts for superusers.
+    # Nor does the owner, although PostgreSQL treats a superuser as a member of every role.
     await registry_edits.set_device_status(Target(postgres.dsn(database)), "ann", "d1", "revoked", "")
     assert people(await trail(fleet, "device"))[-1] == ("postgres", "postgres", "ann")
 
@@ -167,7 +167,7 @@ async def test_a_schedule_that_somebody_else_changes_is_that_persons_and_a_renam
     assert tuple(await fleet.fetchrow("select actor, claimed_by from device_schedule")) == ("api", None)
 
 
-# --- no writes but by functions ------------------------------------------------------------------------------------------
+# --- writes only by functions --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("role", [ADMIN, "ann", READER])
@@ -221,7 +221,7 @@ async def test_no_view_writes(fleet: asyncpg.Connection, postgres: Server, datab
 
 @pytest.mark.parametrize("role", [ADMIN, READER, "ann", "api", "outsider"])
 async def test_what_people_can_write_is_watched_by_the_trail(fleet: asyncpg.Connection, role: str) -> None:
-    """A new table must be one or the other: watched, always, or not writable by people."""
+    """A new table must either be watched by enabled-always triggers, or not be writable by people."""
     rows = await fleet.fetch(
         """
         select c.relname, (select array_agg(t.tgname::text order by t.tgname) from pg_trigger t join pg_proc p on p.oid = t.tgfoid
@@ -252,7 +252,7 @@ PEOPLES_FUNCTIONS = {
 
 
 async def test_what_runs_with_the_owners_rights_is_known_function_by_function(fleet: asyncpg.Connection) -> None:
-    """A new function of this kind must be looked at: does it write, and does it leave a row in the trail?"""
+    """A new SECURITY DEFINER function must be reviewed: does it write, and does it write an audit row?"""
     allowed = (
         "select proname from pg_proc where pronamespace = 'public'::regnamespace and prosecdef"
         " and has_function_privilege($1, oid, 'execute')"
@@ -265,7 +265,7 @@ async def test_what_runs_with_the_owners_rights_is_known_function_by_function(fl
 async def test_a_task_that_a_person_may_only_read_is_not_kept_from_being_closed(
     fleet: asyncpg.Connection, postgres: Server, database: str
 ) -> None:
-    """Whoever could lock its row would have it done again and again."""
+    """A role that could lock its row could make enforcement do it again and again."""
     async with connected(postgres.dsn(database, "ann")) as ann, connected(postgres.dsn(database, SERVICE)) as service:
         async with ann.transaction():
             await ann.execute("select * from enforcement")
@@ -360,7 +360,7 @@ async def test_forgetting_a_replica_is_told_with_what_it_was(
     assert (row["operation"], row["before"]["name"]) == ("DELETE", "north")
 
 
-# --- and the documented work goes on -------------------------------------------------------------------------------------
+# --- documented commands still work --------------------------------------------------------------------------------------
 
 
 async def test_a_person_of_the_security_team_does_the_documented_work_by_psql(
@@ -399,7 +399,7 @@ async def test_a_person_of_the_security_team_does_the_documented_work_by_psql(
     }
 
 
-# --- a lock that anybody may take ----------------------------------------------------------------------------------------
+# --- a lock that any role may take ---------------------------------------------------------------------------------------
 
 
 async def test_who_keeps_every_replica_from_enforcing_by_its_lock_is_named_in_the_log(

@@ -70,7 +70,7 @@ async def test_a_pooler_of_transactions_is_refused_at_the_start(postgres, databa
             for other in busy:
                 other.terminate()
     assert code == 2
-    assert "pooler that gives a server connection to each transaction" in told
+    assert "pooler with transaction or statement pooling" in told
     assert "connect to PostgreSQL directly, or to a pool with pool_mode = session" in told
 
 

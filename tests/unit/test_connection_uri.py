@@ -41,19 +41,19 @@ def test_every_parameter_of_libpq_is_known():
 @pytest.mark.parametrize(
     ("query", "told"),
     [
-        ("channel_binding=require", "channel_binding can only be prefer or disable: the driver has none"),
+        ("channel_binding=require", "channel_binding can only be prefer or disable: the driver does not support it"),
         ("gssencmode=require", "gssencmode can only be prefer or disable"),
         ("require_auth=scram-sha-256", "require_auth is not supported: .* pg_hba.conf"),
         ("requirepeer=postgres", "requirepeer is not supported"),
         ("hostaddr=10.0.0.1", "hostaddr is not supported: write the address as the host"),
-        ("sslcrldir=/crl", "sslcrldir is not supported: put the lists into one file: sslcrl"),
+        ("sslcrldir=/crl", "sslcrldir is not supported: put the lists into one file and use sslcrl"),
         ("sslrootcert=system&sslmode=require", "sslrootcert=system needs sslmode=verify-full"),
         ("target_session_attrs=standby", "must be one of any, read-write, primary: a standby cannot be followed"),
         ("connect_timeout=0", "connect_timeout must be at least 1"),
         ("keepalives_idle=soon", "keepalives_idle must be a whole number"),
-        ("sslmod=require", "has sslmod, which is no parameter of libpq; did you mean sslmode?"),
-        ("search_path=x", r"has search_path, which is no parameter of libpq.*options=-c%20name%3Dvalue"),
-        ("port=1,2", "as many ports as hosts"),
+        ("sslmod=require", "has sslmod, which is not a parameter of libpq; did you mean sslmode?"),
+        ("search_path=x", r"has search_path, which is not a parameter of libpq.*options=-c%20name%3Dvalue"),
+        ("port=1,2", "give as many ports as hosts, or one port for all"),
     ],
 )
 def test_what_cannot_be_honoured_is_named(query, told):

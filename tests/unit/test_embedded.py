@@ -33,5 +33,5 @@ def test_a_folder_that_the_session_gives_is_taken(temporary):
 def test_a_folder_that_somebody_else_prepared_is_refused(temporary):
     (temporary / "elsewhere").mkdir()
     (temporary / f"authbackend-{os.getuid()}").symlink_to(temporary / "elsewhere")
-    with pytest.raises(ConfigurationError, match="belongs to somebody else"):
+    with pytest.raises(ConfigurationError, match="belongs to another user"):
         embedded._own_runtime_folder()
