@@ -2,14 +2,14 @@
 -- `authbackend migrate`; run it again after an upgrade. Give each role its password and LOGIN yourself:
 --   ALTER ROLE authbackend_service LOGIN PASSWORD '...';
 --
---   authbackend_service   `authbackend serve`: reads the registry, prunes the change feed, says which version it serves, does the work of enforcement,
---                         publishes revocation lists, writes nothing else
---   authbackend_admin     `authbackend policy|device|account|ca|cert|crl`, psql of the security team: edits the registry and the certificates, reads the trail
+--   authbackend_service   `authbackend serve`: reads the registry, prunes the change feed, records which version it serves, enforces,
+--                         publishes revocation lists; writes nothing else
+--   authbackend_admin     `authbackend policy|device|account|ca|cert|crl`, psql of the security team: edits the registry and the certificates, reads the audit trail
 --   authbackend_crl_sync  `authbackend crl sync --node` on the hosts of brokers: reports which revocation list is installed, reads nothing.
---                         A role reports for one node: CREATE ROLE crl_rabbit1 LOGIN IN ROLE authbackend_crl_sync; one for each host
+--                         A role reports for one node, so create one for each host: CREATE ROLE crl_rabbit1 LOGIN IN ROLE authbackend_crl_sync
 --   authbackend_reader    dashboards and auditors: reads everything but password hashes
---   authbackend_speaks_for_others   may do nothing by itself: whoever is granted it names the person in the audit trail (SET
---                         authbackend.actor) and is believed. For a program that has checked who its users are; nobody else.
+--   authbackend_speaks_for_others   has no privileges: a role that is granted it names the person for the audit trail (SET
+--                         authbackend.actor) and is believed. Only for a program that has authenticated its users.
 --
 -- The trail names the role that logged in, so give each person a role: CREATE ROLE ann LOGIN IN ROLE authbackend_admin;
 
@@ -27,7 +27,7 @@ begin
   end loop;
 end $$;
 
--- Databases that began before PostgreSQL 15 let everybody create functions and tables here.
+-- Databases created before PostgreSQL 15 let every role create functions and tables here.
 revoke create on schema public from public;
 
 revoke all on device_type, device, account, topic_rule, audit, change, change_floor, change_horizon, incarnation, identity_guard, replica, replica_state, certificate, authority, crl, crl_highest, crl_listed, crl_installed, crl_reporter, schema_migrations,
@@ -49,11 +49,11 @@ grant execute on function enforcement_overdue() to authbackend_admin, authbacken
 grant select on certificate, authority, crl_highest, crl_installed to authbackend_service;
 grant select, insert, update, delete on crl_listed to authbackend_service, authbackend_admin;
 grant execute on function crl_report(text, text, numeric, timestamptz, double precision) to authbackend_crl_sync;
-grant select, insert, update on crl to authbackend_service; -- a list never goes back to an older number
+grant select, insert, update on crl to authbackend_service; -- a trigger refuses lists with an older number
 
 grant select, insert, update, delete on device_type, device, account, topic_rule to authbackend_admin;
 grant select, insert, update, delete on certificate, authority, crl to authbackend_admin;
-grant execute on function certificate_forget(interval, bigint) to authbackend_admin; -- the trail only its owner forgets
+grant execute on function certificate_forget(interval, bigint) to authbackend_admin; -- only its owner deletes from the audit trail
 grant select on crl_highest to authbackend_admin, authbackend_reader;
 grant select on crl_listed to authbackend_reader;
 grant select on crl_installed, crl_reporter to authbackend_admin, authbackend_reader;
@@ -61,7 +61,7 @@ grant execute on function crl_forget(text) to authbackend_admin;
 grant select on audit, change, change_floor, incarnation, schema_migrations to authbackend_admin;
 grant select on replica to authbackend_admin;
 grant execute on function incarnation_renew() to authbackend_admin;
--- Not even UPDATE of one column of these: who has it can lock a row, and a task that is locked is not closed.
+-- No UPDATE, not even of one column: with it a role can lock rows, and a locked task cannot be closed.
 grant select on enforcement, enforcement_setup, enforcement_cluster, enforcement_pause, enforcement_sweep, device_hold, client_id_move to authbackend_admin;
 grant execute on function enforcement_retry(bigint), enforcement_pause_begin(text), enforcement_pause_end(), enforcement_cluster_forget(text), enforcement_disable(), replica_forget(text) to authbackend_admin;
 grant select, insert, delete, update (at, status, reason) on device_schedule to authbackend_admin;

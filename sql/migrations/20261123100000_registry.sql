@@ -1,13 +1,13 @@
 -- migrate:up
 
--- The registry: device types, devices, accounts and their topic rules. Constraints refuse a wrong row whoever
--- writes it (psql, COPY, the API, a policy file), with a message that names the fault.
+-- The registry: device types, devices, accounts and their topic rules. Constraints refuse an invalid row no matter how
+-- it is written (psql, COPY, the API, a policy file), with a message that says what is wrong.
 
--- Every function below names pg_temp at the end of its search path: else PostgreSQL would look there first, and a role
--- could slip its own types under a function that runs with the owner's rights.
+-- Every function below has pg_temp at the end of its search path: otherwise PostgreSQL would search it first, and a role
+-- could substitute its own types in a function that runs with the owner's rights.
 
--- Raises the fault as a check violation. Unlike a plain CHECK it prints no "Failing row contains (...)", which
--- would put password hashes into error texts and server logs. (A refused COPY still shows its line as CONTEXT.)
+-- Raises a check violation with this message. Unlike a plain CHECK it prints no "Failing row contains (...)", which would
+-- put password hashes into error messages and server logs. (A refused COPY still shows its line as CONTEXT.)
 create function refuse(fault text) returns boolean
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
@@ -309,8 +309,8 @@ begin
 end $$;
 create trigger account_check before insert or update on account for each row execute function account_check();
 
--- Checks that span tables are serialised by one row: statements on devices share it; those on types, accounts and
--- accounts' rules take it alone, so that none checks against rows it cannot see.
+-- Checks across tables are serialised by locking one row: statements on devices share the lock; those on types, accounts
+-- and accounts' rules take it exclusively, so that none checks against rows it cannot see.
 create table identity_guard (one boolean primary key default true check (one), writers bigint not null default 0);
 insert into identity_guard default values;
 
@@ -323,8 +323,8 @@ begin
   update public.identity_guard set writers = writers + 1;
 end $$;
 
--- Dead-lettering publishes with a routing key that RabbitMQ does not check: who may configure queues and write to a
--- topic exchange would get past every topic rule.
+-- RabbitMQ does not check the routing key when it dead-letters: an account that may configure queues and write to a topic
+-- exchange could bypass every topic rule.
 create function account_dead_lettering_check() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
@@ -357,7 +357,7 @@ create trigger dead_lettering_u after update on account referencing new table as
 create trigger dead_lettering_i after insert on topic_rule referencing new table as new_rows for each statement execute function account_dead_lettering_check();
 create trigger dead_lettering_u after update on topic_rule referencing new table as new_rows for each statement execute function account_dead_lettering_check();
 
--- Devices, types and accounts together decide who owns a name and a client id.
+-- Who owns a name or a client id depends on devices, types and accounts together.
 create function identity_check() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
@@ -385,7 +385,7 @@ begin
   end if;
   return null;
 end $$;
--- Not on a change of status: a revocation waits for nobody.
+-- Not on a change of status: a revocation must not wait for a lock.
 create trigger identity after insert or update of device_id, common_name, type on device for each statement execute function identity_check('share');
 create trigger identity after insert or update on device_type for each statement execute function identity_check('alone');
 create trigger identity after insert or update on account for each statement execute function identity_check('alone');

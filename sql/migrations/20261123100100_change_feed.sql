@@ -1,8 +1,7 @@
 -- migrate:up
 
--- The change feed: every statement that touches the registry leaves (transaction id, entity, key) rows in its own
--- transaction, and wakes readers up. What a reader does with them, and why it is done like this, is told in
--- docs/decisions/0002-change-feed.md.
+-- The change feed: every statement that changes the registry writes (transaction id, entity, key) rows in its own
+-- transaction, and notifies readers. docs/decisions/0002-change-feed.md explains what readers do with them, and why.
 
 create table change (
   txid xid8 not null default pg_current_xact_id(), -- the top-level transaction id, also inside savepoints
@@ -16,10 +15,10 @@ create table change_horizon (at timestamptz primary key default clock_timestamp(
 create table change_floor (one boolean primary key default true check (one), floor xid8 not null);
 insert into change_floor (floor) values (pg_snapshot_xmin(pg_current_snapshot()));
 
--- Unlogged: emptied by every crash recovery, after which transaction ids may be given out a second time.
+-- Unlogged: emptied by every crash recovery, after which transaction ids may be assigned a second time.
 create unlogged table incarnation (one boolean primary key default true check (one), id uuid not null default gen_random_uuid());
 
--- Arguments: pairs of an entity and the column that holds its key; a null key is nobody's change.
+-- Arguments: pairs of an entity and the column with its key; a row with a null key is no change of that entity.
 create function change_note() returns trigger
 language plpgsql security definer set search_path = public, pg_temp as $$
 declare
@@ -70,7 +69,7 @@ language sql security definer set search_path = public, pg_temp as $$
   select id from incarnation
 $$;
 
--- Deletes change rows that every reader of the last `keep` has seen; readers slower than that load everything anew.
+-- Deletes change rows of transactions that ended more than `keep` ago; a reader that is further behind loads the whole registry.
 create function change_prune(keep interval) returns bigint
 language plpgsql security definer set search_path = public, pg_temp as $$
 declare
@@ -96,7 +95,7 @@ begin
   return n;
 end $$;
 
--- Of the trigger functions too: with a trigger on a temporary table of his own, anybody could write change rows.
+-- Trigger functions too: by a trigger on a temporary table, any role could otherwise write change rows.
 revoke execute on function change_prune(interval), incarnation_renew(), change_note(), identity_check(), identity_guard_take(), account_dead_lettering_check() from public;
 
 -- migrate:down

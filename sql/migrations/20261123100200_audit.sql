@@ -1,6 +1,6 @@
 -- migrate:up
 
--- The audit trail: one row for every row that a statement touched, written in the statement's own transaction.
+-- The audit trail: one row for every row that a statement changed, written in the same transaction.
 
 create table audit (
   id bigint generated always as identity primary key,
@@ -18,7 +18,7 @@ create table audit (
 );
 create index audit_key on audit (entity, key, id);
 
--- A row as the trail shows it: the hash itself is a secret and is replaced by whether it is set.
+-- A row as the trail shows it: a password hash is replaced by whether one is set.
 create function audit_row(entity text, r jsonb) returns jsonb
 language sql immutable set search_path = pg_catalog, pg_temp as $$
   select case when entity = 'account' and r is not null
@@ -73,7 +73,7 @@ end $$;
 create trigger append_only before update or delete or truncate on audit for each statement execute function audit_refuse();
 alter table audit enable always trigger append_only;
 
--- With a trigger on a temporary table of his own, anybody could write into the trail.
+-- By a trigger on a temporary table, any role could otherwise write into the trail.
 revoke execute on function audit_note() from public;
 
 -- migrate:down

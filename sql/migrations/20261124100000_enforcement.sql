@@ -1,23 +1,23 @@
 -- migrate:up
 
--- Enforcement: RabbitMQ does not ask again about what is already connected, so whatever a change takes away must also be
--- taken from live connections and stored sessions. Triggers note that work in the transaction of the change, whoever
--- makes it; one replica at a time does it. Told in docs/decisions/0008-enforcement.md.
+-- Enforcement: RabbitMQ does not ask again about clients that are already connected, so whatever a change takes away must
+-- also be taken from live connections and stored sessions. Triggers create tasks for that in the transaction of the change,
+-- whoever makes it; one replica at a time works them off. See docs/decisions/0008-enforcement.md.
 
--- One row where a service enforces; without it nothing is noted and nobody is held.
+-- One row where a service enforces; without it there are no tasks and no holds.
 create table enforcement_setup (
   one boolean primary key default true check (one),
-  hold_limit_s double precision not null check (hold_limit_s > 0) -- Infinity: until the work is done
+  hold_limit_s double precision not null check (hold_limit_s > 0) -- Infinity: until the task is done
 );
 
 create table enforcement (
   id bigint generated always as identity primary key,
-  version xid8 not null default pg_current_xact_id(), -- the change: replicas that serve it decide by it
+  version xid8 not null default pg_current_xact_id(), -- registry version of the change
   kind text not null check (kind in ('device', 'device_type', 'account')),
   name text not null, -- device id, or name of the type or account
   causes text[] not null, -- what narrowed
-  details jsonb not null default '{}', -- what only the old rows knew
-  parent bigint references enforcement (id) on delete set null, -- on behalf of which it was noted
+  details jsonb not null default '{}', -- what only the old rows contained
+  parent bigint references enforcement (id) on delete set null, -- the task on whose behalf it was created
   role name not null default session_user,
   actor text default nullif(current_setting('authbackend.actor', true), ''),
   noted_at timestamptz not null default clock_timestamp(),
@@ -33,7 +33,7 @@ create index enforcement_finished on enforcement (finished_at) where state = 'do
 create index enforcement_of on enforcement (kind, name, id);
 create unique index enforcement_child on enforcement (parent, name) where parent is not null;
 
--- The login of a device that stays active is held while its connections and sessions are put right.
+-- A device that stays active may not log in while its connections and sessions are repaired.
 create table device_hold (
   device_id text primary key references device (device_id) on update cascade on delete cascade,
   since timestamptz not null default clock_timestamp(),
@@ -55,7 +55,7 @@ create table device_schedule (
 create index device_schedule_due on device_schedule (at);
 call audit_watch('device_schedule', 'device_schedule', 'device_id');
 
--- How far expiries have been noted.
+-- How far the expiry times of devices have been turned into tasks.
 create table enforcement_expiry (one boolean primary key default true check (one), noted_until timestamptz not null);
 create index device_expiry on device (expires_at) where expires_at is not null;
 
@@ -76,7 +76,7 @@ language sql security definer set search_path = pg_catalog, pg_temp as $$
   on conflict (device_id) do update set since = clock_timestamp(), until = excluded.until
 $$;
 
--- Whether a rule that decides about a device uses an attribute that changed.
+-- Whether a topic rule of a device uses an attribute that changed.
 create function enforcement_attributes_used(of_device text, of_type text, before jsonb, after jsonb) returns boolean
 language sql stable set search_path = pg_catalog, pg_temp as $$
   select exists (
@@ -236,7 +236,7 @@ alter table device_type enable always trigger enforcement_u;
 alter table topic_rule enable always trigger enforcement_i, enable always trigger enforcement_u, enable always trigger enforcement_d;
 alter table account enable always trigger enforcement_u, enable always trigger enforcement_d;
 
--- Notes devices whose time has run out. Looks back a while, for transactions that took long to commit.
+-- Creates tasks for expired devices. Goes back 5 minutes, for transactions that took long to commit.
 create function enforcement_note_expired() returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
@@ -257,7 +257,7 @@ begin
   return n;
 end $$;
 
--- Makes the changes of status whose time has come, in the name of who scheduled them.
+-- Makes the scheduled changes of status that are due, in the name of whoever scheduled them.
 create function device_schedule_apply() returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare

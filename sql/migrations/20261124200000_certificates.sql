@@ -21,7 +21,7 @@ create table certificate (
   common_name text not null, -- as RabbitMQ reads it: several are joined with a comma
   not_before timestamptz not null,
   not_after timestamptz not null,
-  device_id text references device (device_id) on update cascade on delete set null, -- null: of no registered device
+  device_id text references device (device_id) on update cascade on delete set null, -- null: no registered device
   state text not null default 'active',
   reason text not null default '', -- a reason name of RFC 5280 5.3.1, or free text, which is listed as unspecified
   revoked_at timestamptz,
@@ -79,7 +79,7 @@ end $$;
 create trigger certificate_truncate before truncate on certificate for each statement execute function certificate_truncate();
 
 create table authority (
-  name text primary key, -- in the address of its list: /crl/NAME.crl
+  name text primary key, -- in the URL of its list: /crl/NAME.crl
   subject text not null unique, -- RFC 4514: the issuer of its certificates
   certificate_pem text not null,
   not_after timestamptz not null,
@@ -88,7 +88,7 @@ create table authority (
   constraint authority_certificate_pem check (case when certificate_pem ~ '-----BEGIN CERTIFICATE-----' and certificate_pem !~ 'PRIVATE KEY' and octet_length(certificate_pem) <= 65536 then true else public.refuse(format('certificate of authority %L: it is one PEM certificate, and never a private key', name)) end)
 );
 
--- The present list of each authority.
+-- The current list of each authority.
 create table crl (
   authority text primary key references authority (name) on update cascade on delete cascade,
   number numeric(48) not null, -- RFC 5280 5.2.3: at most 20 octets, never lower than before
@@ -111,7 +111,7 @@ begin
 end $$;
 create trigger crl_check before update on crl for each row execute function crl_check();
 
--- Wakes up whoever listens to the channel that the argument names.
+-- Notifies the channel that the argument names.
 create function channel_notify() returns trigger
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
@@ -122,7 +122,7 @@ create trigger changed after insert or update or delete or truncate on certifica
 create trigger changed after insert or update or delete or truncate on authority for each statement execute function channel_notify('crl');
 create trigger changed after insert or update or delete or truncate on crl for each statement execute function channel_notify('crl');
 
--- As before, and of a revocation list everything but the list itself, which can have megabytes.
+-- As before; of a revocation list everything but the list itself, which can be megabytes.
 create or replace function audit_row(entity text, r jsonb) returns jsonb
 language sql immutable set search_path = pg_catalog, pg_temp as $$
   select case

@@ -1,6 +1,6 @@
 -- migrate:up
 
--- A revoked certificate fails at the next handshake, by the revocation list; what is connected with it already is closed.
+-- With a revoked certificate, the next handshake fails by the revocation list; enforcement closes existing connections.
 
 alter table enforcement drop constraint enforcement_kind_check;
 alter table enforcement add constraint enforcement_kind_check check (kind in ('device', 'device_type', 'account', 'certificate'));
@@ -21,7 +21,7 @@ create trigger enforcement_u after update on certificate referencing old table a
 alter table certificate enable always trigger enforcement_u;
 revoke execute on function enforcement_certificate() from public;
 
--- For types whose brokers tell serial numbers (RabbitMQ 4.2.7 and later): a sweep ends connections whose certificate is not on record.
+-- For types whose brokers show serial numbers (RabbitMQ 4.2.7 and later): a sweep ends connections whose certificate is not on record.
 alter table device_type add column require_known_certificate boolean not null default false;
 
 -- migrate:down

@@ -1,10 +1,10 @@
 -- migrate:up
 
--- A task belongs to one cluster and one lane, so that what holds up one task, one cluster or a mass change holds up
--- nothing else. Told in docs/decisions/0008-enforcement.md.
+-- A task belongs to one cluster and one lane, so that a slow task, cluster or mass change delays nothing else.
+-- See docs/decisions/0008-enforcement.md.
 
--- The clusters to enforce on. A cluster stays until somebody forgets it: what was noted for it must not disappear with
--- a line of a configuration file.
+-- The clusters to enforce on. A cluster stays until somebody forgets it by command: its tasks must not disappear with a
+-- line of a configuration file.
 create table enforcement_cluster (
   name text primary key,
   added_at timestamptz not null default clock_timestamp()
@@ -12,10 +12,10 @@ create table enforcement_cluster (
 call audit_watch('enforcement_cluster', 'enforcement_cluster', 'name');
 
 alter table enforcement
-  add column cluster text not null default '', -- empty: noted before there were clusters; the next leader notes it again for each
+  add column cluster text not null default '', -- empty: from before tasks had clusters; the next leader creates it again for each
   add column lane text not null default 'mass' check (lane in ('urgent', 'small', 'mass')),
   drop constraint enforcement_state_check,
-  -- superseded: what made it necessary was undone before it was finished
+  -- superseded: its cause was undone before it was finished
   add constraint enforcement_state_check check (state in ('waiting', 'checking', 'done', 'superseded'));
 alter table enforcement alter column cluster drop default;
 
@@ -40,11 +40,11 @@ call audit_watch('enforcement_pause', 'enforcement_pause', 'scope');
 create trigger changed after insert or update or delete on enforcement_pause for each statement execute function channel_notify('enforcement');
 alter table enforcement_pause enable always trigger changed;
 
--- Without its foreign key: a hold must not wait for somebody who has the device's row locked.
+-- No foreign key: a hold must not wait for a transaction that has the device's row locked.
 alter table device_hold drop constraint device_hold_device_id_fkey;
 
--- Decides the lane when the tasks of a transaction are noted. Urgent: whoever may not be connected at all any more, in a
--- transaction that touches at most 20 identities. A task is noted as mass, so that a mass change is written once.
+-- Sets the lane when the tasks of a transaction are created. Urgent: those that may no longer be connected at all, in a
+-- transaction about up to 20 identities. The default is mass, so that tasks of a mass change are written only once.
 create function enforcement_lane() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
@@ -76,14 +76,13 @@ revoke execute on function enforcement_lane() from public;
 create table client_id_move (
   device_type text primary key, -- whose patterns were widened
   former text[] not null, -- its patterns before
-  held text[], -- the client ids that were found live or stored; null: nobody has looked yet, so all that moved are held
+  held text[], -- the client ids with a connection or session; null: not looked up yet, so all that moved are held
   since timestamptz not null default clock_timestamp(),
   until timestamptz not null
 );
 call change_watch('client_id_move', 'device_type', 'device_type');
 
--- Whether a change of a device narrows anything for what may be connected: it is active, or what an earlier change ended has not
--- been ended everywhere yet.
+-- Whether a device may be connected, so that a change must be enforced: it is active, or has open tasks from an earlier change.
 create function enforcement_concerns(of_device text, of_status text) returns boolean
 language sql stable set search_path = pg_catalog, pg_temp as $$
   select of_status = 'active' or exists (select from public.enforcement where kind = 'device' and name = of_device and finished_at is null)
@@ -258,7 +257,7 @@ begin
   return null;
 end $$;
 
--- As before, for each cluster, and without waiting for whoever else notes expiries at this moment.
+-- As before, for each cluster, and without waiting for another session that does the same at this moment.
 create or replace function enforcement_note_expired() returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
@@ -285,7 +284,7 @@ begin
   return n;
 end $$;
 
--- Who has a row locked, told by its xmax: the process ids of the transactions that are still open.
+-- Who has a row locked, by its xmax: the process ids of the transactions that are still open.
 create function row_lock_holders(xmax_ xid) returns setof integer
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 begin
@@ -301,7 +300,7 @@ exception when internal_error or invalid_parameter_value then
 end $$;
 revoke execute on function row_lock_holders(xid) from public;
 
--- What should have happened by now and has not: scheduled changes, with whoever keeps the row that they are about locked.
+-- Scheduled changes that are overdue, with the sessions that keep the row of their device locked.
 -- `since` is null where this role may not see it (pg_read_all_stats).
 create function enforcement_overdue() returns table (device_id text, at timestamptz, status text, pid integer, application text, role name, since timestamptz)
 language sql stable security definer set search_path = pg_catalog, pg_temp as $$
@@ -317,8 +316,8 @@ $$;
 revoke execute on function enforcement_overdue() from public;
 
 drop function device_schedule_apply();
--- Makes the changes of status whose time has come, each for itself: one that cannot be made, or whose device somebody has
--- locked, keeps no other one waiting. Returns how many were made, and the first fault.
+-- Makes the scheduled changes that are due, each separately: one that fails, or whose device is locked, does not delay the
+-- others. Returns how many were made, and the first error.
 create function device_schedule_apply(out made bigint, out fault text)
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '200ms' as $$
 declare

@@ -1,10 +1,10 @@
 -- migrate:up
 
--- A device that is deleted takes its certificates with it, in the same transaction and for good: whoever is registered
--- under its name later must not find a door open that was opened for the one before.
+-- Deleting a device revokes its certificates for good, in the same transaction: otherwise they would be good to log in as
+-- a device that is registered under the same name later.
 
--- ON DELETE SET NULL would let go of the certificates one by one, and before a trigger for the whole statement could see
--- whose they were. So the triggers do it, and the constraint is looked at after them.
+-- ON DELETE SET NULL would unlink the certificates before a statement trigger could see which device they belonged to. So
+-- triggers do it, and the constraint is checked after them.
 alter table certificate drop constraint certificate_device_id_fkey,
   add constraint certificate_device_id_fkey foreign key (device_id) references device (device_id) on update cascade deferrable initially immediate;
 
@@ -40,10 +40,10 @@ revoke execute on function device_truncate() from public;
 
 alter table device enable always trigger certificates_defer, enable always trigger certificates_revoke, enable always trigger device_truncate;
 
--- The planner takes the rows before and after a mass change for few, and a nested loop over them took minutes for 100,000.
+-- The planner underestimates the transition tables of a mass change; a nested loop over 100,000 rows took minutes.
 alter function enforcement_certificate() set enable_nestloop = off;
 
--- For brokers that tell no serial number, a sweep asks by name.
+-- For brokers that do not show serial numbers, a sweep looks certificates up by common name.
 create index certificate_revoked_name on certificate (common_name) where state = 'revoked';
 
 -- migrate:down

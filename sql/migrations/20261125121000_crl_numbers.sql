@@ -1,7 +1,7 @@
 -- migrate:up
 
--- The number of an authority's latest list outlives the row: hosts of brokers refuse a list with a lower number, so a list
--- that was deleted, or an authority that was added again under another name, goes on from there.
+-- The number of an authority's latest list outlives its row: hosts of brokers refuse a list with a lower number, so numbers
+-- continue after a list was deleted, or an authority was added again under another name.
 create table crl_highest (
   issuer text primary key, -- subject of the authority, RFC 4514
   number numeric(48) not null,

@@ -1,6 +1,6 @@
 -- migrate:up
 
--- What is on the present list of each authority, and the number of the first list that had it.
+-- The serial numbers on the current list of each authority, and the number of the first list with each.
 create table crl_listed (
   issuer text not null, -- subject of the authority, RFC 4514
   serial text not null,
@@ -8,7 +8,7 @@ create table crl_listed (
   primary key (issuer, serial)
 );
 
--- Which list each node's host has installed, as its `crl sync` says.
+-- Which list each node's host has installed, as its `crl sync` reports.
 create table crl_installed (
   node text not null, -- as RabbitMQ calls it: rabbit@HOST
   issuer text not null, -- subject of the authority, RFC 4514

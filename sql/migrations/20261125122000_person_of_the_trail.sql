@@ -1,13 +1,13 @@
 -- migrate:up
 
--- Who did it: the role that logged in, which the database has checked. The name that a client gives (authbackend.actor) is
--- kept beside it as claimed_by, and is the person only if that role was granted authbackend_speaks_for_others (sql/roles.sql).
+-- Who did it: the role that logged in, which the database has authenticated. The name that a client gives (authbackend.actor)
+-- is recorded as claimed_by, and counts only if that role was granted authbackend_speaks_for_others (sql/roles.sql).
 
--- Empty but while a scheduled change is made: who scheduled it. Nobody but the owner's functions writes it; the setting
--- authbackend.scheduled, which anybody can make, says only that it is worth looking here.
+-- Who scheduled a change, while it is being made; otherwise empty. Only functions of the owner write it. The setting
+-- authbackend.scheduled, which any session can set, only says that this table must be read.
 create table acting_for (backend integer primary key default pg_backend_pid(), person text not null);
 
--- The grant must be to the role itself: pg_has_role takes a superuser for a member of every role.
+-- The role must be granted directly: to pg_has_role, a superuser is a member of every role.
 create function acting_person() returns text
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 declare
@@ -54,7 +54,7 @@ end $$;
 
 alter table enforcement rename column actor to claimed_by;
 alter table enforcement add column actor text;
--- Worked out for every row of a mass change, where the call would cost 10 µs: most sessions need no look-up.
+-- Evaluated for every row of a mass change, where the call would cost 10 µs: most sessions need no lookup.
 alter table enforcement alter column actor set default
   case when current_setting('authbackend.scheduled', true) = 'yes' or pg_has_role(session_user, to_regrole('authbackend_speaks_for_others'), 'MEMBER')
     then public.acting_person() else session_user::text end;
@@ -68,7 +68,7 @@ alter table device_schedule alter column claimed_by drop not null,
   alter column claimed_by set default nullif(current_setting('authbackend.actor', true), '');
 alter table device_schedule add column actor text; -- null: scheduled before this column
 
--- The change will be made in this person's name, so nobody chooses it.
+-- The change will be made in this person's name, so no statement can set it.
 create function device_schedule_person() returns trigger
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
@@ -76,8 +76,8 @@ begin
   new.claimed_by := nullif(current_setting('authbackend.actor', true), '');
   return new;
 end $$;
--- Not on a change of the device id: when a device is renamed, its schedule is still that of who made it. sql/roles.sql
--- lets nobody change the device id of a schedule by itself.
+-- Not on a change of the device id: when a device is renamed, its schedule remains that of whoever made it. sql/roles.sql
+-- lets no role change the device id of a schedule directly.
 create trigger person before insert or update of at, status, reason, actor, claimed_by on device_schedule
   for each row execute function device_schedule_person();
 alter table device_schedule enable always trigger person;

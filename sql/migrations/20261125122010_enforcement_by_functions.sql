@@ -1,11 +1,11 @@
 -- migrate:up
 
--- Nobody but the service writes the tables of enforcement and replicas. What a person may do with them is here, each with its
--- rows in the audit trail.
+-- Only the service writes the tables of enforcement and replicas. People change them by these functions, which write rows
+-- into the audit trail.
 
 call audit_watch('enforcement_setup', 'enforcement_setup', 'one');
 
--- Makes a task due at once, null: all open ones; one that is done is done again. Returns how many.
+-- Makes a task due now (null: all open ones); a finished one is done again. Returns how many.
 create function enforcement_retry(task bigint) returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
@@ -22,7 +22,7 @@ begin
   return n;
 end $$;
 
--- Begins a pause of an hour, or begins it anew.
+-- Begins a pause of an hour, or restarts it.
 create function enforcement_pause_begin(of_scope text) returns void
 language sql security definer set search_path = pg_catalog, pg_temp as $$
   insert into public.enforcement_pause (scope) values (of_scope)
@@ -35,7 +35,7 @@ language sql security definer set search_path = pg_catalog, pg_temp as $$
   with gone as (delete from public.enforcement_pause returning 1) select exists (select from gone)
 $$;
 
--- Notes no more tasks for a cluster and closes those that are open: they will not be done.
+-- Stops creating tasks for a cluster, and closes its open ones undone.
 create function enforcement_cluster_forget(cluster_name text, out clusters bigint, out tasks bigint)
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
@@ -51,7 +51,7 @@ begin
   get diagnostics tasks = row_count;
 end $$;
 
--- Notes no work any more and ends all holds. Returns how many holds of devices and of client ids that moved.
+-- Switches enforcement off and ends all holds. Returns how many, of devices and of client ids that moved.
 create function enforcement_disable(out holds bigint, out moves bigint)
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
@@ -65,7 +65,7 @@ begin
   get diagnostics moves = row_count;
 end $$;
 
--- Forgets replicas by id or name, so that nobody waits for them. Returns how many.
+-- Deletes replicas by id or name, so that nothing waits for them. Returns how many.
 create function replica_forget(which text) returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare

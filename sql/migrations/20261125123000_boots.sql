@@ -1,7 +1,7 @@
 -- migrate:up
 
--- A row is one start of a replica, no longer one folder: of a folder that was copied two can run at once, and each must be
--- waited for. Replicas of the version before know no folder here; their id is the folder's.
+-- A row stands for one start of a replica, no longer for one folder: two replicas can run from copies of one folder, and each
+-- must be waited for. Replicas of the previous version write no folder; their id is the folder's.
 alter table replica add column folder uuid; -- the id kept in registry.snapshot_dir; null without one
 
 create or replace view replica_state as

@@ -1,6 +1,6 @@
 -- migrate:up
 
--- A replica that follows a database which it cannot write to keeps its word with an advisory lock for as long as it is connected.
+-- A replica that follows a database it cannot write to holds an advisory lock while it is connected, so that it still counts.
 create or replace view replica_state as
 select r.id, r.name, r.program_version, r.workers, r.longest_staleness_s, r.introduced_at, r.epoch, r.incarnation,
        r.snapshot, r.confirmed_at, r.stopped_at, r.comes_back, d.state,

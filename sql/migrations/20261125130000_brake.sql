@@ -1,9 +1,9 @@
 -- migrate:up
 
--- A brake on mass change: one wrong UPDATE must not disconnect a fleet. A transaction that takes something from more devices
--- than `brake` allows is refused, whoever writes; accept_impact() lets one through that is meant.
+-- The brake on mass change: one wrong UPDATE must not disconnect a fleet. A transaction that takes something from more devices
+-- than `brake` allows is refused, whoever writes; accept_impact() lets an intended one through.
 
--- Both limits must be passed. Without a row they are 100 and 5. The owner sets them; the trail has it.
+-- A transaction is refused only beyond both limits. Without a row they are 100 and 5. The owner sets them, with audit rows.
 create table brake (
   one boolean primary key default true check (one),
   devices bigint not null default 100 check (devices >= 0),
@@ -11,8 +11,8 @@ create table brake (
 );
 call audit_watch('brake', 'brake', 'one');
 
--- What each open transaction has taken something from. Rows of transactions that have ended mean nothing, and are removed by the
--- next one; a crash may lose them all.
+-- What each open transaction takes something from. Rows of ended transactions mean nothing, and later transactions delete them;
+-- a crash may lose all rows.
 create unlogged table brake_impact (
   version xid8 not null default pg_current_xact_id(),
   kind text not null, -- device, account or certificate, which are counted; device_type: its devices have been counted
@@ -23,11 +23,11 @@ create unlogged table brake_impact (
 
 create unlogged table brake_acceptance (
   version xid8 primary key default pg_current_xact_id(),
-  accepted bigint -- null: work that time drives, which was counted when it was scheduled
+  accepted bigint -- null: for scheduled changes, which were counted when they were scheduled
 );
 
--- Counts what a statement added to brake_impact, and refuses what is too much. The sum is kept beside the rows, so that a
--- transaction of many statements does not count them again each time.
+-- Counts what a statement added to brake_impact, and refuses too much. The sum is kept in a setting, so that a transaction
+-- of many statements does not count all rows each time.
 create function brake_count(added bigint) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
@@ -66,8 +66,8 @@ begin
 end $$;
 revoke execute on function brake_count(bigint) from public;
 
--- Rows of a transaction that ended. The first change of a transaction removes them, and what an earlier life of this database may have
--- left under its own number.
+-- Deletes rows of ended transactions. The first change of a transaction calls it, and deletes what an earlier incarnation of the
+-- database may have left under its own transaction id.
 create function brake_begin() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
@@ -217,7 +217,7 @@ begin
   return null;
 end $$;
 
--- An empty table is what TRUNCATE leaves: everything that was in it counts.
+-- TRUNCATE leaves nothing: every row of the table counts.
 create function brake_truncate() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
@@ -257,8 +257,8 @@ alter table certificate enable always trigger brake_u;
 alter table device_schedule enable always trigger brake_i, enable always trigger brake_u;
 revoke execute on function brake_device(), brake_device_type(), brake_topic_rule(), brake_account(), brake_certificate(), brake_schedule(), brake_truncate() from public;
 
--- Lets this transaction take something from so many devices, accounts and certificates together; it ends with the transaction, and
--- the trail says how many were accepted and how many it was.
+-- Lets this transaction take something from up to `number` devices, accounts and certificates together. The audit trail
+-- records how many were accepted and how many were affected.
 create function accept_impact(number bigint) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin

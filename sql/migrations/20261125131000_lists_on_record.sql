@@ -1,9 +1,9 @@
 -- migrate:up
 
--- Which certificates are on a list decides what a receipt says, so whoever writes that is in the trail.
+-- What a receipt says depends on which certificates are on a list, so changes of that are in the audit trail.
 call audit_watch('crl_listed', 'crl_listed', 'serial');
 
--- Forgets what a node's host reported, so that no receipt waits for it. Returns how many lists it had.
+-- Deletes the reports of a node's host, so that no receipt waits for it. Returns how many lists it had reported.
 create function crl_forget(which text) returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare

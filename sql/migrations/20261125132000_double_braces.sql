@@ -1,6 +1,6 @@
 -- migrate:up
 
--- What is wrong with a topic filter of a rule, or null. As before, in the words that the policy file has for double braces.
+-- What is wrong with the topic filter of a rule, or null. As before, with the same message for double braces as in a policy file.
 create or replace function topic_filter_fault(filter text) returns text
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
 declare

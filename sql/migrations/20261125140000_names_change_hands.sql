@@ -1,8 +1,8 @@
 -- migrate:up
 
--- ON CONFLICT needs a unique constraint that is checked at once; names that change hands within one statement need one that is
--- not. It is checked at once now. In an UPDATE, a name that another device still has waits with a comma before it until the end of
--- the statement. No name has a comma, and the statement fails if the name is not free then, so nobody else ever sees one.
+-- ON CONFLICT needs a unique constraint that is checked immediately; swapping names within one statement needs a deferred one.
+-- It is immediate now. In an UPDATE, a name that another device still has gets a comma in front until the end of the statement.
+-- Valid names contain no comma, and the statement fails if the name is not free by then, so no other session ever sees one.
 alter table device drop constraint device_common_name_key, add constraint device_common_name_key unique (common_name);
 
 create function common_name_without_comma(name text) returns text
@@ -70,11 +70,11 @@ revoke execute on function device_name_waits(), device_name_arrives() from publi
 
 create trigger name_waits_i before insert on device for each row when (left(new.common_name, 1) = ',') execute function device_name_waits();
 create trigger name_waits_u before update on device for each row when (new.common_name is distinct from old.common_name) execute function device_name_waits();
--- Its name is the first among the triggers of its kind: the others find the names in the table.
+-- Its name sorts first among the triggers of its kind, so the others find the final names in the table.
 create trigger arrives after update on device referencing new table as new_rows for each statement execute function device_name_arrives();
 alter table device enable always trigger name_waits_i, enable always trigger name_waits_u, enable always trigger arrives;
 
--- A name that waits is in nobody's trail and nobody's task: they have the statement as it was written.
+-- A name with a comma is in no audit row and no task: they show the statement as it was written.
 create or replace function audit_row(entity text, r jsonb) returns jsonb
 language sql immutable set search_path = pg_catalog, pg_temp as $$
   select case

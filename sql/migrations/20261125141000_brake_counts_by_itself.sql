@@ -1,6 +1,6 @@
 -- migrate:up
 
--- What is written into brake_impact is counted by triggers of that table, so no trigger of another one has to.
+-- Triggers of brake_impact count what is written into it, so that no trigger of another table has to.
 
 create function brake_clean(most bigint) returns void
 language sql security definer set search_path = pg_catalog, pg_temp as $$
@@ -10,8 +10,8 @@ language sql security definer set search_path = pg_catalog, pg_temp as $$
     limit most for update skip locked)
 $$;
 
--- The first row of a transaction: some rows of those that ended go, and what an earlier life of this database may have left under
--- this one's number.
+-- At the first row of a transaction: deletes some rows of ended transactions, and what an earlier incarnation of the database may
+-- have left under this transaction's id.
 create function brake_opened() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
@@ -23,7 +23,7 @@ begin
   return null;
 end $$;
 
--- What this transaction has taken something from so far, and whether that is beyond both limits. told has it in words.
+-- From how much this transaction has taken something so far, and whether that is beyond both limits; told describes it as text.
 create function impact(out touched bigint, out registered bigint, out devices bigint, out percent numeric, out accepted bigint,
                        out beyond_limit boolean, out causes jsonb, out told text)
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
@@ -46,8 +46,8 @@ begin
   beyond_limit := touched > devices and touched > registered * percent / 100;
 end $$;
 
--- Counts what a statement added, and refuses what is too much. The sum is kept beside the rows, with the number of registered
--- devices when it last mattered, so that a transaction of many statements does not count everything again each time.
+-- Counts what a statement added, and refuses too much. The sum is kept in a setting, with the number of registered devices
+-- when it last mattered, so that a transaction of many statements does not count everything each time.
 create function brake_added() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
@@ -134,8 +134,8 @@ begin
   return null;
 end $$;
 
--- The query, over the old_rows and new_rows of a trigger of topic_rule, for the rules that take something away by coming or going.
--- A rule that says the same as before, but for its note, does not.
+-- The query, over old_rows and new_rows of a trigger on topic_rule, for added or removed rules that take something away. A rule
+-- of which only the note changed does not.
 create function narrowing_rules(operation text) returns text
 language sql immutable set search_path = pg_catalog, pg_temp as $$
   select case operation when 'INSERT' then denied when 'DELETE' then allowed
@@ -232,7 +232,7 @@ begin
   return null;
 end $$;
 
--- An empty table is what TRUNCATE leaves: everything that was in it counts.
+-- TRUNCATE leaves nothing: every row of the table counts.
 create or replace function brake_truncate() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin

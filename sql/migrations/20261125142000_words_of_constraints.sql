@@ -1,7 +1,7 @@
 -- migrate:up
 
--- What a constraint refuses is told in people's words. A duplicate is found by the index itself, or ON CONFLICT could not work, so
--- there the name of the constraint is what is told, with the key.
+-- Constraints refuse rows with messages for people. Duplicates must be found by the index itself, or ON CONFLICT would not work,
+-- so there the name of the constraint says what is wrong, with the key.
 alter table device rename constraint device_pkey to device_id_is_taken;
 alter table device rename constraint device_common_name_key to common_name_is_taken;
 alter table device_type rename constraint device_type_pkey to device_type_exists;
@@ -38,7 +38,7 @@ language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
   end
 $$;
 
--- A column that must have a value has none. Like refuse(), and unlike PostgreSQL itself, it does not print the row.
+-- Refuses a null in a column that must have a value. Like refuse(), and unlike PostgreSQL itself, it does not print the row.
 create function refuse_null() returns trigger
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
@@ -53,7 +53,7 @@ begin
     hint = case when missing.has_default then format('Leave %s out of the statement to get its default.', missing.attname) else format('Every %s needs a value of %s.', tg_table_name, missing.attname) end;
 end $$;
 
--- The column to call a row by, of each table that people write.
+-- For each table that people write, the column that identifies a row in messages.
 do $$
 declare
   t record;
@@ -70,9 +70,9 @@ begin
   end loop;
 end $$;
 
--- A foreign key says that something is not there or still in use without saying what to do. These say it before: PostgreSQL fires
--- triggers of a row by their names, and those of foreign keys begin with RI_. The foreign key has the last word; in a transaction
--- with one snapshot it has the only one, for it sees what others committed since, and these do not.
+-- A foreign key does not say what to do when something is missing or still in use. These triggers do, and fire first: row triggers
+-- fire in the order of their names, and those of foreign keys begin with RI_. The foreign key still decides; with one snapshot for
+-- the whole transaction it decides alone, because it sees what others committed since, and these triggers do not.
 create function refuse_reference(of_table text, of_column text, of_constraint text, fault text, advice text) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
@@ -114,7 +114,7 @@ begin
 end $$;
 create trigger "IN_USE" after delete on device_type for each row execute function device_type_in_use();
 
--- One question within another: an IF that asks for both would lock the second table although nothing is asked of it.
+-- Nested IFs: one IF with both conditions would lock the second table even if only the first is needed.
 create function topic_rule_owner_known() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
@@ -149,7 +149,7 @@ begin
   end if;
   return null;
 end $$;
--- As deferrable as the foreign key.
+-- Deferrable like the foreign key.
 create constraint trigger "KNOWN" after insert or update of device_id on certificate deferrable initially immediate for each row execute function device_id_known('certificate');
 create trigger "KNOWN" after insert or update of device_id on device_schedule for each row execute function device_id_known('schedule');
 

@@ -1,7 +1,7 @@
 -- migrate:up
 
--- Who reports for a node: the role that did first, which the database has checked. A role reports for one node and a node is
--- reported by one role, so that who has the password of one host can say nothing of another.
+-- Who reports for a node: the authenticated role that reported first. A role reports for one node and a node is reported by one
+-- role, so that the password of one host does not allow reports for another.
 create table crl_reporter (
   node text primary key,
   role name not null unique,
@@ -9,12 +9,12 @@ create table crl_reporter (
 );
 call audit_watch('crl_reporter', 'crl_reporter', 'node');
 
--- A host that says nothing any more is not known to have its list still. Past: reported before this column.
+-- After this time it is unknown whether the host still has the list. -infinity: reported before this column existed.
 alter table crl_installed add column counts_until timestamptz not null default '-infinity';
 alter table crl_installed alter column counts_until drop default;
 
 drop function crl_report(text, text, numeric, timestamptz);
--- counts_s: how long the report counts, a few times as long as until the next one. The default is for hosts of the version before.
+-- counts_s: for how long the report is valid, several times the interval of reports. The default is for hosts with the previous version.
 create function crl_report(node text, issuer text, number numeric, next_update timestamptz, counts_s double precision default 220) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
@@ -37,7 +37,7 @@ begin
 end $$;
 revoke execute on function crl_report(text, text, numeric, timestamptz, double precision) from public;
 
--- Also who reported for it, so that another role can.
+-- Also deletes which role reported for it, so that another role can.
 create or replace function crl_forget(which text) returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare

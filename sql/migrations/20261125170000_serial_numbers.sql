@@ -1,7 +1,7 @@
 -- migrate:up
 
 -- Serial numbers that RFC 5280 4.1.2.2 forbids: zero, negative ones, and ones of more than 20 octets. Authorities have
--- issued them, and RabbitMQ lets them in: they can be on record, so that they can be revoked.
+-- issued such certificates and RabbitMQ accepts them: they can be on record, so that they can be revoked.
 create or replace function certificate_serial_fault(serial text) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
   select case

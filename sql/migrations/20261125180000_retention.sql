@@ -1,6 +1,6 @@
 -- migrate:up
 
--- The trail is append-only. What is older than 90 days can be taken out, by audit_forget() alone, which says so in the trail.
+-- The audit trail is append-only, except that audit_forget() can delete rows older than 90 days; it records that in the trail.
 create or replace function audit_refuse() returns trigger
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
@@ -10,8 +10,8 @@ begin
   raise exception using errcode = 'insufficient_privilege', message = format('the audit trail is append-only: %s is refused', tg_op);
 end $$;
 
--- Deletes the oldest rows of the trail, at most so many, and returns how many; call it again until that is 0. For the owner of
--- the tables: nobody else may delete from the trail, and the function gives no right.
+-- Deletes up to `most` of the oldest rows and returns how many; call it again until that is 0. For the owner of the tables: no
+-- other role may delete from the trail, and the function runs with the caller's privileges.
 create function audit_forget(older_than interval, most bigint default 100000) returns bigint
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
@@ -37,8 +37,8 @@ begin
 end $$;
 revoke execute on function audit_forget(interval, bigint) from public;
 
--- Deletes certificates that ended long ago, at most so many, and returns how many; each leaves its row in the trail. What is
--- still needed stays: the last certificate of each device, and keys that enrolment must not take again.
+-- Deletes up to `most` certificates that expired long ago and returns how many, with an audit row for each. What is still needed
+-- stays: the last certificate of each device, and compromised keys, which enrolment must not accept again.
 create function certificate_forget(older_than interval, most bigint default 100000) returns bigint
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
@@ -58,7 +58,7 @@ begin
 end $$;
 revoke execute on function certificate_forget(interval, bigint) from public;
 
--- As before, but a host of a broker cannot fill the table with names that it makes up.
+-- As before, but a host of a broker cannot fill the table with invented names.
 create or replace function crl_report(node text, issuer text, number numeric, next_update timestamptz, counts_s double precision default 220) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
@@ -86,7 +86,7 @@ begin
   set number = excluded.number, next_update = excluded.next_update, reported_at = excluded.reported_at, counts_until = excluded.counts_until;
 end $$;
 
--- As before, and the report of its last sweep goes with it.
+-- As before, and also deletes the report of its last sweep.
 create or replace function enforcement_cluster_forget(cluster_name text, out clusters bigint, out tasks bigint)
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin

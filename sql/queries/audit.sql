@@ -1,8 +1,9 @@
--- The audit trail, as it is exported.
+-- Export of the audit trail.
 
 -- name: exported
--- In the order in which statements wrote the rows, by the primary key.
--- params: 1 written since, 2 written before, 3 entities text[], 4 key, 5 actor or role, 6 claimed_by, 7 operation, 8 from this transaction on; null: any
+-- Ordered by id, which is the order in which statements wrote the rows.
+-- params: 1 written at or after, 2 written before, 3 entities text[], 4 key, 5 actor or role, 6 claimed_by, 7 operation,
+--   8 written by this transaction or a later one; null: any
 select id, at, version::text as version, role::text as role, actor, claimed_by, application, host(address) as address,
        operation, entity, key, before::text as before, after::text as after
 from audit
@@ -13,7 +14,7 @@ where ($1::timestamptz is null or at >= $1) and ($2::timestamptz is null or at <
 order by id;
 
 -- name: export_moment^
--- row: the time, and the oldest transaction that may not be committed yet: every row of an older one is seen
+-- row: the time, and the oldest transaction that may still be open: all rows of older ones are visible
 select clock_timestamp() as as_of, pg_snapshot_xmin(pg_current_snapshot())::text as next_version;
 
 -- name: entities_without_rows

@@ -1,20 +1,22 @@
--- The work of enforcement.
+-- Tasks of enforcement, and the rest of its state.
 
 -- name: enable!
--- Triggers note work only where somebody does it. params: 1 seconds, Infinity for no limit, 2 clusters text[]
+-- Switches enforcement on: without these rows, triggers create no tasks.
+-- params: 1 limit of a hold in seconds (Infinity: none), 2 clusters text[]
 with setup as (
   insert into enforcement_setup (hold_limit_s) values ($1)
   on conflict (one) do update set hold_limit_s = excluded.hold_limit_s where enforcement_setup.hold_limit_s <> excluded.hold_limit_s)
 insert into enforcement_cluster (name) select unnest($2::text[]) on conflict do nothing;
 
 -- name: strangers_with_the_lock
--- Who holds the lock of enforcement, which everybody may take, and could not do its work. params: 1 number of the lock
+-- Sessions that hold the enforcement lock, which any role may take, without the privileges to enforce.
+-- params: 1 number of the lock
 select a.pid, a.usename::text as role, a.application_name as application from pg_locks l join pg_stat_activity a using (pid)
 where l.locktype = 'advisory' and l.granted and (l.classid, l.objid, l.objsubid) = (0::oid, $1::bigint::oid, 1::smallint) and a.datname = current_database()
   and l.database = a.datid and not has_table_privilege(a.usesysid, 'enforcement', 'update');
 
 -- name: adopt!
--- Notes what is open from before there were clusters again, for each of them. params: 1 clusters text[]
+-- Open tasks from before tasks had clusters are created again, for each cluster. params: 1 clusters text[]
 with old as (
   update enforcement set state = 'superseded', finished_at = clock_timestamp(), receipt = '{"superseded": "noted again for each cluster"}'
   where cluster = '' and finished_at is null returning *)
@@ -26,7 +28,7 @@ select o.version, k.name, o.kind, o.name, o.causes, o.details, o.role, o.actor, 
 select name from enforcement_cluster where name <> all ($1::text[]) order by 1;
 
 -- name: forget_cluster^
--- What is open there will not be done. params: 1 name
+-- Closes the open tasks of the cluster undone. params: 1 name
 select clusters, tasks from enforcement_cluster_forget($1);
 
 -- name: disable^
@@ -45,7 +47,7 @@ select made, fault from device_schedule_apply();
 select device_id, at, status, pid, application, role, since from enforcement_overdue();
 
 -- name: release_forgotten!
--- Holds that no open task needs any more, whatever their end is: left by a leader that died, or by a cluster that was forgotten.
+-- Ends holds that no open task needs any more: a leader that died, or a forgotten cluster, may have left them.
 with moves as (
   delete from client_id_move where device_type in (
     select m.device_type from client_id_move m where m.since < clock_timestamp() - interval '10 s'
@@ -57,8 +59,8 @@ delete from device_hold where device_id in (
   for update skip locked);
 
 -- name: due
--- Reads no more rows than it returns, however many are open. `active`: the device may be connected now, as committed.
--- params: 1 cluster, 2 lane, 3 ids that are being done, 4 how many
+-- Reads no more rows than it returns, however many tasks are open. `active`: the device may be connected now.
+-- params: 1 cluster, 2 lane, 3 ids of tasks in progress, 4 limit
 select id, version::text as version, cluster, lane, kind, name, causes, details, noted_at, state, attempts, parent, receipt,
        extract(epoch from clock_timestamp() - due_at)::float8 as due_for_s,
        kind = 'device' and exists (select from device d where d.device_id = e.name and d.status = 'active' and (d.expires_at is null or d.expires_at > clock_timestamp())) as active
@@ -68,7 +70,7 @@ where cluster = $1 and lane = $2 and finished_at is null and due_at <= clock_tim
 order by due_at, id limit $4;
 
 -- name: due_of_users
--- Of a mass change, those about users that are connected. params: 1 cluster, 2 user names, 3 how many
+-- Tasks of mass changes about users that are connected. params: 1 cluster, 2 user names, 3 limit
 select id, version::text as version, cluster, lane, kind, name, causes, details, noted_at, state, attempts, parent, receipt,
        extract(epoch from clock_timestamp() - due_at)::float8 as due_for_s,
        kind = 'device' and exists (select from device d where d.device_id = e.name and d.status = 'active' and (d.expires_at is null or d.expires_at > clock_timestamp())) as active
@@ -88,8 +90,8 @@ select enforcement_pause_begin($1);
 select enforcement_pause_end();
 
 -- name: confirmation
--- `live`: it was heard a moment ago, so it will confirm soon.
--- params: 1 transaction ids text[]. Ids that this server has not given out came with a dump: everybody has loaded them.
+-- `live`: heard from in the last 10 s, so it will confirm soon.
+-- params: 1 transaction ids text[]. Ids that this server has not assigned yet came with a dump, which every replica has loaded.
 select name, state = 'live' as live, coalesce(epoch = registry_epoch() and incarnation = (select i.id::text from incarnation i)
          and (select coalesce(bool_and(pg_visible_in_snapshot(v::xid8, snapshot)), true) from unnest($1::text[]) as v
               where v::xid8 < pg_snapshot_xmax(pg_current_snapshot())), false) as serves
@@ -100,7 +102,7 @@ from replica_state where may_answer order by name;
 select enforcement_hold($1::text[]);
 
 -- name: release!
--- A hold that a later change has taken again stays. params: 1 device ids text[], 2 task ids bigint[]
+-- A hold that a later change has renewed stays. params: 1 device ids text[], 2 task ids bigint[]
 delete from device_hold h using (
   select device_id, since from device_hold where device_id = any ($1::text[]) for update skip locked) as seen
 where h.device_id = seen.device_id and h.since = seen.since
@@ -111,14 +113,14 @@ where h.device_id = seen.device_id and h.since = seen.since
 insert into enforcement (version, cluster, kind, name, causes, details, role, actor, claimed_by, parent)
 select p.version, p.cluster, 'device', u.name, p.causes, u.details, p.role, p.actor, p.claimed_by, p.id
 from enforcement p, unnest($2::text[], $3::text[]::jsonb[]) as u (name, details) where p.id = $1
-on conflict (parent, name, (details ? 'moved')) where parent is not null do update -- a later look has found more client ids
+on conflict (parent, name, (details ? 'moved')) where parent is not null do update -- a later check has found more client ids
 set state = 'waiting', finished_at = null, due_at = clock_timestamp(), details = enforcement.details || jsonb_build_object(
   'moved', (select jsonb_agg(distinct x) from jsonb_array_elements(coalesce(enforcement.details -> 'moved', '[]') || (excluded.details -> 'moved')) as x),
   'users', (select jsonb_agg(distinct x) from jsonb_array_elements(coalesce(enforcement.details -> 'users', '[]') || (excluded.details -> 'users')) as x))
 where not coalesce(enforcement.details -> 'moved', '[]') @> coalesce(excluded.details -> 'moved', '[]');
 
 -- name: hold_client_ids!
--- Only when every cluster, and every change of the patterns, has been looked at. params: 1 device type
+-- Only when every cluster and every change of the patterns has been checked. params: 1 device type
 update client_id_move set held = (
   select coalesce(array_agg(distinct x order by x), '{}') from enforcement e cross join jsonb_array_elements_text(e.receipt -> 'moved') as x
   where e.kind = 'device_type' and e.name = $1 and e.causes @> '{client_id_owner}' and e.finished_at is null)
@@ -136,7 +138,7 @@ delete from client_id_move where device_type in (select device_type from client_
 select count(distinct name) as number, count(*) filter (where finished_at is null) as open from enforcement where parent = $1;
 
 -- name: check_later!
--- Due at the next half second, so that looks at many changes in a row are made together. A row that somebody has locked stays due.
+-- Due at the next full or half second, so that checks after many changes in a row are made together. A locked row stays due.
 -- params: 1 ids bigint[], 2 receipts text[], 3 seconds
 update enforcement e set state = 'checking', receipt = u.receipt::jsonb, fault = null,
   due_at = case when $3::float8 < 1 then clock_timestamp() + make_interval(secs => $3::float8)
@@ -151,8 +153,8 @@ from unnest($1::bigint[], $2::text[]) as u (id, receipt)
 where e.id = u.id and e.id in (select id from enforcement where id = any ($1::bigint[]) and finished_at is null for update skip locked);
 
 -- name: nothing_found!
--- Many tasks for which nothing was connected and nothing stored, at once.
--- params: 1 ids bigint[], 2 what all receipts have in common, 3 seconds until the next look, null: there is none
+-- Updates many tasks for which nothing was connected and nothing stored.
+-- params: 1 ids bigint[], 2 the common part of the receipts, 3 seconds until the next check (null: the tasks are done)
 update enforcement e
 set state = case when $3::float8 is null then 'done' else 'checking' end,
     receipt = jsonb_build_object('closed', '{}'::jsonb, 'queues_deleted', '[]'::jsonb, 'subscriptions_removed', '[]'::jsonb,
@@ -166,22 +168,22 @@ set state = case when $3::float8 is null then 'done' else 'checking' end,
 where id in (select id from enforcement where id = any ($1::bigint[]) and finished_at is null for update skip locked);
 
 -- name: failed!
--- params: 1 ids bigint[], 2 receipts text[], null: as before, 3 seconds float8[], 4 fault
+-- params: 1 ids bigint[], 2 receipts text[] (null: unchanged), 3 seconds until the retry float8[], 4 fault
 update enforcement e set fault = $4, attempts = attempts + 1, receipt = coalesce(u.receipt::jsonb, e.receipt), due_at = clock_timestamp() + make_interval(secs => u.after_s)
 from unnest($1::bigint[], $2::text[], $3::float8[]) as u (id, receipt, after_s)
 where e.id = u.id and e.id in (select id from enforcement where id = any ($1::bigint[]) and finished_at is null for update skip locked);
 
 -- name: lists_of
 -- params: 1 issuers, 2 serials
--- row: issuer, serial, number of the first list with it, null: it is on none; nodes that have reported, and what is known of
---   their list: silent (the last report does not count any more), installed (that list or a later one), behind
+-- row: issuer, serial, CRL number of the first list with it (null: it is on none), and the state of each node that has
+--   reported: silent (the last report is no longer valid), installed (that list or a later one) or behind
 select c.issuer, c.serial, l.number::text as number,
        coalesce((select jsonb_object_agg(i.node, case when i.counts_until <= clock_timestamp() then 'silent' when i.number >= l.number then 'installed' else 'behind' end)
                  from crl_installed i where i.issuer = c.issuer), '{}') as nodes
 from unnest($1::text[], $2::text[]) as c (issuer, serial) left join crl_listed l using (issuer, serial);
 
 -- name: retry_failed!
--- What waited for a cluster that answers again is due at once. params: 1 cluster
+-- Failed tasks of a cluster that answers again are due now. params: 1 cluster
 update enforcement set due_at = clock_timestamp() where id in (
   select id from enforcement where cluster = $1 and finished_at is null and fault is not null and due_at > clock_timestamp() for update skip locked);
 
@@ -193,9 +195,9 @@ select count(*) filter (where state = 'waiting') as waiting, count(*) filter (wh
 from enforcement where finished_at is null;
 
 -- name: prune!
--- Receipts are kept as long as the trail is useful to somebody on call; the audit trail keeps the changes themselves.
--- A parent goes after its children, so that none of them, which somebody may have locked, is touched for it.
--- params: 1 seconds
+-- Receipts are kept for as long as they help somebody on call; the audit trail keeps the changes themselves.
+-- A parent is deleted after its children: deleting it first would update them, and they may be locked.
+-- params: 1 age in seconds
 delete from enforcement where id in (
   select id from enforcement e where finished_at < clock_timestamp() - make_interval(secs => $1)
     and not exists (select from enforcement c where c.parent = e.id)
@@ -210,7 +212,7 @@ on conflict (cluster) do update set at = excluded.at, report = excluded.report;
 select cluster, at, report from enforcement_sweep order by cluster;
 
 -- name: listed
--- params: 1 state or null, 2 kind or null, 3 name or null, 4 how many
+-- params: 1 state, 2 kind, 3 name, 4 limit; null: any
 select id, version::text as version, cluster, lane, kind, name, causes, coalesce(actor, role) as by, claimed_by, noted_at, due_at, state, attempts, fault, finished_at, parent, receipt
 from enforcement where ($1::text is null or (case when $1 = 'open' then finished_at is null else state = $1 end))
   and ($2::text is null or kind = $2) and ($3::text is null or name = $3)
@@ -227,19 +229,19 @@ select id, cluster, kind, name, causes, state, fault, receipt, noted_at, finishe
 where version = $1::text::xid8 and parent is null order by id;
 
 -- name: last_about
--- What is open about devices, accounts or certificates, and the last of each on each cluster. params: 1 kind, 2 names
+-- Open tasks about devices, accounts or certificates, and the latest task of each on each cluster. params: 1 kind, 2 names
 select id, cluster, kind, name, causes, state, fault, receipt, noted_at, finished_at from enforcement e
 where kind = $1 and name = any ($2::text[]) and parent is null
   and (finished_at is null or not exists (select from enforcement l where l.kind = e.kind and l.name = e.name and l.cluster = e.cluster and l.parent is null and l.id > e.id))
 order by id;
 
 -- name: retry$
--- Make open tasks due at once; a finished one is done again. params: 1 id or null for all open ones
+-- Makes tasks due now; a finished one is done again. params: 1 id (null: all open ones)
 select enforcement_retry($1::bigint);
 
 -- name: certificates_on_record
--- What live connections may show: certificates with these serial numbers, of whatever issuer, and for brokers that tell no
--- serial number, the revoked ones of these common names. params: 1 serials text[], 2 common names text[]
+-- Certificates that live connections may use: those with these serial numbers, of any issuer, and, for brokers that do not
+-- show serial numbers, the revoked ones with these common names. params: 1 serials text[], 2 common names text[]
 select serial, issuer, subject, common_name, not_before, not_after, state from certificate where serial = any ($1::text[])
 union
 select serial, issuer, subject, common_name, not_before, not_after, state from certificate

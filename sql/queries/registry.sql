@@ -1,13 +1,13 @@
--- The registry as the copy in memory reads it.
+-- The registry and its changes, for the copy in memory.
 
 -- name: lock_registry!
--- Before the first SELECT of a reader: a table rewrite or TRUNCATE that committed after the snapshot was taken
--- would look like an empty table.
+-- A reader takes these locks before its snapshot: a table rewritten or truncated after the snapshot would look empty.
 lock table device_type, client_id_move, device, device_hold, account, topic_rule, change, change_floor, incarnation in access share mode;
 
 -- name: locked_by
--- Who keeps lock_registry waiting: who has a table for itself alone or waits for that, and who does not let it.
--- row: table, exclusive pid, since when it waits, and of the session that everybody waits for: pid, role, application, since, state
+-- Who keeps lock_registry waiting: sessions that hold or wait for an ACCESS EXCLUSIVE lock, and who blocks these.
+-- row: table, pid of the exclusive lock, since when it waits, and the session that everybody waits for: pid, role,
+--   application, start of its transaction, state
 select l.relation::regclass::text as held, l.pid as exclusive, l.waitstart as waits_since, b.pid, a.*
 from pg_locks l
 cross join lateral (select unnest(pg_blocking_pids(l.pid)) as pid where not l.granted union all select l.pid where l.granted) as b
@@ -24,8 +24,9 @@ order by l.granted desc, l.waitstart, b.pid;
 select usesysid::regrole::text as role, application_name as application, xact_start as since, state from pg_stat_get_activity($1);
 
 -- name: position^
--- Where the reader stands. params: 1 names of the watched tables that the reader knows; row: snapshot text, the server's clock, floor text, incarnation text or null, epoch text,
--- triggers bigint, oldest program text
+-- The position of a read in the change feed. params: 1 names of the watched tables that the reader knows
+-- row: snapshot text, the server's clock, floor text, incarnation text or null, epoch text, number of enabled triggers,
+--   oldest program text
 select pg_current_snapshot()::text as snapshot, clock_timestamp() as at,
        (select floor::text from change_floor) as floor,
        (select id::text from incarnation) as incarnation,
@@ -35,21 +36,21 @@ select pg_current_snapshot()::text as snapshot, clock_timestamp() as at,
        registry_oldest_program() as oldest_program;
 
 -- name: server^
--- Asked before anything is locked that a newer schema may not have.
+-- Read before the locks, because a newer schema may lack the tables to lock.
 select pg_is_in_recovery() as standby, registry_oldest_program() as oldest_program;
 
 -- name: changes_since
--- What the mark's snapshot could not see. params: 1 xmax text, 2 xip text[]; uses change_txid
+-- Changes not visible to the snapshot of a position. params: 1 xmax text, 2 xip text[]; uses the index change_txid
 select distinct entity, key from change where txid >= $1::text::xid8 or txid = any ($2::text[]::xid8[]);
 
 -- name: renew_incarnation$
 select incarnation_renew()::text;
 
 -- name: prune$
--- params: 1 seconds
+-- params: 1 retention in seconds
 select change_prune(make_interval(secs => $1));
 
--- Rows as the store keeps them: authbackend/registry/records.py tells the form.
+-- Rows in the format of the store, which authbackend/registry/records.py describes.
 
 -- name: all_device_types
 select name, convert_to(json_build_object('name', name, 'client_ids', client_ids, 'vhosts', vhosts, 'networks', networks::text[],
@@ -66,7 +67,7 @@ select name, convert_to(json_build_object('name', name, 'client_ids', client_ids
 from device_type t where name = any ($1::text[]);
 
 -- name: all_devices
--- row: common name, record, device id where it is another, all bytea
+-- row: common name, record, device id if it differs from the common name; all bytea
 select convert_to(common_name, 'UTF8') as name, convert_to(concat_ws(E'\t', left(status, 1) || type, case when device_id <> common_name then device_id else '' end,
          coalesce(extract(epoch from expires_at)::float8::text, ''), case when attributes <> '{}' then attributes::text else '' end,
          coalesce(own.rules, ''), coalesce(extract(epoch from h.until)::float8::text, '')), 'UTF8') as record,

@@ -1,21 +1,21 @@
--- The replicas and what they serve.
+-- The replicas and the registry versions they serve.
 
 -- name: introduce!
--- Committed before a replica's first look, so that whatever is committed later waits for it. It takes the place of those
--- that ran from the same folder before and have ended.
+-- Committed before a replica's first read, so that every later change waits for it. It replaces earlier starts from the
+-- same folder that have ended.
 -- params: 1 id of this start, 2 id of the folder, 3 name, 4 program version, 5 workers, 6 longest staleness in seconds,
--- 7 the starts before uuid[], 8 whether all of them have ended
+--   7 earlier starts uuid[], 8 whether all of them have provably ended
 with ended as (delete from replica where id = any ($7::uuid[]) and ($8 or stopped_at is not null))
 insert into replica (id, folder, name, program_version, workers, longest_staleness_s) values ($1, $2, $3, $4, $5, $6)
 on conflict (id) do update set name = excluded.name, program_version = excluded.program_version, workers = excluded.workers,
   longest_staleness_s = excluded.longest_staleness_s, introduced_at = clock_timestamp(), stopped_at = null, comes_back = false;
 
 -- name: known$
--- params: 1 ids uuid[]; the first of them that has a row
+-- Returns the first of the ids that has a row. params: 1 ids uuid[]
 select id from replica where id = any ($1) order by array_position($1, id) limit 1;
 
 -- name: vouch$
--- Held until the connection ends: whoever waits for the replicas waits for this one, although it cannot announce itself.
+-- Held until the connection ends: it makes the replica count as one that may answer, although it cannot write its row.
 -- params: 1 lock, 2 id
 select pg_advisory_lock_shared($1, hashtext($2::uuid::text))::text;
 
@@ -24,7 +24,7 @@ select pg_advisory_lock_shared($1, hashtext($2::uuid::text))::text;
 select pg_advisory_unlock_shared($1, hashtext($2::uuid::text));
 
 -- name: announce!
--- params: 1 to 6 as introduce, 7 epoch, 8 incarnation, 9 snapshot text, 10 start of the look
+-- params: 1 to 6 as introduce, 7 epoch, 8 incarnation, 9 snapshot text, 10 start of the read
 insert into replica (id, folder, name, program_version, workers, longest_staleness_s, epoch, incarnation, snapshot, confirmed_at)
 values ($1, $2, $3, $4, $5, $6, $7, $8, $9::text::pg_snapshot, least($10, clock_timestamp()))
 on conflict (id) do update set epoch = excluded.epoch, incarnation = excluded.incarnation, snapshot = excluded.snapshot,
@@ -42,7 +42,7 @@ select replica_forget($1);
 select extract(epoch from clock_timestamp())::float8;
 
 -- name: allow_for_a_step!
--- The clock was set forward: what was before that is as long ago as it was. Done twice, by two replicas, it makes them wait longer.
+-- The clock was set forward: moves earlier times forward by as much. If two replicas do it, replicas are only waited for longer.
 -- params: 1 seconds
 update replica set introduced_at = least(introduced_at + make_interval(secs => $1), clock_timestamp()),
                    confirmed_at = least(confirmed_at + make_interval(secs => $1), clock_timestamp())
