@@ -10,7 +10,7 @@ CREATE FUNCTION public.accept_impact(number bigint) RETURNS void
     AS $$
 begin
   if number is null or number < 0 then
-    perform public.refuse('accept_impact() needs the number of devices that may be touched, as the refusal names it');
+    perform public.refuse('accept_impact() needs how many devices, accounts and certificates something may be taken from; the refused statement names the number');
   end if;
   insert into public.brake_acceptance (accepted) values (number) on conflict (version) do update set accepted = excluded.accepted;
 end $$;
@@ -545,7 +545,7 @@ CREATE FUNCTION public.certificate_truncate() RETURNS trigger
     AS $$
 begin
   if exists (select from public.certificate where state = 'revoked' and not_after > now()) then
-    perform public.refuse('TRUNCATE would empty the table of certificates too, and some are revoked and not expired: without their rows they would be missing from the revocation list');
+    perform public.refuse('TRUNCATE would empty the table of certificates, and some are revoked and not expired: without their rows they would be missing from the revocation list');
   end if;
   return null;
 end $$;
@@ -918,7 +918,7 @@ CREATE FUNCTION public.device_truncate() RETURNS trigger
     AS $$
 begin
   if exists (select from public.certificate where device_id is not null and state = 'active' and not_after > now()) then
-    perform public.refuse('TRUNCATE would empty the table of certificates too, and some of devices are valid: DELETE the devices instead, which revokes their certificates');
+    perform public.refuse('TRUNCATE of the devices would also empty the table of certificates, and some devices have valid certificates. DELETE the devices instead, which revokes their certificates');
   end if;
   return null;
 end $$;
@@ -1386,7 +1386,7 @@ CREATE FUNCTION public.name_list_fault(names text[], longest_bytes integer) RETU
     when array_position(names, null) is not null then 'an entry is null'
     when array_position(names, '') is not null then 'an entry is empty'
     when exists (select from unnest(names) as n where octet_length(n) > longest_bytes) then format('an entry is longer than %s bytes', longest_bytes)
-    when exists (select from unnest(names) as n group by n having count(*) > 1) then 'an entry is there twice'
+    when exists (select from unnest(names) as n group by n having count(*) > 1) then 'duplicate entry'
   end
 $$;
 
@@ -1641,11 +1641,11 @@ COMMENT ON COLUMN public.audit.application IS 'application_name of the session.'
 
 COMMENT ON COLUMN public.audit.address IS 'Address of the client. Null: a Unix socket.';
 
-COMMENT ON COLUMN public.audit.operation IS 'INSERT, UPDATE, DELETE, TRUNCATE, or ACCEPT for a mass change that was accepted.';
+COMMENT ON COLUMN public.audit.operation IS 'INSERT, UPDATE, DELETE or TRUNCATE; ACCEPT for a mass change that was accepted, FORGET for old rows of the trail that were deleted, ENABLE TRIGGER for triggers that had been disabled.';
 
-COMMENT ON COLUMN public.audit.entity IS 'The table that was changed.';
+COMMENT ON COLUMN public.audit.entity IS 'The table that was changed; impact for ACCEPT.';
 
-COMMENT ON COLUMN public.audit.key IS 'Key of the row.';
+COMMENT ON COLUMN public.audit.key IS 'Key of the row. Null: the operation is not about a single row.';
 
 COMMENT ON COLUMN public.audit.before IS 'The row before the change, without secrets. Null for an insert.';
 
@@ -1719,7 +1719,7 @@ COMMENT ON COLUMN public.brake.one IS 'Always true: the table has one row.';
 
 COMMENT ON COLUMN public.brake.devices IS 'A transaction is refused if it takes something from more devices than this and from more than percent of all.';
 
-COMMENT ON COLUMN public.brake.percent IS 'See devices.';
+COMMENT ON COLUMN public.brake.percent IS 'The other limit, in percent of all registered devices. Only a transaction beyond both limits is refused.';
 
 CREATE UNLOGGED TABLE public.brake_acceptance (
     version xid8 DEFAULT pg_current_xact_id() NOT NULL,
@@ -1730,7 +1730,7 @@ COMMENT ON TABLE public.brake_acceptance IS 'What accept_impact() allows each op
 
 COMMENT ON COLUMN public.brake_acceptance.version IS 'Transaction id.';
 
-COMMENT ON COLUMN public.brake_acceptance.accepted IS 'From how many devices, accounts and certificates together it may take something.';
+COMMENT ON COLUMN public.brake_acceptance.accepted IS 'From how many devices, accounts and certificates together it may take something. Null: any number, for scheduled changes, which were counted when they were scheduled.';
 
 CREATE UNLOGGED TABLE public.brake_impact (
     version xid8 DEFAULT pg_current_xact_id() NOT NULL,
@@ -1739,15 +1739,15 @@ CREATE UNLOGGED TABLE public.brake_impact (
     cause text NOT NULL
 );
 
-COMMENT ON TABLE public.brake_impact IS 'What each open transaction takes something from.';
+COMMENT ON TABLE public.brake_impact IS 'The devices, accounts and certificates that each open transaction takes something from.';
 
 COMMENT ON COLUMN public.brake_impact.version IS 'Transaction id.';
 
-COMMENT ON COLUMN public.brake_impact.kind IS 'device, account or certificate.';
+COMMENT ON COLUMN public.brake_impact.kind IS 'device, account or certificate; device_type marks a type whose devices have been added and is not counted.';
 
-COMMENT ON COLUMN public.brake_impact.name IS 'Which one.';
+COMMENT ON COLUMN public.brake_impact.name IS 'device_id, name of the account or device type, or fingerprint of the certificate.';
 
-COMMENT ON COLUMN public.brake_impact.cause IS 'What was done to it, for example revoked.';
+COMMENT ON COLUMN public.brake_impact.cause IS 'What was done to it, for example revoked. Empty for a device_type.';
 
 CREATE TABLE public.certificate (
     fingerprint text NOT NULL,
@@ -1822,7 +1822,7 @@ COMMENT ON COLUMN public.certificate.not_before IS 'Start of its validity.';
 
 COMMENT ON COLUMN public.certificate.not_after IS 'End of its validity.';
 
-COMMENT ON COLUMN public.certificate.device_id IS 'The device that it belongs to. Null: none yet.';
+COMMENT ON COLUMN public.certificate.device_id IS 'The device that it belongs to. Null: no registered device.';
 
 COMMENT ON COLUMN public.certificate.state IS 'active or revoked.';
 
@@ -1845,9 +1845,9 @@ COMMENT ON TABLE public.change IS 'The change feed: which rows of the registry e
 
 COMMENT ON COLUMN public.change.txid IS 'Transaction id.';
 
-COMMENT ON COLUMN public.change.entity IS 'device, device_type or account.';
+COMMENT ON COLUMN public.change.entity IS 'device, device_type or account. A rule, hold or move of client identifiers counts as a change of its owner.';
 
-COMMENT ON COLUMN public.change.key IS 'Key of the changed row.';
+COMMENT ON COLUMN public.change.key IS 'Key of the changed row; * for all rows of the entity, after TRUNCATE.';
 
 CREATE TABLE public.change_floor (
     one boolean DEFAULT true NOT NULL,
@@ -1868,7 +1868,7 @@ CREATE TABLE public.change_horizon (
 
 COMMENT ON TABLE public.change_horizon IS 'Which transactions had ended at which time, for pruning the change feed.';
 
-COMMENT ON COLUMN public.change_horizon.at IS 'The time.';
+COMMENT ON COLUMN public.change_horizon.at IS 'When the row was written.';
 
 COMMENT ON COLUMN public.change_horizon.horizon IS 'All older transactions had ended.';
 
@@ -1886,7 +1886,7 @@ COMMENT ON COLUMN public.client_id_move.device_type IS 'The type whose patterns 
 
 COMMENT ON COLUMN public.client_id_move.former IS 'The patterns before.';
 
-COMMENT ON COLUMN public.client_id_move.held IS 'Client identifiers that are still in use by the former owner. Null: not looked up yet, all that move are held.';
+COMMENT ON COLUMN public.client_id_move.held IS 'Client identifiers that the former owner still uses. Null: not looked up yet, so all that move are held.';
 
 COMMENT ON COLUMN public.client_id_move.since IS 'When it began.';
 
@@ -1967,7 +1967,7 @@ COMMENT ON COLUMN public.crl_installed.next_update IS 'Until when the installed 
 
 COMMENT ON COLUMN public.crl_installed.reported_at IS 'When it was last reported.';
 
-COMMENT ON COLUMN public.crl_installed.counts_until IS 'Until then the report counts; a host that reports nothing later is not known to have its list still.';
+COMMENT ON COLUMN public.crl_installed.counts_until IS 'How long the report is valid. After that, it is unknown whether the host still has the list.';
 
 CREATE TABLE public.crl_listed (
     issuer text NOT NULL,
@@ -1995,7 +1995,7 @@ COMMENT ON COLUMN public.crl_reporter.node IS 'Name of the node.';
 
 COMMENT ON COLUMN public.crl_reporter.role IS 'The role that reported first; no other one can.';
 
-COMMENT ON COLUMN public.crl_reporter.since IS 'When it did.';
+COMMENT ON COLUMN public.crl_reporter.since IS 'When the role first reported.';
 
 CREATE TABLE public.device (
     device_id text NOT NULL,
@@ -2184,7 +2184,7 @@ END,
     CONSTRAINT enforcement_state_check CHECK ((state = ANY (ARRAY['waiting'::text, 'checking'::text, 'done'::text, 'superseded'::text])))
 );
 
-COMMENT ON TABLE public.enforcement IS 'A task of enforcement: what one change took away, to be made true for live connections and stored sessions of one cluster, and the receipt.';
+COMMENT ON TABLE public.enforcement IS 'The tasks of enforcement, each with its receipt: what a change took away must also be ended for the live connections and stored sessions of one cluster.';
 
 COMMENT ON COLUMN public.enforcement.id IS 'Number of the task.';
 
@@ -2192,9 +2192,9 @@ COMMENT ON COLUMN public.enforcement.version IS 'Transaction id of the change.';
 
 COMMENT ON COLUMN public.enforcement.kind IS 'What it is about: device, device_type, account or certificate.';
 
-COMMENT ON COLUMN public.enforcement.name IS 'Which one.';
+COMMENT ON COLUMN public.enforcement.name IS 'device_id, name of the device type or account, or serial number of the certificate.';
 
-COMMENT ON COLUMN public.enforcement.causes IS 'Why it was noted, for example revoked or rules_narrowed.';
+COMMENT ON COLUMN public.enforcement.causes IS 'What was taken away, for example revoked, rules or client_ids.';
 
 COMMENT ON COLUMN public.enforcement.details IS 'What else is needed to do it, for example former names.';
 
@@ -2208,9 +2208,9 @@ COMMENT ON COLUMN public.enforcement.noted_at IS 'When it was noted.';
 
 COMMENT ON COLUMN public.enforcement.due_at IS 'When it is to be done or tried again.';
 
-COMMENT ON COLUMN public.enforcement.state IS 'waiting, checking (closed, to be looked at once more), done, or superseded (its cause was undone).';
+COMMENT ON COLUMN public.enforcement.state IS 'waiting for the first attempt; checking once more that nothing is left; done; or superseded: its cause was undone, or its cluster forgotten.';
 
-COMMENT ON COLUMN public.enforcement.attempts IS 'How often it was tried.';
+COMMENT ON COLUMN public.enforcement.attempts IS 'How many attempts have failed.';
 
 COMMENT ON COLUMN public.enforcement.fault IS 'Why the last attempt failed.';
 
@@ -2220,7 +2220,7 @@ COMMENT ON COLUMN public.enforcement.finished_at IS 'When it was closed. Null: o
 
 COMMENT ON COLUMN public.enforcement.cluster IS 'Name of the RabbitMQ cluster.';
 
-COMMENT ON COLUMN public.enforcement.lane IS 'urgent or mass; see docs/enforcement.md.';
+COMMENT ON COLUMN public.enforcement.lane IS 'urgent, small or mass; small and mass are the bulk lane. See docs/enforcement.md.';
 
 COMMENT ON COLUMN public.enforcement.actor IS 'Who made the change, as the database checked it.';
 
@@ -2241,7 +2241,7 @@ CREATE TABLE public.enforcement_expiry (
     CONSTRAINT enforcement_expiry_one_check CHECK (one)
 );
 
-COMMENT ON TABLE public.enforcement_expiry IS 'Up to when expired devices have been noted. One row.';
+COMMENT ON TABLE public.enforcement_expiry IS 'How far the expiry times of devices have been turned into tasks. One row.';
 
 COMMENT ON COLUMN public.enforcement_expiry.one IS 'Always true: the table has one row.';
 
@@ -2277,7 +2277,7 @@ COMMENT ON TABLE public.enforcement_pause IS 'The pause of enforcement that is i
 
 COMMENT ON COLUMN public.enforcement_pause.one IS 'Always true: the table has one row.';
 
-COMMENT ON COLUMN public.enforcement_pause.scope IS 'bulk: the urgent lane goes on; all: nothing is done.';
+COMMENT ON COLUMN public.enforcement_pause.scope IS 'bulk: only the urgent lane goes on; all: no lane goes on.';
 
 COMMENT ON COLUMN public.enforcement_pause.since IS 'When it began.';
 
@@ -2334,11 +2334,11 @@ CREATE UNLOGGED TABLE public.incarnation (
     CONSTRAINT incarnation_one_check CHECK (one)
 );
 
-COMMENT ON TABLE public.incarnation IS 'Identifies one life of the server: unlogged, so a crash recovery empties it.';
+COMMENT ON TABLE public.incarnation IS 'The incarnation of the database, part of every registry version. The table is unlogged: a crash recovery empties it, and the next one begins.';
 
 COMMENT ON COLUMN public.incarnation.one IS 'Always true: the table has one row.';
 
-COMMENT ON COLUMN public.incarnation.id IS 'The life.';
+COMMENT ON COLUMN public.incarnation.id IS 'Random identifier of the incarnation.';
 
 CREATE TABLE public.replica (
     id uuid NOT NULL,
@@ -2368,21 +2368,21 @@ COMMENT ON COLUMN public.replica.program_version IS 'Version of authbackend.';
 
 COMMENT ON COLUMN public.replica.workers IS 'How many worker processes it has.';
 
-COMMENT ON COLUMN public.replica.longest_staleness_s IS 'registry.max_staleness_s of its settings: how old a copy it decides by.';
+COMMENT ON COLUMN public.replica.longest_staleness_s IS 'Seconds for which it may answer from its copy without the database (registry.max_staleness_s of its settings).';
 
-COMMENT ON COLUMN public.replica.introduced_at IS 'When it started.';
+COMMENT ON COLUMN public.replica.introduced_at IS 'When it last registered, which it does on each new connection to the database.';
 
-COMMENT ON COLUMN public.replica.epoch IS 'Which server and database it read: transaction ids mean the same only within one epoch.';
+COMMENT ON COLUMN public.replica.epoch IS 'Server and database that its copy was read from; transaction ids can be compared only within one epoch.';
 
-COMMENT ON COLUMN public.replica.incarnation IS 'Life of the database since its last crash recovery; part of a registry version.';
+COMMENT ON COLUMN public.replica.incarnation IS 'Incarnation of the database that its copy was read from; a crash recovery begins a new one.';
 
-COMMENT ON COLUMN public.replica.snapshot IS 'The transactions whose changes all its workers decide by.';
+COMMENT ON COLUMN public.replica.snapshot IS 'The transactions whose changes are in the copy of every worker.';
 
-COMMENT ON COLUMN public.replica.confirmed_at IS 'When the database last confirmed that copy, by the database''s clock.';
+COMMENT ON COLUMN public.replica.confirmed_at IS 'Start of the last read that found the copy up to date, by the database''s clock.';
 
 COMMENT ON COLUMN public.replica.stopped_at IS 'When it signed off.';
 
-COMMENT ON COLUMN public.replica.comes_back IS 'It signed off but can start again from its copy on disk.';
+COMMENT ON COLUMN public.replica.comes_back IS 'True: it signed off, but can start again from its copy on disk without the database.';
 
 COMMENT ON COLUMN public.replica.folder IS 'Identifier of its data folder. Null: it has none.';
 
@@ -2426,41 +2426,41 @@ CREATE VIEW public.replica_state AS
                 END AS state) d)
      CROSS JOIN LATERAL ( SELECT ((r.stopped_at IS NULL) AND (s.seen_at >= (clock_timestamp() - '00:00:10'::interval))) AS heard) h);
 
-COMMENT ON VIEW public.replica_state IS 'replica, with what follows from it now.';
+COMMENT ON VIEW public.replica_state IS 'The replicas, each with its current state, worked out from the table replica.';
 
-COMMENT ON COLUMN public.replica_state.id IS 'See replica.';
+COMMENT ON COLUMN public.replica_state.id IS 'Identifier of one start of the replica; a restart has a new one.';
 
-COMMENT ON COLUMN public.replica_state.name IS 'See replica.';
+COMMENT ON COLUMN public.replica_state.name IS 'Name of the replica for people: replica.name of its settings, or the host name.';
 
-COMMENT ON COLUMN public.replica_state.program_version IS 'See replica.';
+COMMENT ON COLUMN public.replica_state.program_version IS 'Version of authbackend that the replica runs.';
 
-COMMENT ON COLUMN public.replica_state.workers IS 'See replica.';
+COMMENT ON COLUMN public.replica_state.workers IS 'Number of worker processes of the replica.';
 
-COMMENT ON COLUMN public.replica_state.longest_staleness_s IS 'See replica.';
+COMMENT ON COLUMN public.replica_state.longest_staleness_s IS 'Seconds for which the replica may answer from its copy without the database (registry.max_staleness_s of its settings).';
 
-COMMENT ON COLUMN public.replica_state.introduced_at IS 'See replica.';
+COMMENT ON COLUMN public.replica_state.introduced_at IS 'When the replica last registered, which it does on each new connection to the database.';
 
-COMMENT ON COLUMN public.replica_state.epoch IS 'See replica.';
+COMMENT ON COLUMN public.replica_state.epoch IS 'Server and database that the copy was read from; transaction ids can be compared only within one epoch. Null: nothing was read yet.';
 
-COMMENT ON COLUMN public.replica_state.incarnation IS 'See replica.';
+COMMENT ON COLUMN public.replica_state.incarnation IS 'Incarnation of the database that the copy was read from; a crash recovery begins a new one. Null: nothing was read yet.';
 
-COMMENT ON COLUMN public.replica_state.snapshot IS 'See replica.';
+COMMENT ON COLUMN public.replica_state.snapshot IS 'The transactions whose changes are in the copy of every worker (pg_snapshot). Null: nothing was read yet.';
 
-COMMENT ON COLUMN public.replica_state.confirmed_at IS 'See replica.';
+COMMENT ON COLUMN public.replica_state.confirmed_at IS 'Start of the last read that found the copy up to date, by the database''s clock. Null: nothing was read yet.';
 
-COMMENT ON COLUMN public.replica_state.stopped_at IS 'See replica.';
+COMMENT ON COLUMN public.replica_state.stopped_at IS 'When the replica signed off. Null: it did not.';
 
-COMMENT ON COLUMN public.replica_state.comes_back IS 'See replica.';
+COMMENT ON COLUMN public.replica_state.comes_back IS 'True: the replica signed off, but can start again from its copy on disk without the database.';
 
-COMMENT ON COLUMN public.replica_state.state IS 'live, silent or stopped.';
+COMMENT ON COLUMN public.replica_state.state IS 'starting (nothing was read yet), live, silent (not heard from for 10 s), stopped (signed off) or gone (its copy is too old to answer from).';
 
-COMMENT ON COLUMN public.replica_state.may_answer IS 'It may still be answering RabbitMQ, so whoever waits for a change waits for it.';
+COMMENT ON COLUMN public.replica_state.may_answer IS 'True: the replica may still answer RabbitMQ, so a change is not confirmed before the replica serves it.';
 
-COMMENT ON COLUMN public.replica_state.counts_until IS 'From then on the copy that it had is too old to decide by.';
+COMMENT ON COLUMN public.replica_state.counts_until IS 'When the copy becomes too old to answer from, plus 5 s for differences between clocks.';
 
-COMMENT ON COLUMN public.replica_state.folder IS 'See replica.';
+COMMENT ON COLUMN public.replica_state.folder IS 'Identifier of the data folder (registry.snapshot_dir) that the replica runs from. Null: it has none.';
 
-COMMENT ON COLUMN public.replica_state.twins IS 'How many other starts run from the same data folder.';
+COMMENT ON COLUMN public.replica_state.twins IS 'Number of other starts heard from in the last 10 s that run from the same data folder or a copy of it.';
 
 CREATE TABLE public.schema_migrations (
     version character varying NOT NULL
@@ -3450,4 +3450,5 @@ insert into public.schema_migrations (version) values
   ('20261125150000'),
   ('20261125170000'),
   ('20261125180000'),
-  ('20261125190000');
+  ('20261125190000'),
+  ('20261125210000');

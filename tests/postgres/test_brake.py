@@ -1,4 +1,4 @@
-"""The brake on mass change: what would take something from many at once is refused, whoever writes, unless it is meant."""
+"""The brake refuses a transaction that takes something from too many at once, whoever writes, unless that is accepted."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ insert into account (name, login, vhosts, tags) select 'A' || n, 'certificate', 
 @pytest.fixture
 async def sql(scratch: asyncpg.Connection) -> asyncpg.Connection:
     await scratch.execute(FLEET)
-    await scratch.execute("select set_config('authbackend.impact', '', true)")  # a fixture's changes are not the test's
+    await scratch.execute(
+        "select set_config('authbackend.impact', '', true)"
+    )  # changes of the fixture do not count for the test
     return scratch
 
 
 async def refused(sql: asyncpg.Connection, *statements: str) -> str:
-    """Return what is said to these statements in one transaction; the last one is refused."""
+    """Run statements in one transaction, the last of which is refused, and return the message."""
     async with sql.transaction():
         for each in statements[:-1]:
             await sql.execute(each)
@@ -126,6 +128,15 @@ async def test_five_percent_of_many_are_not_many(sql: asyncpg.Connection) -> Non
     )
 
 
+@pytest.mark.parametrize("number", ["null", "-1"])
+async def test_accepting_no_number_says_what_the_number_is(sql: asyncpg.Connection, number: str) -> None:
+    said = await refused(sql, f"select accept_impact({number})")
+    assert said == (
+        "accept_impact() needs how many devices, accounts and certificates something may be taken from; "
+        "the refused statement names the number"
+    )
+
+
 async def test_what_is_meant_is_accepted_up_to_the_number_and_the_trail_says_both(dsn: str) -> None:
     async with connected(dsn) as sql:
         await sql.execute(FLEET)
@@ -177,7 +188,7 @@ async def test_transactions_at_the_same_time_neither_count_together_nor_wait(dsn
     async with connected(dsn) as sql:
         assert await sql.fetchval("select count(*) from device where status = 'suspended'") == 360
         await sql.execute("update device set status = 'suspended' where device_id = 'D999'")
-        assert await sql.fetchval("select count(*) from brake_impact") == 1  # those that ended are gone
+        assert await sql.fetchval("select count(*) from brake_impact") == 1  # rows of ended transactions are deleted
 
 
 async def test_time_neither_trips_it_nor_jams_on_it(dsn: str) -> None:

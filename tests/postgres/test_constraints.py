@@ -1,4 +1,4 @@
-"""The database itself refuses what is wrong, whoever writes it, with a message that names the fault."""
+"""The database itself refuses invalid rows, whoever writes them, with a message that says what is wrong."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HASH = "$argon2id$v=19$m=65536,t=3,p=4$c29tZXNhbHRzb21lc2FsdA$RdescudvJCsgt3ub+b
 
 
 async def refused(connection: asyncpg.Connection, sql: str, *arguments: Any) -> str:
-    """Run a statement that must be refused by a constraint and return the message."""
+    """Run a statement that a constraint must refuse, and return the message."""
     with pytest.raises(asyncpg.IntegrityConstraintViolationError) as caught:
         async with connection.transaction():
             await connection.execute(sql, *arguments)
@@ -294,7 +294,7 @@ async def test_a_client_id_pattern_bound_to_the_device_is_taken(scratch: asyncpg
     [
         ("null", "the list is null; write {} for none"),
         ("array[null]::text[]", "an entry is null"),
-        ("array['{device_id}', '{device_id}']", "an entry is there twice"),
+        ("array['{device_id}', '{device_id}']", "duplicate entry"),
         ("array[array['{device_id}'], array['{device_id}-a']]", "more than one dimension"),
         ("array['{device_id}-' || repeat('x', 128)]", "longer than 128 bytes"),
     ],
@@ -315,7 +315,7 @@ async def test_a_list_is_a_plain_list_of_different_names(
     [
         ("tags", ["root"], "tag 'root' is not one of RabbitMQ's"),
         ("tags", ["Administrator"], "is not one of RabbitMQ's"),
-        ("tags", ["monitoring", "monitoring"], "tags: an entry is there twice"),
+        ("tags", ["monitoring", "monitoring"], "tags: duplicate entry"),
         ("tags", [None], "tags: an entry is null"),
         ("tags", None, "tags: the list is null"),
         ("vhosts", [""], "vhosts: an entry is empty"),
@@ -328,7 +328,7 @@ async def test_a_list_is_a_plain_list_of_different_names(
         ("client_ids", [""], "client ids: an entry is empty"),
         ("configure", [""], "configure: an entry is empty"),
         ("write", [None], "write: an entry is null"),
-        ("read", ["a", "a"], "read: an entry is there twice"),
+        ("read", ["a", "a"], "read: duplicate entry"),
         ("login", "both", "login must be password or certificate"),
         ("login", None, "login must be password or certificate"),
         ("unchecked_dead_lettering", None, "unchecked_dead_lettering must be true or false"),
@@ -447,7 +447,7 @@ async def test_an_account_cannot_list_a_client_id_that_fits_a_device(scratch: as
     insert = "insert into account (name, login, client_ids) values ('robot', 'certificate', $1)"
     assert "client id 'd1' of account 'robot' belongs to device 'd1'" in await refused(scratch, insert, ["d1"])
     assert "client id 'd1-x'" in await refused(scratch, insert, ["fine", "d1-x"])
-    await scratch.execute(insert, ["d1-", "d1_x", "d2", "d2-x"])  # none of these fits the device that is there
+    await scratch.execute(insert, ["d1-", "d1_x", "d2", "d2-x"])  # none of these belongs to the existing device
     assert "client id 'd1-x'" in await refused(scratch, "update account set client_ids = '{d1-x}'")
 
 
@@ -491,7 +491,7 @@ async def test_a_pattern_that_would_reach_an_accounts_client_id_is_refused_later
     await scratch.execute("update device_type set client_ids = '{\"{device_id}_*\"}'")
 
 
-# --- the same with two writers at once -------------------------------------------------------------------------------
+# --- the same with two concurrent writers ----------------------------------------------------------------------------
 
 DEVICE_NAMED = "insert into device (device_id, common_name, type) values ('d1', 'contested', 'agv')"
 DEVICE_WITH_ID = "insert into device (device_id, common_name, type) values ('contested', 'n', 'agv')"
@@ -511,7 +511,7 @@ RACES = [
 
 
 async def blocked(admin: asyncpg.Connection, waiting: asyncpg.Connection) -> None:
-    """Wait until a session waits for a lock."""
+    """Wait until the session is waiting for a lock."""
 
     async def waits() -> bool:
         return bool(await admin.fetchval("select cardinality(pg_blocking_pids($1)) > 0", waiting.get_server_pid()))
@@ -629,7 +629,7 @@ async def test_dead_lettering_to_an_exchange_that_a_rule_names_is_refused_from_b
         "insert into account (name, login, configure, write) values ('robot', 'certificate', '{q}', '{plant_%.*}')"
     )
     rule = "insert into topic_rule (account, effect, action, topic, exchange) values ('robot', 'allow', 'publish', 'x', $1)"
-    await scratch.execute(rule, "plantXY.topic")  # "_" and "%" in a permission are plain text
+    await scratch.execute(rule, "plantXY.topic")  # "_" and "%" in a permission are literal
     assert "topic exchange 'plant_%.topic'" in await refused(scratch, rule, "plant_%.topic")
     assert "dead-letter" in await refused(scratch, "update topic_rule set exchange = 'plant_%.x'")
     await scratch.execute("update account set write = '{}'")
@@ -723,9 +723,9 @@ async def test_the_constraints_hold_in_a_session_that_applies_changes_like_a_rep
     assert "dead-letter" in await refused(scratch, "update account set configure = '{q}', write = '{*}'")
 
 
-# --- Python and the database say the same --------------------------------------------------------------------------
+# --- Python and the database agree ---------------------------------------------------------------------------------
 
-# PostgreSQL's text holds everything but NUL and lone surrogates.
+# PostgreSQL's text can contain everything but NUL and lone surrogates.
 anything = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=140)
 pieces = st.sampled_from(
     [
@@ -771,7 +771,7 @@ patterns = st.one_of(composed, anything).map("{device_id}".__add__)
 
 
 def holds(database: str, sql: str, python: Callable[..., Any], *strategies: st.SearchStrategy[Any]) -> None:
-    """Compare a function of Python with one of the database on generated arguments."""
+    """Compare a Python function with its counterpart in the database, on generated arguments."""
     with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
         connection = runner.run(asyncpg.connect(database))
         try:
@@ -790,7 +790,7 @@ def holds(database: str, sql: str, python: Callable[..., Any], *strategies: st.S
 def agreeing(request: pytest.FixtureRequest, postgres: Server, migrated_template: str) -> str:
     """A database whose locale classifies every letter, and one that knows ASCII only."""
     name = f"agreeing_{request.param.replace('.', '_').replace('-', '_').lower()}"
-    postgres.psql("postgres", f"drop database if exists {name}")  # a process may come back to this file
+    postgres.psql("postgres", f"drop database if exists {name}")  # the same process may run this file twice
     if request.param == "C.UTF-8":
         postgres.psql("postgres", f"create database {name} template {migrated_template}")
     else:
@@ -837,7 +837,7 @@ def test_the_possible_owners_of_a_client_id_agree(agreeing: str) -> None:
 
 
 def refused_by(agreeing: str, insert: str, python: Callable[[str], str | None]) -> None:
-    """Compare what a table takes with what Python finds wrong."""
+    """Compare what a table accepts with what Python accepts."""
     with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
         connection = runner.run(asyncpg.connect(agreeing))
 

@@ -1,4 +1,4 @@
-"""Migrations: what applies them, what they add up to, and what happens when they cannot be applied."""
+"""Applying migrations, the schema they result in, and what happens if they cannot be applied."""
 
 from __future__ import annotations
 
@@ -57,6 +57,19 @@ def test_every_table_and_column_says_what_it_is(postgres: Server, database: str)
         """,
     )
     assert silent == ""
+
+
+def test_no_comment_only_refers_to_another_one(postgres: Server, database: str) -> None:
+    referring = postgres.psql(
+        database,
+        """
+        select d.objoid::regclass || coalesce('.' || a.attname, '')
+        from pg_description d left join pg_attribute a on a.attrelid = d.objoid and a.attnum = d.objsubid and d.objsubid > 0
+        where d.classoid = 'pg_class'::regclass and d.description ~* '^(see|as in|like|as for) '
+          and d.objoid in (select oid from pg_class where relnamespace = 'public'::regnamespace)
+        """,
+    )
+    assert referring == ""
 
 
 def test_the_page_of_tables_shows_each_of_them(postgres: Server, database: str) -> None:
@@ -198,7 +211,7 @@ def test_only_the_part_above_migrate_down_is_applied(tmp_path: Path) -> None:
 
 
 async def _old_server(version: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Speak as much of the protocol as a server that lets everybody in and then hangs up."""
+    """Speak enough of the protocol for a server that accepts every login and waits for the client to leave."""
     size = struct.unpack("!i", await reader.readexactly(4))[0]
     await reader.readexactly(size - 4)
     answer = b"R" + struct.pack("!ii", 8, 0)
@@ -207,7 +220,7 @@ async def _old_server(version: str, reader: asyncio.StreamReader, writer: asynci
         answer += b"S" + struct.pack("!i", len(pair) + 4) + pair
     writer.write(answer + b"Z" + struct.pack("!i", 5) + b"I")
     await writer.drain()
-    await reader.readexactly(5)  # it says goodbye
+    await reader.readexactly(5)  # the client's Terminate message
     writer.close()
     await writer.wait_closed()
 
@@ -237,7 +250,7 @@ async def test_a_database_that_is_not_utf_8_is_refused_and_stays_empty(postgres:
         postgres.psql("postgres", "drop database other with (force)")
 
 
-# --- what they add up to -------------------------------------------------------------------------------------------
+# --- the resulting schema ------------------------------------------------------------------------------------------
 
 
 def test_the_schema_file_gives_the_same_database_as_the_migrations(
@@ -259,7 +272,7 @@ def test_the_schema_file_is_up_to_date(postgres: Server, migrated_template: str)
 
 
 def _dbmate() -> Path | None:
-    """Return dbmate: installed, cached, or fetched with npm into the cache; None where neither can be."""
+    """Return the path of dbmate: installed, cached, or fetched with npm into the cache; None if that fails."""
     if found := shutil.which("dbmate"):
         return Path(found)
     cache = (
@@ -277,7 +290,7 @@ def _dbmate() -> Path | None:
 def test_dbmate_applies_the_same_migrations(postgres: Server, migrated_template: str, empty: str) -> None:
     dbmate = _dbmate()
     if dbmate is None:
-        # In CI nothing is skipped; .ci/run installs npm.
+        # CI skips nothing; .ci/run installs npm.
         (pytest.fail if os.environ.get("CI") else pytest.skip)("dbmate is not there and cannot be fetched with npm")
 
     def ask(command: str, database: str) -> str:
@@ -288,7 +301,7 @@ def test_dbmate_applies_the_same_migrations(postgres: Server, migrated_template:
         ).stdout
 
     ask("migrate", empty)
-    # Its table of versions differs in the length of the column at most.
+    # Its table of versions may differ only in the length of the column.
     ours, theirs = (
         schema(postgres, name).replace("character varying(128)", "character varying")
         for name in (migrated_template, empty)
@@ -343,7 +356,7 @@ async def test_every_trigger_fires_always_and_repairing_makes_it_so_again(
     assert json.loads(told[0]["before"])["not_always_on"] == [row["tgname"] for row in before]
 
 
-# --- a PostgreSQL of its own ---------------------------------------------------------------------------------------
+# --- embedded PostgreSQL -------------------------------------------------------------------------------------------
 
 
 def test_the_embedded_server_keeps_its_data_from_one_start_to_the_next(tmp_path: Path) -> None:

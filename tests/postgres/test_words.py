@@ -1,4 +1,4 @@
-"""What a constraint refuses is told in people's words, in psql too: every constraint of the tables that people write."""
+"""Every constraint of the tables that people write refuses with a message for people, in psql too."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CERTIFICATE = "insert into certificate (fingerprint, serial, issuer, subject, co
 NEW = "(repeat('b', 64), '2', 'CN=CA', 'CN=A', 'A', '2026-01-01Z', '2099-01-01Z', null)"
 PEM = "'-----BEGIN CERTIFICATE-----', '2099-01-01Z'"
 
-# What refuses it: a statement, what is said, and what is said to do where the message does not say it itself.
+# For each constraint: a statement, the message, and the hint or detail if the message alone does not say what to do.
 WORDS = {
     "device.device_attributes": ("update device set attributes = '{\"floor\": 3}' where device_id = 'D1'", "attributes of device 'D1': the value of \"floor\" must be a string: write {\"floor\": \"3\"}", ""),
     "device.device_common_name": ("update device set common_name = '' where device_id = 'D1'", "common name '' of device 'D1': it is empty", ""),
@@ -53,11 +53,11 @@ WORDS = {
     "device.device_type_fkey": (DEVICE + "('N', 'APN')", "type 'APN' of device 'N': there is no such device type", "There are: T, U. A new one is added before its devices."),
     "device.device_id_is_taken": (DEVICE + "('D1', 'T')", 'duplicate key value violates unique constraint "device_id_is_taken"', "Key (device_id)=(D1) already exists."),
     "device.common_name_is_taken": (DEVICE + "('A', 'T')", 'duplicate key value violates unique constraint "common_name_is_taken"', "Key (common_name)=(A) already exists."),
-    "device_type.device_type_client_ids": ("update device_type set client_ids = array['{device_id}', '{device_id}'] where name = 'T'", "client ids of device type 'T': an entry is there twice", ""),
+    "device_type.device_type_client_ids": ("update device_type set client_ids = array['{device_id}', '{device_id}'] where name = 'T'", "client ids of device type 'T': duplicate entry", ""),
     "device_type.device_type_max_staleness": ("update device_type set max_staleness_s = 0 where name = 'T'", "max_staleness_s of device type 'T': possible are seconds above 0; null is as long as the replicas allow", ""),
     "device_type.device_type_name": ("insert into device_type (name) values ('1')", "device type '1': a name is a letter, then at most 62 letters, digits, \"_\" and \"-\"", ""),
     "device_type.device_type_networks": ("update device_type set networks = '{}' where name = 'T'", "networks of device type 'T': an empty list would fit no address; write null for any address", ""),
-    "device_type.device_type_vhosts": ("update device_type set vhosts = '{/,/}' where name = 'T'", "vhosts of device type 'T': an entry is there twice", ""),
+    "device_type.device_type_vhosts": ("update device_type set vhosts = '{/,/}' where name = 'T'", "vhosts of device type 'T': duplicate entry", ""),
     "device_type.device_type_exists": ("insert into device_type (name) values ('T')", 'duplicate key value violates unique constraint "device_type_exists"', "Key (name)=(T) already exists."),
     "account.account_exists": ("insert into account (name, login) values ('ops', 'certificate')", 'duplicate key value violates unique constraint "account_exists"', "Key (name)=(ops) already exists."),
     "topic_rule.topic_rule_action": (RULE + "('T', 'allow', 'write', 'x')", "action 'write': possible are publish and subscribe", ""),
@@ -160,7 +160,7 @@ async def test_every_column_that_must_have_a_value_says_so_and_shows_no_row(sql:
         assert "null value in column" not in error.args[0], (table, name)
         assert "Failing row" not in str(error.detail), (table, name)
         assert HASH not in f"{error.args[0]} {error.detail} {error.hint}"
-        if table not in ("account", "certificate"):  # whose own triggers come first, with more to say
+        if table not in ("account", "certificate"):  # their own triggers come first, with longer messages
             assert isinstance(error, asyncpg.NotNullViolationError), (table, name)
             assert (error.table_name, error.column_name) == (table, name)
             assert error.args[0].endswith(f": {name} is null")
@@ -179,7 +179,7 @@ async def test_a_type_that_still_has_devices_is_not_deleted(sql: asyncpg.Connect
 
 
 async def test_a_snapshot_has_the_foreign_keys_own_words(dsn: str, connection: asyncpg.Connection) -> None:
-    """It sees what others committed since, which the words' own check does not."""
+    """It sees what others committed since, which the triggers with the messages do not."""
     await connection.execute("insert into device_type (name) values ('T')")
     async with connection.transaction(isolation="repeatable_read"):
         with pytest.raises(asyncpg.ForeignKeyViolationError, match="device_type_fkey"):
