@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.examples import assert_shown
+
 from .conftest import make_service
 from .fleet import Fleet
 from .identities import Certificates, Identity
@@ -20,6 +22,7 @@ from .service import Database
 from .test_crl import REVOKED
 
 Clients = Callable[..., MQTTClient]
+REVOKE = "authbackend cert revoke --device {} --all --reason keyCompromise --wait"
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,13 @@ async def revoke(chain: Revocable, identity: Identity, *options: str) -> str:
     return said
 
 
+def assert_documented(said: str, device: str, identity: Identity, options: str = "") -> None:
+    """Compare what a revocation said with the block of docs/certificates.md that revokes this device."""
+    first, _, printed = said.partition("\n")
+    shown = {REVOKE.format(device) + options: printed, "echo $?": first.rpartition("exit status ")[2]}
+    assert_shown("docs/certificates.md", shown, {device: identity.name})
+
+
 async def test_without_a_report_the_receipt_says_that_the_node_is_not_known_to_check(
     mqtt: Clients, chain: Revocable, fleet: Fleet
 ) -> None:
@@ -75,6 +85,7 @@ async def test_without_a_report_the_receipt_says_that_the_node_is_not_known_to_c
     assert f"not known to check a revocation list: {chain.node_name}; there it can log in again" in said
     assert f"connections closed: 1 on {chain.node_name}" in said
     assert f"committed, but {chain.node_name} is not known to check a revocation list" in said
+    assert_documented(said, "APM1001", identity)
     assert await client.disconnected() is not None
 
 
@@ -99,6 +110,7 @@ async def test_a_revocation_is_done_when_the_node_has_the_list_and_the_device_st
         assert "exit status 8" in said
         assert why in said
         assert " is done" not in said
+        assert_documented(said, "APM1002", identity, " --timeout 1")
     finally:
         os.kill(reporting.pid, signal.SIGCONT)
 
@@ -110,13 +122,11 @@ async def test_a_revocation_is_done_when_the_node_has_the_list_and_the_device_st
     assert "nothing connected with it was found" in said
     assert await back.disconnected() is not None
     assert Tls(identity).login() == REVOKED
-    hosts = chain.replica.command("crl", "hosts")
-    print(f"$ authbackend crl hosts\n{hosts}")
-    assert "crl_chain" in hosts
+    assert "crl_chain" in chain.replica.command("crl", "hosts")
 
 
 async def test_a_stolen_device(mqtt: Clients, chain: Revocable, fleet: Fleet) -> None:
-    """As the documentation shows it."""
+    """README.md and docs/enforcement.md show what the command prints."""
     me = fleet.device()
     client = mqtt(chain.enroll(me), port=DOORS.mqtt_tls, clean=False, session_expiry_s=600)
     assert await client.connect() == 0
@@ -126,13 +136,12 @@ async def test_a_stolen_device(mqtt: Clients, chain: Revocable, fleet: Fleet) ->
     )
     print(f"$ authbackend device revoke {me} --reason stolen --wait\n{said}")
     assert await client.disconnected() is not None
-    assert f"connections closed: 1 on {chain.node_name}" in said
-    assert f"session deleted: mqtt-subscription-{me}qos1 with 0 messages" in said
-    assert "nothing more to end was found" in said
+    for page in ("README.md", "docs/enforcement.md"):
+        assert_shown(page, {"authbackend device revoke APM1003 --reason stolen --wait": said}, {"APM1003": me})
 
 
 async def test_in_one_go(mqtt: Clients, chain: Revocable, reporting: Process, fleet: Fleet) -> None:
-    """What the documentation shows."""
+    """The receipt of docs/certificates.md, when the node reports its list."""
     identity = chain.enroll(fleet.device())
     await until(lambda: chain.node_name in chain.replica.command("crl", "hosts"))
     client = mqtt(identity, port=DOORS.mqtt_tls)
@@ -140,5 +149,6 @@ async def test_in_one_go(mqtt: Clients, chain: Revocable, reporting: Process, fl
     said = await revoke(chain, identity)
     assert "exit status 0" in said
     assert f"connections closed: 1 on {chain.node_name}" in said
+    assert_documented(said, "APM1004", identity)
     assert await client.disconnected() is not None
     assert Tls(identity).login() == REVOKED

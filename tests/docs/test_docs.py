@@ -52,6 +52,17 @@ def test_links_of_the_documentation_lead_somewhere():
     assert broken == []
 
 
+def test_every_test_that_a_page_names_is_there():
+    there = {path.stem for path in (REPO / "tests").rglob("test_*.py")}
+    named = {
+        (str(page.relative_to(REPO)), name)
+        for page in [REPO / "README.md", *(REPO / "docs").rglob("*.md")]
+        for name in re.findall(r"\btest_[a-z0-9_]+\b", page.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 20
+    assert {(page, name) for page, name in named if name not in there} == set()
+
+
 def test_the_builder_gets_every_file_that_the_image_is_made_of():
     ignored = (REPO / ".dockerignore").read_text(encoding="utf-8").splitlines()
     copied = re.findall(r"^COPY (?!--)(.+) \S+$", (REPO / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
