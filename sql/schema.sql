@@ -365,10 +365,10 @@ CREATE FUNCTION public.brake_clean(most bigint) RETURNS void
     LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
-  delete from public.brake_impact where ctid in (
+  delete from public.brake_impact where ctid = any (array(
     select ctid from public.brake_impact
     where (version < pg_snapshot_xmin(pg_current_snapshot()) or version >= pg_snapshot_xmax(pg_current_snapshot())) and version <> pg_current_xact_id()
-    limit most for update skip locked)
+    limit most for update skip locked))
 $$;
 
 CREATE FUNCTION public.brake_device() RETURNS trigger
@@ -3451,4 +3451,5 @@ insert into public.schema_migrations (version) values
   ('20261125170000'),
   ('20261125180000'),
   ('20261125190000'),
-  ('20261125210000');
+  ('20261125210000'),
+  ('20261125220000');

@@ -191,6 +191,30 @@ async def test_transactions_at_the_same_time_neither_count_together_nor_wait(dsn
         assert await sql.fetchval("select count(*) from brake_impact") == 1  # rows of ended transactions are deleted
 
 
+async def test_what_a_session_planned_for_few_rows_reads_many_only_once(dsn: str) -> None:
+    """PostgreSQL keeps the plans of a session, and the table is nearly empty most of the time."""
+    async with connected(dsn) as sql:
+        await sql.execute(FLEET)
+        await sql.execute("insert into brake (devices) values (1000000)")
+        await sql.execute("insert into device (device_id, type) select 'M' || n, 'T' from generate_series(1, 4000) n")
+        await sql.execute("update device set status = 'suspended' where device_id = 'D1'")
+        await sql.execute("vacuum analyze brake_impact")
+    async with connected(dsn) as sql:
+        for n in range(2, 22):
+            await sql.execute(f"update device set status = 'suspended' where device_id = 'D{n}'")
+        before = await rows_read(sql)
+        await sql.execute("update device_type set vhosts = '{/}' where name = 'T'")
+        assert 5000 <= await rows_read(sql) - before <= 10 * 5000
+
+
+async def rows_read(sql: asyncpg.Connection) -> int:
+    """Return how many rows of the table have been read, by any plan."""
+    await sql.execute("select pg_stat_force_next_flush()")
+    return await sql.fetchval(
+        "select seq_tup_read + coalesce(idx_tup_fetch, 0) from pg_stat_user_tables where relname = 'brake_impact'"
+    )
+
+
 async def test_time_neither_trips_it_nor_jams_on_it(dsn: str) -> None:
     async with connected(dsn) as sql:
         await sql.execute(FLEET)
