@@ -17,7 +17,7 @@ from .node import Broker
 
 
 class Real:
-    """Implements ``cluster_behaviour.Stage``."""
+    """Implements ``cluster_behaviour.Environment``."""
 
     def __init__(
         self, broker: Broker, certificates: Certificates, fleet: Fleet, mqtt: Callable[..., MQTTClient]
@@ -47,7 +47,7 @@ class Real:
 
 
 @pytest_asyncio.fixture
-async def stage(
+async def environment(
     broker: Broker, certificates: Certificates, fleet: Fleet, mqtt: Callable[..., MQTTClient]
 ) -> AsyncIterator[Real]:
     """A real node, and devices of the fleet."""

@@ -1,4 +1,4 @@
-"""The management client passes against the cluster in memory, served over HTTP, what it passes against a real one."""
+"""The management API client passes the behaviour suite against the cluster in memory, served over HTTP."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.support.memory_cluster import Broker
 
 
 class OverHTTP:
-    """Implements ``cluster_behaviour.Stage``."""
+    """Implements ``cluster_behaviour.Environment``."""
 
-    def __init__(self, broker: Broker, url: str, nobody: str) -> None:
+    def __init__(self, broker: Broker, url: str, silent_url: str) -> None:
         self.broker = broker
         self.cluster = ManagementAPI(Access((url,), lambda: ("u", "p")))
-        self.silent = ManagementAPI(Access((nobody,), lambda: ("u", "p")))
+        self.silent = ManagementAPI(Access((silent_url,), lambda: ("u", "p")))
         self.user, self.other = "APM1", "AGV1"
 
     async def connect(self, user: str, *filters: str) -> None:
@@ -32,13 +32,13 @@ class OverHTTP:
 
 
 @pytest.fixture
-async def stage() -> AsyncIterator[OverHTTP]:
-    """A cluster in memory behind HTTP, and a port at which nobody listens."""
+async def environment() -> AsyncIterator[OverHTTP]:
+    """A cluster in memory behind HTTP, and a port on which nothing listens."""
     broker = Broker()
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         async with TestServer(application(broker)) as server:
-            made = OverHTTP(broker, str(server.make_url("")), f"http://127.0.0.1:{bound.getsockname()[1]}")
-            yield made
-            await made.cluster.aclose()
-            await made.silent.aclose()
+            over_http = OverHTTP(broker, str(server.make_url("")), f"http://127.0.0.1:{bound.getsockname()[1]}")
+            yield over_http
+            await over_http.cluster.aclose()
+            await over_http.silent.aclose()

@@ -1,4 +1,4 @@
-"""The cluster in memory passes what the real one passes."""
+"""The cluster in memory passes the same behaviour suite as a real one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.support.memory_cluster import Broker, MemoryCluster
 
 
 class InMemory:
-    """Implements ``cluster_behaviour.Stage``."""
+    """Implements ``cluster_behaviour.Environment``."""
 
     def __init__(self) -> None:
         self.broker = Broker()
@@ -26,6 +26,6 @@ class InMemory:
 
 
 @pytest.fixture
-def stage() -> InMemory:
+def environment() -> InMemory:
     """A cluster in memory."""
     return InMemory()

@@ -1,4 +1,4 @@
-"""An event loop whose clock jumps to the next timer instead of waiting for it, and a process whose time of day is wrong."""
+"""Control of time: an event loop whose clock jumps to the next timer, and a wrong time of day for this process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _datetime, _time = dt.datetime, time.time
 
 
 class _JumpingSelector(selectors.DefaultSelector):
-    """Adds what it was asked to wait to a clock; waits for real only where nothing but another thread can go on."""
+    """Advances a clock by the timeout instead of waiting; waits for real only without a timeout, for other threads."""
 
     now = 0.0
 
@@ -37,13 +37,13 @@ class _ClockLoop(asyncio.SelectorEventLoop):
 
 
 def run_on_clock(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Run something in no time, by a clock that begins at 0 and reads ``asyncio.get_running_loop().time()``."""
+    """Run a coroutine without waiting, on a clock that starts at 0; ``asyncio.get_running_loop().time()`` reads it."""
     with asyncio.Runner(loop_factory=_ClockLoop) as runner:
         return runner.run(coroutine)
 
 
 def set_time_of_day(monkeypatch: pytest.MonkeyPatch, by: dt.timedelta) -> None:
-    """Set the time of day of this process, as its own modules see it; the database's is right."""
+    """Shift the time of day that authbackend's modules see in this process; the database's clock stays right."""
 
     class AnyDatetime(type):
         def __instancecheck__(cls, instance: object) -> bool:

@@ -1,4 +1,4 @@
-"""The cluster in memory behind RabbitMQ's management API, for the real client and for services that run as processes."""
+"""RabbitMQ's management API in front of a cluster in memory, for the real client, here or in another process."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tests.support.memory_cluster import Broker, MemoryCluster
 
 
 def application(broker: Broker) -> web.Application:
-    """Return what answers for a cluster."""
-    app = web.Application(middlewares=[_as_a_broker])
+    """Return the web application of one cluster's management API."""
+    app = web.Application(middlewares=[_answer_errors_as_broker])
     app.add_routes(_Server(broker).routes())
     return app
 
 
 @web.middleware
-async def _as_a_broker(request: web.Request, handler: Any) -> web.StreamResponse:
+async def _answer_errors_as_broker(request: web.Request, handler: Any) -> web.StreamResponse:
     try:
         response: web.StreamResponse = await handler(request)
         return response
@@ -60,7 +60,7 @@ class _Server:
         return web.json_response([{"name": name, "running": up} for name, up in (await self._cluster.nodes()).items()])
 
     async def connections(self, _: web.Request) -> web.Response:
-        return web.json_response([_told(each) async for part in self._cluster.connections() for each in part])
+        return web.json_response([_entry(each) async for part in self._cluster.connections() for each in part])
 
     async def connections_of(self, request: web.Request) -> web.Response:
         found = await self._cluster.connections_of(request.match_info["user"])
@@ -72,7 +72,7 @@ class _Server:
 
     async def details(self, request: web.Request) -> web.Response:
         found = await self._cluster.details(request.match_info["name"])
-        return _missing() if found is None else web.json_response(_told(found))
+        return _missing() if found is None else web.json_response(_entry(found))
 
     async def close_connection(self, request: web.Request) -> web.Response:
         closed = await self._cluster.close_connection(request.match_info["name"])
@@ -143,8 +143,8 @@ def _missing() -> web.Response:
     return web.json_response({"error": "Object Not Found"}, status=404)
 
 
-def _told(live: LiveConnection) -> dict[str, Any]:
-    """Return a connection as RabbitMQ tells it."""
+def _entry(live: LiveConnection) -> dict[str, Any]:
+    """Return a connection as an entry of RabbitMQ's list of connections."""
     return {
         "name": live.name,
         "node": live.node,

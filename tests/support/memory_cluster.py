@@ -1,7 +1,7 @@
 """
-A RabbitMQ cluster of a few dictionaries, for faults and races that a real one cannot be made to have.
+A RabbitMQ cluster in memory, to inject faults and races that a real one cannot be forced into.
 
-It passes the behaviour suite that the real one passes: tests/support/cluster_behaviour.py.
+It passes the same behaviour suite as a real cluster: tests/support/cluster_behaviour.py.
 """
 
 from __future__ import annotations
@@ -26,14 +26,19 @@ from authbackend.enforcement.management_api import (
 @dataclass
 class Broker:
     """
-    What all clients of one cluster see.
+    The state of one cluster, shared by all its clients.
 
     Attributes:
-        down: nothing answers.
-        refuses: calls that are answered with an error: of the method's name and its argument.
-        gates: calls that wait: by the method's name, an event.
-        calls: every call, in order.
-        statistics: whether new connections are in the list of all at once.
+        down: Whether no node answers.
+        refuses: Returns whether a call, given its method's name and argument, is answered with an error.
+        gates: Events that calls wait for, by method name.
+        calls: Every call with its argument, in order.
+        statistics: Whether new connections are listed immediately; if not, they are in ``tracked_only``.
+        live: Connections by name.
+        tracked_only: Names of connections that the statistics do not have yet.
+        bound: Bindings by key, for each queue.
+        running: The nodes, and whether each is running.
+        closed: The user of each connection that was closed, in order.
     """
 
     name: str = "rabbit"
@@ -53,7 +58,14 @@ class Broker:
     def connect(
         self, user: str, client_id: str | None = "", *filters: str, stored: bool = False, **facts: object
     ) -> str:
-        """Connect a device, with subscriptions, and return the connection's name; the client id is the user's name unless given."""
+        """
+        Connect a device, subscribe it to filters, and return the connection's name.
+
+        Args:
+            client_id: That of the user's name if empty; None for a protocol without client ids.
+            stored: Whether to create a session queue even without filters.
+            facts: Other fields of the ``LiveConnection``.
+        """
         name = f"127.0.0.1:{next(self._numbers)} -> 127.0.0.1:8883"
         client_id = user if client_id == "" else client_id
         values: dict[str, object] = {
@@ -77,7 +89,7 @@ class Broker:
         return name
 
     def subscribe(self, client_id: str, *filters: str, messages: int = 0) -> None:
-        """Make a session's queue with bindings."""
+        """Create a session queue with bindings and waiting messages."""
         queue = Queue("/", f"mqtt-subscription-{client_id}qos1", messages)
         self.queues[queue.vhost, queue.name] = queue
         for each in filters:
@@ -85,7 +97,7 @@ class Broker:
             self.bound.setdefault((queue.vhost, queue.name), {})[key] = Binding("amq.topic", key, key)
 
     def users(self) -> list[str]:
-        """Return who is connected."""
+        """Return the users of all connections, sorted."""
         return sorted(each.user for each in self.live.values())
 
     async def until(self, condition: Callable[[], bool], limit_s: float = 20.0) -> None:
@@ -96,14 +108,14 @@ class Broker:
 
 
 class MemoryCluster:
-    """One client of a cluster; implements ``enforcement.clusters.Cluster``."""
+    """A client of a cluster in memory; implements ``enforcement.clusters.Cluster``."""
 
     def __init__(self, broker: Broker) -> None:
         self.broker = broker
         self.name = broker.name
 
     async def aclose(self) -> None:
-        """Nothing is open."""
+        """Do nothing: there is no connection."""
 
     async def _called(self, method: str, argument: str = "") -> None:
         broker = self.broker
@@ -112,11 +124,9 @@ class MemoryCluster:
             await gate.wait()
         await asyncio.sleep(0)
         if broker.down:
-            raise ClusterUnreachable(f"the management API of cluster {broker.name} does not do as asked: down")
+            raise ClusterUnreachable(f"the management API of cluster {broker.name} failed: down")
         if broker.refuses(method, argument):
-            raise CallRefused(
-                f"the management API of cluster {broker.name} does not do as asked: HTTP 500 to {argument}"
-            )
+            raise CallRefused(f"the management API of cluster {broker.name} failed: HTTP 500 to {argument}")
 
     async def nodes(self) -> dict[str, bool]:
         await self._called("nodes")

@@ -1,4 +1,4 @@
-"""A registry of a few dictionaries, for tests of deciding."""
+"""A registry in memory, for tests of decisions and checks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from authbackend.policy.model import Account, Device, DeviceType
 
 
 class MemoryRegistry:
-    """Implements ``policy.lookups.Registry``; ``age_s`` is whatever the test says."""
+    """Implements ``policy.lookups.Registry`` and ``enforcement.checks.Registry``; a test may set ``age_s``."""
 
     def __init__(
         self,

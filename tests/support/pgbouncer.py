@@ -18,7 +18,7 @@ from tests.support.postgres import Server, unprivileged_user
 
 @contextlib.contextmanager
 def pgbouncer(server: Server, **settings: str) -> Iterator[Path]:
-    """Run PgBouncer for the time of the block; yields the folder of its Unix socket, where port 6432 is."""
+    """Run PgBouncer for the duration of the block; yield the folder of its Unix socket, with port 6432."""
     program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if program is None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)("pgbouncer is not installed (Debian package pgbouncer)")

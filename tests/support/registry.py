@@ -1,4 +1,4 @@
-"""Follows the registry of a test database with the real reader, and compares the copy with the database."""
+"""Follow the registry of a test database with the real change feed, and compare the copy with the database."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Contents = tuple[dict[bytes, bytes], dict[str, bytes], dict[str, bytes]]
 
 
 def new_store() -> Store:
-    """Return an empty store in memory, which goes with the object."""
+    """Return an empty store in memory; its folder is deleted with the object."""
     folder = Path(tempfile.mkdtemp(prefix="authbackend-test-", dir="/dev/shm"))
     store = Store(folder)
     weakref.finalize(store, shutil.rmtree, folder, ignore_errors=True)
@@ -38,7 +38,7 @@ def new_store() -> Store:
 
 @dataclass
 class Observed:
-    """What a copy told its observer."""
+    """A follower's observer that records everything."""
 
     looks: list[FeedRead] = field(default_factory=list)
     refreshes: list[RefreshResult] = field(default_factory=list)
@@ -63,7 +63,7 @@ class Observed:
 
 
 class CheckedFeed(ChangeFeed):
-    """The real reader; every look also reads the whole registry in the same snapshot of the database."""
+    """The real change feed, which also reads the whole registry at each refresh, in the same snapshot."""
 
     truth: Contents | None = None
 
@@ -84,11 +84,11 @@ class CheckedFeed(ChangeFeed):
 
 class Following:
     """
-    A copy with its reader and observer, refreshed by hand or in the background.
+    A copy of the registry with its change feed and observer, refreshed on demand or in the background.
 
     Args:
         dsn: The database.
-        feed: The reader; default: the real one.
+        feed: The change feed; the real one by default.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Following:
             return [records.device(bytes(name).decode(), bytes(record)) for name, record in reader.rows()]
 
     def devices(self) -> dict[str, tuple[str, str, str]]:
-        """Return common name, type and status of each device, by its id, and check that both indexes agree."""
+        """Return common name, type and status of each device by its id; also assert that both indexes agree."""
         found = {str(one.device_id): (one.common_name, one.type, str(one.status)) for one in self.all_devices()}
         for device_id, (common_name, *_) in found.items():
             by_id = self.device(device_id)
@@ -139,7 +139,7 @@ class Following:
         return found
 
     async def agrees(self) -> bool:
-        """Return whether the copy is what the database holds now."""
+        """Return whether the copy equals the database now."""
         async with connected(self.dsn) as connection:
             devices = {
                 row[0]: tuple(row[1:])
@@ -150,7 +150,7 @@ class Following:
 
 
 async def loaded(feed: ChangeFeed) -> tuple[Store, FeedRead]:
-    """Load a new store, and drop the reader's connection."""
+    """Load a new store, and close the feed's connection."""
     store = new_store()
     try:
         return store, await feed.load(store, 1.0)
@@ -159,7 +159,7 @@ async def loaded(feed: ChangeFeed) -> tuple[Store, FeedRead]:
 
 
 def contents(store: Store) -> Contents:
-    """Return everything a store holds, comparable."""
+    """Return everything in a store, for comparison."""
     with store._env.begin() as transaction:
         devices = {bytes(key): bytes(value) for key, value in transaction.cursor(store._devices)}
         types, accounts = (
@@ -171,7 +171,7 @@ def contents(store: Store) -> Contents:
 
 @contextlib.asynccontextmanager
 async def copied(dsn: str, feed: ChangeFeed | None = None, times: SyncTimes | None = None) -> AsyncIterator[Following]:
-    """Load a copy, and drop its connection at the end."""
+    """Load a copy for the duration of the block, then close its connection."""
     following = Following(dsn, feed, times)
     try:
         await following.copy.refresh()
@@ -181,7 +181,7 @@ async def copied(dsn: str, feed: ChangeFeed | None = None, times: SyncTimes | No
 
 
 class DeafFeed(ChangeFeed):
-    """The real reader, but no notification ever reaches it."""
+    """The real change feed, but without notifications."""
 
     @contextlib.asynccontextmanager
     async def wake_ups(self) -> AsyncIterator[Callable[[], Awaitable[None]]]:
@@ -190,7 +190,7 @@ class DeafFeed(ChangeFeed):
 
 
 async def fleet(connection: asyncpg.Connection, number: int = 3) -> None:
-    """Commit a device type, an account, two rules and some devices d1, d2, ..."""
+    """Commit a device type, an account, two rules, and devices d1, d2 and so on."""
     await connection.execute(
         "insert into device_type (name, client_ids, vhosts) values ('agv', array['{device_id}'], array['/'])"
     )
@@ -209,7 +209,7 @@ async def fleet(connection: asyncpg.Connection, number: int = 3) -> None:
 
 @contextlib.asynccontextmanager
 async def following(copy: RegistryFollower) -> AsyncIterator[RegistryFollower]:
-    """Run a copy in the background for the time of the block."""
+    """Run a follower in the background for the duration of the block."""
     task = asyncio.create_task(copy.run(), name="registry")
     try:
         yield copy

@@ -1,4 +1,4 @@
-"""A database's schema as text, without what differs from one server or dump to the next."""
+"""A database's schema as text, without the lines that differ between servers or dumps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def schema(server: Server, database: str) -> str:
 
 
 def seed(server: Server, database: str) -> str:
-    """Return the rows that migrations insert, as SQL; the floor of the change feed is that of the new database."""
+    """Return the rows that migrations insert, as SQL; the change feed's floor is computed in the new database."""
     versions = server.psql(database, "select version from public.schema_migrations order by 1").split()
     values = ",\n".join(f"  ('{version}')" for version in versions)
     return f"""\
@@ -40,7 +40,7 @@ insert into public.schema_migrations (version) values
 
 
 def rows(server: Server, database: str) -> dict[str, int]:
-    """Return how many rows each table has."""
+    """Return the number of rows of each table."""
     names = server.psql(database, "select tablename from pg_tables where schemaname = 'public' order by 1").split()
     return {name: int(server.psql(database, f"select count(*) from public.{name}")) for name in names}
 

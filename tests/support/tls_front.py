@@ -1,4 +1,4 @@
-"""TLS in front of a PostgreSQL that was built without: answers SSLRequest as the server does, then passes everything on."""
+"""TLS in front of a PostgreSQL built without it: answer SSLRequest as the server would, then forward everything."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ SSL_REQUEST = b"\x00\x00\x00\x08\x04\xd2\x16\x2f"
 
 class TLSFront:
     """
-    A listener on loopback, in threads: asyncio's TLS does not send the alert with which a client is refused.
+    A TLS listener on loopback. Uses threads, because asyncio does not send the alert to a client that it refuses.
 
     Args:
-        context: What it proves itself with; None: a server without TLS. May be replaced while it runs.
+        socket_file: PostgreSQL's Unix socket.
+        context: The server's certificate and key; None for a server without TLS. May be replaced while it runs.
     """
 
     def __init__(self, socket_file: Path, context: ssl.SSLContext | None) -> None:
@@ -30,7 +31,7 @@ class TLSFront:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[TLSFront]:
-        """Listen for the time of the block."""
+        """Listen for the duration of the block."""
         threading.Thread(target=self._accept, daemon=True).start()
         try:
             yield self
@@ -56,21 +57,21 @@ class TLSFront:
                     _handshake(client)
             else:
                 server.sendall(first)
-            _pass_on(client, server)
+            _forward(client, server)
 
 
 def _handshake(client: ssl.SSLSocket) -> None:
     try:
         client.do_handshake()
     except ssl.SSLError:
-        # Until the client has read the alert: what is unread here would reset the connection before.
+        # Read until the client closes: closing with unread data would reset the connection before it reads the alert.
         socket.socket.shutdown(client, socket.SHUT_WR)
         while os.read(client.fileno(), 65536):
             pass
         raise
 
 
-def _pass_on(client: socket.socket, server: socket.socket) -> None:
+def _forward(client: socket.socket, server: socket.socket) -> None:
     while True:
         pending = isinstance(client, ssl.SSLSocket) and client.pending()
         readable = [client] if pending else select.select([client, server], [], [])[0]
