@@ -1,1 +1,1 @@
-"""Makes a verdict true for what is already connected: closes connections, deletes sessions, looks again, says so."""
+"""Enforce changes on clients that are already connected: close connections, repair sessions, keep receipts."""

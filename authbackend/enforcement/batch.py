@@ -1,8 +1,9 @@
 """
-Does a batch of tasks on one cluster: wait until replicas deny, close, repair sessions, record what was done.
+Carry out a batch of tasks on one cluster: close connections, repair sessions, record receipts.
 
-Every step may be repeated: what has been ended already is not found again. A fault stays with the plan that met it, unless
-the cluster itself cannot be reached.
+Every step can be repeated, because what has been ended is not found again. An error affects only the plan that met it,
+unless the cluster or the store cannot be reached at all. Uses the store and the cluster only through ``TaskStore`` and
+``ClusterActions``; what must end is decided in ``plans`` and ``checks``.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from authbackend.enforcement.management_api import Binding, ClusterUnreachable
 from authbackend.enforcement.plans import (
     Plan,
     PlansByOwner,
-    awaited_lists,
     common_receipt,
+    crl_states,
     grouped,
-    lists_on,
-    plan,
+    nodes_awaiting_crl,
     receipt,
-    unseen,
+    unseen_nodes,
 )
+from authbackend.enforcement.plans import plan as make_plan
 from authbackend.enforcement.tasks import ReplicaConfirmation, Task, TaskStore, TaskStoreError
 from authbackend.errors import AuthbackendError, Unavailable
 from authbackend.policy.decide import DecisionSettings
@@ -40,41 +41,41 @@ from authbackend.registry.store import Reader
 log = structlog.get_logger(__name__)
 
 CHUNK = 200
-"""Plans that are ended, repaired and recorded together; also how many are worked out before other tasks get a turn."""
+"""How many plans are closed, repaired and recorded together, and computed before other asyncio tasks may run."""
 
 UNVERIFIED_S = 5.0
-"""How soon what could not be verified, for a node or a replica that is silent, is looked at again."""
+"""How long until another look if a node or a replica is silent."""
 
 OLDEST_COPY_S = 30.0
-"""Nobody is ended by a copy of the registry that is older."""
+"""The registry copy may be this old; nothing is ended by an older one."""
 
 LONGEST_BACK_OFF_S = 30.0
-_CONFIRM_EVERY_S = 0.01
+_CONFIRMATION_POLL_S = 0.01
 
 T = TypeVar("T")
 
 
 class EnforcerObserver(Protocol):
-    """Is told what happens, for metrics."""
+    """Receives what enforcement does, for metrics."""
 
-    def ended(self, done: Actions) -> None:
-        """Connections were closed, queues deleted, subscriptions removed."""
+    def ended(self, actions: Actions) -> None:
+        """Count closed connections, deleted queues and removed subscriptions."""
 
     def enforced(self, causes: frozenset[str], seconds: float) -> None:
-        """A task is done; ``seconds`` from the change to the end of the last connection."""
+        """Count a finished plan; ``seconds`` from the change to the end of the last connection."""
 
     def enforcement_failed(self, tasks: int) -> None:
-        """Tasks could not be done now."""
+        """Count tasks that failed and were postponed."""
 
 
 class Enforcer:
     """
-    Enforces on one cluster for one lane.
+    What the batches of one lane on one cluster share: store, cluster, registry and clock.
 
     Args:
-        registry: A reader of its own.
-        confirm_s: How long to wait for the replicas before connections are closed all the same; those that did not
-            confirm are named, and the task stays open until they have.
+        registry: A reader that nothing else uses.
+        confirm_s: How long to wait for the replicas to confirm. After that, connections are closed anyway; the receipt
+            names the missing replicas, and the task stays open until they confirm.
     """
 
     def __init__(
@@ -93,20 +94,32 @@ class Enforcer:
         self._settings = settings
         self._confirm_s = confirm_s
 
-    def check(self, judge: Callable[[Checker], T]) -> T:
+    def check(self, inspect: Callable[[Checker], T]) -> T:
         """
-        Return what a function finds in the registry as it is now; it must not give way to other tasks.
+        Return the result of a function that inspects the registry as it is now.
+
+        While the function runs, the reader stays at one version and nothing else may use it; so it is not a coroutine.
 
         Raises:
-            Unavailable: The copy is too old, or not loaded yet: by it, everybody would be unknown.
+            Unavailable: The copy is too old, or not loaded yet, when every user would look unknown.
         """
         with self._registry as registry:
             if registry.age_s > OLDEST_COPY_S:
-                raise Unavailable(f"the copy of the registry is {registry.age_s:.0f} s old: nothing is ended by it")
-            return judge(Checker(registry, registry.now, self._settings))
+                raise Unavailable(
+                    f"the copy of the registry is {registry.age_s:.0f} s old: nothing is ended until it is up to date"
+                )
+            return inspect(Checker(registry, registry.now, self._settings))
+
+    async def check_each(self, items: Sequence[T], inspect: Callable[[Checker, T], Any]) -> list[Any]:
+        """Return the result of a function for each item, letting other asyncio tasks run after each chunk."""
+        results: list[Any] = []
+        for chunk in chunks(items):
+            results += self.check(lambda checker, chunk=chunk: [inspect(checker, item) for item in chunk])  # type: ignore[misc]
+            await asyncio.sleep(0)
+        return results
 
     def now(self) -> float:
-        """Return the database's clock, seconds since the epoch; not inside :meth:`check`."""
+        """Return the database's clock, seconds since the epoch; do not call this inside :meth:`check`."""
         with self._registry as registry:
             return registry.now
 
@@ -114,36 +127,28 @@ class Enforcer:
         """Return the database's clock as ISO 8601."""
         return datetime.fromtimestamp(self.now(), UTC).isoformat(timespec="milliseconds")
 
-    async def in_parts(self, items: Sequence[T], judge: Callable[[Checker, T], Any]) -> list[Any]:
-        """Return what a function finds of each item, giving way to other tasks in between."""
-        found: list[Any] = []
-        for part in chunks(items):
-            found += self.check(lambda checker, part=part: [judge(checker, item) for item in part])  # type: ignore[misc]
-            await asyncio.sleep(0)
-        return found
-
-    async def confirmed(self, versions: set[str]) -> ReplicaConfirmation:
-        """Wait for the replicas that will confirm soon, for up to ``confirm_s``; return who confirmed and who did not."""
+    async def wait_for_confirmation(self, versions: set[str]) -> ReplicaConfirmation:
+        """Wait, for up to ``confirm_s``, until no more replica is expected to confirm soon; return which have."""
         deadline = time.monotonic() + self._confirm_s
         while True:
-            found = await self.store.confirmation(versions)
-            if not found.awaited or time.monotonic() >= deadline:
-                return found
-            await asyncio.sleep(_CONFIRM_EVERY_S)
+            confirmation = await self.store.confirmation(versions)
+            if not confirmation.awaited or time.monotonic() >= deadline:
+                return confirmation
+            await asyncio.sleep(_CONFIRMATION_POLL_S)
 
-    async def failed(self, tasks: Iterable[Task], fault: str) -> None:
-        """Put tasks off, each by its own number of attempts, with what has been done nevertheless."""
-        put_off = {
+    async def postpone(self, tasks: Iterable[Task], fault: str) -> None:
+        """Postpone tasks because of a fault, each according to its attempts so far; save their receipts."""
+        postponed = {
             task.id: (
                 task.receipt or None,
                 min(LONGEST_BACK_OFF_S, 0.5 * 2 ** min(task.attempts, 10)) * random.uniform(0.5, 1.0),
             )
             for task in tasks
         }
-        if put_off:
-            self.observer.enforcement_failed(len(put_off))
-            log.warning("enforcement.failed", cluster=self.actions.name, fault=fault, tasks=len(put_off))
-            await self.store.failed(put_off, fault)
+        if postponed:
+            self.observer.enforcement_failed(len(postponed))
+            log.warning("enforcement.failed", cluster=self.actions.name, fault=fault, tasks=len(postponed))
+            await self.store.failed(postponed, fault)
 
 
 class Batch:
@@ -151,336 +156,368 @@ class Batch:
     One batch of tasks about devices, accounts and certificates.
 
     Args:
-        between: Called between two parts of the work; when it returns False, the rest is left for later.
+        before_chunk: Called before each chunk of plans; if it returns False, the remaining plans are left for later.
     """
 
     def __init__(
-        self, enforcer: Enforcer, inventory: Inventory, between: Callable[[], Awaitable[bool]] | None = None
+        self, enforcer: Enforcer, inventory: Inventory, before_chunk: Callable[[], Awaitable[bool]] | None = None
     ) -> None:
         self._enforcer = enforcer
         self._store = enforcer.store
         self._actions = enforcer.actions
         self._inventory = inventory
-        self._between = between
-        self._confirmed = ReplicaConfirmation([], [])
+        self._before_chunk = before_chunk
+        self._confirmation = ReplicaConfirmation([], [])
         self._nodes: dict[str, dict[str, bool]] = {}
         self._unreachable: ClusterUnreachable | None = None
         self._paused = False
         self._recorded: set[int] = set()
-        self._present: list[Plan] = []
-        self._owned: dict[Plan, list[SessionQueue]] | None = None
+        self._plans_to_end: list[Plan] = []
+        self._all_sessions: dict[Plan, list[SessionQueue]] | None = None
 
-    def left(self, tasks: Iterable[Task]) -> list[Task]:
-        """Return those of these tasks of which nothing has been recorded."""
+    def unrecorded(self, tasks: Iterable[Task]) -> list[Task]:
+        """Return those of some tasks for which nothing has been recorded."""
         return [task for task in tasks if task.id not in self._recorded]
 
-    async def enforce(self, tasks: list[Task], confirmed: ReplicaConfirmation, nodes: dict[str, bool]) -> None:
+    async def enforce(self, tasks: list[Task], confirmation: ReplicaConfirmation, nodes: dict[str, bool]) -> None:
         """
-        Do all of them, those that are connected first.
+        Carry out all tasks, those whose users are connected first.
 
         Args:
-            confirmed: Who decides by all of their versions.
-            nodes: Of the cluster, and whether each is seen running.
+            confirmation: Which replicas decide by the versions of all these tasks.
+            nodes: The cluster's nodes, and whether each is seen running.
         Raises:
             TaskStoreError: The store cannot be used.
-            AuthbackendError: The cluster cannot be reached or does not list what is asked for; see :meth:`left`.
+            AuthbackendError: The cluster cannot be reached, or a list failed; the tasks in :meth:`unrecorded` remain.
         """
-        self._confirmed = confirmed
+        self._confirmation = confirmation
         self._nodes = {self._actions.name: nodes}
-        plans: list[Plan] = await self._enforcer.in_parts(grouped(tasks), plan)
-        for one in plans:
-            one.confirmed = not self._confirmed.missing
-            one.now = self._enforcer.now
-        await self._look_at_lists([one for one in plans if one.certificate is not None])
-        overtaken = [one for one in plans if one.superseded]
-        await self._record(overtaken)
-        await self._record([one for one in plans if not one.superseded and not (one.users or one.sessions)])
-        self._present = [one for one in plans if not one.superseded and (one.users or one.sessions)]
-        listed = await self._inventory.connected(user for one in self._present for user in one.users)
-        if await self._end([one for one in self._present if not one.users.isdisjoint(listed)]):
-            await self._rest([one for one in self._present if one.users.isdisjoint(listed)])
+        plans: list[Plan] = await self._enforcer.check_each(grouped(tasks), make_plan)
+        for plan in plans:
+            plan.confirmed = not confirmation.missing
+            plan.database_time = self._enforcer.now
+        await self._read_crl_states([plan for plan in plans if plan.certificate is not None])
+        await self._record([plan for plan in plans if plan.superseded])
+        await self._record([plan for plan in plans if not plan.superseded and not (plan.users or plan.sessions)])
+        self._plans_to_end = [plan for plan in plans if not plan.superseded and (plan.users or plan.sessions)]
+        connected = await self._inventory.connected(user for plan in self._plans_to_end for user in plan.users)
+        if await self._end([plan for plan in self._plans_to_end if not plan.users.isdisjoint(connected)]):
+            await self._end_unconnected([plan for plan in self._plans_to_end if plan.users.isdisjoint(connected)])
 
-    async def _go_on(self) -> bool:
-        """Return whether to begin with the next part; other tasks may be done before it."""
-        return not self._paused and (self._between is None or await self._between())
+    async def _may_continue(self) -> bool:
+        """Return whether to start the next chunk; the lane may do small changes first."""
+        return not self._paused and (self._before_chunk is None or await self._before_chunk())
 
-    async def _look_at_lists(self, plans: Sequence[Plan]) -> None:
-        """Before connections are looked at: who came before the list was on a node is seen by a look after that."""
+    async def _read_crl_states(self, plans: Sequence[Plan]) -> None:
+        """
+        Read which nodes have the CRL that lists each plan's certificate.
+
+        This comes before connections are read: a client that logs in before its node has the CRL is then seen by a
+        later look, because this one counts the node as behind.
+        """
         (nodes,) = self._nodes.values()
-        for part in chunks(plans):
-            keys = {one: (str(one.certificate["issuer"]), one.task.name) for one in part if one.certificate}
-            found = await self._store.lists_of(list(keys.values()))
-            for one, key in keys.items():
-                one.lists = lists_on(nodes, found[key])
+        for chunk in chunks(plans):
+            keys = {plan: (str(plan.certificate["issuer"]), plan.task.name) for plan in chunk if plan.certificate}
+            listed = await self._store.lists_of(list(keys.values()))
+            for plan, key in keys.items():
+                plan.crls = crl_states(nodes, listed[key])
 
-    async def _rest(self, plans: list[Plan]) -> None:
-        """Repair the sessions of those that are not connected, and record all that have none together."""
+    async def _end_unconnected(self, plans: list[Plan]) -> None:
+        """Repair the sessions of plans whose users are not connected; record those without sessions together."""
         if not plans or self._paused:
             return
         sessions = await self._sessions_of(plans)
-        if not await self._end([one for one in plans if sessions.get(one)]) or self._paused:
+        if not await self._end([plan for plan in plans if sessions.get(plan)]) or self._paused:
             return
-        for part in chunks([one for one in plans if one.lists and not sessions.get(one)]):
-            await self._record(part)
-        nothing = [one for one in plans if not sessions.get(one) and not one.lists]
-        for part in chunks(nothing, 10 * CHUNK):
-            await self._nothing_found(part)
+        for chunk in chunks([plan for plan in plans if plan.crls and not sessions.get(plan)]):
+            await self._record(chunk)
+        for chunk in chunks([plan for plan in plans if not plan.crls and not sessions.get(plan)], 10 * CHUNK):
+            await self._record_nothing_found(chunk)
 
     async def _end(self, plans: Sequence[Plan]) -> bool:
         """
-        End what some plans end, part by part; return False if other work has to come first.
+        Close, repair and record plans, chunk by chunk; return False if the rest must be left for later.
 
-        While the sessions of one part are repaired and its receipts written, the connections of the next are closed.
+        While one chunk is repaired and recorded, the connections of the next chunk are closed already. Chunks are
+        recorded in order, each after the one before.
         """
         repairing: asyncio.Task[None] | None = None
         try:
-            for part in chunks(plans):
-                if not await self._go_on():
+            for chunk in chunks(plans):
+                if not await self._may_continue():
                     return False
-                await self._hold([one for one in part if one.held and one.first_look and not one.closed_before])
-                await self._each(part, self._close)
-                earlier, repairing = repairing, asyncio.create_task(self._repair_and_record(part, repairing))
-                if earlier is not None:
-                    await earlier
+                first_looks = [plan for plan in chunk if plan.first_look and not plan.confirmed_before]
+                await self._hold([plan for plan in first_looks if plan.held])
+                await self._for_each(chunk, self._close)
+                previous, repairing = repairing, asyncio.create_task(self._repair_and_record(chunk, after=repairing))
+                if previous is not None:
+                    await previous
             return True
         except asyncio.CancelledError:
             if repairing is not None:
                 repairing.cancel()
             raise
         finally:
-            if repairing is not None:  # what has been closed must be recorded, whatever the part before met
+            if repairing is not None:  # closed connections must be recorded, even if an earlier chunk failed
                 await repairing
 
     async def _repair_and_record(self, plans: Sequence[Plan], after: asyncio.Task[None] | None) -> None:
+        """Repair the sessions of a chunk and record it, once the previous chunk is recorded."""
         if after is not None:
             await asyncio.wait([after])
-        with_sessions = [one for one in plans if one.sessions and not one.fault]
+        with_sessions = [plan for plan in plans if plan.sessions and not plan.fault]
         if self._paused:
-            for one in with_sessions:
-                one.interrupted = True  # what they have stored has not been looked at
+            for plan in with_sessions:
+                plan.interrupted = True  # its sessions have not been inspected
             with_sessions = []
         try:
             sessions = await self._sessions_of(with_sessions)
-            await self._repair({one: sessions[one] for one in with_sessions if sessions.get(one)})
+            await self._repair({plan: sessions[plan] for plan in with_sessions if sessions.get(plan)})
         except TaskStoreError:
             raise
-        except AuthbackendError as error:  # the lists; what has been closed must be recorded all the same
-            for one in plans:
-                one.fault = one.fault or error.detail
-        await self._record([one for one in plans if not one.interrupted])
-        await self._interrupt([one for one in plans if one.interrupted])
+        except AuthbackendError as error:  # queues could not be listed; the closed connections must be recorded anyway
+            for plan in plans:
+                plan.fault = plan.fault or error.detail
+        await self._record([plan for plan in plans if not plan.interrupted])
+        await self._record_interrupted([plan for plan in plans if plan.interrupted])
         if self._unreachable is not None:
             raise self._unreachable
 
-    async def _each(self, plans: Iterable[Plan], step: Callable[[Plan], Awaitable[None]]) -> None:
-        """Do something for each plan that has not failed; a fault stays with its plan."""
+    async def _for_each(self, plans: Iterable[Plan], step: Callable[[Plan], Awaitable[None]]) -> None:
+        """
+        Run a step concurrently for all plans without a fault; its errors become faults of their plans.
 
-        async def one(each: Plan) -> None:
-            if each.fault is None and self._unreachable is not None:
-                each.fault = self._unreachable.detail
-            if each.fault is not None:
+        Once the cluster is unreachable, the remaining plans get that as their fault and are not tried.
+        """
+
+        async def run_step(plan: Plan) -> None:
+            if plan.fault is None and self._unreachable is not None:
+                plan.fault = self._unreachable.detail
+            if plan.fault is not None:
                 return
             try:
-                await step(each)
+                await step(plan)
             except Paused:
-                self._paused = each.interrupted = True
+                self._paused = plan.interrupted = True
             except ClusterUnreachable as error:
                 self._unreachable = error
-                each.fault = error.detail
+                plan.fault = error.detail
             except AuthbackendError as error:
-                each.fault = error.detail
-            except Exception as error:  # a bug must neither lose the work nor keep the other plans from being done
-                log.exception("enforcement.crashed", kind=each.task.kind, name=each.task.name)
-                each.fault = f"{type(error).__name__} in the service, see its log"
+                plan.fault = error.detail
+            except Exception as error:  # a bug in authbackend must neither lose the task nor stop the other plans
+                log.exception("enforcement.crashed", kind=plan.task.kind, name=plan.task.name)
+                plan.fault = f"{type(error).__name__} in authbackend, see its log"
 
         async with asyncio.TaskGroup() as group:
-            for each in plans:
-                group.create_task(one(each))
+            for plan in plans:
+                group.create_task(run_step(plan))
 
     async def _hold(self, plans: list[Plan]) -> None:
+        """Hold the logins of the plans' devices, and wait for the replicas to deny them."""
         if not plans:
             return
         try:
-            version = await self._store.hold([one.task.name for one in plans])
+            version = await self._store.hold([plan.task.name for plan in plans])
         except TaskStoreError:
             raise
         except AuthbackendError as error:
-            if len(plans) > 1:  # one of them is in the way
-                for one in plans:
-                    await self._hold([one])
+            if len(plans) > 1:  # one device's hold is locked; find out which, and hold the others
+                for plan in plans:
+                    await self._hold([plan])
             else:
                 plans[0].fault = error.detail
             return
-        holding = await self._enforcer.confirmed({version})
-        self._confirmed = ReplicaConfirmation(
-            self._confirmed.by, sorted({*self._confirmed.missing, *holding.missing}), self._confirmed.awaited
-        )
+        holding = await self._enforcer.wait_for_confirmation({version})
+        missing = sorted({*self._confirmation.missing, *holding.missing})
+        self._confirmation = ReplicaConfirmation(self._confirmation.by, missing, self._confirmation.awaited)
 
-    async def _close(self, one: Plan) -> None:
-        """Close the connections of a plan's users, and note where they were."""
-        for user in sorted(one.users):
+    async def _close(self, plan: Plan) -> None:
+        """Close the connections of a plan's users, and count them by node."""
+        for user in sorted(plan.users):
             listed = self._inventory.listed(user)
 
             def permitted(user: str = user) -> bool:
-                return self._reactivated(one, user)
+                return self._is_reactivated(plan, user)
 
-            again = one.closed_before or not one.first_look
-            if one.selective or (again and self._permitted(user)):
-                await self._actions.close_where(user, one.ends, one.done)
+            # At a later look, a permitted user may have logged in again with the new rights: only old connections end.
+            later_look = plan.confirmed_before or not plan.first_look
+            if plan.selective or (later_look and self._is_permitted(user)):
+                await self._actions.close_where(user, plan.ends, plan.done)
             elif listed is not None:
-                await self._actions.close_listed(listed, permitted, one.done)
+                await self._actions.close_listed(listed, permitted, plan.done)
             else:
                 closed = await self._actions.close_user(user, permitted)
-                one.done.closed.update(connection.node for connection in closed)
+                plan.done.closed.update(connection.node for connection in closed)
 
-    def _permitted(self, user: str) -> bool:
+    def _is_permitted(self, user: str) -> bool:
         return self._enforcer.check(lambda checker: checker.permitted(user))
 
-    def _reactivated(self, one: Plan, user: str) -> bool:
-        """Return whether the registry has come to allow again what a plan is about; then it is planned anew."""
-        if one.ends_with_activation and one.confirmed and self._permitted(user):
-            one.again_at_once = True
-        return one.again_at_once
+    def _is_reactivated(self, plan: Plan, user: str) -> bool:
+        """Return whether the registry has come to permit a plan's user again; then the tasks must be planned again."""
+        if plan.undone_by_activation and plan.confirmed and self._is_permitted(user):
+            plan.plan_again = True
+        return plan.plan_again
 
     async def _sessions_of(self, plans: Sequence[Plan]) -> dict[Plan, list[SessionQueue]]:
-        """Return the sessions that belong to each plan; where everything is listed, they are sorted out once for all plans."""
-        if self._owned is not None:
-            return self._owned
-        about = self._present if self._inventory.lists else plans
-        owners = [owner for one in about for owner in one.sessions]
+        """
+        Return each plan's sessions.
+
+        An inventory that lists everything is sorted only once, for all plans of the batch.
+        """
+        if self._all_sessions is not None:
+            return self._all_sessions
+        wanted = self._plans_to_end if self._inventory.lists_everything else plans
+        owners = [owner for plan in wanted for owner in plan.sessions]
         sessions = await self._inventory.sessions(owners) if owners else []
-        by_owner = PlansByOwner(about)
-        found: dict[Plan, list[SessionQueue]] = {}
-        owned = await self._enforcer.in_parts(sessions, lambda checker, each: by_owner.of(checker, each.client_id))
-        for session, one in zip(sessions, owned, strict=True):
-            if one is not None:
-                found.setdefault(one, []).append(session)
-        if self._inventory.lists:
-            self._owned = found
-        return found
+        by_owner = PlansByOwner(wanted)
+        owning_plans = await self._enforcer.check_each(
+            sessions, lambda checker, session: by_owner.of(checker, session.client_id)
+        )
+        sessions_by_plan: dict[Plan, list[SessionQueue]] = {}
+        for session, plan in zip(sessions, owning_plans, strict=True):
+            if plan is not None:
+                sessions_by_plan.setdefault(plan, []).append(session)
+        if self._inventory.lists_everything:
+            self._all_sessions = sessions_by_plan
+        return sessions_by_plan
 
     async def _repair(self, sessions: dict[Plan, list[SessionQueue]]) -> None:
-        """Repair the sessions of each plan."""
-
-        async def repair(one: Plan) -> None:
-            for session in sessions[one]:
-                bound = await self._inventory.bindings(session)
-                violation = self._enforcer.check(lambda checker: _violation(checker, one, session, bound))  # noqa: B023
+        async def repair(plan: Plan) -> None:
+            for session in sessions[plan]:
+                bindings = await self._inventory.bindings(session)
+                violation = self._enforcer.check(lambda checker: _violation(checker, plan, session, bindings))  # noqa: B023
                 if violation is None:
-                    one.done.kept += 1
+                    plan.done.kept += 1
                 else:
-                    await self._actions.repair_session(violation, one.done)
+                    await self._actions.repair_session(violation, plan.done)
 
-        await self._each(sessions, repair)
+        await self._for_each(sessions, repair)
 
     async def _record(self, plans: Sequence[Plan]) -> None:
-        """Finish what a later look found nothing left of, and keep the rest for another look."""
-        by, missing = self._confirmed.by, self._confirmed.missing
-        self._recorded.update(_ids(plans))
-        later: dict[float, dict[int, dict[str, Any]]] = {}
+        """Finish the plans that need no other look, schedule another look for the rest, postpone those with a fault."""
+        self._recorded.update(_task_ids(plans))
+        postponed: dict[str, list[Task]] = {}  # by fault
+        looks: dict[float, dict[int, dict[str, Any]]] = {}  # by seconds until the next look
         finished: dict[str, dict[int, dict[str, Any]]] = {"done": {}, "superseded": {}}
         released: list[str] = []
-        put_off: dict[str, list[Task]] = {}
-        for one in plans:
-            made = receipt(one, by, missing, self._nodes)
-            if one.fault is not None:
-                put_off.setdefault(one.fault, []).extend(replace(one.task, id=id_, receipt=made) for id_ in one.ids)
-                self._tell(one, made, finished=False)
-                continue
-            after_s = self._look_again_s(one, made)
-            if after_s is not None:
-                later.setdefault(after_s, {}).update(dict.fromkeys(one.ids, made))
+        for plan in plans:
+            new_receipt = self._receipt(plan)
+            self._report_ended(plan)
+            if plan.fault is not None:
+                tasks = [replace(plan.task, id=id_, receipt=new_receipt) for id_ in plan.ids]
+                postponed.setdefault(plan.fault, []).extend(tasks)
+            elif (after_s := self._next_look_s(plan, new_receipt)) is not None:
+                looks.setdefault(after_s, {}).update(dict.fromkeys(plan.ids, new_receipt))
             else:
-                made |= (
-                    {"superseded": one.superseded} if one.superseded else {"checked_at": self._enforcer.now_as_text()}
-                )
-                finished["superseded" if one.superseded else "done"].update(dict.fromkeys(one.ids, made))
-                released += [one.task.name] if one.task.kind == "device" else []
-            self._tell(one, made, finished=after_s is None)
-        for fault, tasks in put_off.items():
-            await self._enforcer.failed(tasks, fault)
-        for after_s, receipts in later.items():
+                finished[self._finish(plan, new_receipt)].update(dict.fromkeys(plan.ids, new_receipt))
+                released += [plan.task.name] if plan.task.kind == "device" else []
+        for fault, tasks in postponed.items():
+            await self._enforcer.postpone(tasks, fault)
+        for after_s, receipts in looks.items():
             await self._store.check_later(receipts, after_s)
         for state, receipts in finished.items():
             await self._store.finish(receipts, state)
+        # Only now: a hold is kept while its device has open tasks.
         await self._store.release(released, [id_ for receipts in finished.values() for id_ in receipts])
 
-    async def _interrupt(self, plans: Sequence[Plan]) -> None:
-        """Keep what was done until a pause began; when it ends, they are begun anew, with a hold where one is needed."""
-        begun = [one for one in plans if one.done.anything]
-        for one in begun:
-            made = receipt(one, self._confirmed.by, self._confirmed.missing, self._nodes)
-            self._tell(one, made, finished=False)
-            kept = {**made, "confirmed_at": None}
-            await self._store.failed(dict.fromkeys(one.ids, (kept, 0.0)), "paused before all of it was done")
-        self._recorded.update(_ids(begun))
+    def _finish(self, plan: Plan, new_receipt: dict[str, Any]) -> str:
+        """Complete the receipt of a finished plan, and return its state."""
+        if plan.superseded:
+            new_receipt["superseded"] = plan.superseded
+            return "superseded"
+        new_receipt["checked_at"] = self._enforcer.now_as_text()
+        self._enforcer.observer.enforced(plan.task.causes, new_receipt["took_s"])
+        return "done"
 
-    def _look_again_s(self, one: Plan, made: dict[str, Any]) -> float | None:
-        """Return when to look at a plan again, None if it is finished."""
-        if one.superseded:
+    async def _record_interrupted(self, plans: Sequence[Plan]) -> None:
+        """Save what was done before a pause; after it the plans start over, with a new hold if they need one."""
+        started = [plan for plan in plans if plan.done.ended_anything]
+        for plan in started:
+            new_receipt = {**self._receipt(plan), "confirmed_at": None}
+            self._report_ended(plan)
+            await self._store.failed(dict.fromkeys(plan.ids, (new_receipt, 0.0)), "paused before it was finished")
+        self._recorded.update(_task_ids(started))
+
+    def _receipt(self, plan: Plan) -> dict[str, Any]:
+        return receipt(plan, self._confirmation.by, self._confirmation.missing, self._nodes)
+
+    def _next_look_s(self, plan: Plan, new_receipt: dict[str, Any]) -> float | None:
+        """
+        Return in how many seconds to look again; None if the plan is finished.
+
+        The last look must end nothing and see all nodes; replicas and CRLs must have been confirmed one look before it.
+        """
+        if plan.superseded:
             return None
-        if one.again_at_once:
+        if plan.plan_again:
             return 0.0
-        if one.done.anything or one.done.late:
+        if plan.done.ended_anything or plan.done.not_listed_yet:
             return self._inventory.look_again_s
-        if one.first_look and (one.users or one.sessions):
+        if plan.first_look and (plan.users or plan.sessions):
             return self._inventory.look_again_s
-        if self._confirmed.missing or made["unseen_nodes"]:
-            return min(LONGEST_BACK_OFF_S, UNVERIFIED_S * float(made["looks"]))
-        if awaited_lists(one.lists):
-            return min(LONGEST_BACK_OFF_S, self._inventory.look_again_s * float(made["looks"]))
-        return self._inventory.look_again_s if one.just_confirmed or one.just_listed else None
+        looks = float(new_receipt["looks"])
+        if self._confirmation.missing or new_receipt["unseen_nodes"]:
+            return min(LONGEST_BACK_OFF_S, UNVERIFIED_S * looks)
+        if nodes_awaiting_crl(plan.crls):
+            return min(LONGEST_BACK_OFF_S, self._inventory.look_again_s * looks)
+        return self._inventory.look_again_s if plan.unconfirmed_before or plan.crl_awaited_before else None
 
-    def _tell(self, one: Plan, made: dict[str, Any], *, finished: bool) -> None:
-        if finished and not one.superseded:
-            self._enforcer.observer.enforced(one.task.causes, made["took_s"])
-        if one.done.anything:
-            self._enforcer.observer.ended(one.done)
-            closed, deleted = sum(one.done.closed.values()), len(one.done.deleted)
+    def _report_ended(self, plan: Plan) -> None:
+        """Count and log what was ended in this look, if anything."""
+        if plan.done.ended_anything:
+            self._enforcer.observer.ended(plan.done)
             log.info(
                 "enforcement.ended",
                 cluster=self._actions.name,
-                kind=one.task.kind,
-                name=one.task.name,
-                connections=closed,
-                queues=deleted,
+                kind=plan.task.kind,
+                name=plan.task.name,
+                connections=sum(plan.done.closed.values()),
+                queues=len(plan.done.deleted),
             )
 
-    async def _nothing_found(self, plans: Sequence[Plan]) -> None:
-        """Record plans for which nothing was connected and nothing stored, together."""
-        self._recorded.update(_ids(plans))
-        common = common_receipt(self._confirmed.by, self._confirmed.missing, self._nodes, self._enforcer.now())
-        unverified = bool(self._confirmed.missing or unseen(self._nodes))
-        first = [one for one in plans if one.first_look or (one.just_confirmed and not unverified)]
-        again = [one for one in plans if not (one.first_look or (one.just_confirmed and not unverified))]
-        await self._store.nothing_found(_ids(first), common, self._inventory.look_again_for_absent_s())
-        if unverified:
-            await self._store.nothing_found(_ids(again), common, UNVERIFIED_S)
+    async def _record_nothing_found(self, plans: Sequence[Plan]) -> None:
+        """Record plans without connections and sessions, in few statements: in a mass change, these are most plans."""
+        self._recorded.update(_task_ids(plans))
+        common = common_receipt(self._confirmation.by, self._confirmation.missing, self._nodes, self._enforcer.now())
+        verified = not (self._confirmation.missing or unseen_nodes(self._nodes))
+        may_have_missed = [plan for plan in plans if plan.first_look or (plan.unconfirmed_before and verified)]
+        checked = [plan for plan in plans if not (plan.first_look or (plan.unconfirmed_before and verified))]
+        await self._store.nothing_found(_task_ids(may_have_missed), common, self._inventory.look_again_for_absent_s())
+        if not verified:
+            await self._store.nothing_found(_task_ids(checked), common, UNVERIFIED_S)
             return
-        await self._store.nothing_found(_ids(again), {**common, "checked_at": self._enforcer.now_as_text()}, None)
-        for one in again:
-            self._enforcer.observer.enforced(one.task.causes, one.task.receipt.get("took_s") or 0.0)
-        await self._store.release([one.task.name for one in again if one.task.kind == "device"], _ids(again))
+        final = {**common, "checked_at": self._enforcer.now_as_text()}
+        await self._store.nothing_found(_task_ids(checked), final, None)
+        for plan in checked:
+            self._enforcer.observer.enforced(plan.task.causes, plan.task.receipt.get("took_s") or 0.0)
+        released = [plan.task.name for plan in checked if plan.task.kind == "device"]
+        await self._store.release(released, _task_ids(checked))
 
 
-def _violation(checker: Checker, one: Plan, session: SessionQueue, bound: list[Binding]) -> Violation | None:
-    if one.moved:
-        gone = one.first_look or checker.is_moving(session.client_id)
-        return Violation(session, "client_id_owner") if gone else None
-    former = one.task.details["former_client_ids"]
-    taken = former is None or not fits(session.client_id, one.task.name, former)
-    if "client_id_owner" in one.task.causes and one.first_look and taken:
-        return Violation(session, "client_id_owner")  # who had the id before had the session
-    violation = inspect_session(checker, session, bound)
-    if violation is None and session.will and "publish" in one.actions:
-        return Violation(session, "rules")
+def _violation(checker: Checker, plan: Plan, session: SessionQueue, bindings: list[Binding]) -> Violation | None:
+    """
+    Return what a plan must end of a session, or None.
+
+    If the session's client id passed from one device to another, the session is the former owner's and is deleted,
+    though the new owner would be permitted to have it.
+    """
+    if plan.moved:
+        belongs_to_former_owner = plan.first_look or checker.is_moving(session.client_id)
+        return Violation(session, "client_id_owner") if belongs_to_former_owner else None
+    former_patterns = plan.task.details["former_client_ids"]
+    gained = former_patterns is None or not fits(session.client_id, plan.task.name, former_patterns)
+    if "client_id_owner" in plan.task.causes and plan.first_look and gained:
+        return Violation(session, "client_id_owner")
+    violation = inspect_session(checker, session, bindings)
+    if violation is None and session.will and "publish" in plan.narrowed:
+        return Violation(session, "rules")  # its topic is unknown, and may no longer be allowed
     return violation
 
 
-def _ids(plans: Iterable[Plan]) -> list[int]:
-    return [id_ for one in plans for id_ in one.ids]
+def _task_ids(plans: Iterable[Plan]) -> list[int]:
+    return [id_ for plan in plans for id_ in plan.ids]
 
 
 def chunks(items: Sequence[T], size: int = CHUNK) -> Iterable[Sequence[T]]:
-    """Yield a list in parts."""
+    """Split a list into chunks."""
     return (items[start : start + size] for start in range(0, len(items), size))

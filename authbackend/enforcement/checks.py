@@ -1,7 +1,8 @@
 """
-What is wrong with a live connection, a session's queue or a binding, by the registry as it is now. Pure.
+Compare a live connection, a session queue, a binding or a certificate with the registry. Pure.
 
-The answers are the reasons of ``policy.decide``, which would be given if RabbitMQ asked again.
+Violations are named by the reasons that ``policy.decide`` would give if RabbitMQ asked again now. Uses ``policy`` and
+the types of ``management_api``; no I/O.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _SERIAL = re.compile(r"0|-?[1-9a-f][0-9a-f]*")
 
 
 class Registry(lookups.Registry, Protocol):
-    """The lookups of deciding, all accounts (few), and the time of day."""
+    """The lookups that decisions use, all accounts (there are few), and the time."""
 
     @property
     def now(self) -> float:
@@ -43,7 +44,11 @@ class Registry(lookups.Registry, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SessionQueue:
-    """A queue of an MQTT session, read from its name: ``mqtt-subscription-ID`` with ``qos0`` or ``qos1``, ``mqtt-will-ID``."""
+    """
+    A queue of an MQTT session, recognised by its name.
+
+    RabbitMQ names them ``mqtt-subscription-IDqos0``, ``mqtt-subscription-IDqos1`` and ``mqtt-will-ID``.
+    """
 
     queue: Queue
     client_id: str
@@ -51,20 +56,20 @@ class SessionQueue:
 
 
 def session_queue(queue: Queue) -> SessionQueue | None:
-    """Return the session that a queue belongs to, None for any other queue."""
-    found = _QUEUE.fullmatch(queue.name)
-    if found is None:
+    """Return a queue as that of a session; None if it is another kind of queue."""
+    match = _QUEUE.fullmatch(queue.name)
+    if match is None:
         return None
-    will = found["will"] is not None
-    return SessionQueue(queue, found["will"] if will else found["session"], will)
+    will = match["will"] is not None
+    return SessionQueue(queue, match["will"] if will else match["session"], will)
 
 
 class Checker:
     """
-    Judges by one version of the registry.
+    Checks against one version of the registry.
 
     Args:
-        registry: Must stay at one version as long as this is used.
+        registry: Must stay at one version while this is in use.
         now: Seconds since the epoch.
     """
 
@@ -72,17 +77,15 @@ class Checker:
         self.registry = registry
         self._now = now
         self._settings = settings
-        self._accounts: dict[str, Account] | None = None
+        self._account_by_client_id: dict[str, Account] | None = None
 
-    def ended(self, device: Device | None) -> Reason | None:
-        """Return why a device may not be connected at all; a hold and an old copy are no reason."""
-        if device is None:
-            return Reason.UNKNOWN_IDENTITY
+    def device_fault(self, device: Device) -> Reason | None:
+        """Return why a device may not be connected at all; neither a hold nor a stale copy is a reason."""
         return self._reason(decide.device_fault(self.registry, device, self._now))
 
     @property
     def mqtt_exchange(self) -> str:
-        """The exchange that MQTT publishes to."""
+        """The exchange that MQTT clients publish to."""
         return self._settings.mqtt_exchange
 
     def permitted(self, user: str) -> bool:
@@ -90,80 +93,90 @@ class Checker:
         device = self.registry.device_by_name(user)
         if device is None:
             return self.registry.account(user) is not None
-        return self.ended(device) is None
+        return self.device_fault(device) is None
 
     def owner(self, client_id: str) -> Device | Account | None:
-        """Return whose a client id is."""
+        """Return the device or account that owns a client id."""
         device = client_ids.owner_of(self.registry, client_id)
         if device is not None:
             return device
-        if self._accounts is None:
-            self._accounts = {c: account for account in self.registry.accounts() for c in account.client_ids}
-        return self._accounts.get(client_id)
+        if self._account_by_client_id is None:
+            self._account_by_client_id = {
+                listed: account for account in self.registry.accounts() for listed in account.client_ids
+            }
+        return self._account_by_client_id.get(client_id)
 
-    def taken_from(self, device_type: str, former: tuple[str, ...], client_id: str) -> tuple[Device, Device] | None:
+    def owner_change(
+        self, device_type: str, former_patterns: tuple[str, ...], client_id: str
+    ) -> tuple[Device, Device] | None:
         """
-        Return a device of a type that has gained a client id by wider patterns, and the one that had it; None if nobody had.
+        Return the new and the former owner of a client id that passed to a device of a type; None if it did not.
 
         Args:
-            former: The patterns of the type before.
+            former_patterns: The client id patterns of the type before they were widened.
         """
         owner = client_ids.owner_of(self.registry, client_id)
         if owner is None or owner.type != device_type:
             return None
-        before = client_ids.former_owner(self.registry, owner, former, client_id)
-        return None if before is None else (owner, before)
+        former_owner = client_ids.former_owner(self.registry, owner, former_patterns, client_id)
+        return None if former_owner is None else (owner, former_owner)
 
     def is_moving(self, client_id: str) -> bool:
-        """Return whether a client id is held, because the device that had it may still use it."""
+        """Return whether a client id is held because its former owner may still be using it."""
         owner = client_ids.owner_of(self.registry, client_id)
         return owner is not None and client_ids.is_moving(self.registry, owner, client_id, self._now)
 
     def connection(self, connection: LiveConnection) -> Reason | None:
-        """Return why a live connection certainly should not be there; a fact that is not told is no reason."""
+        """Return why a live connection is certainly not allowed; a fact that is not reported is never the reason."""
         if not connection.user:
             return None
         reason = self._reason(self._connection_fault(connection))
         if reason is Reason.VHOST_NOT_LISTED and not connection.vhost:
             return None
-        return None if reason is Reason.ADDRESS_NOT_IN_NETWORKS and _address_untold(connection) else reason
+        return None if reason is Reason.ADDRESS_NOT_IN_NETWORKS and not _has_address(connection) else reason
 
     def _connection_fault(self, connection: LiveConnection) -> decide.Decision | None:
+        """
+        Return the decision about a login with the connection's facts, or None if they allow it as far as they go.
+
+        A device must have a client id. If that of an MQTT client is not reported, or the protocol is unknown, only
+        status, virtual host and address are checked.
+        """
         request = VhostRequest(connection.user, connection.vhost, connection.address, connection.client_id)
         device = self.registry.device_by_name(connection.user)
         if device is None or connection.client_id is not None or connection.mqtt is False:
             decision = decide.vhost(self.registry, request, self._now)
             device_type = self.registry.device_type(device.type) if device else None
             if decision.reason is Reason.ENFORCEMENT_IN_PROGRESS and device and device_type:
-                return decide.place_fault(device_type, request, device.type)  # a hold must not hide what else is wrong
+                return decide.place_fault(device_type, request, device.type)  # a hold must not hide another reason
             return decision
         if fault := decide.device_fault(self.registry, device, self._now):
             return fault
         device_type = self.registry.device_type(device.type)
         return decide.place_fault(device_type, request, device.type) if device_type else None
 
-    def untold(self, connection: LiveConnection) -> list[str]:
-        """Return which of the facts by which ``connection`` decides are not told."""
+    def missing_facts(self, connection: LiveConnection) -> list[str]:
+        """Return which facts :meth:`connection` would need but RabbitMQ does not report."""
         device = self.registry.device_by_name(connection.user)
         holder = self.registry.device_type(device.type) if device else self.registry.account(connection.user)
-        facts = {
+        missing = {
             "user": not connection.user,
             "protocol": connection.mqtt is None,
             "client id": connection.mqtt is True and connection.client_id is None,
             "virtual host": not connection.vhost,
-            "address": holder is not None and holder.networks is not None and _address_untold(connection),
+            "address": holder is not None and holder.networks is not None and not _has_address(connection),
         }
-        return [fact for fact, is_untold in facts.items() if is_untold]
+        return [fact for fact, is_missing in missing.items() if is_missing]
 
     def session(self, session: SessionQueue) -> Reason | None:
-        """Return why a session's queue should not be there at all."""
+        """Return why a session's queue must be deleted, or None."""
         owner = self.owner(session.client_id)
         if owner is None:
             return Reason.UNKNOWN_IDENTITY
         vhost = session.queue.vhost
         if isinstance(owner, Account):
             return None if vhost in owner.vhosts else Reason.VHOST_NOT_LISTED
-        if reason := self.ended(owner):
+        if reason := self.device_fault(owner):
             return reason
         device_type = self.registry.device_type(owner.type)
         if device_type is None or vhost not in device_type.vhosts:
@@ -171,7 +184,7 @@ class Checker:
         return client_ids.client_id_fault(self.registry, owner, device_type, session.client_id)
 
     def binding(self, session: SessionQueue, binding: Binding) -> Reason | None:
-        """Return why a subscription should not be there; its session itself may be."""
+        """Return why a subscription of a session is not allowed, or None."""
         owner = self.owner(session.client_id)
         if owner is None:
             return Reason.UNKNOWN_IDENTITY
@@ -185,73 +198,75 @@ class Checker:
         return None if decision is None or decision.reason in _NOT_FAULTS else decision.reason
 
 
-def _address_untold(connection: LiveConnection) -> bool:
+def _has_address(connection: LiveConnection) -> bool:
     try:
         ip_address(connection.address)
     except ValueError:
-        return True
-    return False
+        return False
+    return True
 
 
 def narrowed_actions(
-    rules: list[dict[str, Any]], present: list[tuple[str, str, str | None]], mqtt_exchange: str
+    rules: list[dict[str, Any]], allow_rules: list[tuple[str, str, str | None]], mqtt_exchange: str
 ) -> set[str]:
     """
     Return which of ``publish`` and ``subscribe`` a change of rules narrowed.
 
-    A new deny rule narrows; an allow rule that is gone does unless one on the same exchange allows as much.
+    A new deny rule always narrows. A removed allow rule narrows unless another on the same exchange allows as much.
 
     Args:
-        rules: The deny rules that came and the allow rules that went: ``effect``, ``action``, ``topic``, and
-            ``exchange`` where it is not the one of MQTT.
-        present: Action, filter and exchange of the allow rules that the same owner has now.
+        rules: The deny rules that were added and the allow rules that were removed: ``effect``, ``action``, ``topic``,
+            and ``exchange`` if it is not that of MQTT.
+        allow_rules: Action, filter and exchange of the allow rules that the same owner has now.
     """
-    kept = [(action, exchange or mqtt_exchange, _words(topic)) for action, topic, exchange in present]
-    found = set()
+    current = [(action, exchange or mqtt_exchange, _words(topic)) for action, topic, exchange in allow_rules]
+    narrowed = set()
     for rule in rules:
-        words = _words(rule["topic"])
-        where = (rule["action"], rule.get("exchange") or mqtt_exchange)
-        if rule["effect"] == "deny" or not any(
-            (action, exchange) == where and contains(outer, words) for action, exchange, outer in kept
-        ):
-            found.add(rule["action"])
-    return found
+        action, exchange, words = rule["action"], rule.get("exchange") or mqtt_exchange, _words(rule["topic"])
+        covered = any(
+            (other_action, other_exchange) == (action, exchange) and contains(outer, words)
+            for other_action, other_exchange, outer in current
+        )
+        if rule["effect"] == "deny" or not covered:
+            narrowed.add(action)
+    return narrowed
 
 
 def _words(topic: str) -> list[str]:
-    return split(to_routing_key(_ATTRIBUTE.sub("{attr:", topic)))  # a placeholder is one word
+    """Return a filter as routing key words; the dot in ``{attr.NAME}`` must not split a placeholder into two words."""
+    return split(to_routing_key(_ATTRIBUTE.sub("{attr:", topic)))
 
 
 def fits(client_id: str, device_id: str, patterns: list[str] | None) -> bool:
-    """Return whether a client id was a device's by patterns that may not be there any more."""
+    """Return whether a client id belonged to a device under its type's former patterns."""
     return client_id == device_id or client_id_fits(client_id, device_id, tuple(patterns or ()))
 
 
 def contradiction(registry: Registry, connection: LiveConnection) -> str | None:
-    """Return what a client says of itself in MQTT 5 user properties that the registry does not."""
+    """Return the first MQTT 5 user property of a device's client that differs from the registry, or None."""
     device = registry.device_by_name(connection.user)
     if device is None:
         return None
     claimed = connection.user_properties
-    for name, true in (("client_type", (device.type,)), ("client_name", (device.device_id, device.common_name))):
-        if name in claimed and claimed[name] not in true:
-            return f"{name} {claimed[name][:64]!r}, registered: {true[0]!r}"
+    for name, registered in (("client_type", (device.type,)), ("client_name", (device.device_id, device.common_name))):
+        if name in claimed and claimed[name] not in registered:
+            return f"{name} {claimed[name][:64]!r}, registered: {registered[0]!r}"
     return None
 
 
 def serial(text: str) -> str:
-    """Return a certificate's serial number as the registry writes it: lower-case hexadecimal without leading zeros."""
+    """Return a serial number in the registry's notation: lower-case hexadecimal without colons and leading zeros."""
     sign = "-" if text.startswith("-") else ""
     return sign + (text.removeprefix("-").replace(":", "").lower().lstrip("0") or "0")
 
 
 class CertificatesOnRecord:
     """
-    The certificates that live connections may show.
+    The recorded certificates among which those of live connections are looked up.
 
     Args:
         records: ``serial``, ``issuer``, ``subject``, ``common_name``, ``not_before``, ``not_after`` and ``state`` of
-            each.
+            each certificate.
     """
 
     def __init__(self, records: Iterable[Mapping[str, Any]]) -> None:
@@ -263,31 +278,35 @@ class CertificatesOnRecord:
                 self._revoked_by_name.setdefault(record["common_name"], []).append(record)
 
     def possible(self, connection: LiveConnection) -> list[Mapping[str, Any]]:
-        """Return those that a connection may show: by serial number, or the revoked ones of its names if none is told."""
+        """
+        Return the certificates that a connection may be using.
+
+        Those with its serial number; if none is reported, the revoked ones with a common name that it may have.
+        """
         if number := live_serial(connection):
             return self._by_serial.get(number, [])
         return [each for name in shown_names(connection) for each in self._revoked_by_name.get(name, [])]
 
 
 def shown_names(connection: LiveConnection) -> set[str]:
-    """Return the common names that a connection's certificate may have; none if it certainly shows none."""
+    """Return the common names that a connection's certificate may have; none if it has no certificate."""
     if connection.certificate_subject is None:
         return set()
     return {connection.user, common_name(connection.certificate_subject) or connection.user}
 
 
 def live_serial(connection: LiveConnection) -> str | None:
-    """Return the serial number that a connection shows, as the registry writes it; None if it is not told."""
+    """Return the serial number of a connection's certificate in the registry's notation; None if it is not reported."""
     number = serial(connection.certificate_serial or "-")
     return number if _SERIAL.fullmatch(number) else None
 
 
 def shows_certificate(connection: LiveConnection, record: Mapping[str, Any]) -> bool | None:
     """
-    Return whether a connection shows the certificate of a record; None if that is not known.
+    Return whether a connection uses the certificate of a record; None if that is unknown.
 
-    A certificate is its issuer and its serial number, as on a revocation list. Where one of them is not told (RabbitMQ
-    before 4.2.7 tells no serial number), another subject or validity still says that it is not this one.
+    A certificate is identified by issuer and serial number, as in a CRL. If one of them is not reported (RabbitMQ
+    before 4.2.7 reports no serial number), a different subject or validity still proves that it is another one.
 
     Args:
         record: ``serial``, ``issuer``, ``subject``, and ``not_before`` and ``not_after`` as times or ISO 8601.
@@ -299,7 +318,7 @@ def shows_certificate(connection: LiveConnection, record: Mapping[str, Any]) -> 
 
 
 def shows_as_recorded(connection: LiveConnection, record: Mapping[str, Any]) -> bool | None:
-    """Return whether all that a connection shows of its certificate is as recorded; None if that is not known."""
+    """Return whether everything reported of a connection's certificate equals its record; None if that is unknown."""
     return _every(shows_certificate(connection, record), _same_subject_and_validity(connection, record))
 
 
@@ -309,25 +328,30 @@ def _same_serial(connection: LiveConnection, record: Mapping[str, Any]) -> bool 
 
 
 def _same_subject_and_validity(connection: LiveConnection, record: Mapping[str, Any]) -> bool | None:
-    shown = (connection.certificate_validity or "").split(" - ")
-    times = [_same_time(text, record[name]) for text, name in zip(shown, ("not_before", "not_after"), strict=False)]
-    return _every(same_name(connection.certificate_subject, record["subject"]), *(times if len(shown) == 2 else [None]))
+    reported = (connection.certificate_validity or "").split(" - ")
+    times = [_same_time(text, record[name]) for text, name in zip(reported, ("not_before", "not_after"), strict=False)]
+    return _every(
+        same_name(connection.certificate_subject, record["subject"]), *(times if len(reported) == 2 else [None])
+    )
 
 
-def _same_time(shown: str, recorded: datetime | str) -> bool | None:
-    """Compare to the second; RabbitMQ writes 2075 for the UTCTime of 1975."""
+def _same_time(reported: str, recorded: datetime | str) -> bool | None:
+    """Compare two times to the second; RabbitMQ writes the year 2075 for 1975 as a UTCTime."""
     try:
-        there = datetime.fromisoformat(shown)
-        here = datetime.fromisoformat(recorded) if isinstance(recorded, str) else recorded
+        broker_time = datetime.fromisoformat(reported)
+        registry_time = datetime.fromisoformat(recorded) if isinstance(recorded, str) else recorded
     except ValueError:
         return None
-    if there.tzinfo is None or here.tzinfo is None:
+    if broker_time.tzinfo is None or registry_time.tzinfo is None:
         return None
-    there, here = (each.astimezone(UTC).replace(microsecond=0) for each in (there, here))
-    return here == there or (there.year >= 2050 and here == there.replace(year=there.year - 100))
+    broker_time, registry_time = (each.astimezone(UTC).replace(microsecond=0) for each in (broker_time, registry_time))
+    return registry_time == broker_time or (
+        broker_time.year >= 2050 and registry_time == broker_time.replace(year=broker_time.year - 100)
+    )
 
 
 def _every(*answers: bool | None) -> bool | None:
+    """Return False if any answer is; else None, for unknown, if any is; else True."""
     if False in answers:
         return False
     return None if None in answers else True

@@ -1,11 +1,11 @@
 """
-Names of certificates as texts, RFC 4514, and whether two of them are certainly the same name.
+Parse and compare distinguished names written as text (RFC 4514). Pure; uses the standard library only.
 
-One side is written by RabbitMQ, the other stands in the registry, written by a library or by hand. What of a name
-cannot be read is no difference: then it is not known.
+One text comes from RabbitMQ, the other from the registry, where a library or a person wrote it. A part that cannot be
+parsed is not counted as a difference: the result is then None, for unknown.
 
-Source: what RabbitMQ 4.3.6 was observed to write in ``peer_cert_subject`` and ``peer_cert_issuer``. It escapes the
-octets of UTF-8, and where Erlang does not know an attribute's type, it prints the value as an Erlang term.
+Source: what RabbitMQ 4.3.6 writes in ``peer_cert_subject`` and ``peer_cert_issuer``. It escapes UTF-8 byte by byte, and
+prints the value of an attribute type that Erlang does not know as an Erlang term.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ _ATTRIBUTE = re.compile(
 _ESCAPE = re.compile(rb"\\([0-9A-Fa-f]{2}|.)", re.DOTALL)
 
 _TERM = "{asn1_OPENTYPE,"
-_NUMBERS = re.compile(r"\{asn1_OPENTYPE,\s*<<(\d+(?:,\s*\d+)*)>>\}")
-_STRING = re.compile(r'\{asn1_OPENTYPE,\s*<<"((?:[ !#-\[\]-~]|\\.)*)">>\}')
+_TERM_OF_NUMBERS = re.compile(r"\{asn1_OPENTYPE,\s*<<(\d+(?:,\s*\d+)*)>>\}")
+_TERM_OF_STRING = re.compile(r'\{asn1_OPENTYPE,\s*<<"((?:[ !#-\[\]-~]|\\.)*)">>\}')
 _STRING_ESCAPE = re.compile(r"\\(.)")
 _CONTROLS = {"b": "\b", "d": "\x7f", "e": "\x1b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
 _ENCODINGS = {12: "utf-8", 19: "ascii", 20: "latin-1", 22: "ascii", 28: "utf-32-be", 30: "utf-16-be"}
-"""Of the DER tags of UTF8String, PrintableString, TeletexString, IA5String, UniversalString and BMPString."""
+"""By DER tag: UTF8String, PrintableString, TeletexString, IA5String, UniversalString and BMPString."""
 
 
 class Attribute(NamedTuple):
@@ -65,8 +65,8 @@ class Attribute(NamedTuple):
     An attribute of a name.
 
     Args:
-        type: Its object identifier; None if what is written is not known.
-        value: None if it cannot be read.
+        type: Its object identifier; None if the written name is unknown.
+        value: None if it cannot be parsed.
     """
 
     type: str | None
@@ -74,78 +74,84 @@ class Attribute(NamedTuple):
 
 
 Name = list[list[Attribute]]
-"""The relative distinguished names in the order of the text, each with its attributes."""
+"""The relative distinguished names (RDNs) in the order of the text, each a list of attributes."""
 
 
-def parsed(text: str | None) -> Name | None:
-    """Return the parts of a name, None if it cannot be read as RFC 4514."""
+def _parse(text: str | None) -> Name | None:
+    """Return a name's RDNs; None if the text is not RFC 4514."""
     if not text:
         return None
     name: Name = [[]]
     position = 0
-    while found := _ATTRIBUTE.match(text, position):
-        name[-1].append(Attribute(_type(found["type"]), _value(found["value"])))
-        position = found.end()
-        if not found["end"]:
+    while match := _ATTRIBUTE.match(text, position):
+        name[-1].append(Attribute(_type(match["type"]), _value(match["value"])))
+        position = match.end()
+        if not match["end"]:
             return name
-        if found["end"] != "+":
+        if match["end"] != "+":
             name.append([])
     return None
 
 
 def common_name(subject: str) -> str | None:
     """
-    Return the common name of a subject as RabbitMQ makes a user name of it: several are joined with commas.
+    Return a subject's common name as RabbitMQ uses it for the user name: several are joined with commas.
 
-    Empty if there is none, None if that cannot be read.
+    Empty if there is none; None if it cannot be parsed.
     """
-    if (name := parsed(subject)) is None:
+    if (name := _parse(subject)) is None:
         return None
-    names = [each.value for part in reversed(name) for each in part if each.type == _COMMON_NAME]
-    return None if None in names else ",".join(filter(None, names))
+    common_names = [attribute.value for rdn in reversed(name) for attribute in rdn if attribute.type == _COMMON_NAME]
+    return None if None in common_names else ",".join(filter(None, common_names))
 
 
 def same_name(one: str | None, other: str | None) -> bool | None:
     """
-    Return whether two texts are the same name, None if that is not known.
+    Return whether two texts are the same name; None if that is unknown.
 
-    The order of the parts does not count: some write them from the root down, others up. Values are compared as RFC
-    5280 7.1 asks for, without regard to case and repeated spaces.
+    The order of the RDNs is ignored, because some programs write the root first and others last. Values are compared
+    without regard to case and repeated spaces (RFC 5280 7.1).
     """
     if one and one == other:
         return True
-    left, right = parsed(one), parsed(other)
+    left, right = _parse(one), _parse(other)
     if left is None or right is None:
         return None
-    attributes = [[_plain(each) for part in name for each in part] for name in (left, right)]
-    if None in {field for each in attributes for attribute in each for field in attribute}:
-        return None if _may_be_same(*attributes) else False
-    return Counter(map(_part, left)) == Counter(map(_part, right))
+    left_attributes, right_attributes = ([_normalized(each) for rdn in name for each in rdn] for name in (left, right))
+    if any(None in attribute for attribute in (*left_attributes, *right_attributes)):
+        return None if _may_be_same(left_attributes, right_attributes) else False
+    return Counter(map(_comparable_rdn, left)) == Counter(map(_comparable_rdn, right))
 
 
 def _may_be_same(left: list[Attribute], right: list[Attribute]) -> bool:
-    """Return whether each value that one side alone has can be one that cannot be read on the other."""
+    """Return whether every value that only one side has may equal one that could not be parsed on the other side."""
     if len(left) != len(right):
         return False
     types = {each.type for each in (*left, *right)}
     if None in types:
         return True
-    for kind in types:
-        ours, theirs = (Counter(each.value for each in side if each.type == kind) for side in (left, right))
-        if ours.total() != theirs.total() or not (_covers(ours, theirs) and _covers(theirs, ours)):
+    for type_ in types:
+        left_values, right_values = (
+            Counter(each.value for each in side if each.type == type_) for side in (left, right)
+        )
+        if left_values.total() != right_values.total():
+            return False
+        if not (_may_contain(right_values, left_values) and _may_contain(left_values, right_values)):
             return False
     return True
 
 
-def _covers(ours: Counter[str | None], theirs: Counter[str | None]) -> bool:
-    return sum(number for value, number in (ours - theirs).items() if value is not None) <= theirs[None]
+def _may_contain(values: Counter[str | None], others: Counter[str | None]) -> bool:
+    """Return whether there are enough unparsed values (None) for all of the others that are not among the values."""
+    return sum(number for value, number in (others - values).items() if value is not None) <= values[None]
 
 
-def _part(attributes: list[Attribute]) -> frozenset[tuple[Attribute, int]]:
-    return frozenset(Counter(map(_plain, attributes)).items())
+def _comparable_rdn(attributes: list[Attribute]) -> frozenset[tuple[Attribute, int]]:
+    """Return an RDN's attributes with how often each occurs, in no order."""
+    return frozenset(Counter(map(_normalized, attributes)).items())
 
 
-def _plain(attribute: Attribute) -> Attribute:
+def _normalized(attribute: Attribute) -> Attribute:
     """Return an attribute with its value in the form in which values are compared."""
     value = attribute.value
     if value is None:
@@ -156,16 +162,17 @@ def _plain(attribute: Attribute) -> Attribute:
 
 
 def _type(text: str) -> str | None:
+    """Return the object identifier of an attribute type, written as a number or as a name; None if it is unknown."""
     name = text.lower().removeprefix("oid.")
     return name if name.replace(".", "").isdigit() else _OIDS.get(name)
 
 
 def _value(text: str) -> str | None:
-    """Return an attribute's value without escapes."""
+    """Return an attribute's value without escapes; None if it cannot be parsed."""
     if text.lstrip().startswith("#"):
-        return None  # its DER form
+        return None  # DER in hexadecimal
     octets = _ESCAPE.sub(
-        lambda found: bytes.fromhex(found[1].decode()) if len(found[1]) == 2 else found[1], text.encode()
+        lambda match: bytes.fromhex(match[1].decode()) if len(match[1]) == 2 else match[1], text.encode()
     )
     try:
         value = octets.decode()
@@ -175,17 +182,17 @@ def _value(text: str) -> str | None:
 
 
 def _value_of_term(text: str) -> str | None:
-    """Return the value of an attribute that Erlang did not decode: its DER form, printed as numbers or as a string."""
-    if found := _NUMBERS.fullmatch(text):
-        octets = bytes(int(number) % 256 for number in found[1].split(","))
-    elif found := _STRING.fullmatch(text):
-        octets = _STRING_ESCAPE.sub(lambda escape: _CONTROLS.get(escape[1], escape[1]), found[1]).encode("latin-1")
+    """Return the value in an Erlang term: DER that Erlang did not decode, printed as numbers or as a string."""
+    if match := _TERM_OF_NUMBERS.fullmatch(text):
+        octets = bytes(int(number) % 256 for number in match[1].split(","))
+    elif match := _TERM_OF_STRING.fullmatch(text):
+        octets = _STRING_ESCAPE.sub(lambda escape: _CONTROLS.get(escape[1], escape[1]), match[1]).encode("latin-1")
     else:
         return None
     if len(octets) < 2 or octets[0] not in _ENCODINGS:
         return None
-    header = 2 + (octets[1] & 0x7F if octets[1] & 0x80 else 0)
+    header_length = 2 + (octets[1] & 0x7F if octets[1] & 0x80 else 0)  # tag, and length in short or long form
     try:
-        return octets[header:].decode(_ENCODINGS[octets[0]])
+        return octets[header_length:].decode(_ENCODINGS[octets[0]])
     except UnicodeDecodeError:
         return None

@@ -1,4 +1,8 @@
-"""Finds the devices that a change of their type touches on one cluster, and notes a task for each of them."""
+"""
+Changes of a device type: find the devices that a change affects on one cluster, and create a task for each of them.
+
+Finds them through ``Enforcer``; closes and deletes nothing itself.
+"""
 
 from __future__ import annotations
 
@@ -9,69 +13,77 @@ from authbackend.enforcement.checks import Checker, SessionQueue
 from authbackend.enforcement.clusters import inspect_session
 from authbackend.enforcement.inventory import LOOK_AGAIN_S, STATISTICS_LATE_S
 from authbackend.enforcement.management_api import LiveConnection
-from authbackend.enforcement.plans import CLOCKS_S, narrowed, since, unseen
+from authbackend.enforcement.plans import CLOCKS_S, age_s, common_receipt, narrowed_by
 from authbackend.enforcement.tasks import ReplicaConfirmation, Task
 from authbackend.policy.model import Device
 
 _OWNER = "client_id_owner"
-_PART = 2000
-_LOOKS = 2
-"""Looks at which all replicas decided by the change and every node was seen; the second sees what was too young for the first."""
+_TASKS_PER_STATEMENT = 2000
+_VERIFIED_LOOKS = 2
+"""
+How many looks are needed at which all replicas decided by the change and every node was seen.
+
+The second one sees connections that were too new for the first.
+"""
 
 
-async def fan_out(enforcer: Enforcer, task: Task, confirmed: ReplicaConfirmation, nodes: dict[str, bool]) -> None:
+async def fan_out(enforcer: Enforcer, task: Task, confirmation: ReplicaConfirmation, nodes: dict[str, bool]) -> None:
     """
-    Note tasks for the devices of a type, or finish when all of those are finished.
+    Look for affected devices of a type until that is verified, then wait for their tasks, then finish.
+
+    Each call does one step and makes the task due again, or closes it.
 
     Raises:
         AuthbackendError: The store or the cluster cannot be used.
     """
     confirmed_at = task.receipt.get("confirmed_at") or enforcer.now()
     looks = task.receipt.get("looks", 0) + 1
-    verified = task.receipt.get("verified_looks", 0)
+    verified_looks = task.receipt.get("verified_looks", 0)
     moved = set(task.receipt.get("moved") or ())
-    if verified < _LOOKS:
-        touched = await _Touched.find(enforcer, task, confirmed_at)
-        moved |= touched.moved
-        for part in chunks([*touched.losing.items(), *touched.gaining.items()], _PART):
-            await enforcer.store.add(task, part)
-        verified += not confirmed.missing and all(nodes.values())
-    devices, open_ = await enforcer.store.children(task)
-    found: dict[str, Any] = {
-        "took_s": since(task, enforcer.now()),
-        "confirmed_at": None if confirmed.missing else confirmed_at,
-        "confirmed_by": confirmed.by,
-        "unconfirmed": confirmed.missing,
-        "nodes": {enforcer.actions.name: nodes},
-        "unseen_nodes": unseen({enforcer.actions.name: nodes}),
-        "devices": devices,
+    if verified_looks < _VERIFIED_LOOKS:
+        moved |= await _create_tasks(enforcer, task, confirmed_at)
+        verified_looks += not confirmation.missing and all(nodes.values())
+    number, open_ = await enforcer.store.children(task)
+    receipt: dict[str, Any] = {
+        "took_s": age_s(task, enforcer.now()),
+        **common_receipt(confirmation.by, confirmation.missing, {enforcer.actions.name: nodes}, confirmed_at),
+        "devices": number,
         "looks": looks,
-        "verified_looks": verified,
+        "verified_looks": verified_looks,
     }
-    if verified >= _LOOKS:  # until now a look may have missed young connections, so all that moved were held
-        found["moved"] = sorted(moved)
-    if verified < _LOOKS:
-        await enforcer.store.check_later({task.id: found}, min(LONGEST_BACK_OFF_S, STATISTICS_LATE_S * looks))
+    if verified_looks < _VERIFIED_LOOKS:
+        await enforcer.store.check_later({task.id: receipt}, min(LONGEST_BACK_OFF_S, STATISTICS_LATE_S * looks))
         return
+    # Not before: once receipts have it, only these client ids stay held, and earlier looks may have missed some.
+    receipt["moved"] = sorted(moved)
     if open_:
-        await enforcer.store.check_later({task.id: found}, LOOK_AGAIN_S)
+        await enforcer.store.check_later({task.id: receipt}, LOOK_AGAIN_S)
         if _OWNER in task.causes:
             await enforcer.store.hold_client_ids(task.name)
         return
-    enforcer.observer.enforced(task.causes, found["took_s"])
-    await enforcer.store.finish({task.id: {**found, "checked_at": enforcer.now_as_text()}})
+    enforcer.observer.enforced(task.causes, receipt["took_s"])
+    await enforcer.store.finish({task.id: {**receipt, "checked_at": enforcer.now_as_text()}})
     if _OWNER in task.causes:
         await enforcer.store.release_client_ids(task.name, task.id)
 
 
-class _Touched:
+async def _create_tasks(enforcer: Enforcer, task: Task, confirmed_at: float) -> set[str]:
+    """Create tasks for the affected devices that one look sees; return the client ids in use that moved."""
+    affected = await _AffectedDevices.find(enforcer, task, confirmed_at)
+    for devices in chunks([*affected.losing.items(), *affected.gaining.items()], _TASKS_PER_STATEMENT):
+        await enforcer.store.add(task, devices)
+    return affected.moved
+
+
+class _AffectedDevices:
     """
-    The devices of a type to which its change does something.
+    The devices of a type that its change affects, among those that are connected or have a session.
 
     Attributes:
-        losing: by device id, the details of a task for a device from which something is taken.
-        gaining: by device id, the details of a task for a device that gets client ids which others use; it may lose, too.
-        moved: client ids in use that passed from one device to another.
+        losing: Details of a task by device id, for each device that loses something.
+        gaining: Details of a task by device id, for each device that gains client ids which another device still uses;
+            it may also be losing.
+        moved: Client ids in use that passed from one device to another.
     """
 
     def __init__(self, enforcer: Enforcer, task: Task) -> None:
@@ -80,73 +92,78 @@ class _Touched:
         self.moved: set[str] = set()
         self._enforcer = enforcer
         self._task = task
-        self._former = tuple(task.details.get("client_ids") or ()) if _OWNER in task.causes else None
+        self._former_patterns = tuple(task.details.get("client_ids") or ()) if _OWNER in task.causes else None
 
     @classmethod
-    async def find(cls, enforcer: Enforcer, task: Task, confirmed_at: float) -> _Touched:
-        """Return those that are connected, or have a session."""
-        found = cls(enforcer, task)
-        await found._connections(confirmed_at)
-        await found._sessions()
-        return found
+    async def find(cls, enforcer: Enforcer, task: Task, confirmed_at: float) -> _AffectedDevices:
+        """Look through all connections and sessions of the cluster."""
+        affected = cls(enforcer, task)
+        await affected._add_connected(confirmed_at)
+        await affected._add_owners_of_sessions()
+        return affected
 
-    def _move(self, checker: Checker, client_id: str | None) -> bool:
-        """Note a client id that is in use if it has passed to a device of the type; return whether it has."""
-        pair = None
-        if self._former is not None and client_id:
-            pair = checker.taken_from(self._task.name, self._former, client_id)
-        if pair is None or client_id is None:
+    def _add_if_moved(self, checker: Checker, client_id: str | None) -> bool:
+        """Add the new owner of a client id in use, if the id passed to a device of the type; return whether it did."""
+        if self._former_patterns is None or not client_id:
             return False
-        owner, before = pair
+        change = checker.owner_change(self._task.name, self._former_patterns, client_id)
+        if change is None:
+            return False
+        owner, former_owner = change
         details = self.gaining.setdefault(owner.device_id, self._details_of(owner))
-        details["users"] = sorted({*details.get("users", ()), before.common_name})
+        details["users"] = sorted({*details.get("users", ()), former_owner.common_name})
         details["moved"] = sorted({*details.get("moved", ()), client_id})
         self.moved.add(client_id)
         return True
 
-    async def _connections(self, confirmed_at: float) -> None:
-        task = self._task
-        # By other causes only those are touched that would be refused now.
-        by_rules = not task.causes.isdisjoint({"rules", "renamed"})
-        narrows = self._enforcer.check(lambda checker: narrowed(checker, task)) if by_rules else frozenset[str]()
+    async def _add_connected(self, confirmed_at: float) -> None:
+        """
+        Add the devices with connections that must end.
 
-        def loses(checker: Checker, connection: LiveConnection) -> Device | None:
-            if self._move(checker, connection.client_id):
+        RabbitMQ remembers for a connection what it may publish. So if the rules for publishing may have narrowed, every
+        connection from before the confirmation ends; otherwise only connections that would be refused now.
+        """
+        task = self._task
+        by_rules = not task.causes.isdisjoint({"rules", "renamed"})
+        narrowed = self._enforcer.check(lambda checker: narrowed_by(checker, task)) if by_rules else frozenset[str]()
+
+        def losing_device(checker: Checker, connection: LiveConnection) -> Device | None:
+            if self._add_if_moved(checker, connection.client_id):
                 return None
             device = checker.registry.device_by_name(connection.user)
             if device is None or device.type != task.name:
                 return None
             older = connection.connected_at <= confirmed_at + CLOCKS_S
-            return device if checker.connection(connection) or ("publish" in narrows and older) else None
+            return device if checker.connection(connection) or ("publish" in narrowed and older) else None
 
         async for page in self._enforcer.actions.cluster.connections():
-            for device in await self._enforcer.in_parts(page, loses):
+            for device in await self._enforcer.check_each(page, losing_device):
                 if device is not None:
                     self.losing.setdefault(device.device_id, self._details_of(device))
 
-    async def _sessions(self) -> None:
-        """Add the devices of the type whose sessions are not as they should be."""
+    async def _add_owners_of_sessions(self) -> None:
+        """Add the devices with sessions that the registry does not allow, or not entirely."""
 
-        def owner(checker: Checker, session: SessionQueue) -> Device | None:
-            if self._move(checker, session.client_id):
+        def owning_device(checker: Checker, session: SessionQueue) -> Device | None:
+            if self._add_if_moved(checker, session.client_id):
                 return None
-            found = checker.owner(session.client_id)
-            return found if isinstance(found, Device) and found.type == self._task.name else None
+            owner = checker.owner(session.client_id)
+            return owner if isinstance(owner, Device) and owner.type == self._task.name else None
 
         sessions = await self._enforcer.actions.sessions()
-        owners = await self._enforcer.in_parts(sessions, owner)
-        mine = [
+        owners = await self._enforcer.check_each(sessions, owning_device)
+        owned = [
             (session, device)
             for session, device in zip(sessions, owners, strict=True)
             if device is not None and device.device_id not in self.losing
         ]
-        bindings = await self._enforcer.actions.listed_bindings([session for session, _ in mine]) if mine else {}
+        bindings = await self._enforcer.actions.bindings_of_all([session for session, _ in owned]) if owned else {}
 
-        def wrong(checker: Checker, item: tuple[SessionQueue, Device]) -> bool:
+        def is_violation(checker: Checker, item: tuple[SessionQueue, Device]) -> bool:
             session, _ = item
             return inspect_session(checker, session, bindings[session.queue.vhost, session.queue.name]) is not None
 
-        for (_, device), violated in zip(mine, await self._enforcer.in_parts(mine, wrong), strict=True):
+        for (_, device), violated in zip(owned, await self._enforcer.check_each(owned, is_violation), strict=True):
             if violated:
                 self.losing.setdefault(device.device_id, self._details_of(device))
 

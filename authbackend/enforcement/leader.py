@@ -1,8 +1,8 @@
 """
-Leader election for enforcement, and the parts that the leader runs.
+Leader election for enforcement, and the parts that the leader runs: lanes and a sweep per cluster, timers, monitoring.
 
-Each part has a connection to the database of its own and is started again by itself when it fails, so that a fault of one
-never stops another.
+Each part has its own database connection and is restarted on its own when it fails, so an error in one part never stops
+another. The lock and the store are passed in; ``service.components`` wires them to PostgreSQL.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ log = structlog.get_logger(__name__)
 BACKLOG_EVERY_S = 2.0
 RECORD_DUE_EVERY_S = 0.5
 HAND_OVER_S = 20.0
-"""After this time without reaching any cluster, another replica gets a chance."""
+"""A leader that has reached no cluster for this long steps down, so that another replica can try."""
 
 _URGENT_CONFIRM_S, _BULK_CONFIRM_S = 0.5, 2.0
 _URGENT_CALLS, _BULK_CALLS, _SWEEP_CALLS = 4, 4, 1
@@ -43,30 +43,30 @@ Part = Callable[[TaskStore], Awaitable[None]]
 
 
 class LeaderObserver(EnforcerObserver, SweepObserver, Protocol):
-    """Is told everything, for metrics."""
+    """Receives everything that the parts report, for metrics."""
 
     def leads(self, leading: bool) -> None:
-        """Whether this replica is the one that enforces."""
+        """Set whether this replica is the leader."""
 
     def backlog(self, backlog: Backlog) -> None:
-        """What is open."""
+        """Set what has not been done yet."""
 
 
 class Lock(Protocol):
-    """The lock of the one replica that enforces, while it is held."""
+    """The leader's lock, while this replica holds it."""
 
     async def lost(self) -> None:
-        """Wait until it is held no more."""
+        """Wait until the lock is lost, then raise ``Unavailable``."""
 
 
 @dataclass(frozen=True, slots=True)
 class LeaderSettings:
     """
-    How to enforce.
+    The settings of enforcement.
 
     Args:
-        clusters: By name, a function that opens connections of its own to the cluster.
-        per_second: Users whose connections are closed a second for everything that is not urgent.
+        clusters: By name, a function that creates a client of the cluster with its own connections.
+        per_second: How many closing calls each bulk lane and each sweep may make per second.
     """
 
     clusters: Mapping[str, Callable[[], Cluster]]
@@ -77,13 +77,13 @@ class LeaderSettings:
 
 class Leader:
     """
-    Enforces whenever no other replica does.
+    Enforcement by this replica, whenever no other replica is the leader.
 
     Args:
-        lock: Waits for the lock, and holds it for the time of the block.
-        open_store: Opens a store of its own for the part of that name.
-        registry: The registry in memory of this replica.
-        reachability: Of the database.
+        lock: Waits for the lock, then holds it for the duration of the block.
+        open_store: Opens a store for the part with the given name.
+        registry: This replica's copy of the registry.
+        reachability: That of the database, shared with the other parts of this process.
     """
 
     def __init__(
@@ -102,32 +102,33 @@ class Leader:
         self._settings = settings
         self._reachability = reachability
         self._lanes: dict[str, UrgentLane | BulkLane] = {}
-        self._blocked: set[tuple[str, str | None]] = set()
+        self._logged_overdue: set[tuple[str, str | None]] = set()
 
     async def run(self) -> None:
-        """Take turns with the other replicas, until cancelled."""
+        """Wait for the lock and lead while holding it, again and again until cancelled."""
         backoff = Backoff()
-        left = FaultLog("enforcement.left")  # its end is enforcement.leading, here or at another replica
+        step_downs = FaultLog("enforcement.left")  # its counterpart is enforcement.leading, here or at another replica
         while True:
             try:
-                while self._copy_age_s() > OLDEST_COPY_S:  # noqa: ASYNC110 - the store tells nobody
+                while self._copy_age_s() > OLDEST_COPY_S:  # noqa: ASYNC110 - the copy has no event to wait for
                     await asyncio.sleep(0.1)
                 async with self._lock() as lock:
                     backoff.reset()
-                    left.succeeded()
+                    step_downs.succeeded()
                     await self._lead(lock)
             except AuthbackendError as error:
-                left.failed(error.detail)
-            except Exception:  # a bug must not end enforcement for good
+                step_downs.failed(error.detail)
+            except Exception:  # a bug in authbackend must not end enforcement for good
                 log.exception("enforcement.crashed")
             await self._reachability.pause(backoff)
 
     def _copy_age_s(self) -> float:
-        """Return how old the copy of the registry is; infinite before it has been loaded."""
+        """Return the age of the registry copy; infinite until it is loaded."""
         with self._registry.reader() as registry:
             return registry.age_s
 
     async def _lead(self, lock: Lock) -> None:
+        """Run all parts until the lock is lost or another replica should lead."""
         log.info("enforcement.leading")
         self._observer.leads(True)
         self._lanes.clear()
@@ -138,8 +139,8 @@ class Leader:
                 f"bulk {name}": self._bulk(open_cluster),
                 f"sweep {name}": self._sweep(open_cluster),
             }
-        running = [asyncio.create_task(self._keep(name, part)) for name, part in parts.items()]
-        running += [asyncio.create_task(lock.lost()), asyncio.create_task(self._hand_over())]
+        running = [asyncio.create_task(self._keep_running(name, part)) for name, part in parts.items()]
+        running += [asyncio.create_task(lock.lost()), asyncio.create_task(self._step_down_if_useless())]
         try:
             done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -150,8 +151,8 @@ class Leader:
             await asyncio.gather(*running, return_exceptions=True)
             self._observer.leads(False)
 
-    async def _keep(self, name: str, part: Part) -> None:
-        """Run a part, again and again if it fails."""
+    async def _keep_running(self, name: str, part: Part) -> None:
+        """Run a part, and restart it when it fails."""
         backoff = Backoff()
         faults = FaultLog("enforcement.part_failed", "enforcement.part_running", part=name)
         while True:
@@ -163,7 +164,7 @@ class Leader:
                     await part(store)
             except AuthbackendError as error:
                 faults.failed(error.detail)
-            except Exception:  # a bug in one part must not end the others
+            except Exception:  # a bug in one part must not stop the others
                 log.exception("enforcement.crashed", part=name)
             await self._reachability.pause(backoff)
 
@@ -203,23 +204,23 @@ class Leader:
         return part
 
     async def _record_due(self, store: TaskStore) -> None:
-        """Make what has become due by time."""
-        fault = None
+        """Carry out expiries and scheduled changes when they are due."""
+        logged = None
         while True:
-            found = await store.record_due()
-            if found and found != fault:
-                log.error("schedule.failed", fault=found)
-            fault = found
+            fault = await store.record_due()
+            if fault and fault != logged:
+                log.error("schedule.failed", fault=fault)
+            logged = fault
             await asyncio.sleep(RECORD_DUE_EVERY_S)
 
     async def _monitor(self, store: TaskStore) -> None:
-        """Count what is open, name what is held up, and forget what was done long ago, whether clusters answer or not."""
+        """Report the backlog, log pauses and late scheduled changes, and delete old tasks."""
         paused = None
         while True:
             await store.forget_done()
             backlog = await store.backlog()
             self._observer.backlog(backlog)
-            self._name_blocked(backlog.overdue)
+            self._log_overdue(backlog.overdue)
             if backlog.paused != paused:
                 paused = backlog.paused
                 if paused is None:
@@ -234,10 +235,10 @@ class Leader:
                     )
             await asyncio.sleep(BACKLOG_EVERY_S)
 
-    def _name_blocked(self, overdue: tuple[Overdue, ...]) -> None:
-        blocked = {(each.device_id, each.holder) for each in overdue}
+    def _log_overdue(self, overdue: tuple[Overdue, ...]) -> None:
+        """Log each scheduled change that is late, once for each session that blocks it."""
         for each in overdue:
-            if (each.device_id, each.holder) not in self._blocked:
+            if (each.device_id, each.holder) not in self._logged_overdue:
                 log.warning(
                     "schedule.blocked",
                     device=each.device_id,
@@ -245,20 +246,24 @@ class Leader:
                     due=str(each.at),
                     held_by=each.holder or "nobody is seen holding its row",
                 )
-        self._blocked = blocked
+        self._logged_overdue = {(each.device_id, each.holder) for each in overdue}
 
-    async def _hand_over(self) -> None:
+    async def _step_down_if_useless(self) -> None:
         """
-        Notice that this replica cannot do what must be done.
+        Watch whether this replica can enforce at all.
 
         Raises:
-            Unavailable: No cluster can be reached from here, for so long that another replica should try; or what this one
-                knows of the registry is too old.
+            Unavailable: It has reached no cluster for ``HAND_OVER_S``, or its copy of the registry is too old.
         """
         while True:
             await asyncio.sleep(1.0)
             if (age_s := self._copy_age_s()) > OLDEST_COPY_S:
-                raise Unavailable(f"the copy of the registry is {age_s:.0f} s old; another replica may enforce")
-            since = [lane.unreachable_since for lane in self._lanes.values()]
-            if since and all(each is not None and time.monotonic() - each > HAND_OVER_S for each in since):
-                raise Unavailable(f"no cluster could be reached for {HAND_OVER_S:g} s; another replica may try")
+                raise Unavailable(
+                    f"the copy of the registry is {age_s:.0f} s old; this replica stops enforcing, so that another can"
+                )
+            unreachable = [lane.unreachable_since for lane in self._lanes.values()]
+            if unreachable and all(at is not None and time.monotonic() - at > HAND_OVER_S for at in unreachable):
+                raise Unavailable(
+                    f"no cluster could be reached for {HAND_OVER_S:g} s; this replica stops enforcing, so that another"
+                    " can try"
+                )

@@ -1,4 +1,4 @@
-"""What enforcement counts."""
+"""Prometheus metrics of enforcement: implements the observer Protocols of ``leader``, ``batch`` and ``sweep``."""
 
 from __future__ import annotations
 
@@ -12,31 +12,35 @@ TOOK_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 
 
 
 class EnforcementMetrics:
-    """Counters, and the gauges of the one replica that enforces; those of the others are 0 or absent."""
+    """
+    The metrics of one replica.
+
+    Gauges are set by the leader only; those of other replicas are 0 or absent.
+    """
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._leading = Gauge(
             "authbackend_enforcement_leading",
-            "1 on the one replica that enforces; nothing is enforced where no replica has 1.",
+            "1 on the leader, the one replica that enforces; if no replica has 1, nothing is enforced.",
             registry=registry,
             multiprocess_mode="livesum",
         )
         self._open = Gauge(
             "authbackend_enforcement_tasks",
-            "Changes that are not yet true for what is connected, by state: waiting, checking.",
+            "Open tasks, by state: waiting (not started), checking (that nothing is left).",
             ["state"],
             registry=registry,
             multiprocess_mode="livesum",
         )
         self._oldest = Gauge(
             "authbackend_enforcement_oldest_task_seconds",
-            "Age of the oldest open task that is due; 0 without one.",
+            "Age of the oldest open task; 0 without one.",
             registry=registry,
             multiprocess_mode="livesum",
         )
         self._holds = Gauge(
             "authbackend_enforcement_holds",
-            "Devices kept from logging in while their sessions are put right, by state: held, lifted (by the limit, before the work was done).",
+            "Devices whose logins are held while their sessions are repaired, by state: held, lifted (at the time limit, before the repair was done).",
             ["state"],
             registry=registry,
             multiprocess_mode="livesum",
@@ -44,7 +48,7 @@ class EnforcementMetrics:
         self._done = Counter("authbackend_enforcement_done", "Tasks done, by cause.", ["cause"], registry=registry)
         self._failures = Counter(
             "authbackend_enforcement_failures",
-            "Tasks that could not be done when they were due, and were put off.",
+            "Tasks that failed and were postponed.",
             registry=registry,
         )
         self._took = Histogram(
@@ -53,13 +57,13 @@ class EnforcementMetrics:
             buckets=TOOK_BUCKETS_S,
             registry=registry,
         )
-        self._what_is_held_up(registry)
-        self._what_ended(registry)
+        self._add_obstacles(registry)
+        self._add_results(registry)
 
-    def _what_is_held_up(self, registry: CollectorRegistry) -> None:
+    def _add_obstacles(self, registry: CollectorRegistry) -> None:
         self._lock_taken = Gauge(
             "authbackend_enforcement_lock_taken",
-            "1 on a replica that waits for the lock of enforcement while a session that is no replica holds it: nobody enforces.",
+            "1 on a replica that waits for the leader's lock while a session that is not a replica's holds it, so that nothing is enforced.",
             registry=registry,
             multiprocess_mode="livesum",
         )
@@ -70,14 +74,14 @@ class EnforcementMetrics:
             registry=registry,
             multiprocess_mode="livesum",
         )
-        self._blocked = Gauge(
+        self._overdue = Gauge(
             "authbackend_schedule_overdue",
-            "Scheduled changes of devices that are late; most often somebody keeps the device's row locked.",
+            "Scheduled changes of devices that are late, usually because another session has locked the device's row.",
             registry=registry,
             multiprocess_mode="livesum",
         )
 
-    def _what_ended(self, registry: CollectorRegistry) -> None:
+    def _add_results(self, registry: CollectorRegistry) -> None:
         self._clusters: set[str] = set()
         self._ended = Counter(
             "authbackend_enforcement_ended",
@@ -85,38 +89,41 @@ class EnforcementMetrics:
             ["kind"],
             registry=registry,
         )
-        self._found = Gauge(
+        self._findings = Gauge(
             "authbackend_sweep_findings",
-            "What the last sweep found that should not be there, by cluster and cause.",
+            "Connections and sessions that the last sweep reported, by cluster and cause.",
             ["cluster", "cause"],
             registry=registry,
             multiprocess_mode="livesum",
         )
-        self._swept = Counter("authbackend_sweep_ended", "What sweeps ended, by cause.", ["cause"], registry=registry)
+        self._swept = Counter(
+            "authbackend_sweep_ended",
+            "Connections and sessions that sweeps ended, by cause.",
+            ["cause"],
+            registry=registry,
+        )
         self._sweep_duration = Histogram(
             "authbackend_sweep_duration_seconds",
-            "Duration of the sweep of a cluster.",
+            "Time to sweep a cluster.",
             buckets=TOOK_BUCKETS_S,
             registry=registry,
         )
-        self._sweep_failures = Counter(
-            "authbackend_sweep_failures", "Sweeps that could not be done.", registry=registry
-        )
+        self._sweep_failures = Counter("authbackend_sweep_failures", "Sweeps that failed.", registry=registry)
 
     def leads(self, leading: bool) -> None:
-        """Whether this replica is the one that enforces."""
+        """Set whether this replica is the leader; if not, clear what only the leader reports."""
         self._leading.set(leading)
         if not leading:
             self.backlog(Backlog({}, 0.0, 0, 0))
             for cluster in self._clusters:
-                self._findings(cluster, Report())
+                self._set_findings(cluster, Report())
 
     def lock_taken(self, taken: bool) -> None:
-        """Whether a session that is no replica keeps this one from enforcing."""
+        """Set whether a session that is not a replica's holds the leader's lock."""
         self._lock_taken.set(taken)
 
     def backlog(self, backlog: Backlog) -> None:
-        """Take what is open."""
+        """Set what has not been done yet."""
         for state in ("waiting", "checking"):
             self._open.labels(state).set(backlog.tasks.get(state, 0))
         self._oldest.set(backlog.oldest_s)
@@ -124,36 +131,36 @@ class EnforcementMetrics:
         self._holds.labels("lifted").set(backlog.overdue_holds)
         self._paused.labels("bulk").set(backlog.paused is not None)
         self._paused.labels("urgent").set(backlog.paused is not None and backlog.paused.stops(URGENT))
-        self._blocked.set(len(backlog.overdue))
+        self._overdue.set(len(backlog.overdue))
 
-    def ended(self, done: Actions) -> None:
-        """Connections were closed, queues deleted, subscriptions removed."""
-        self._ended.labels("connection").inc(sum(done.closed.values()))
-        self._ended.labels("queue").inc(len(done.deleted))
-        self._ended.labels("subscription").inc(len(done.unbound))
+    def ended(self, actions: Actions) -> None:
+        """Count closed connections, deleted queues and removed subscriptions."""
+        self._ended.labels("connection").inc(sum(actions.closed.values()))
+        self._ended.labels("queue").inc(len(actions.deleted))
+        self._ended.labels("subscription").inc(len(actions.unbound))
 
     def enforced(self, causes: frozenset[str], seconds: float) -> None:
-        """A task is done; ``seconds`` from the change to the end of the last connection."""
+        """Count a finished plan; ``seconds`` from the change to the end of the last connection."""
         for cause in causes:
             self._done.labels(cause).inc()
         self._took.observe(seconds)
 
     def enforcement_failed(self, tasks: int) -> None:
-        """Tasks could not be done now."""
+        """Count tasks that failed and were postponed."""
         self._failures.inc(tasks)
 
     def swept(self, cluster: str, report: Report) -> None:
-        """A cluster was compared."""
+        """Set what a sweep found, and count what it ended."""
         self._clusters.add(cluster)
-        self._findings(cluster, report)
+        self._set_findings(cluster, report)
         for cause, number in report.ended.items():
             self._swept.labels(cause).inc(number)
         self._sweep_duration.observe(report.duration_s)
 
-    def _findings(self, cluster: str, report: Report) -> None:
+    def _set_findings(self, cluster: str, report: Report) -> None:
         for cause in CAUSES:
-            self._found.labels(cluster, cause).set(report.found[cause])
+            self._findings.labels(cluster, cause).set(report.found[cause])
 
     def sweep_failed(self) -> None:
-        """A sweep could not be done."""
+        """Count a failed sweep."""
         self._sweep_failures.inc()

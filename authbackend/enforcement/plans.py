@@ -1,4 +1,9 @@
-"""What tasks come to: whose connections must end, whose sessions are looked at, and what the receipt says. Pure."""
+"""
+Turn tasks into plans (whose connections end, whose sessions are inspected) and into receipts. Pure.
+
+A plan is carried out in several looks at the cluster, which its receipt counts in ``looks``: the first ends what it
+finds, the later ones make sure that nothing is left. Uses ``checks`` and ``policy``.
+"""
 
 from __future__ import annotations
 
@@ -18,34 +23,36 @@ from authbackend.policy.rules import Effect, Permission
 
 _ACTIONS = {Permission.WRITE: "publish", Permission.READ: "subscribe"}
 CLOCKS_S = 2.0
-"""How far the clocks of brokers and of the database may be apart."""
+"""How far the clocks of the brokers and of the database may differ."""
 
 _BOTH = frozenset({"publish", "subscribe"})
 _UNDONE_BY_ACTIVE = frozenset({"pending", "suspended", "revoked", "expired"})
-"""Causes that are no longer true of a device that is active again."""
+"""Causes that no longer hold once a device is active again."""
 
 
 @dataclass(eq=False)
 class Plan:
     """
-    What the open tasks about one device, account or certificate come to.
+    What must be done for all open tasks about one device, account or certificate.
 
     Args:
-        task: What changed; several tasks about the same are one here.
-        ids: Of the tasks.
-        superseded: Why nothing is to be done any more; None if something is.
-        users: User names whose connections must end.
-        held: True if the device's logins are held until this is done.
-        actions: Which rules narrowed.
-        sessions: Device ids and client ids whose sessions are looked at.
-        certificate: The record of a revoked certificate: only connections with it end.
-        lists: Of a revoked certificate: what is known of the lists on the nodes; see :func:`lists_on`.
-        moved: Client ids that have passed to the device: only connections of its users with them end.
-        confirmed: True if every replica decides by the change by now.
-        now: Returns the database's clock, seconds since the epoch: what is noted must not hang on the clock of a replica.
-        fault: Why it could not be done this time.
-        interrupted: True if a pause began before all of it was done.
-        again_at_once: True if it must be planned anew: meanwhile the registry allows again what it is about.
+        task: The tasks, merged into one.
+        ids: The ids of the tasks.
+        superseded: Why nothing needs to be done any more; None otherwise.
+        users: User names whose connections end.
+        held: Whether the device's logins are held until this is done.
+        narrowed: Which of ``publish`` and ``subscribe`` lost something.
+        sessions: Device ids and client ids whose sessions are inspected.
+        certificate: The record of a revoked certificate; then only connections that use it end.
+        crls: The state of the revoked certificate's CRL on the nodes; see :func:`crl_states`.
+        moved: Client ids that passed to the device from ``users``; then only connections with these client ids end.
+        confirmed: Whether every replica decides by the change now.
+        database_time: Returns the database's clock, seconds since the epoch; receipts must not depend on the clock of
+            a replica.
+        fault: Why it could not be done in this look.
+        interrupted: Whether a pause began before everything was done.
+        plan_again: Whether the tasks must be planned again, because the registry has come to allow what they ended.
+        done: What was done in this look.
     """
 
     task: Task
@@ -53,96 +60,96 @@ class Plan:
     superseded: str | None = None
     users: set[str] = field(default_factory=set)
     held: bool = False
-    actions: frozenset[str] = frozenset()
+    narrowed: frozenset[str] = frozenset()
     sessions: list[str] = field(default_factory=list)
     certificate: dict[str, Any] | None = None
-    lists: dict[str, Any] = field(default_factory=dict)
+    crls: dict[str, Any] = field(default_factory=dict)
     moved: frozenset[str] = frozenset()
     confirmed: bool = False
-    now: Callable[[], float] = time.time
+    database_time: Callable[[], float] = time.time
     fault: str | None = None
     interrupted: bool = False
-    again_at_once: bool = False
+    plan_again: bool = False
     done: Actions = field(default_factory=Actions)
 
     @property
-    def about(self) -> tuple[str, str]:
-        """Kind and name."""
+    def subject(self) -> tuple[str, str]:
+        """Kind and name of what it is about."""
         return self.task.kind, self.task.name
 
     @property
     def first_look(self) -> bool:
-        """True if nothing has been ended for it yet."""
+        """Whether at least one of its tasks is waiting for its first look."""
         return self.task.state == "waiting"
 
     @property
-    def closed_before(self) -> bool:
-        """True if its connections were closed at an earlier look, when all replicas decided by the change."""
+    def confirmed_before(self) -> bool:
+        """Whether all replicas decided by the change at an earlier look; its users may have logged in again since."""
         return bool(self.task.receipt.get("confirmed_at"))
 
     @property
-    def just_confirmed(self) -> bool:
-        """True if at the look before, a replica could still let somebody in: what came since may not be seen yet."""
+    def unconfirmed_before(self) -> bool:
+        """Whether a replica could still let clients in at the last look; it may have missed the newest connections."""
         return bool(self.task.receipt) and not self.task.receipt.get("confirmed_at")
 
     @property
-    def just_listed(self) -> bool:
-        """True if at the look before, the list was not on every node that reports: what came since may not be seen yet."""
-        return bool(awaited_lists(self.task.receipt.get("lists") or {}))
+    def crl_awaited_before(self) -> bool:
+        """Whether a node could still accept the certificate at the last look, which may have missed new connections."""
+        return bool(nodes_awaiting_crl(self.task.receipt.get("lists") or {}))
 
     @property
     def selective(self) -> bool:
-        """True if not all connections of its users end, also at the first look."""
+        """Whether only some of its users' connections end, at the first look as well."""
         return self.certificate is not None or bool(self.moved)
 
     @property
-    def ends_with_activation(self) -> bool:
-        """True if it is about a device that may not be connected, and about nothing else."""
+    def undone_by_activation(self) -> bool:
+        """Whether nothing remains to be done once the device is active again."""
         return self.task.kind == "device" and self.task.causes <= _UNDONE_BY_ACTIVE
 
     def ends(self, connection: LiveConnection) -> bool | None:
         """
-        Return whether a connection of its users ends, where not all of them do; None if that cannot be told.
+        Return whether a connection of its users ends, in a plan where not all of them do; None if that is unknown.
 
-        Who may be connected may have logged in anew: then only what is older than the moment at which every replica had
-        confirmed ends. Until then nothing more: a replica that is silent for long must not have everybody thrown out
-        again and again.
+        A user who is still permitted may have logged in again after being closed. So at a later look only connections
+        end that are older than the confirmation by every replica, and none before that confirmation: one replica that
+        stays silent must not cause its clients to be closed at every look.
         """
         if self.certificate is not None:
             return shows_certificate(connection, self.certificate)
         if self.moved:
             return None if connection.client_id is None else connection.client_id in self.moved
-        since_ = self.task.receipt.get("confirmed_at")
-        if not since_ and not self.confirmed:
+        confirmed_at = self.task.receipt.get("confirmed_at")
+        if not confirmed_at and not self.confirmed:
             return False
-        return connection.connected_at <= (since_ or self.now()) + CLOCKS_S
+        return connection.connected_at <= (confirmed_at or self.database_time()) + CLOCKS_S
 
 
 def grouped(tasks: Iterable[Task]) -> list[list[Task]]:
-    """Return tasks about devices, accounts and certificates, those about the same together."""
+    """Group tasks by device, account or certificate; those about moved client ids form groups of their own."""
 
-    def about(task: Task) -> tuple[str, str, str]:
-        """Certificates of two authorities may have the same number."""
-        return task.kind, task.name, str(task.details.get("issuer", "")) + str(sorted(task.details.get("moved", ())))
+    def subject(task: Task) -> tuple[str, str, str]:
+        issuer = str(task.details.get("issuer", ""))  # certificates of two authorities may have the same serial number
+        return task.kind, task.name, issuer + str(sorted(task.details.get("moved", ())))
 
-    return [list(group) for _, group in groupby(sorted(tasks, key=about), key=about)]
-
-
-def plan(checker: Checker, same: list[Task]) -> Plan:
-    """Return what the tasks about one device, account or certificate come to."""
-    task = _merged(same)
-    made = _PLANS[task.kind](checker, task)
-    made.ids = [each.id for each in same]
-    return made
+    return [list(group) for _, group in groupby(sorted(tasks, key=subject), key=subject)]
 
 
-def _merged(same: list[Task]) -> Task:
-    """Return one task for several about the same; it waits for its first look if one of them does."""
-    details = [task.details for task in same]
-    waiting = any(task.state == "waiting" for task in same)
+def plan(checker: Checker, tasks: list[Task]) -> Plan:
+    """Return the plan for a group of tasks, by the registry as it is now."""
+    task = _merged(tasks)
+    result = _PLANS[task.kind](checker, task)
+    result.ids = [each.id for each in tasks]
+    return result
+
+
+def _merged(tasks: list[Task]) -> Task:
+    """Merge a group of tasks into one, which waits for its first look if any of them does."""
+    details = [task.details for task in tasks]
+    waiting = any(task.state == "waiting" for task in tasks)
     return replace(
-        same[0],
-        causes=frozenset[str]().union(*(task.causes for task in same)),
+        tasks[0],
+        causes=frozenset[str]().union(*(task.causes for task in tasks)),
         details={
             "users": sorted(
                 {name for each in details for name in (each.get("common_name"), *each.get("users", ())) if name}
@@ -152,20 +159,22 @@ def _merged(same: list[Task]) -> Task:
             "moved": sorted({client_id for each in details for client_id in each.get("moved", ())}),
             "former_users": sorted({name for each in details for name in each.get("users", ())}),
             "certificate": {name: details[0].get(name) for name in ("issuer", "subject", "not_before", "not_after")},
-            "former_client_ids": next((x["former_client_ids"] for x in details if "former_client_ids" in x), None),
+            "former_client_ids": next(
+                (each["former_client_ids"] for each in details if "former_client_ids" in each), None
+            ),
         },
         state="waiting" if waiting else "checking",
-        receipt=_merged_receipt(same),
+        receipt=_merged_receipt(tasks),
     )
 
 
-def _merged_receipt(same: list[Task]) -> dict[str, Any]:
-    """Return what has been done so far; replicas have confirmed several changes when they have confirmed the last one."""
-    made = dict(next((task.receipt for task in same if task.receipt), {}))
-    confirmed = [task.receipt.get("confirmed_at") or 0.0 for task in same]
-    if made:
-        made["confirmed_at"] = max(confirmed) if all(confirmed) else None
-    return made
+def _merged_receipt(tasks: list[Task]) -> dict[str, Any]:
+    """Return a group's receipt so far: that of its first task with one, confirmed once all tasks are confirmed."""
+    merged = dict(next((task.receipt for task in tasks if task.receipt), {}))
+    confirmed_at = [task.receipt.get("confirmed_at") or 0.0 for task in tasks]
+    if merged:
+        merged["confirmed_at"] = max(confirmed_at) if all(confirmed_at) else None
+    return merged
 
 
 def _device_plan(checker: Checker, task: Task) -> Plan:
@@ -177,23 +186,23 @@ def _device_plan(checker: Checker, task: Task) -> Plan:
         return Plan(task, [], users=users, sessions=[task.name])
     if task.causes <= _UNDONE_BY_ACTIVE:
         return Plan(task, [], superseded="the device is active again")
-    actions = narrowed(checker, task)
-    if not actions:
-        return Plan(task, [])  # what is still allowed covers what went
-    return Plan(task, [], users=users, held=True, actions=actions, sessions=[task.name])
+    narrowed = narrowed_by(checker, task)
+    if not narrowed:
+        return Plan(task, [])  # the remaining rules allow everything that the removed ones did
+    return Plan(task, [], users=users, held=True, narrowed=narrowed, sessions=[task.name])
 
 
 def _account_plan(checker: Checker, task: Task) -> Plan:
     account = checker.registry.account(task.name)
-    actions = narrowed(checker, task)
-    if account is not None and not actions:
+    narrowed = narrowed_by(checker, task)
+    if account is not None and not narrowed:
         return Plan(task, [])
     sessions = sorted({*task.details["client_ids"], *(account.client_ids if account else ())})
-    return Plan(task, [], users={task.name}, actions=actions, sessions=sessions)
+    return Plan(task, [], users={task.name}, narrowed=narrowed, sessions=sessions)
 
 
 def _certificate_plan(checker: Checker, task: Task) -> Plan:
-    del checker  # whoever it is now: the certificate must not be in use
+    del checker  # nobody may use the certificate, whatever the registry says of its device now
     return Plan(
         task, [], users=set(task.details["users"]), certificate={"serial": task.name, **task.details["certificate"]}
     )
@@ -202,115 +211,120 @@ def _certificate_plan(checker: Checker, task: Task) -> Plan:
 _PLANS = {"device": _device_plan, "account": _account_plan, "certificate": _certificate_plan}
 
 
-def narrowed(checker: Checker, task: Task) -> frozenset[str]:
+def narrowed_by(checker: Checker, task: Task) -> frozenset[str]:
     """Return which of ``publish`` and ``subscribe`` a change may have narrowed; both, unless only rules changed."""
     if task.causes != {"rules"}:
         return _BOTH
     registry = checker.registry
-    rules: list[RuleSet] = []
+    rule_sets: list[RuleSet] = []
     if task.kind == "account":
         account = registry.account(task.name)
-        rules += [account.rules] if account else []
+        rule_sets += [account.rules] if account else []
     else:
         device = registry.device_by_id(task.name) if task.kind == "device" else None
         device_type = registry.device_type(device.type if device else task.name)
-        rules += [holder.rules for holder in (device, device_type) if holder is not None]
-    present = [
-        (_ACTIONS[r.permission], r.topic, r.exchange) for each in rules for r in each if r.effect is Effect.ALLOW
+        rule_sets += [holder.rules for holder in (device, device_type) if holder is not None]
+    allow_rules = [
+        (_ACTIONS[rule.permission], rule.topic, rule.exchange)
+        for rules in rule_sets
+        for rule in rules
+        if rule.effect is Effect.ALLOW
     ]
-    return frozenset(narrowed_actions(task.details.get("rules", []), present, checker.mqtt_exchange))
+    return frozenset(narrowed_actions(task.details.get("rules", []), allow_rules, checker.mqtt_exchange))
 
 
 class PlansByOwner:
-    """Finds the plan that a session belongs to: its owner's, or without one, that of who may have owned it before."""
+    """Find the plan that a session belongs to: its owner's, or if nobody owns it, that of a possible former owner."""
 
     def __init__(self, plans: Iterable[Plan]) -> None:
-        listed = list(plans)
-        self._plans = {one.about: one for one in listed if not one.moved}
-        self._moved = {client_id: one for one in listed for client_id in one.moved}
-        self._by_client_id = {
-            client_id: one for one in listed if one.task.kind == "account" for client_id in one.sessions
+        plans = list(plans)
+        self._by_subject = {each.subject: each for each in plans if not each.moved}
+        self._by_moved_client_id = {client_id: each for each in plans for client_id in each.moved}
+        self._by_account_client_id = {
+            client_id: each for each in plans if each.task.kind == "account" for client_id in each.sessions
         }
 
     def of(self, checker: Checker, client_id: str) -> Plan | None:
-        """Return the plan of a session with this client id, None if it is nobody's here."""
-        if client_id in self._moved:
-            return self._moved[client_id]
+        """Return the plan of the session with a client id, or None."""
+        if client_id in self._by_moved_client_id:
+            return self._by_moved_client_id[client_id]
         owner = checker.owner(client_id)
         if owner is not None:
-            about = ("device", owner.device_id) if isinstance(owner, Device) else ("account", owner.name)
-            return self._plans.get(about)
+            subject = ("device", owner.device_id) if isinstance(owner, Device) else ("account", owner.name)
+            return self._by_subject.get(subject)
         for device_id in possible_owners(client_id):
-            one = self._plans.get(("device", device_id))
-            if one is not None and fits(client_id, device_id, one.task.details["client_ids"]):
-                return one
-        return self._by_client_id.get(client_id)
+            former = self._by_subject.get(("device", device_id))
+            if former is not None and fits(client_id, device_id, former.task.details["client_ids"]):
+                return former
+        return self._by_account_client_id.get(client_id)
 
 
-def receipt(one: Plan, confirmed: list[str], missing: list[str], nodes: dict[str, dict[str, bool]]) -> dict[str, Any]:
+def receipt(
+    plan: Plan, confirmed_by: list[str], missing: list[str], nodes: dict[str, dict[str, bool]]
+) -> dict[str, Any]:
     """
-    Return the receipt of a plan: what was done before, and now.
+    Return the receipt of a plan: that of earlier looks with this look added.
 
     Args:
-        nodes: Of each cluster that was looked at, its nodes and whether each was seen running.
+        nodes: By cluster, each node and whether it was seen running.
     """
-    before, now = one.task.receipt, one.done
-    took_s = before.get("took_s")
-    if took_s is None or now.closed:
-        took_s = since(one.task, one.now())
-    closed = dict(before.get("closed", {}))
-    for node, number in now.closed.items():
+    earlier, done = plan.task.receipt, plan.done
+    took_s = earlier.get("took_s")
+    if took_s is None or done.closed:
+        took_s = age_s(plan.task, plan.database_time())
+    closed = dict(earlier.get("closed", {}))
+    for node, number in done.closed.items():
         closed[node] = closed.get(node, 0) + number
     return {
         "took_s": took_s,
-        **(common := common_receipt(confirmed, missing, nodes, one.now())),
-        "confirmed_at": before.get("confirmed_at") or common["confirmed_at"],
+        **(common := common_receipt(confirmed_by, missing, nodes, plan.database_time())),
+        "confirmed_at": earlier.get("confirmed_at") or common["confirmed_at"],
         "closed": closed,
-        "queues_deleted": before.get("queues_deleted", []) + now.deleted,
-        "subscriptions_removed": before.get("subscriptions_removed", []) + now.unbound,
-        "sessions_kept": now.kept,
-        "untold": now.untold,
-        **({"lists": one.lists} if one.lists else {}),
-        "looks": before.get("looks", 0) + 1,
+        "queues_deleted": earlier.get("queues_deleted", []) + done.deleted,
+        "subscriptions_removed": earlier.get("subscriptions_removed", []) + done.unbound,
+        "sessions_kept": done.kept,
+        "untold": done.undecided,
+        **({"lists": plan.crls} if plan.crls else {}),
+        "looks": earlier.get("looks", 0) + 1,
     }
 
 
 def common_receipt(
-    confirmed: list[str], missing: list[str], nodes: dict[str, dict[str, bool]], now: float
+    confirmed_by: list[str], missing: list[str], nodes: dict[str, dict[str, bool]], now: float
 ) -> dict[str, Any]:
-    """Return what the receipts of all plans of one look have in common."""
+    """Return the fields that the receipts of all plans share in one look."""
     return {
         "confirmed_at": None if missing else now,
-        "confirmed_by": confirmed,
+        "confirmed_by": confirmed_by,
         "unconfirmed": missing,
         "nodes": nodes,
-        "unseen_nodes": unseen(nodes),
+        "unseen_nodes": unseen_nodes(nodes),
     }
 
 
-def lists_on(nodes: Iterable[str], found: Listed) -> dict[str, Any]:
+def crl_states(nodes: Iterable[str], listed: Listed) -> dict[str, Any]:
     """
-    Return what is known of the list with a certificate on a cluster's nodes.
+    Sort a cluster's nodes by what is known of the CRL that lists a certificate.
 
-    ``installed``: their host reports that list or a later one; ``behind``: it reports another; ``silent``: it has reported one,
-    too long ago to know whether it has it still; ``unknown``: it has never reported one.
+    ``installed``: the node's host reports that CRL or a later one; ``behind``: it reports an earlier one, or no CRL
+    lists the certificate yet; ``silent``: its last report is too old to count; ``unknown``: it has never reported one.
     """
     states: dict[str, list[str]] = {"installed": [], "behind": [], "silent": [], "unknown": []}
     for node in sorted(nodes):
-        states[found.nodes.get(node, "unknown")].append(node)
-    return {"number": found.number, **states}
+        states[listed.nodes.get(node, "unknown")].append(node)
+    return {"number": listed.number, **states}
 
 
-def awaited_lists(lists: dict[str, Any]) -> list[str]:
-    """Return the nodes whose host is to report the list with a certificate before its revocation is done."""
-    return [*lists.get("behind", ()), *lists.get("silent", ())]
+def nodes_awaiting_crl(crls: dict[str, Any]) -> list[str]:
+    """Return the nodes whose host must report the CRL before the revocation of a certificate is done."""
+    return [*crls.get("behind", ()), *crls.get("silent", ())]
 
 
-def unseen(nodes: dict[str, dict[str, bool]]) -> list[str]:
-    """Return the nodes that were not seen running: what is connected there is not known."""
+def unseen_nodes(nodes: dict[str, dict[str, bool]]) -> list[str]:
+    """Return the nodes that were not seen running, so that their connections are unknown."""
     return [f"{node} of {cluster}" for cluster, each in nodes.items() for node, up in each.items() if not up]
 
 
-def since(task: Task, now: float) -> float:
-    """Return how long ago a task was noted, in seconds, by the database's clock, which noted it."""
+def age_s(task: Task, now: float) -> float:
+    """Return how long ago a task was created, in seconds; ``now`` must be the database's clock."""
     return round(max(0.0, now - task.noted_at.timestamp()), 3)

@@ -1,8 +1,9 @@
 """
-The sweep: compares what is connected, and which sessions there are, with the registry, for ever.
+The sweep: regularly compare all connections and session queues of a cluster with the registry.
 
-It finds what no change could have told: a race, a restore, a broker that asked somebody else, a certificate that is not
-the user's. What it finds is reported, and by setting ended.
+It finds violations that no task covers: after a race or a restored backup, on a broker that asked another auth backend,
+or with a certificate that is not the user's. Each is reported, and ended if the settings say so. The comparison is that
+of ``checks``; connections and queues are read and ended through ``ClusterActions``.
 """
 
 from __future__ import annotations
@@ -55,36 +56,38 @@ CAUSES = (
     *(CERTIFICATE_REVOKED, CERTIFICATE_UNKNOWN, SESSION_WITHOUT_OWNER, PROPERTY_CONTRADICTS),
     INCOMPLETE_FACTS,
 )
-"""What a sweep can find; the last two are reported only."""
+"""Everything that a sweep can find; the last two are only reported."""
 
 _CLIENT_ID_REASONS = (Reason.CLIENT_ID_NOT_BOUND, Reason.CLIENT_ID_OF_ANOTHER_DEVICE)
 _STATES = ("active", "revoked")
-_REPORTED = 200
-_REPORTED_INCOMPLETE = 50
-"""Where a broker tells too little of everybody, what is certain still has room in the report."""
+_MAX_ENTRIES = 200
+_MAX_INCOMPLETE_ENTRIES = 50
+"""If a broker reports too little about every connection, the report still has room for certain violations."""
 
 _OLDEST_COPY_S = 30.0
 
 
 class SweepObserver(Protocol):
-    """Is told what a sweep found, for metrics."""
+    """Receives the results of sweeps, for metrics."""
 
     def swept(self, cluster: str, report: Report) -> None:
-        """A cluster was compared."""
+        """Accept the report of a cluster's sweep."""
 
     def sweep_failed(self) -> None:
-        """A sweep could not be done."""
+        """Count a failed sweep."""
 
 
 @dataclass
 class Report:
     """
-    What one sweep of a cluster found.
+    The report of one sweep of a cluster.
 
     Args:
-        found: By cause.
-        ended: By cause, those that were closed or deleted.
-        entries: The first ones, for people.
+        connections: How many connections were compared.
+        sessions: How many session queues were compared.
+        found: The number of findings, by cause.
+        ended: How many of them were closed or deleted, by cause.
+        entries: Details of the first findings, for people.
     """
 
     connections: int = 0
@@ -94,33 +97,37 @@ class Report:
     ended: Counter[str] = field(default_factory=Counter)
     entries: list[dict[str, Any]] = field(default_factory=list)
 
-    def note(self, cause: str, **facts: Any) -> None:
-        """Add a finding."""
+    def add(self, cause: str, **facts: Any) -> None:
+        """Count a finding, and add its facts to the entries while there is room."""
         self.found[cause] += 1
-        if cause == INCOMPLETE_FACTS and self.found[cause] > _REPORTED_INCOMPLETE:
+        if cause == INCOMPLETE_FACTS and self.found[cause] > _MAX_INCOMPLETE_ENTRIES:
             return
-        if len(self.entries) < _REPORTED:
+        if len(self.entries) < _MAX_ENTRIES:
             self.entries.append({"cause": cause, **{k: v for k, v in facts.items() if v is not None}})
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
+        """Return the report as JSON values."""
         return {
             "connections": self.connections,
             "sessions": self.sessions,
             "duration_s": round(self.duration_s, 3),
-            "found": {cause: number for cause, number in self.found.items() if number},
+            "found": self.nonzero(),
             "ended": dict(self.ended),
             "entries": self.entries,
         }
+
+    def nonzero(self) -> dict[str, int]:
+        """Return the numbers of findings that are not 0, by cause."""
+        return {cause: number for cause, number in self.found.items() if number}
 
 
 @dataclass(frozen=True, slots=True)
 class SweepSettings:
     """
-    How to sweep.
+    The settings of the sweep.
 
     Args:
-        closes: The causes for which something is ended.
+        closes: The causes for which connections are closed and sessions deleted.
     """
 
     interval_s: float
@@ -128,7 +135,7 @@ class SweepSettings:
 
 
 class Sweep:
-    """Sweeps one cluster regularly; while enforcement is paused, it reports and ends nothing."""
+    """The sweeps of one cluster; while enforcement is paused, they report but end nothing."""
 
     def __init__(
         self,
@@ -168,38 +175,38 @@ class Sweep:
 
     async def once(self) -> Report:
         """
-        Compare the cluster with the registry.
+        Sweep the cluster once.
 
         Raises:
-            Unavailable: It does not answer, or the copy of the registry is too old to checker by.
+            Unavailable: The cluster does not answer, or the copy of the registry is too old.
         """
         begin = time.monotonic()
         report = Report()
-        closing: list[tuple[str, LiveConnection]] = []
+        to_close: list[tuple[str, LiveConnection]] = []
         paused = await self._store.paused() is not None
         async for page in self._actions.cluster.connections():
             report.connections += len(page)
-            closing += self._compare(page, await self._certificates(page), report)
+            to_close += self._compare(page, await self._certificates(page), report)
         try:
             if not paused:
-                await self._close(closing, report)
+                await self._close(to_close, report)
         except Paused:
             paused = True
-        await self._sessions(report, report_only=paused)
+        await self._sweep_sessions(report, report_only=paused)
         report.duration_s = time.monotonic() - begin
         self._observer.swept(self._actions.name, report)
-        if closing or report.entries:
-            found = {cause: number for cause, number in report.found.items() if number}
+        if report.entries:
             log.warning(
                 "sweep.found",
                 cluster=self._actions.name,
                 connections=report.connections,
-                found=found,
+                found=report.nonzero(),
                 ended=dict(report.ended),
             )
         return report
 
     async def _certificates(self, page: Iterable[LiveConnection]) -> CertificatesOnRecord:
+        """Read the recorded certificates that connections may use: by serial number, or by name if none is reported."""
         serials: set[str] = set()
         names: set[str] = set()
         for connection in page:
@@ -212,49 +219,49 @@ class Sweep:
     def _compare(
         self, page: Iterable[LiveConnection], certificates: CertificatesOnRecord, report: Report
     ) -> list[tuple[str, LiveConnection]]:
-        closing = []
+        """Report the connections that are not allowed; return those to close, each with its cause."""
+        to_close = []
         with self._registry as registry:
-            _demand_fresh(registry)
+            _require_fresh_copy(registry)
             checker = Checker(registry, registry.now, self._decisions)
             for connection in page:
                 cause, why = connection_fault(checker, registry, connection, certificates)
                 if cause is not None:
                     facts = {"user": connection.user, "client_id": connection.client_id, "node": connection.node}
-                    report.note(cause, **facts, connection=connection.name, why=why)
-                    if cause in self._settings.closes or cause == CERTIFICATE_UNKNOWN:  # which its type demands
-                        closing.append((cause, connection))
+                    report.add(cause, **facts, connection=connection.name, why=why)
+                    if cause in self._settings.closes or cause == CERTIFICATE_UNKNOWN:  # the device type demands this
+                        to_close.append((cause, connection))
                 if cause in (None, INCOMPLETE_FACTS) and (claim := contradiction(registry, connection)):
-                    report.note(PROPERTY_CONTRADICTS, user=connection.user, node=connection.node, why=claim)
-        return closing
+                    report.add(PROPERTY_CONTRADICTS, user=connection.user, node=connection.node, why=claim)
+        return to_close
 
-    async def _close(self, closing: list[tuple[str, LiveConnection]], report: Report) -> None:
-        for cause, connection in closing:
-            if await self._actions.close_connection(connection.name):  # it may have gone by itself since it was listed
+    async def _close(self, to_close: list[tuple[str, LiveConnection]], report: Report) -> None:
+        for cause, connection in to_close:
+            if await self._actions.close_connection(connection.name):  # False: it ended by itself since it was listed
                 report.ended[cause] += 1
 
-    async def _sessions(self, report: Report, *, report_only: bool) -> None:
+    async def _sweep_sessions(self, report: Report, *, report_only: bool) -> None:
+        """Report the sessions that nobody may have, and delete them if the settings say so."""
         sessions = await self._actions.sessions()
         report.sessions = len(sessions)
-        ending: list[SessionQueue] = []
+        without_owner: list[SessionQueue] = []
         with self._registry as registry:
-            _demand_fresh(registry)
+            _require_fresh_copy(registry)
             checker = Checker(registry, registry.now, self._decisions)
             for session in sessions:
                 if why := checker.session(session):
-                    report.note(
-                        SESSION_WITHOUT_OWNER, queue=session.queue.name, vhost=session.queue.vhost, why=str(why)
-                    )
-                    ending.append(session)
+                    report.add(SESSION_WITHOUT_OWNER, queue=session.queue.name, vhost=session.queue.vhost, why=str(why))
+                    without_owner.append(session)
         if SESSION_WITHOUT_OWNER in self._settings.closes and not report_only:
             with contextlib.suppress(Paused):
-                for session in ending:
+                for session in without_owner:
                     await self._actions.repair_session(Violation(session, SESSION_WITHOUT_OWNER), Actions())
                     report.ended[SESSION_WITHOUT_OWNER] += 1
 
 
-def _demand_fresh(registry: Registry) -> None:
+def _require_fresh_copy(registry: Registry) -> None:
     """
-    Let nothing be ended, or be told to be in order, by what is not known to be true now.
+    Refuse to sweep by a copy of the registry that may be outdated: it would end, or pass, the wrong connections.
 
     Raises:
         Unavailable: The copy is too old.
@@ -267,9 +274,9 @@ def connection_fault(
     checker: Checker, registry: Registry, connection: LiveConnection, certificates: CertificatesOnRecord
 ) -> tuple[str | None, str | None]:
     """
-    Return the cause for which a live connection should not be there, and why; None twice if it may.
+    Return the cause for which a live connection is not allowed, and why; None twice if it is.
 
-    What is certain goes before what is not known.
+    A certain violation comes before incomplete facts.
     """
     device = registry.device_by_name(connection.user)
     reason = checker.connection(connection)
@@ -284,13 +291,13 @@ def connection_fault(
     if cause not in (None, INCOMPLETE_FACTS):
         return cause, why
     if device is not None and connection.certificate_subject is not None:
-        named = common_name(connection.certificate_subject)
-        if named and named != connection.user:
-            return NAME_NOT_OF_CERTIFICATE, f"the certificate is that of {named[:128]!r}"
-        if named is None:
-            cause, why = INCOMPLETE_FACTS, "not known: the common name of its certificate"
-    if untold := checker.untold(connection):
-        return INCOMPLETE_FACTS, f"not told: {', '.join(untold)}"
+        name = common_name(connection.certificate_subject)
+        if name and name != connection.user:
+            return NAME_NOT_OF_CERTIFICATE, f"the certificate's common name is {name[:128]!r}"
+        if name is None:
+            cause, why = INCOMPLETE_FACTS, "unknown: the common name of its certificate"
+    if missing := checker.missing_facts(connection):
+        return INCOMPLETE_FACTS, f"not reported: {', '.join(missing)}"
     return cause, why
 
 
@@ -302,28 +309,34 @@ def _must_be_known(registry: Registry, device: Device) -> bool:
 def _certificate_fault(
     connection: LiveConnection, possible: list[Mapping[str, Any]], must_be_known: bool
 ) -> tuple[str | None, str | None]:
-    """Return what is wrong with the certificate that a connection shows, among those that it may be."""
-    shown = {
+    """
+    Return the cause and the reason if a connection's certificate is not allowed.
+
+    Args:
+        possible: The recorded certificates that it may be.
+        must_be_known: Whether it must be on record.
+    """
+    uses = {
         state: [shows_certificate(connection, each) for each in possible if each["state"] == state] for state in _STATES
     }
     number = live_serial(connection)
-    if True in shown["revoked"]:
+    if True in uses["revoked"]:
         return CERTIFICATE_REVOKED, f"serial {number}"
     doubt = None
-    if None in shown["revoked"] and True not in shown["active"]:
-        doubt = "not known: whether its certificate is one that is revoked"
+    if None in uses["revoked"] and True not in uses["active"]:
+        doubt = "unknown: whether its certificate is revoked"
     if must_be_known:
         if number is None:
-            return INCOMPLETE_FACTS, "not told: serial number of its certificate"
-        recorded = [shows_as_recorded(connection, each) for each in possible]
-        if not any(recorded):
-            if None not in recorded:
-                return CERTIFICATE_UNKNOWN, _unlike_record(connection, number, True in shown["active"])
-            doubt = "not known: whether its certificate is the one on record"
+            return INCOMPLETE_FACTS, "not reported: serial number of its certificate"
+        as_recorded = [shows_as_recorded(connection, each) for each in possible]
+        if not any(as_recorded):
+            if None not in as_recorded:
+                return CERTIFICATE_UNKNOWN, _difference_from_record(connection, number, True in uses["active"])
+            doubt = "unknown: whether its certificate is the one on record"
     return (INCOMPLETE_FACTS, doubt) if doubt else (None, None)
 
 
-def _unlike_record(connection: LiveConnection, number: str, on_record: bool) -> str:
+def _difference_from_record(connection: LiveConnection, number: str, on_record: bool) -> str:
     if on_record:
         return f"serial {number} is on record with another subject or validity"
     return f"serial {number} of {(connection.certificate_issuer or '')[:256]!r} is not on record"

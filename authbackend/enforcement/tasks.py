@@ -1,4 +1,9 @@
-"""Tasks: what a change took away, to be made true on one cluster, with its receipt; and the store that keeps them."""
+"""
+The model of enforcement: tasks with their receipts, pauses, the backlog, and the store that keeps them, as a Protocol.
+
+Everything else in this package builds on these types. Nothing here does I/O; ``postgres.enforcement`` implements the
+store.
+"""
 
 from __future__ import annotations
 
@@ -10,31 +15,36 @@ from typing import Any, Protocol
 from authbackend.errors import Unavailable
 
 URGENT, SMALL, MASS = "urgent", "small", "mass"
-"""Lanes of tasks. The urgent one is served apart; the bulk lane serves small changes before mass changes."""
+"""
+The values of :attr:`Task.lane`.
+
+The urgent lane serves the first; the bulk lane serves the other two, small changes before mass changes.
+"""
 
 
 class TaskStoreError(Unavailable):
-    """The store cannot be used now; the tasks are as they were."""
+    """The store cannot be used now; no task has changed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
     """
-    One change that narrowed something, on one cluster.
+    The work that one change causes on one cluster: ending what the change no longer allows.
 
     Args:
-        version: The transaction that made it, as text.
+        version: The transaction that made the change, as text.
         cluster: Name of the cluster.
         lane: ``urgent``, ``small`` or ``mass``.
         kind: ``device``, ``device_type``, ``account`` or ``certificate``.
-        name: Device id, name of the type or account, or serial number.
-        causes: What narrowed, for example ``revoked`` or ``rules``.
-        details: What only the old rows knew: ``common_name``, ``client_ids``, ``users``, ``rules``,
-            ``moved`` (client ids that passed from ``users`` to the device).
-        state: ``waiting`` for the first attempt, or ``checking`` that nothing is left.
-        active: Whether the device may be connected now, by the database.
+        name: Device id, name of the type or account, or serial number of the certificate.
+        causes: What took something away, for example ``revoked`` or ``rules``.
+        details: Values from before the change that are no longer in the registry: ``common_name``, ``client_ids``,
+            ``users``, ``rules``, ``moved`` (client ids that passed from ``users`` to the device).
+        state: ``waiting`` for its first look, or ``checking`` that nothing is left.
+        active: Whether the database lets the device connect now.
         due_for_s: How long it has been due, in seconds.
-        receipt: What has been done so far.
+        parent: The task about a device type for which this one was created.
+        receipt: What has been done so far; JSON.
     """
 
     id: int
@@ -57,12 +67,12 @@ class Task:
 @dataclass(frozen=True, slots=True)
 class ReplicaConfirmation:
     """
-    Which replicas decide by some versions.
+    Which replicas already decide by some registry versions.
 
     Args:
-        by: Names of those that do.
-        missing: Names of those that may still answer by an older copy.
-        awaited: Those of the missing that were heard a moment ago, so that waiting for them is worthwhile.
+        by: Names of the replicas that do.
+        missing: Names of the replicas that may still answer from an older copy.
+        awaited: Those missing replicas that reported a moment ago, so that waiting for them is worthwhile.
     """
 
     by: list[str]
@@ -73,12 +83,12 @@ class ReplicaConfirmation:
 @dataclass(frozen=True, slots=True)
 class Listed:
     """
-    A revoked certificate on the lists of its authority.
+    Which CRL of its authority lists a revoked certificate, and which nodes have that CRL.
 
     Args:
-        number: Of the first list with it; None: it is on none.
-        nodes: Those whose host has reported a list, and what is known of it: ``installed``, ``behind`` or ``silent``; see
-            ``plans.lists_on``.
+        number: The number of the first CRL that lists it; None if none does.
+        nodes: The state of each node whose host has ever reported a CRL: ``installed``, ``behind`` or ``silent``; see
+            ``plans.crl_states``.
     """
 
     number: str | None
@@ -88,13 +98,13 @@ class Listed:
 @dataclass(frozen=True, slots=True)
 class Pause:
     """
-    Enforcement is paused.
+    A pause of enforcement.
 
     Args:
-        scope: ``bulk``, or ``all`` for the urgent lane as well.
+        scope: ``bulk``, or ``all`` to include the urgent lane.
         until: When it ends by itself.
-        by: The role that paused it, or whom a role that may speak for others named.
-        claimed_by: What the client said of who it is.
+        by: The database role that paused it, or the actor named by a role that may act for others.
+        claimed_by: Who the client claimed to be; not verified.
     """
 
     scope: str
@@ -103,17 +113,20 @@ class Pause:
     claimed_by: str | None = None
 
     def stops(self, lane: str) -> bool:
-        """Return whether tasks of a lane wait."""
+        """Return whether it stops a lane."""
         return self.scope == "all" or lane != URGENT
 
 
 @dataclass(frozen=True, slots=True)
 class Overdue:
     """
-    A scheduled change that should have been made and was not.
+    A scheduled change of a device that is late.
 
     Args:
-        holder: Who keeps the row locked: process id, application, role and since when; None if nobody is seen.
+        at: When it was due.
+        status: The status that the device was to get.
+        holder: The session that holds the row's lock: process id, application, role and since when; None if none is
+            seen.
     """
 
     device_id: str
@@ -125,14 +138,14 @@ class Overdue:
 @dataclass(frozen=True, slots=True)
 class Backlog:
     """
-    What is open.
+    What has not been done yet.
 
     Args:
-        tasks: By state.
-        oldest_s: Age of the oldest open task, 0 without one.
-        holds: Devices whose login is held.
-        overdue_holds: Holds that ended by their limit, before the work was done.
-        paused: Which lanes are paused, if any.
+        tasks: The number of open tasks, by state.
+        oldest_s: Age of the oldest open task; 0 without one.
+        holds: The number of devices whose logins are held.
+        overdue_holds: The number of holds that reached their time limit before the repair was done.
+        paused: The pause that is in force, if any.
         overdue: Scheduled changes that are late.
     """
 
@@ -146,93 +159,93 @@ class Backlog:
 
 class TaskStore(Protocol):
     """
-    The tasks of all clusters; ``postgres.enforcement`` has the real one. Each part of enforcement has a store of its own.
+    The tasks of all clusters. Each part of enforcement opens its own store; implemented in ``postgres.enforcement``.
 
-    Every method raises ``TaskStoreError`` when the store cannot be used. None waits for a row that somebody has locked.
+    Every method raises ``TaskStoreError`` when the store cannot be used. None of them waits for a locked row.
     """
 
     async def due(self, cluster: str, lane: str, being_done: set[int], limit: int) -> list[Task]:
-        """Return open tasks that are due, the longest due first; none while the lane is paused."""
+        """Return open tasks that are due, longest due first, without ``being_done``; none while the lane is paused."""
 
     async def due_of_users(self, cluster: str, users: list[str], limit: int) -> list[Task]:
-        """Return tasks of the bulk lane that are due for the first time and are about these users."""
+        """Return tasks of the bulk lane about these users that are due for their first look."""
 
     async def wait_for_tasks(self, longest_s: float) -> None:
-        """Wait until something is noted, for up to ``longest_s``."""
+        """Wait until a task is created or a pause changes, for up to ``longest_s``."""
 
     async def paused(self) -> Pause | None:
         """Return the pause that is in force."""
 
     async def is_paused(self, lane: str) -> bool:
-        """Return whether a lane is paused; cheap enough to be asked before each connection that is closed."""
+        """Return whether a lane is paused; cheap enough to call before closing each connection."""
 
     async def confirmation(self, versions: set[str]) -> ReplicaConfirmation:
-        """Return who decides by all of these versions."""
+        """Return which replicas decide by all of these versions."""
 
     async def hold(self, device_ids: list[str]) -> str:
         """
-        Hold the logins of devices that are active, and return the version that does it.
+        Hold the logins of those devices that are active, and return the version in which they are held.
 
         Raises:
-            Conflict: Somebody else is changing one of the holds.
+            Conflict: Another session is changing one of the holds.
         """
 
     async def release(self, device_ids: list[str], tasks: list[int]) -> None:
-        """End holds, but for devices that have other open tasks than these."""
+        """End the holds of devices that have no open tasks other than these."""
 
     async def add(self, parent: Task, devices: Sequence[tuple[str, dict[str, Any]]]) -> None:
         """
-        Note tasks for devices on behalf of another.
+        Create tasks for devices as children of a task about their type.
 
         Args:
-            devices: Ids and details. For each device at most one about client ids that have moved to it, and one about
-                everything else; of those that are there already, client ids are added.
+            devices: Device ids with the tasks' details. A device has up to two such tasks: one for client ids that
+                moved to it, and one for everything else. If a task exists already, only client ids are added to it.
         """
 
     async def hold_client_ids(self, device_type: str) -> None:
-        """Of the client ids that passed to the devices of a type, hold only those in the receipts from now on."""
+        """Of the client ids that a type has gained, hold only those that its tasks' receipts list as moved."""
 
     async def release_client_ids(self, device_type: str, task: int) -> None:
-        """Let the devices of a type use what they gained, unless another open task than this is about that."""
+        """Let the devices of a type use the client ids they gained, unless another open task still moves some."""
 
     async def children(self, parent: Task) -> tuple[int, int]:
-        """Return how many tasks were noted on behalf of this one, and how many of them are open."""
+        """Return how many children a task has, and how many of them are open."""
 
     async def check_later(self, receipts: dict[int, dict[str, Any]], after_s: float) -> None:
-        """Keep what was done, and make the tasks due for another look."""
+        """Save the receipts so far, and make the tasks due for another look."""
 
     async def finish(self, receipts: dict[int, dict[str, Any]], state: str = "done") -> None:
-        """Close tasks with their receipts."""
+        """Close tasks with their final receipts."""
 
     async def nothing_found(self, tasks: list[int], common: dict[str, Any], after_s: float | None) -> None:
         """
-        Note for many tasks at once that nothing was connected or stored.
+        Record in one statement, for many tasks, that nothing was connected or stored.
 
         Args:
-            common: What all receipts have in common.
-            after_s: When to look again; None: the tasks are done.
+            common: The fields that all receipts share.
+            after_s: When to look again; None if the tasks are done.
         """
 
     async def failed(self, tasks: dict[int, tuple[dict[str, Any] | None, float]], fault: str) -> None:
-        """Keep tasks open and in their state, each with its receipt so far and the seconds until it is tried again."""
+        """Postpone tasks without changing their state, each with its receipt so far and the seconds until it is due."""
 
     async def retry_failed(self, cluster: str) -> None:
-        """Make due at once what failed on a cluster that answers again."""
+        """Make failed tasks of a cluster due now, because it answers again."""
 
     async def lists_of(self, certificates: list[tuple[str, str]]) -> dict[tuple[str, str], Listed]:
-        """Return where certificates, issuer and serial number, are listed as revoked."""
+        """Return the CRL state of certificates, given and keyed by issuer and serial number."""
 
     async def certificates_on_record(self, serials: list[str], names: list[str]) -> list[dict[str, Any]]:
-        """Return the certificates with these serial numbers, and the revoked ones of these common names."""
+        """Return the certificates with these serial numbers, and the revoked certificates with these common names."""
 
     async def save_sweep(self, cluster: str, report: dict[str, Any]) -> None:
-        """Keep the report of a sweep in the place of the one before."""
+        """Replace the cluster's last sweep report."""
 
     async def forget_done(self) -> None:
-        """Forget tasks that were done long ago."""
+        """Delete tasks that were done long ago."""
 
     async def record_due(self) -> str | None:
-        """Make what has become due by time: expiries and scheduled changes. Returns why one could not be made."""
+        """Carry out expiries and scheduled changes that are due; return why one failed, or None."""
 
     async def backlog(self) -> Backlog:
-        """Return what is open."""
+        """Return what has not been done yet."""

@@ -208,7 +208,7 @@ async def test_a_certificate_is_compared_with_the_record_whatever_its_names(
             (
                 "incomplete_facts",
                 identities["unreadable"].name,
-                "not known: whether its certificate is the one on record",
+                "unknown: whether its certificate is the one on record",
             )
         ]
         assert {kind: await client.alive() for kind, client in clients.items()} == dict.fromkeys(clients, True)

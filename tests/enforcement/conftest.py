@@ -1,4 +1,4 @@
-"""A real PostgreSQL, a real copy that follows it, the real leader, and clusters in memory."""
+"""Fixtures: a real PostgreSQL, a registry copy that follows it, the real leader, and clusters in memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from authbackend.backoff import Reachability
 from authbackend.enforcement import fan_out
 from authbackend.enforcement.clusters import Actions
-from authbackend.enforcement.inventory import ByName, Listed
+from authbackend.enforcement.inventory import ByNameInventory, ListedInventory
 from authbackend.enforcement.leader import Leader, LeaderSettings
 from authbackend.enforcement.sweep import Report, SweepSettings
 from authbackend.enforcement.tasks import Backlog
@@ -36,8 +36,8 @@ values ('T', 'allow', 'publish', 'fleet/{device_id}/#'), ('T', 'allow', 'subscri
 """
 
 
-class Watched:
-    """What the leader told its observer."""
+class RecordingObserver:
+    """A leader's observer that records what tests look at."""
 
     def __init__(self) -> None:
         self.leading = False
@@ -51,7 +51,7 @@ class Watched:
     def backlog(self, backlog: Backlog) -> None:
         self.last_backlog = backlog
 
-    def ended(self, done: Actions) -> None:
+    def ended(self, actions: Actions) -> None:
         pass
 
     def enforced(self, causes: frozenset[str], seconds: float) -> None:
@@ -68,13 +68,13 @@ class Watched:
 
 
 class Rig:
-    """Everything that a test of enforcement needs."""
+    """Everything that a test of enforcement needs: database, copy, clusters and leader."""
 
     def __init__(self, dsn: str, connection: asyncpg.Connection) -> None:
         self.dsn = dsn
         self.sql = connection
         self.brokers: dict[str, Broker] = {}
-        self.watched = Watched()
+        self.observer = RecordingObserver()
         self.copy: Following | None = None
 
     @property
@@ -84,27 +84,27 @@ class Rig:
         return only
 
     async def devices(self, *names: str) -> None:
-        """Register devices, and wait until the copy has them."""
+        """Register devices of type T, and wait until the copy has them."""
         await self.sql.execute("insert into device (device_id, type) select unnest($1::text[]), 'T'", list(names))
-        await self.served()
+        await self.refresh_copy()
 
-    async def served(self) -> None:
-        """Wait until the copy has what is committed."""
+    async def refresh_copy(self) -> None:
+        """Bring the copy up to date with what is committed."""
         assert self.copy is not None
-        async with self.copy.copy._looking:  # the copy follows in the background, too
+        async with self.copy.copy._looking:  # the follower also refreshes in the background
             await self.copy.copy.refresh()
 
     async def set_status(self, status: str, *names: str) -> None:
-        """Commit a status."""
+        """Change the status of devices."""
         await self.sql.execute("update device set status = $1 where device_id = any ($2)", status, list(names))
 
     async def tasks(self, condition: str = "true") -> list[dict[str, Any]]:
-        """Return the tasks, the oldest first."""
+        """Return the tasks that meet an SQL condition, the oldest first."""
         rows = await self.sql.fetch(f"select * from enforcement where {condition} order by id")
         return [{**row, "receipt": json.loads(row["receipt"] or "null")} for row in rows]
 
     async def finished(self, condition: str = "true", limit_s: float = 30.0) -> list[dict[str, Any]]:
-        """Wait until all of these tasks are finished, and return them."""
+        """Wait until all tasks that meet an SQL condition are finished, and return them."""
         async with asyncio.timeout(limit_s):
             while await self.sql.fetchval(
                 f"select count(*) from enforcement where finished_at is null and ({condition})"
@@ -113,20 +113,20 @@ class Rig:
         return await self.tasks(condition)
 
     def leader(self, store: Store, sweep_s: float | None = None, per_second: float = 1000.0) -> Leader:
-        """Return a leader that decides by a store."""
+        """Return a leader that uses a copy of the registry."""
         target = Target(self.dsn)
 
-        def opened(broker: Broker) -> Callable[[], MemoryCluster]:
+        def opener(broker: Broker) -> Callable[[], MemoryCluster]:
             return lambda: MemoryCluster(broker)
 
-        clusters = {name: opened(broker) for name, broker in self.brokers.items()}
+        clusters = {name: opener(broker) for name, broker in self.brokers.items()}
         closes = frozenset({"device_not_permitted", "wrong_client_id"} if sweep_s else ())
         settings = LeaderSettings(clusters, per_second, DecisionSettings(), SweepSettings(sweep_s or 3600.0, closes))
         return Leader(
             lambda: leading(target, 30.0, list(clusters)),
             lambda part: open_store(target, part),
             store,
-            self.watched,
+            self.observer,
             settings,
             Reachability(),
         )
@@ -134,17 +134,17 @@ class Rig:
     @contextlib.asynccontextmanager
     async def enforcing(self, sweep_s: float | None = None, per_second: float = 1000.0) -> AsyncIterator[None]:
         """
-        Lead for the time of the block.
+        Run the leader for the duration of the block.
 
         Args:
-            sweep_s: How often to sweep; None: what a sweep finds is not ended, so that only lanes end anything.
+            sweep_s: The sweep's interval; None if sweeps end nothing, so that only lanes do.
         """
         assert self.copy is not None
         leader = self.leader(self.copy.store, sweep_s, per_second)
         task = asyncio.create_task(leader.run())
         try:
             async with asyncio.timeout(10):
-                while self.watched.last_backlog is None:
+                while self.observer.last_backlog is None:
                     await asyncio.sleep(0.01)
             yield
             assert not task.done(), task.exception()
@@ -158,38 +158,39 @@ async def rig(
     dsn: str, connection: asyncpg.Connection, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Rig]:
     """
-    A registry with a type and no device, followed by a copy; the clusters are named by ``@pytest.mark.clusters``.
+    A registry with device type T and no device, and a copy that follows it.
 
-    Here nothing is late but what a test makes late, so that further looks need not wait for the real brokers' times.
+    ``@pytest.mark.clusters`` names the clusters. Delays between looks are short, because a cluster in memory lists new
+    connections immediately unless a test says otherwise.
     """
-    monkeypatch.setattr(ByName, "look_again_s", 0.1)
-    monkeypatch.setattr(Listed, "look_again_s", 0.1)
+    monkeypatch.setattr(ByNameInventory, "look_again_s", 0.1)
+    monkeypatch.setattr(ListedInventory, "look_again_s", 0.1)
     monkeypatch.setattr(fan_out, "LOOK_AGAIN_S", 0.1)
     monkeypatch.setattr(fan_out, "STATISTICS_LATE_S", 0.1)
-    made = Rig(dsn, connection)
-    position = request.node.get_closest_marker("clusters")
-    made.brokers = {name: Broker(name) for name in (position.args if position else ("rabbit",))}
+    rig = Rig(dsn, connection)
+    marker = request.node.get_closest_marker("clusters")
+    rig.brokers = {name: Broker(name) for name in (marker.args if marker else ("rabbit",))}
     await connection.execute(FLEET)
     await connection.execute("insert into enforcement_setup (hold_limit_s) values (30)")
     await connection.executemany(
-        "insert into enforcement_cluster (name) values ($1)", [(name,) for name in made.brokers]
+        "insert into enforcement_cluster (name) values ($1)", [(name,) for name in rig.brokers]
     )
-    made.copy = Following(dsn)
+    rig.copy = Following(dsn)
     try:
-        async with announced(made.copy, dsn), following(made.copy.copy):
-            await made.served()
-            yield made
+        async with announced(rig.copy, dsn), following(rig.copy.copy):
+            await rig.refresh_copy()
+            yield rig
     finally:
-        await made.copy.feed.close()
+        await rig.copy.feed.close()
 
 
 @contextlib.asynccontextmanager
 async def announced(copy: Following, dsn: str) -> AsyncIterator[None]:
-    """Let the other parts know which version the copy serves, as a replica does."""
+    """Announce in the database which version the copy serves, as a replica does."""
     identity = Identity(Boot(uuid.uuid4()), "me", "0", 1, 600.0)
     copy.feed._identity = identity
     announcer = ReplicaAnnouncer(
-        PostgresReplicaTable(Target(dsn), identity), Nobody(), Reachability(), comes_back=False
+        PostgresReplicaTable(Target(dsn), identity), IgnoringObserver(), Reachability(), comes_back=False
     )
     copy.observed.refreshed = lambda feed_read, _refreshed, *, lasting: announcer.serves(feed_read)  # type: ignore[method-assign]
     task = asyncio.create_task(announcer.run())
@@ -201,8 +202,8 @@ async def announced(copy: Following, dsn: str) -> AsyncIterator[None]:
         await announcer.leave()
 
 
-class Nobody:
-    """Is not interested in the other replicas."""
+class IgnoringObserver:
+    """An announcer's observer that ignores the other replicas."""
 
     def peers(self, peers: Peers) -> None:
         pass

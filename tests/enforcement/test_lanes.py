@@ -1,4 +1,4 @@
-"""Lanes: a mass change, a fault, a lock or a silent cluster keeps no revocation waiting, and nothing claims too much."""
+"""Lanes: no mass change, error, lock or silent cluster delays a revocation, and no receipt claims too much."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from authbackend.cli.common import why_open
 from authbackend.enforcement import lanes
 from authbackend.enforcement.clusters import ClusterActions
-from authbackend.enforcement.inventory import Listed
+from authbackend.enforcement.inventory import ListedInventory
 from authbackend.policy import decide
 from authbackend.policy.requests import VhostRequest
 from authbackend.postgres import enforcement
@@ -43,7 +43,7 @@ async def test_a_revoked_device_is_closed_and_its_session_deleted(rig: Rig) -> N
 
 
 async def test_who_may_not_be_connected_is_closed_at_every_look(rig: Rig) -> None:
-    """An allow that was on its way while the first connection was closed."""
+    """For example if a login was being allowed while the first connection was closed."""
     await rig.devices("A")
     rig.broker.connect("A")
     async with rig.enforcing():
@@ -70,7 +70,7 @@ async def test_a_silent_cluster_leaves_its_own_part_open_and_is_named(rig: Rig) 
         (open_,) = await rig.tasks("cluster = 'west'")
         assert open_["state"] == "waiting"
         assert "cluster west" in open_["fault"]
-        west.down = False  # what waited for it is due at once
+        west.down = False  # its failed tasks become due now
         (done,) = await rig.finished("cluster = 'west'")
     assert done["receipt"]["closed"] == {"rabbit@one": 1}
     assert west.queues == {}
@@ -111,16 +111,16 @@ async def test_a_bug_in_one_task_does_not_touch_the_others(rig: Rig) -> None:
         await rig.finished("name = 'B'")
         await rig.broker.until(lambda: rig.broker.calls.count(("close_user", "A")) >= 2)
         (bad,) = await rig.tasks("name = 'A'")
-    assert "ZeroDivisionError in the service" in bad["fault"]
+    assert "ZeroDivisionError in authbackend" in bad["fault"]
 
 
 async def test_a_revocation_in_the_middle_of_a_mass_change_is_not_kept_waiting(rig: Rig) -> None:
-    """The mass change stands still at its first connection; the revocation that follows is done all the same."""
+    """The mass change is stopped at its list of connections; the revocation that follows is done anyway."""
     names = [f"D{n}" for n in range(300)]
     await rig.devices(*names, "stolen")
     for name in [*names, "stolen"]:
         rig.broker.connect(name, name, f"fleet/{name}/#")
-    rig.broker.gates["connections"] = asyncio.Event()  # the list of all, which only a mass change asks for
+    rig.broker.gates["connections"] = asyncio.Event()  # the list of all connections, which only a mass change requests
     async with rig.enforcing():
         await rig.set_status("revoked", *names)
         await rig.broker.until(lambda: ("connections", "") in rig.broker.calls)
@@ -150,7 +150,7 @@ async def test_a_small_change_goes_before_the_rest_of_a_mass_change(rig: Rig) ->
 
 
 async def test_a_mass_change_lists_connections_and_sessions_once(rig: Rig) -> None:
-    """Most are not connected and have no session: they are closed together, without one call for each."""
+    """Most devices are not connected and have no session: their tasks finish together, without a call for each."""
     names = [f"D{n}" for n in range(2000)]
     await rig.devices(*names)
     for name in names[:30]:
@@ -202,7 +202,7 @@ async def test_an_idle_transaction_on_a_device_with_a_due_schedule_stops_nothing
                 await asyncio.sleep(0.02)
             while not (overdue := await enforcement.list_overdue(Target(rig.dsn))):
                 await asyncio.sleep(0.05)
-            while not (rig.watched.last_backlog and rig.watched.last_backlog.overdue):
+            while not (rig.observer.last_backlog and rig.observer.last_backlog.overdue):
                 await asyncio.sleep(0.05)
         assert [each.device_id for each in overdue] == ["held"]
         assert f"process {idle.get_server_pid()} (psql, role postgres)" in overdue[0].holder
@@ -266,11 +266,11 @@ async def test_a_hold_that_somebody_is_taking_keeps_no_other_device_waiting(rig:
 
 
 async def test_a_reinstated_device_is_left_alone(rig: Rig) -> None:
-    """Revoked while nobody enforced, and active again by the time that somebody does."""
+    """It was revoked while no replica enforced, and is active again when one does."""
     await rig.devices("A")
     await rig.set_status("revoked", "A")
     await rig.set_status("active", "A")
-    await rig.served()
+    await rig.refresh_copy()
     rig.broker.connect("A", "A", "fleet/A/#")
     async with rig.enforcing():
         (task,) = await rig.finished()
@@ -289,7 +289,7 @@ async def test_a_device_reinstated_in_the_middle_of_a_mass_change_is_left_alone(
         await rig.set_status("revoked", *names)
         await rig.broker.until(lambda: any(method == "close_connection" for method, _ in rig.broker.calls))
         await rig.set_status("active", "D099")
-        await rig.served()
+        await rig.refresh_copy()
         rig.broker.gates.pop("close_connection").set()
         await rig.finished()
     assert rig.broker.users() == ["D099"]
@@ -310,7 +310,7 @@ async def test_a_device_that_is_deleted_and_registered_anew_is_not_spared(rig: R
 
 async def test_a_renamed_id_does_not_throw_the_device_out_again_and_again(rig: Rig) -> None:
     await rig.sql.execute("insert into device (device_id, common_name, type) values ('A', 'cn', 'T')")
-    await rig.served()
+    await rig.refresh_copy()
     rig.broker.connect("cn", "A")
     async with rig.enforcing():
         await rig.sql.execute("update device set device_id = 'Z' where device_id = 'A'")
@@ -325,7 +325,7 @@ async def test_an_account_that_loses_a_rule_on_one_exchange_and_keeps_it_on_anot
         "insert into account (name, login, vhosts, write) values ('svc', 'certificate', '{/}', '{own,other}');"
         "insert into topic_rule (account, effect, action, topic, exchange) values ('svc', 'allow', 'publish', 'a/#', 'own'), ('svc', 'allow', 'publish', 'a/#', 'other')"
     )
-    await rig.served()
+    await rig.refresh_copy()
     rig.broker.connect("svc", None, protocol="AMQP 0-9-1")
     async with rig.enforcing():
         await rig.sql.execute("delete from topic_rule where exchange = 'own'")
@@ -346,7 +346,7 @@ async def test_a_pause_stops_the_bulk_lane_and_ends(rig: Rig) -> None:
         await rig.finished("name = 'stolen'")
         assert rig.broker.closed == ["stolen"]
         async with asyncio.timeout(10):
-            while rig.watched.last_backlog.paused is None:
+            while rig.observer.last_backlog.paused is None:
                 await asyncio.sleep(0.05)
         assert await enforcement.resume(Target(rig.dsn), "ben")
         await rig.finished()
@@ -365,22 +365,22 @@ async def test_a_pause_of_all_stops_the_urgent_lane_and_the_sweep_only_reports(r
     async with rig.enforcing(sweep_s=1.0):
         await rig.set_status("revoked", "A")
         async with asyncio.timeout(10):
-            while len(rig.watched.reports) < 2:
+            while len(rig.observer.reports) < 2:
                 await asyncio.sleep(0.02)
-        assert rig.watched.reports[-1].found["wrong_client_id"] == 1
+        assert rig.observer.reports[-1].found["wrong_client_id"] == 1
         assert rig.broker.closed == []
         await enforcement.resume(Target(rig.dsn), "ann")
         await rig.finished()
         await rig.broker.until(lambda: rig.broker.users() == [])
 
 
-INTERRUPTED = "select count(*) from enforcement where fault = 'paused before all of it was done'"
+INTERRUPTED = "select count(*) from enforcement where fault = 'paused before it was finished'"
 UNDER_WAY = 4
-"""Calls that a lane has under way at a time; those end, whatever is paused meanwhile."""
+"""How many calls a lane may have in progress; a pause does not stop those."""
 
 
 async def pause_at(rig: Rig, method: str, scope: str) -> None:
-    """Pause while the first calls of a method are under way, and return when what was begun has been put aside."""
+    """Pause while the first calls of a method are in progress, and wait until a task is recorded as interrupted."""
     await rig.broker.until(lambda: any(called == method for called, _ in rig.broker.calls))
     await enforcement.pause(Target(rig.dsn), "ann", scope)
     rig.broker.gates.pop(method).set()
@@ -391,7 +391,7 @@ async def pause_at(rig: Rig, method: str, scope: str) -> None:
 
 @pytest.mark.parametrize("number", [40, 150])
 async def test_a_pause_takes_effect_between_two_connections(rig: Rig, number: int) -> None:
-    """Those asked for by name, and those found in a list."""
+    """40 devices are looked up by name, 150 are found in a list."""
     names = [f"D{n:03}" for n in range(number)]
     await rig.devices(*names)
     for name in names:
@@ -455,10 +455,10 @@ async def test_a_sweep_that_is_under_way_stops_at_a_pause(rig: Rig) -> None:
         await enforcement.pause(Target(rig.dsn), "ann", "bulk")
         rig.broker.gates.pop("close_connection").set()
         async with asyncio.timeout(20):
-            while not rig.watched.reports:
+            while not rig.observer.reports:
                 await asyncio.sleep(0.02)
         assert 1 <= len(rig.broker.closed) <= 2
-        assert rig.watched.reports[-1].ended["wrong_client_id"] == len(rig.broker.closed)
+        assert rig.observer.reports[-1].ended["wrong_client_id"] == len(rig.broker.closed)
         await enforcement.resume(Target(rig.dsn), "ann")
         await rig.broker.until(lambda: rig.broker.users() == [])
 
@@ -531,7 +531,7 @@ async def test_what_was_noted_before_there_were_clusters_is_not_lost(rig: Rig) -
 
 @two_clusters
 async def test_the_leader_leaves_only_when_no_cluster_can_be_reached(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another replica may reach them; while one cluster answers, leaving would only cost its revocations time."""
+    """Another replica may reach them; but while one cluster answers, stepping down would only delay its revocations."""
     monkeypatch.setattr("authbackend.enforcement.leader.HAND_OVER_S", 0.0)
     await rig.devices("A")
     east, west = rig.brokers.values()
@@ -539,12 +539,12 @@ async def test_the_leader_leaves_only_when_no_cluster_can_be_reached(rig: Rig, m
     async with rig.enforcing():
         await rig.set_status("revoked", "A")
         await rig.finished("cluster = 'east'")
-        assert rig.watched.leading
+        assert rig.observer.leading
         east.down = True
         await rig.set_status("active", "A")
         await rig.set_status("revoked", "A")
         async with asyncio.timeout(10):
-            while rig.watched.leading:
+            while rig.observer.leading:
                 await asyncio.sleep(0.005)
 
 
@@ -552,7 +552,7 @@ MOVE = """
 insert into device_type (name, client_ids, vhosts) values ('N', array['{device_id}'], '{/}');
 insert into topic_rule (device_type, effect, action, topic) values ('N', 'allow', 'subscribe', 'fleet/{device_id}/#');
 insert into device (device_id, type) values ('APM', 'T'), ('APM_1', 'N'), ('APM_2', 'N');
-delete from enforcement; delete from device_hold; -- that APM_1 and APM_2 came beside APM has been enforced
+delete from enforcement; delete from device_hold; -- as if the registration of APM_1 and APM_2 were enforced already
 """
 WIDEN = "update device_type set client_ids = client_ids || '{device_id}_*'::text where name = 'N'"
 
@@ -564,9 +564,9 @@ def may_log_in(rig: Rig, user: str, client_id: str) -> bool:
 
 
 async def test_a_client_id_that_passes_to_another_device_is_taken_from_the_former_owner_first(rig: Rig) -> None:
-    """APM_1_x moves from APM to APM_1: closed and purged before APM_1 may use it; other ids and devices go on."""
+    """APM_1_x passes to APM_1, which may use it only when APM is closed and its session deleted; others go on."""
     await rig.sql.execute(MOVE)
-    await rig.served()
+    await rig.refresh_copy()
     rig.broker.connect("APM", "APM_1_x", "fleet/APM/#")
     rig.broker.connect("APM", "APM", "fleet/APM/#")
     rig.broker.connect("APM_1", "APM_1", "fleet/APM_1/#")
@@ -574,20 +574,20 @@ async def test_a_client_id_that_passes_to_another_device_is_taken_from_the_forme
     rig.broker.refuses = lambda method, _argument: method == "close_connection"
     async with rig.enforcing():
         await rig.sql.execute(WIDEN)
-        await rig.served()
+        await rig.refresh_copy()
         assert not may_log_in(rig, "APM", "APM_1_x")
         assert not may_log_in(rig, "APM_1", "APM_1_x")
         async with asyncio.timeout(10):
             while await rig.sql.fetchval("select held from client_id_move") != ["APM_1_stored", "APM_1_x"]:
                 await asyncio.sleep(0.02)
-        await rig.served()
+        await rig.refresh_copy()
         found = {name: may_log_in(rig, "APM_1", name) for name in ("APM_1_x", "APM_1_stored", "APM_1_y", "APM_1")}
         assert found == {"APM_1_x": False, "APM_1_stored": False, "APM_1_y": True, "APM_1": True}
         assert may_log_in(rig, "APM_2", "APM_2_x")
         rig.broker.refuses = lambda _method, _argument: False
         await rig.finished()
         assert await rig.sql.fetchval("select count(*) from client_id_move") == 0
-        await rig.served()
+        await rig.refresh_copy()
         assert may_log_in(rig, "APM_1", "APM_1_x")
     assert rig.broker.closed == ["APM"]
     assert sorted(each.client_id for each in rig.broker.live.values()) == ["APM", "APM_1"]
@@ -596,7 +596,7 @@ async def test_a_client_id_that_passes_to_another_device_is_taken_from_the_forme
 
 async def test_a_client_id_in_use_that_only_the_second_look_sees_is_taken_too(rig: Rig) -> None:
     await rig.sql.execute(MOVE)
-    await rig.served()
+    await rig.refresh_copy()
     rig.broker.connect("APM", "APM_1_x", "fleet/APM/#")
     rig.broker.statistics = False
     young = rig.broker.connect("APM", "APM_1_y")
@@ -611,7 +611,7 @@ async def test_a_client_id_in_use_that_only_the_second_look_sees_is_taken_too(ri
 async def test_a_device_that_gains_client_ids_and_loses_a_virtual_host_at_once(rig: Rig) -> None:
     await rig.sql.execute(MOVE)
     await rig.sql.execute("update device_type set vhosts = '{/,v}' where name = 'N'")
-    await rig.served()
+    await rig.refresh_copy()
     rig.broker.connect("APM", "APM_1_x", "fleet/APM/#")
     rig.broker.connect("APM_1", "APM_1", vhost="v")
     async with rig.enforcing():
@@ -661,7 +661,7 @@ values (repeat('a', 64), 'ab', 'CN=ca', 'CN=A', 'A', '2026-01-01Z', '2030-01-01Z
 async def test_a_revoked_certificate_ends_what_certainly_shows_it(
     rig: Rig, serial: str | None, issuer: str, closed: int, untold: int
 ) -> None:
-    """What the broker does not tell closes nobody, and the receipt says so."""
+    """If the broker reports too little, the connection stays, and the receipt says so."""
     await rig.devices("A")
     await rig.sql.execute(CERTIFICATE)
     rig.broker.connect("A", certificate_serial=serial, certificate_issuer=issuer, certificate_subject="CN=A")
@@ -673,7 +673,7 @@ async def test_a_revoked_certificate_ends_what_certainly_shows_it(
 
 
 async def list_certificate(rig: Rig, number: int, serials: list[str]) -> None:
-    """Sign the list of the authority."""
+    """Save a CRL of the authority with these serial numbers."""
     now = datetime.now(UTC)
     await rig.sql.execute(
         "insert into authority values ('fleet', 'CN=ca', '-----BEGIN CERTIFICATE-----', now()) on conflict do nothing"
@@ -682,7 +682,7 @@ async def list_certificate(rig: Rig, number: int, serials: list[str]) -> None:
 
 
 async def looked(rig: Rig, number: int) -> dict[str, Any]:
-    """Wait until the only task has had so many looks or is finished, and return it."""
+    """Wait until the only task has had a number of looks or is finished, and return it."""
     async with asyncio.timeout(30):
         while True:
             (task,) = await rig.tasks()
@@ -691,36 +691,36 @@ async def looked(rig: Rig, number: int) -> dict[str, Any]:
             await asyncio.sleep(0.02)
 
 
-Report = Callable[[str, int], Awaitable[None]]
+ReportCrl = Callable[[str, int], Awaitable[None]]
 
 
 @pytest.fixture
-async def report(rig: Rig) -> AsyncIterator[Report]:
-    """Report a list as the host of rabbit@one or rabbit@two; each has a role of its own."""
+async def report_crl(rig: Rig) -> AsyncIterator[ReportCrl]:
+    """A function that reports a CRL as the host of rabbit@one or rabbit@two, each with its own role."""
     names = ("one", "two")
     for name in names:
         await rig.sql.execute(f"create role host_{name} login; grant execute on function crl_report to host_{name}")
 
-    async def said(name: str, number: int) -> None:
+    async def report(name: str, number: int) -> None:
         async with connected(rig.dsn, user=f"host_{name}") as host:
             await host.execute("select crl_report($1, 'CN=ca', $2, now() + interval '1 day')", f"rabbit@{name}", number)
 
-    yield said
+    yield report
     for name in names:
         await rig.sql.execute(f"drop owned by host_{name}; drop role host_{name}")
 
 
 async def look_now(rig: Rig, task: dict[str, Any]) -> dict[str, Any]:
-    """Make the only task due, and return it after its next look."""
+    """Make the only task due, and return it after that look."""
     await rig.sql.execute("update enforcement set due_at = now()")
     return await looked(rig, task["receipt"]["looks"] + 1)
 
 
-async def test_a_node_whose_host_reports_no_more_is_not_known_to_have_the_list(rig: Rig, report: Report) -> None:
-    """It had the list when it was last heard of; the revocation is done when it is heard of again."""
+async def test_a_node_whose_host_reports_no_more_is_not_known_to_have_the_list(rig: Rig, report_crl: ReportCrl) -> None:
+    """It had the CRL in its last report; the revocation is done when its host reports again."""
     await rig.devices("A")
     await rig.sql.execute(CERTIFICATE)
-    await report("one", 6)
+    await report_crl("one", 6)
     await list_certificate(rig, 6, ["ab"])
     await rig.sql.execute("update crl_installed set counts_until = now()")
     async with rig.enforcing():
@@ -738,47 +738,49 @@ async def test_a_node_whose_host_reports_no_more_is_not_known_to_have_the_list(r
         }
         assert "crl sync on the host of rabbit@one reports no more" in why_open(task)
         rig.broker.connect("A", certificate_serial="ab", certificate_issuer="CN=ca", certificate_subject="CN=A")
-        await report("one", 6)
+        await report_crl("one", 6)
         await rig.sql.execute("update enforcement set due_at = now()")
         (task,) = await rig.finished()
-    assert not rig.broker.live, "who came back meanwhile is closed before it is done"
+    assert not rig.broker.live, "a client that came back is closed before the task is done"
     assert task["receipt"]["lists"]["installed"] == ["rabbit@one"]
 
 
-async def test_a_node_that_begins_to_report_while_a_revocation_is_open_is_waited_for(rig: Rig, report: Report) -> None:
-    """And the look at which all have the list is not the last one: who came a moment before it may not be seen yet."""
+async def test_a_node_that_begins_to_report_while_a_revocation_is_open_is_waited_for(
+    rig: Rig, report_crl: ReportCrl
+) -> None:
+    """The look at which all have the CRL is not the last one: it may have missed a connection from a moment before."""
     await rig.sql.execute(CERTIFICATE)
     async with rig.enforcing():
         await rig.sql.execute("update certificate set state = 'revoked'")
         task = await looked(rig, 1)
         while not task["receipt"]["confirmed_at"]:
             task = await looked(rig, task["receipt"]["looks"] + 1)
-        await report("one", 5)
+        await report_crl("one", 5)
         await list_certificate(rig, 6, ["ab"])
         task = await looked(rig, task["receipt"]["looks"] + 1)
         looks = task["receipt"]["looks"]
         assert (task["finished_at"], task["receipt"]["lists"]["behind"]) == (None, ["rabbit@one"])
-        await report("one", 6)
+        await report_crl("one", 6)
         await rig.sql.execute("update enforcement set due_at = now()")
         (task,) = await rig.finished()
     assert task["receipt"]["looks"] == looks + 2
 
 
 async def test_a_revoked_certificate_is_done_when_every_node_that_reports_has_the_list(
-    rig: Rig, report: Report
+    rig: Rig, report_crl: ReportCrl
 ) -> None:
     await rig.devices("A")
     await rig.sql.execute(CERTIFICATE)
     rig.broker.running["rabbit@two"] = True
     nodes = sorted(rig.broker.running)
-    await report("one", 5)
-    await report("two", 5)
+    await report_crl("one", 5)
+    await report_crl("two", 5)
     await list_certificate(rig, 5, [])
 
     async with rig.enforcing():
         await rig.sql.execute("update certificate set state = 'revoked'")
         task = await looked(rig, 2)
-        assert task["finished_at"] is None, "it is on no list"
+        assert task["finished_at"] is None, "no CRL lists it"
         assert task["receipt"]["lists"] == {
             "number": None,
             "installed": [],
@@ -787,16 +789,16 @@ async def test_a_revoked_certificate_is_done_when_every_node_that_reports_has_th
             "unknown": [],
         }
         await list_certificate(rig, 6, ["ab"])
-        await report("two", 6)
+        await report_crl("two", 6)
         await rig.sql.execute("update enforcement set due_at = now()")
         task = await looked(rig, task["receipt"]["looks"] + 1)
-        assert task["finished_at"] is None, "the first node still has the list before"
+        assert task["finished_at"] is None, "the first node still has the previous CRL"
         assert task["receipt"]["lists"]["behind"] == nodes[:1]
         rig.broker.connect("A", certificate_serial="ab", certificate_issuer="CN=ca", certificate_subject="CN=A")
-        await report("one", 7)  # a later one is as good
+        await report_crl("one", 7)  # a later CRL counts as well
         await rig.sql.execute("update enforcement set due_at = now()")
         (task,) = await rig.finished()
-    assert not rig.broker.live, "who came back meanwhile is closed before it is done"
+    assert not rig.broker.live, "a client that came back is closed before the task is done"
     assert task["receipt"]["lists"] == {
         "number": "6",
         "installed": nodes,
@@ -816,7 +818,7 @@ async def test_a_node_that_reports_no_list_is_named_in_the_receipt(rig: Rig) -> 
 
 
 async def test_a_session_that_could_not_be_deleted_at_once_is_not_taken_for_the_new_owners(rig: Rig) -> None:
-    """APM_1 is registered beside APM, whose connection is closed; its session by that id is deleted at the second try."""
+    """APM_1 is registered while APM uses its client id: APM's session with that id is deleted at the second attempt."""
     await rig.devices("APM")
     rig.broker.connect("APM", "APM_1_x", "fleet/APM/#")
     rig.broker.refuses = lambda method, _argument: method == "delete_queue"
@@ -831,8 +833,8 @@ async def test_a_session_that_could_not_be_deleted_at_once_is_not_taken_for_the_
 
 
 async def test_the_second_look_at_who_was_not_in_the_list_counts_from_the_list() -> None:
-    """However long it then took to close those who were; who is allowed before the list is in the next one 8 s later."""
-    listed = Listed(ClusterActions(MemoryCluster(Broker()), 100, 4), {})
+    """A login allowed before the list is in the next one 8 s later, however long closing connections took."""
+    listed = ListedInventory(ClusterActions(MemoryCluster(Broker()), 100, 4), {})
     assert listed.look_again_for_absent_s() == listed.look_again_s
     listed.taken_at -= 5
     assert 2 < listed.look_again_for_absent_s() <= 3
@@ -876,13 +878,13 @@ async def test_of_a_mass_change_in_many_parts_those_that_are_connected_come_firs
 
 
 async def test_what_changed_while_a_device_was_suspended_is_not_forgotten_when_it_is_active_again(rig: Rig) -> None:
-    """Its old connection has the old rights: the suspension is superseded, the change is not."""
+    """Its old connection has the old rights: the suspension is superseded, the renaming is not."""
     await rig.devices("A")
     rig.broker.connect("A", "A", "fleet/A/#")
     await rig.set_status("suspended", "A")
     await rig.sql.execute("update device set common_name = 'A2' where device_id = 'A'")
     await rig.set_status("active", "A")
-    await rig.served()
+    await rig.refresh_copy()
     async with rig.enforcing():
         await rig.finished()
     assert rig.broker.closed == ["A"]
@@ -897,14 +899,14 @@ async def test_one_transaction_that_suspends_changes_and_activates(rig: Rig) -> 
             "insert into topic_rule (device_id, effect, action, topic) values ('A', 'deny', 'publish', 'fleet/A/x')"
         )
         await rig.set_status("active", "A")
-    await rig.served()
+    await rig.refresh_copy()
     async with rig.enforcing():
         await rig.finished()
     assert rig.broker.closed == ["A"]
 
 
 async def test_the_look_at_which_all_have_confirmed_is_not_the_last_one(rig: Rig) -> None:
-    """A silent replica may have let the device in a moment before."""
+    """A silent replica may have let the device in just before."""
     await rig.devices("A")
     rig.broker.connect("A")
     await rig.sql.execute(
@@ -950,7 +952,7 @@ async def test_a_hold_that_a_dead_leader_left_is_released(rig: Rig) -> None:
 
 
 async def test_a_type_is_looked_at_again_when_a_node_was_not_seen(rig: Rig) -> None:
-    """Devices on a node that is cut off are found when it is back."""
+    """Devices on a node that is cut off are found when the node is back."""
     await rig.devices("A")
     rig.broker.running["rabbit@two"] = False
     async with rig.enforcing():
@@ -965,7 +967,7 @@ async def test_a_type_is_looked_at_again_when_a_node_was_not_seen(rig: Rig) -> N
 
 
 async def test_nobody_enforces_before_the_registry_is_loaded(rig: Rig) -> None:
-    """By an empty copy everybody would be unknown, and sessions would be deleted."""
+    """With an empty copy every user would look unknown, and sessions would be deleted."""
     await rig.devices("A")
     rig.broker.connect("A", "A", "fleet/A/#", "news/#")
     store = new_store()
@@ -973,14 +975,14 @@ async def test_nobody_enforces_before_the_registry_is_loaded(rig: Rig) -> None:
     try:
         deny = "insert into topic_rule (device_id, effect, action, topic) values ('A', 'deny', 'subscribe', 'news/#')"
         await rig.sql.execute(deny)
-        await asyncio.sleep(1.0)  # nothing tells that something does not happen
-        assert not rig.watched.leading
+        await asyncio.sleep(1.0)  # there is no event for something that must not happen
+        assert not rig.observer.leading
         assert rig.broker.calls == []
         feed = ChangeFeed(Target(rig.dsn))
         await feed.load(store, time.monotonic())
         await feed.close()
         async with asyncio.timeout(10):
-            while not rig.watched.leading:
+            while not rig.observer.leading:
                 await asyncio.sleep(0.02)
     finally:
         task.cancel()

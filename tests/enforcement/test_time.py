@@ -1,4 +1,4 @@
-"""Receipts go by the database's clock, whatever that of the replica which enforces says."""
+"""Receipts use the database's clock, not that of the replica that enforces."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BEHIND_S = 3600.0
 async def test_a_receipt_of_a_replica_whose_clock_is_behind_claims_no_other_times(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The replica's clock is the test's; the database's is made to look an hour ahead."""
+    """The replica uses the test's clock; the database's clock is made to look an hour ahead."""
     position = ChangeFeed._position
 
     def ahead(feed: ChangeFeed, row: Any) -> Any:

@@ -287,10 +287,10 @@ def test_a_sweep_tells_what_is_wrong_by_cause():
         ("Web STOMP 1.2", "device_not_permitted", "client_id_missing"),
         ("stream", "device_not_permitted", "client_id_missing"),
         ("Direct 0-9-1", "device_not_permitted", "client_id_missing"),
-        ("MQTT 5-0", "incomplete_facts", "not told: client id"),
-        ("Web MQTT 3-1-1", "incomplete_facts", "not told: client id"),
-        ("SOMETHING 1-0", "incomplete_facts", "not told: protocol"),
-        ("", "incomplete_facts", "not told: protocol"),
+        ("MQTT 5-0", "incomplete_facts", "not reported: client id"),
+        ("Web MQTT 3-1-1", "incomplete_facts", "not reported: client id"),
+        ("SOMETHING 1-0", "incomplete_facts", "not reported: protocol"),
+        ("", "incomplete_facts", "not reported: protocol"),
     ],
 )
 def test_a_device_without_a_client_id_is_not_permitted_only_where_the_protocol_has_none(protocol, cause, why):
@@ -318,12 +318,12 @@ def test_what_is_certain_counts_although_something_is_not_told(protocol, connect
 @pytest.mark.parametrize(
     ("connection", "why"),
     [
-        (live("N", "N_1", address=""), "not told: address"),
-        (live("N", "N_1", address="unknown"), "not told: address"),
-        (live("A", "A", vhost=""), "not told: virtual host"),
-        (live("", "A", vhost="", protocol=""), "not told: user, protocol, virtual host"),
-        (live("svc", protocol=""), "not told: protocol"),
-        (live("A", "A", certificate_subject="nonsense"), "not known: the common name of its certificate"),
+        (live("N", "N_1", address=""), "not reported: address"),
+        (live("N", "N_1", address="unknown"), "not reported: address"),
+        (live("A", "A", vhost=""), "not reported: virtual host"),
+        (live("", "A", vhost="", protocol=""), "not reported: user, protocol, virtual host"),
+        (live("svc", protocol=""), "not reported: protocol"),
+        (live("A", "A", certificate_subject="nonsense"), "unknown: the common name of its certificate"),
     ],
 )
 def test_what_is_not_told_is_reported_as_that(connection, why):
