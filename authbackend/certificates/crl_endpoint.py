@@ -1,4 +1,4 @@
-"""``/crl/NAME.crl``: each authority's revocation list, served from memory so that it works without the database."""
+"""The endpoint ``/crl/NAME.crl``: serves each authority's CRL from memory, so it works while the database is away."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?:;|,|$)", re.IGNOR
 
 @dataclass(frozen=True, slots=True)
 class PublishedCrl:
-    """A revocation list as served, DER."""
+    """A CRL as it is served, DER."""
 
     der: bytes
     this_update: datetime
 
     @property
     def etag(self) -> str:
-        """Entity tag; every replica gives the same list the same one."""
+        """The entity tag: the same on every replica for the same list."""
         return f'"{hashlib.sha256(self.der).hexdigest()[:32]}"'
 
 
@@ -42,11 +42,11 @@ def to_plain(lists: Mapping[str, PublishedCrl]) -> dict[str, Any]:
     }
 
 
-def from_plain(note: Mapping[str, Any]) -> dict[str, PublishedCrl]:
+def from_plain(values: Mapping[str, Any]) -> dict[str, PublishedCrl]:
     """Return the lists that :func:`to_plain` wrote."""
     return {
         name: PublishedCrl(base64.b64decode(each["der"]), datetime.fromisoformat(each["this_update"]))
-        for name, each in note.items()
+        for name, each in values.items()
     }
 
 
@@ -64,7 +64,7 @@ class PublishedCrls:
         self._closing = False
 
     def replace(self, lists: Mapping[str, PublishedCrl]) -> None:
-        """Serve these from now on, by the names of their authorities."""
+        """Serve these lists from now on, keyed by the name of the authority."""
         if self._lists != lists:
             self._lists = dict(lists)
             self._wake()
@@ -91,30 +91,30 @@ class PublishedCrls:
 
         Raises:
             NotFound: No authority of that name has one.
-            Unavailable: None has been loaded since the start.
+            Unavailable: No list has been loaded since the start.
         """
         name = request.match_info["name"]
-        known = request.headers.get("If-None-Match", "")
+        client_etag = request.headers.get("If-None-Match", "")
         changed, crl = self._changed, self._current(name)
-        wanted = _WAIT.search(request.headers.get("Prefer", ""))
-        if wanted is not None and known == crl.etag and not self._closing:
-            crl = await self._next(name, crl, changed, min(float(wanted[1]), LONGEST_WAIT_S))
+        preference = _WAIT.search(request.headers.get("Prefer", ""))
+        if preference is not None and client_etag == crl.etag and not self._closing:
+            crl = await self._next(name, crl, changed, min(float(preference[1]), LONGEST_WAIT_S))
         headers = {
             "ETag": crl.etag,
             "Last-Modified": format_datetime(crl.this_update, usegmt=True),
             "Cache-Control": "no-cache",  # a revocation must not wait in a cache
         }
-        if known == crl.etag:
+        if client_etag == crl.etag:
             return web.Response(status=304, headers=headers)
         return web.Response(body=crl.der, content_type=CONTENT_TYPE, headers=headers)
 
-    async def _next(self, name: str, known: PublishedCrl, changed: asyncio.Event, wait_s: float) -> PublishedCrl:
+    async def _next(self, name: str, served: PublishedCrl, changed: asyncio.Event, wait_s: float) -> PublishedCrl:
         try:
             async with asyncio.timeout(wait_s):
                 while True:
                     await changed.wait()
                     changed, crl = self._changed, self._current(name)
-                    if crl != known or self._closing:
+                    if crl != served or self._closing:
                         return crl
         except TimeoutError:
             return self._current(name)

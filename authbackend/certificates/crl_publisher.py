@@ -1,9 +1,9 @@
 """
-Revocation lists from the table of certificates to whoever asks for them: signed anew when something is revoked and long
-before nextUpdate, and kept in memory to be served.
+Signs and publishes CRLs: signs a new one when a certificate is revoked and long before nextUpdate, and hands all lists
+over to be served from memory.
 
-Whoever signs (a command, any replica that has the authority's key) does it in one transaction under one lock, from
-what is committed: two at once give two lists, and the later one holds everything that the earlier one does.
+A command, or any replica that has the authority's key, signs in one transaction under one lock, from committed data. If
+two sign at the same time, there are two lists, and the later one contains everything that is on the earlier one.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def open_authority(pki: Pki) -> AuthorityFolder | None:
 
 class WatchedAuthority:
     """
-    The authority of ``pki.authority_dir``, which is read again when one of its files changes.
+    The authority of ``pki.authority_dir``, reloaded when one of its files changes.
 
     Raises:
         ConfigurationError: It cannot be loaded.
@@ -72,7 +72,7 @@ class WatchedAuthority:
 
     def __init__(self, pki: Pki) -> None:
         self._pki = pki
-        self._seen = self._stamps()
+        self._loaded_stamps = self._stamps()
         self.current = open_authority(pki)
 
     def read_if_changed(self) -> None:
@@ -80,13 +80,13 @@ class WatchedAuthority:
         Read the files again if one of them changed.
 
         Raises:
-            ConfigurationError: They cannot be used, or not yet; ``current`` stays, and the next call tries again.
+            ConfigurationError: They cannot be used, or are incomplete; ``current`` stays, the next call tries again.
         """
-        found = self._stamps()
-        if found == self._seen:
+        current_stamps = self._stamps()
+        if current_stamps == self._loaded_stamps:
             return
         self.current = open_authority(self._pki)
-        self._seen = found
+        self._loaded_stamps = current_stamps
         if self.current is not None:
             log.info("crl.authority_reloaded", authority=self.current.name)
 
@@ -135,20 +135,20 @@ async def sign(
     """
     Sign the list of an authority if something revoked is missing from it or half its lifetime has passed.
 
-    In a transaction of the caller's: what that revoked is on the list, and both are committed or neither. The time is the
-    database's, so that a replica whose clock is wrong signs nothing that brokers refuse.
+    Call it in the transaction that revokes: the list contains those revocations, and both are committed or neither. The
+    time is the database's, so that a replica whose clock is wrong does not sign a list that brokers refuse.
 
     Args:
         anyway: Sign even if nothing changed.
-        known: Lists that the caller has seen, by authority, so that they are not fetched again.
+        known: Lists that the caller already has, by authority; they are not fetched again.
     Returns:
-        The new list, or None if the present one is right.
+        The new list, or None if the current one is up to date.
     """
     if not anyway and not await _due(connection, authority, lifetime, known):
         return None
     await crls.lock_list(connection, authority.name)
     if not anyway and not await _due(connection, authority, lifetime, known):
-        return None  # somebody else did it meanwhile
+        return None  # another process has signed it in the meantime
     moment = await crls.fetch_moment(connection, authority.subject)
     now = moment.now
     revoked = await crls.fetch_revoked(connection, authority.subject, now - lifetime)
@@ -160,9 +160,9 @@ async def sign(
     return stored
 
 
-async def _present(connection: Connection, name: str, known: Mapping[str, StoredCrl] | None) -> StoredCrl | None:
-    found = await crls.fetch_authorities(connection, name, known)
-    return found[0].list if found else None
+async def _current_list(connection: Connection, name: str, known: Mapping[str, StoredCrl] | None) -> StoredCrl | None:
+    authorities = await crls.fetch_authorities(connection, name, known)
+    return authorities[0].list if authorities else None
 
 
 async def _due(
@@ -171,26 +171,26 @@ async def _due(
     lifetime: timedelta,
     known: Mapping[str, StoredCrl] | None,
 ) -> bool:
-    present = await _present(connection, authority.name, known)
+    current = await _current_list(connection, authority.name, known)
     moment = await crls.fetch_moment(connection, authority.subject)
     now = moment.now
-    if present is None or present.this_update > now:  # brokers refuse what is not valid yet
+    if current is None or current.this_update > now:  # brokers refuse a list that is not valid yet
         return True
-    if (moment.highest or 0) > present.number:  # the database was restored: hosts of brokers have a later list
+    if (moment.highest or 0) > current.number:  # the database was restored: brokers' hosts have a newer list
         return True
-    if now >= present.this_update + min(lifetime, present.next_update - present.this_update) / 2:
+    if now >= current.this_update + min(lifetime, current.next_update - current.this_update) / 2:
         return True
-    if not await asyncio.to_thread(authority.has_signed_list, present.der):  # brokers that know the new key refuse it
+    if not await asyncio.to_thread(authority.has_signed_list, current.der):  # brokers that trust the new key refuse it
         return True
     revoked = await crls.fetch_revoked(connection, authority.subject, now)
-    listed = await asyncio.to_thread(_listed, present.der)
-    # A version that kept no record of what is listed has signed it: receipts would wait for what is there already.
+    listed = await asyncio.to_thread(_listed, current.der)
+    # Signed by a version that did not record what is on a list: receipts would wait for entries that are already there.
     return moment.listed != len(listed) or not {serial for serial, _, _ in revoked} <= listed
 
 
 @functools.lru_cache(maxsize=2)
 def _listed(der: bytes) -> frozenset[str]:
-    """Return the serial numbers on a list; asked again at every change of a certificate."""
+    """Return the serial numbers on a list; cached, since every change of a certificate needs them."""
     return frozenset(entry.serial for entry in entries_of(der))
 
 
@@ -199,35 +199,35 @@ class InstallReporter:
     Reports to the database which lists are installed on a node's host.
 
     Args:
-        node: As RabbitMQ calls it: ``rabbit@HOST``.
-        every_s: How often the lists are looked at.
+        node: RabbitMQ's name for it: ``rabbit@HOST``.
+        every_s: How often the installed lists are checked.
     """
 
     def __init__(self, target: Target, node: str, every_s: float) -> None:
         self._target = target
         self._node = node
         self._counts_s = MISSED_REPORTS * (CHECK_S + max(every_s, WAIT_S))
-        self._present: dict[str, RevocationList] = {}
+        self._installed: dict[str, RevocationList] = {}
         self._reported: dict[str, tuple[int, float]] = {}
         self._seen = asyncio.Event()
 
-    def seen(self, found: RevocationList) -> None:
-        """Note a list that has just been read from its file."""
-        self._present[found.issuer] = found
-        number, at = self._reported.get(found.issuer, (None, 0.0))
-        if number != found.number or time.monotonic() - at >= CHECK_S:
+    def seen(self, installed: RevocationList) -> None:
+        """Take note of a list that has just been read from its file."""
+        self._installed[installed.issuer] = installed
+        number, at = self._reported.get(installed.issuer, (None, 0.0))
+        if number != installed.number or time.monotonic() - at >= CHECK_S:
             self._seen.set()
 
     async def report(self) -> None:
         """
-        Report what was seen.
+        Report the installed lists.
 
         Raises:
             AuthbackendError: The database cannot be reached or refuses.
         """
-        for issuer, found in list(self._present.items()):
-            await crls.report_list(self._target, self._node, issuer, found.number, found.next_update, self._counts_s)
-            self._reported[issuer] = found.number, time.monotonic()
+        for issuer, crl in list(self._installed.items()):
+            await crls.report_list(self._target, self._node, issuer, crl.number, crl.next_update, self._counts_s)
+            self._reported[issuer] = crl.number, time.monotonic()
 
     async def run(self) -> None:
         """Report until cancelled; a fault is logged once, and the report is tried again."""
@@ -254,11 +254,12 @@ class CrlPublisher:
     Publishes all authorities' lists from memory, signs one authority's list, and counts expiring certificates.
 
     Args:
-        authority: Whose list this replica signs; None: it signs none. A watched one is read again as it changes.
-        lifetime_s: From thisUpdate to nextUpdate of what it signs.
-        reachability: Shared with whatever else in this process needs the database.
-        publish: Takes the lists of all authorities, to be served; they stay while the database is away.
-        tell: Takes what is counted.
+        authority: The authority whose list this replica signs, None if it signs none; a watched one is reloaded when
+            its files change.
+        lifetime_s: From thisUpdate to nextUpdate of the lists it signs.
+        reachability: Shared by everything in this process that needs the database.
+        publish: Receives the lists of all authorities, to serve them; they stay while the database is away.
+        tell: Receives the metrics.
     """
 
     def __init__(
@@ -284,7 +285,7 @@ class CrlPublisher:
         self._faults = FaultLog("crl.refresh_failed", "crl.following")
 
     async def run(self) -> None:
-        """Work until cancelled; what fails is logged, once for each fault, and tried again."""
+        """Sign and publish until cancelled; each fault is logged once, and the work is tried again."""
         while True:
             try:
                 async with connected(self._target) as connection:
@@ -294,7 +295,7 @@ class CrlPublisher:
                     await self._follow(connection, listener)
             except AuthbackendError as error:
                 self._faults.failed(error.detail)
-            except Exception as error:  # lists are late then, which brokers and an alert notice; decisions go on
+            except Exception as error:  # a late list is noticed, by brokers and an alert; decisions go on
                 if not self._faults.failing:
                     log.exception("crl.refresh_crashed")
                 self._faults.failed(f"{type(error).__name__} while reading revocation lists")
@@ -305,10 +306,10 @@ class CrlPublisher:
             while True:
                 fault = await self._read_authority()
                 if self._authority is not None:
-                    stranger = await self._unknown_authority(connection, self._authority)
-                    if stranger is None:
+                    unknown = await self._unknown_authority(connection, self._authority)
+                    if unknown is None:
                         await self._sign(connection, self._authority)
-                    fault = fault or stranger
+                    fault = fault or unknown
                 await self._publish(connection)
                 await self._count(connection)
                 self._tell_metrics(self.metrics)
@@ -320,7 +321,7 @@ class CrlPublisher:
                 await listener.wait(CHECK_S)
 
     async def _read_authority(self) -> str | None:
-        """Take the authority's files as they are now; return why they cannot be used, or None."""
+        """Reload the authority if its files have changed; return why they cannot be used, or None."""
         if self._watched is None:
             return None
         try:
@@ -332,8 +333,8 @@ class CrlPublisher:
 
     async def _unknown_authority(self, connection: Connection, authority: AuthorityFolder) -> str | None:
         """Return why the list of ``pki.authority_dir`` cannot be signed, or None."""
-        found = await crls.fetch_authorities(connection, authority.name, self._known)
-        if found and found[0].subject == authority.subject:
+        recorded = await crls.fetch_authorities(connection, authority.name, self._known)
+        if recorded and recorded[0].subject == authority.subject:
             return None
         return f"authority {authority.name} of pki.authority_dir is not in the database; run: authbackend crl sign DIR"
 
@@ -350,12 +351,12 @@ class CrlPublisher:
             )
 
     async def _publish(self, connection: Connection) -> None:
-        found = await crls.fetch_authorities(connection, None, self._known)
-        self._known = present = {authority.name: authority.list for authority in found if authority.list is not None}
-        self.metrics.authorities = {authority.name: authority.not_after.timestamp() for authority in found}
-        self.metrics.this_updates = {name: stored.this_update.timestamp() for name, stored in present.items()}
-        self.metrics.next_updates = {name: stored.next_update.timestamp() for name, stored in present.items()}
-        self._publish_lists({name: PublishedCrl(each.der, each.this_update) for name, each in present.items()})
+        recorded = await crls.fetch_authorities(connection, None, self._known)
+        self._known = lists = {authority.name: authority.list for authority in recorded if authority.list is not None}
+        self.metrics.authorities = {authority.name: authority.not_after.timestamp() for authority in recorded}
+        self.metrics.this_updates = {name: stored.this_update.timestamp() for name, stored in lists.items()}
+        self.metrics.next_updates = {name: stored.next_update.timestamp() for name, stored in lists.items()}
+        self._publish_lists({name: PublishedCrl(each.der, each.this_update) for name, each in lists.items()})
 
     async def _count(self, connection: Connection) -> None:
         if self._counted_at is not None and time.monotonic() - self._counted_at < EXPIRY_S:

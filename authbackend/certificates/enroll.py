@@ -1,7 +1,7 @@
 """
-Issues certificates for devices: registry, record and signature in one operation.
+Issues certificates for devices: registers the devices, signs, and records the certificates, all in one transaction.
 
-A certificate is on record before anybody gets it: what is returned here is handed out after the caller's commit.
+A certificate must be on record before anybody gets it, so hand out what is returned here only after the commit.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Request:
     A request for a device's certificate.
 
     Args:
-        device_type: Registers the device if it does not exist; None: it must exist.
-        common_name: For a device that is registered; None: its id.
-        request_pem: PKCS #10; None: a key is made here.
-        where: For messages, for example a line of a file.
+        device_type: The type to register the device with if it does not exist; None: it must exist.
+        common_name: The common name to register the device with; None: its id.
+        request_pem: PKCS #10; None: a key is generated here.
+        where: Prefix of messages, for example the line of a file.
     """
 
     device_id: str
@@ -51,7 +51,7 @@ class Enrolled:
     A certificate that is on record once the transaction is committed.
 
     Args:
-        key_pem: Not encrypted; None if the device made its key itself.
+        key_pem: Not encrypted; None if the device generated its own key.
     """
 
     device_id: str
@@ -75,11 +75,11 @@ async def enroll(
     await save_authority(connection, authority)
     if any(request.device_type is not None for request in requests):
         await _register(connection, requests)
-    found = await connection.fetch(
+    rows = await connection.fetch(
         "select device_id, common_name, type, status from device where device_id = any ($1::text[]) for key share",
         [request.device_id for request in requests],
     )
-    devices = {row["device_id"]: dict(row) for row in found}
+    devices = {row["device_id"]: dict(row) for row in rows}
     enrolled, faults = [], []
     now = await database_time(connection)
     for request in requests:
@@ -125,11 +125,13 @@ def _sign(
         key = new_key(profile.key)
         return Enrolled(name, _signed(authority, common_name, key.public_key(), profile, now), signing.key_pem(key))
     try:
-        asked, public_key = read_request(request.request_pem)
+        requested, public_key = read_request(request.request_pem)
     except PKIError as error:
         raise PKIError(f"device {name}: {error.detail}") from error
-    if asked != common_name:
-        raise PKIError(f"device {name}: the request is for the common name {asked!r}, the device's is {common_name!r}")
+    if requested != common_name:
+        raise PKIError(
+            f"device {name}: the request is for the common name {requested!r}, the device's is {common_name!r}"
+        )
     return Enrolled(name, _signed(authority, common_name, public_key, profile, now), None)
 
 
@@ -146,7 +148,7 @@ async def record(connection: Connection, signed: Sequence[tuple[Signed, str | No
         signed: Each with its device's id; None for other clients and servers.
     Raises:
         InvalidInput: A certificate with the same key was revoked as compromised.
-        Conflict: The authority used a serial number twice.
+        Conflict: The authority has already used one of the serial numbers.
     """
     keys = {one.record.key_fingerprint: one.record.common_name for one, _ in signed if one.record.key_fingerprint}
     if refused := await store.compromised_keys(connection, list(keys)):

@@ -13,16 +13,16 @@ from authbackend.metrics import gauge, gauges
 
 class CertificateMetrics(Collector):
     """
-    What the process that follows the database knows of certificates, authorities and revocation lists.
+    Metrics of certificates, authorities and CRLs, counted by the process that follows the database.
 
     Args:
-        known: Returns what :meth:`told` returned in another process.
+        published: Returns what :meth:`told` returned in that process, for a collector in another one.
     """
 
-    def __init__(self, known: Callable[[], dict[str, Any] | None] = lambda: None) -> None:
-        self._known = known
+    def __init__(self, published: Callable[[], dict[str, Any] | None] = lambda: None) -> None:
+        self._published = published
         self.within: dict[str, tuple[int, int, int]] = {}
-        """By device type, ending within 7, 30 and 90 days."""
+        """The number that end within 7, 30 and 90 days, by device type."""
         self.expired: int | None = None
         self.most_on_a_day: int | None = None
         self.authorities: dict[str, float] = {}
@@ -30,17 +30,17 @@ class CertificateMetrics(Collector):
         self.next_updates: dict[str, float] = {}
 
     def told(self) -> dict[str, Any]:
-        """Return what is known, as JSON values."""
+        """Return the metrics as JSON values, for another process."""
         names = ("within", "expired", "most_on_a_day", "authorities", "this_updates", "next_updates")
         return {name: getattr(self, name) for name in names}
 
     def collect(self) -> Iterator[Metric]:
         """Yield the gauges, for one scrape."""
-        for name, value in (self._known() or {}).items():
+        for name, value in (self._published() or {}).items():
             setattr(self, name, value)
         expiring = GaugeMetricFamily(
             "authbackend_certificates_expiring",
-            "Active certificates that end within so many days (7, 30, 90; each counts those before) and have no successor, by device type (unknown: of no device).",
+            "Active certificates without a successor that end within this number of days (7, 30, 90; cumulative), by device type (unknown: of no device).",
             labels=["days", "device_type"],
         )
         for device_type, numbers in self.within.items():
@@ -71,7 +71,7 @@ class CertificateMetrics(Collector):
         )
         yield gauges(
             "crl_next_update_timestamp_seconds",
-            "When the revocation list of an authority is too old, so that brokers refuse everybody.",
+            "When the revocation list of an authority expires; from then on, brokers refuse everybody.",
             "authority",
             self.next_updates,
         )

@@ -40,7 +40,7 @@ class Outcome:
     Attributes:
         name: The files' name without suffix.
         written: True if the pair was created now, False if an existing one was kept.
-        note: The reason, or a remark; empty if there is nothing to say.
+        note: Why, or a remark; may be empty.
         expires: End of validity, UTC.
     """
 
@@ -89,14 +89,14 @@ def make_certificates(
     """
     for fault in filter(None, map(device_name_fault, devices)):
         raise PKIError(fault)
-    wanted = None if servers is None else frozenset(map(normal_server_name, servers))
+    requested = None if servers is None else frozenset(map(normal_server_name, servers))
     directory.mkdir(parents=True, exist_ok=True)
 
     public, outcome = _authority(directory, "ca", "authbackend bench CA: devices and broker")
     yield outcome
     internal, outcome = _authority(directory, "internal-ca", "authbackend bench CA: broker to authbackend")
     yield outcome
-    yield _server(directory, "rabbitmq", public, servers or DEFAULT_BROKER_NAMES, wanted)
+    yield _server(directory, "rabbitmq", public, servers or DEFAULT_BROKER_NAMES, requested)
     yield _server(directory, "authbackend", internal, SERVICE_NAMES, frozenset(SERVICE_NAMES))
     yield _broker_client(directory, internal)
     for device in dict.fromkeys(devices):
@@ -116,16 +116,16 @@ def _authority(directory: Path, name: str, subject: str) -> tuple[Authority, Out
 
 
 def _server(
-    directory: Path, name: str, authority: Authority, names: Sequence[str], wanted: frozenset[str] | None
+    directory: Path, name: str, authority: Authority, names: Sequence[str], requested: frozenset[str] | None
 ) -> Outcome:
     existing = read_pair(directory, name)
     why = "" if existing is None else _stale(existing, authority)
     if existing is not None and not why:
-        has = server_names(existing.certificate_pem)
-        if wanted is None or has == wanted:
-            return _kept(name, existing, f"for {', '.join(sorted(has))}")
+        current = server_names(existing.certificate_pem)
+        if requested is None or current == requested:
+            return _kept(name, existing, f"for {', '.join(sorted(current))}")
         why = "remade, it was for other names"
-    elif existing is not None and wanted is None:
+    elif existing is not None and requested is None:
         names = sorted(server_names(existing.certificate_pem)) or names
     return _write_pair(directory, name, authority.issue_server(names), _join(why, f"for {', '.join(names)}"))
 

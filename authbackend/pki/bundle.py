@@ -1,4 +1,4 @@
-"""Reads certificate files as found in the field: PEM bundles of any length, DER, and certificates that the library rejects."""
+"""Reads certificates from the field: PEM bundles of any length, DER, and what ``cryptography`` rejects."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Block:
     Attributes:
         line: Line it begins on, from 1.
         der: The certificate; None if the block holds none.
-        fault: Why it is not a certificate. Both None: a key or parameters, which are allowed next to a certificate.
+        fault: Why it is not a certificate. Both None: a key or parameters, which may stand next to a certificate.
     """
 
     line: int
@@ -114,8 +114,8 @@ def read_record(certificate: bytes) -> tuple[Record, bool]:
     """
     Return the record of a certificate (DER), and whether its basic constraints say CA.
 
-    Nothing else is parsed: brokers accept certificates with extensions or strings that the library rejects, and those
-    must be on record so that they can be revoked.
+    Nothing else is parsed: brokers accept certificates with extensions or strings that ``cryptography`` rejects, and
+    those must be on record so that they can be revoked.
 
     Raises:
         PKIError: Not a certificate, or one that cannot be stored.

@@ -240,7 +240,7 @@ def _der(content: bytes) -> bytes:
 def _parse(der: bytes) -> ListParts:
     try:
         parts = list_der.take_apart(der)
-        _ = list(parts.empty.extensions), parts.empty.issuer  # the library parses these lazily
+        _ = list(parts.empty.extensions), parts.empty.issuer  # cryptography parses these lazily
     except LIBRARY_FAULTS as error:
         raise PKIError(f"{_NO_LIST}: {plain(error)}") from error
     return parts

@@ -1,4 +1,4 @@
-"""The parts of DER (X.690) needed where the library rejects a whole certificate because of one part."""
+"""Parses and encodes DER (X.690) where ``cryptography`` would reject a whole certificate or CRL because of one part."""
 
 from __future__ import annotations
 

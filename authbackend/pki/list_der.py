@@ -1,9 +1,9 @@
 """
 Splits and assembles revocation lists in DER (RFC 5280 5.1).
 
-The library rejects a whole list because of one entry with a negative serial number. Authorities have issued such
-certificates, and RabbitMQ accepts them, so it must be possible to list them. Only the entries are parsed here; the
-library parses everything else, from a copy of the list without entries.
+``cryptography`` rejects a whole list because of one entry with a negative serial number. Authorities have issued such
+certificates, and RabbitMQ accepts them, so it must be possible to list them. Only the entries are parsed here;
+``cryptography`` parses everything else, from a copy of the list without entries.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def take_apart(content: bytes) -> ListParts:
 
     Raises:
         ValueError: Not a revocation list.
-        OverflowError, cryptography.x509.InvalidVersion: Raised by the library.
+        OverflowError, cryptography.x509.InvalidVersion: Raised by ``cryptography``.
     """
     tag, outer, rest = der.element(content)
     if tag != _SEQUENCE or rest:

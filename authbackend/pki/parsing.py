@@ -1,4 +1,4 @@
-"""Parses certificates, keys and certificate requests."""
+"""Parses certificates, keys and certificate requests; errors of ``cryptography`` become a :class:`PKIError`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LIBRARY_FAULTS = (
     x509.DuplicateExtension,
     x509.UnsupportedGeneralNameType,
 )
-"""What the library raises for bad input; not all of these are a ValueError."""
+"""What ``cryptography`` raises for bad input; not all of these are a ValueError."""
 
 
 class PKIError(InvalidInput):
@@ -73,7 +73,7 @@ class Record:
 def _key_fingerprint(certificate: x509.Certificate) -> str | None:
     try:
         return _fingerprint_of(certificate.public_key())
-    except LIBRARY_FAULTS:  # another authority's, with a kind of key that is never signed here
+    except LIBRARY_FAULTS:  # another authority signed it, for a kind of key that is never signed here
         return None
 
 
@@ -188,7 +188,7 @@ def read_certificates(certificates_pem: bytes) -> list[x509.Certificate]:
 
 
 def _whole(certificate: x509.Certificate) -> x509.Certificate:
-    """Make sure a certificate's names and validity can be parsed; the library parses them lazily."""
+    """Make sure a certificate's names and validity can be parsed: ``cryptography`` parses them lazily."""
     _ = certificate.subject, certificate.issuer, certificate.not_valid_before_utc, certificate.not_valid_after_utc
     return certificate
 
@@ -225,12 +225,12 @@ def new_key(kind: str) -> PrivateKey:
     return rsa.generate_private_key(public_exponent=65537, key_size=int(kind.removeprefix("rsa-")))
 
 
-def usable_key(key: object, whose: str) -> PublicKey:
+def usable_key(key: object, owner: str) -> PublicKey:
     """
     Return the key if certificates may be signed for it: EC P-256 or P-384, RSA from 2048 to 8192 bits.
 
     Args:
-        whose: What the key belongs to, for the message.
+        owner: What the key belongs to, for the message.
     Raises:
         PKIError: Another kind of key, or too weak.
     """
@@ -239,7 +239,7 @@ def usable_key(key: object, whose: str) -> PublicKey:
     if isinstance(key, rsa.RSAPublicKey) and 2048 <= key.key_size <= 8192 and key.public_numbers().e >= 65537:
         return key
     raise PKIError(
-        f"{whose} has a key that cannot be certified: it must be EC P-256, EC P-384 or RSA of 2048 to 8192 bits"
+        f"{owner} has a key that cannot be certified: it must be EC P-256, EC P-384 or RSA of 2048 to 8192 bits"
     )
 
 
@@ -286,7 +286,7 @@ def read_request(request_pem: bytes) -> tuple[str, PublicKey]:
 
 
 def plain(error: Exception) -> str:
-    """Return the library's complaint about an input in words that do not require knowing the library."""
+    """Explain an error of ``cryptography`` in words that do not require knowing it."""
     text = str(error)
     if "PEM" in text:
         return "there is no PEM block of this kind in it"

@@ -78,10 +78,10 @@ def read_configuration(path: Path) -> tuple[str, dict[str, Profile]]:
     if unknown := sorted(set(tree) - {"name", "profiles"}):
         raise PKIError(f"{path}: unknown: {', '.join(unknown)}; use only name and profiles")
     profiles = dict(BUILT_IN)
-    wanted = tree.get("profiles", {})
-    if not isinstance(wanted, dict) or not all(isinstance(values, dict) for values in wanted.values()):
+    changes = tree.get("profiles", {})
+    if not isinstance(changes, dict) or not all(isinstance(values, dict) for values in changes.values()):
         raise PKIError(f"{path}: write profiles as [profiles.NAME]")
-    for name, values in wanted.items():
+    for name, values in changes.items():
         profiles[name] = _profile(path, name, values)
     return str(tree.get("name", "")), profiles
 
