@@ -1,1 +1,1 @@
-"""The copy of the registry that decisions are made from, and what keeps it up to date."""
+"""The copy of the registry that decisions are made from, in memory and on disk, and its follower."""

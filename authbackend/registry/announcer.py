@@ -1,4 +1,4 @@
-"""Announce through the database which version this replica serves, and read what the other replicas serve."""
+"""Announces in the database which version this replica serves, and reads the state of the other replicas."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Peers:
     The replicas listed in the database.
 
     Args:
-        states: How many are ``live``, ``silent`` and ``stopped``.
-        ages_s: How long ago each was up to date, by name and by the database's clock; of several with one name, the longest.
-        twins: How many share their folder with another running replica.
+        states: The number that are ``live``, ``silent`` and ``stopped``.
+        ages_s: How long ago each was up to date, by name and by the database's clock; the longest of those with one name.
+        twins: The number that share their folder with another running replica.
     """
 
     states: dict[str, int]
@@ -67,13 +67,13 @@ class ReplicaAnnouncer:
     """
     Announces the newest version, between once and fifty times a second.
 
-    Database errors are logged at debug level only: the follower meets and reports them too, and the others then assume
-    that this replica may still serve its last version. Errors that only a writer meets go to ``writability``.
+    Database errors are logged at debug level only: the follower sees and reports them too, and the other replicas then
+    assume that this one may still serve its last version. Errors that only a writer sees go to ``writability``.
 
     Args:
         comes_back: Whether this replica can restart without the database, from a copy on disk.
         reachability: Shared by everything in this process that needs the database.
-        writability: Receives whether the announcement could be written.
+        writability: Records whether the announcement could be written.
     """
 
     def __init__(

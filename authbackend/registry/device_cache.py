@@ -1,4 +1,4 @@
-"""A cache of devices with rules of their own: compiling 2,000 rules takes 20 ms."""
+"""A cache of compiled devices, for those with rules of their own: compiling 2,000 rules takes 20 ms."""
 
 from __future__ import annotations
 

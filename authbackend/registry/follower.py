@@ -1,5 +1,5 @@
 """
-Keep the copy up to date: load the registry, follow the change feed, notice staleness.
+Keeps the copy up to date: loads the registry, follows the change feed, and compares the copy with the database.
 
 One refresh runs at a time. A notification only wakes the loop; changes are read from the change feed, which is also
 polled, so a lost notification delays a change by a second and loses nothing.
@@ -32,7 +32,7 @@ from authbackend.registry.writability import Writability
 log = structlog.get_logger(__name__)
 
 NO_ROOM_S = 10.0
-"""Pause when the registry does not fit into memory: each attempt reads all of it from the database, in vain."""
+"""Pause when the registry does not fit into memory: each attempt reads all of it from the database for nothing."""
 CONFIRM_ON_DISK_S = 10.0
 _YIELD_EVERY = 2000
 
@@ -69,11 +69,11 @@ class RefreshResult:
 @dataclass(frozen=True, slots=True)
 class SuspectRows:
     """
-    What the database holds, read in one snapshot.
+    Suspect rows and recent changes, read from the database in one snapshot.
 
     Args:
         patch: The changes since the position.
-        present: The suspect rows as the database has them.
+        present: The suspect rows as they are in the database.
         sizes: Number of rows by entity.
     """
 
@@ -100,7 +100,7 @@ class Feed(Protocol):
 
     async def later_changes(self, position: FeedPosition) -> set[lost_changes.Key] | None:
         """
-        Return what the change feed says was changed after a position in an earlier incarnation of the database.
+        Return the entries that the change feed lists after a position in an earlier incarnation of the database.
 
         None if the feed does not reach back that far.
         """
@@ -227,7 +227,7 @@ class RegistryFollower:
             changes = await self._feed.changes(state.position, self.store.sizes()["device"])
         if changes is not None:
             return await self._apply(*changes, began)
-        with self.store.reader() as before:  # keeps the version that was served readable until it has been compared
+        with self.store.reader() as before:  # keeps the served version readable until it has been compared
             feed_read = await self._feed.load(self.store, began.uptime)
             sizes = self.store.sizes()
             refreshed = RefreshResult(True, sum(sizes.values()), clocks.uptime() - began.uptime)
@@ -282,7 +282,7 @@ class RegistryFollower:
         self._observer.refreshed(feed_read, refreshed, lasting=lasting)
 
     async def _write_to_disk(self, entry: JournalEntry, *, new_image: bool) -> bool:
-        """Write a refresh to disk where needed; return False if that failed, so nobody may rely on it after a crash."""
+        """Write a refresh to disk where needed; return False if that failed, since a crash could then lose the change."""
         snapshot_folder = self._snapshot_folder
         if snapshot_folder is None:
             return True
@@ -373,7 +373,7 @@ class RegistryFollower:
                         self._wake.set()
                         backoff.reset()
             except AuthbackendError:
-                pass  # polling goes on meanwhile, and reports what is wrong with the database
+                pass  # polling continues, and reports what is wrong with the database
             except Exception as error:  # a bug in authbackend must not end listening for good
                 if crash != str(error):
                     log.exception("registry.listen_crashed")

@@ -1,4 +1,4 @@
-"""Changes that replicas had served and the database has lost, in a fail-over, a crash or a restore."""
+"""Detects changes that replicas had served and the database has lost, in a fail-over, a crash or a restore."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def report(differing_keys: set[Key], later: set[Key] | None) -> int:
                 fault="the database is in a new incarnation, and its change feed does not reach back to the version that was served",
             )
         return 0
-    gone = sorted(key for key in differing_keys if key not in later and (key[0], "*") not in later)
-    if gone:
+    lost = sorted(key for key in differing_keys if key not in later and (key[0], "*") not in later)
+    if lost:
         log.error(
             "registry.served_changes_gone",
-            number=len(gone),
-            named=[f"{entity} {name}" for entity, name in gone[:NAMED]],
+            number=len(lost),
+            named=[f"{entity} {name}" for entity, name in lost[:NAMED]],
             fault="the database no longer has these entries as they were served, and its change feed has no later change of "
             "them: it went back to an earlier state (a fail-over, a crash, a restore), or changed them under reused transaction "
             "ids. Decisions now follow the database",
-            next="check each entry, and make the change again if it was meant",
+            next="check each entry, and make the change again if it is still wanted",
         )
-    return len(gone)
+    return len(lost)

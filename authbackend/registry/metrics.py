@@ -1,4 +1,4 @@
-"""Metrics of the copy of the registry, and of the replica."""
+"""Prometheus metrics of the copy of the registry, and of the replica."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RegistryMetrics:
     Metrics of the follower process.
 
     Args:
-        publish: Receives what it knows about its copy and the other replicas, for :class:`ReplicaMetrics`.
+        publish: Receives the state of the copy and of the other replicas, for :class:`ReplicaMetrics`.
     """
 
     def __init__(self, registry: CollectorRegistry, publish: Callable[[dict[str, Any]], object]) -> None:
@@ -37,30 +37,30 @@ class RegistryMetrics:
     def _sync_metrics(self, registry: CollectorRegistry) -> None:
         self._sync_duration = Histogram(
             "authbackend_registry_sync_duration_seconds",
-            "Duration of a look at the database, by kind: changes or full.",
+            "Duration of a read of the database, by kind: changes or full.",
             ["kind"],
             buckets=SYNC_BUCKETS_S,
             registry=registry,
         )
         self._sync_failures = Counter(
-            "authbackend_registry_sync_failures", "Looks at the database that failed.", registry=registry
+            "authbackend_registry_sync_failures", "Reads of the database that failed.", registry=registry
         )
         self._comparisons = Counter(
             "authbackend_registry_comparisons", "Comparisons of the whole copy with the database.", registry=registry
         )
         self._differences = Counter(
             "authbackend_registry_differences",
-            "Rows in which the copy differed from the database; anything above 0 is a fault.",
+            "Rows in which the copy differed from the database; must be 0.",
             registry=registry,
         )
         self._ignored = Counter(
             "authbackend_registry_changes_ignored",
-            "Changes of an entity that a newer schema has and this version does not know: upgrade the replica.",
+            "Changes of an entity that a newer schema has and this version does not support: upgrade the replica.",
             registry=registry,
         )
         self._gone = Counter(
             "authbackend_registry_served_changes_gone",
-            "Entries that were served in a state which the database lost, in a fail-over, a crash or a restore; the log names them.",
+            "Entries that were served in a state that the database has lost, in a fail-over, a crash or a restore; the log names them.",
             registry=registry,
         )
 
@@ -101,7 +101,7 @@ class RegistryMetrics:
 
 class ReplicaMetrics(Collector):
     """
-    Gauges of this replica, and of the others as far as it knows them.
+    Gauges of this replica, and of the others as listed in the database.
 
     Args:
         current: Returns the current state; called at each scrape.
@@ -124,25 +124,25 @@ class ReplicaMetrics(Collector):
         )
         yield gauges("registry_entries", "Entries of the copy in memory.", "entity", now.sizes)
         used, available = now.memory_bytes
-        yield gauge("registry_memory_bytes", "Memory that the copy has, what it can use again included.", used)
+        yield gauge("registry_memory_bytes", "Memory of the copy, including what it can reuse.", used)
         yield gauge(
             "registry_memory_available_bytes",
-            "Memory that is left in the file system of registry.memory_dir.",
+            "Free memory in the file system of registry.memory_dir.",
             available,
         )
         yield gauge("registry_changed_timestamp_seconds", "When the copy last changed.", published.get("changed_at"))
         yield gauge(
             "registry_sync_age_seconds",
-            "Time since the start of the last look at the database that succeeded; NaN before the first.",
+            "Time since the start of the last successful read of the database; NaN before the first.",
             float("nan") if state is None else clocks.uptime() - state.synced_at,
         )
         yield gauge(
             "registry_on_disk",
-            "1 if the copy on disk holds what the one in memory does.",
+            "1 if the copy on disk has the same content as the one in memory.",
             published.get("lasting", False),
         )
         yield gauges("workers", "Workers by state: serving, starting, hanging.", "state", now.workers)
-        yield gauge("worker_restarts", "How often a worker had to be started again.", now.restarts)
+        yield gauge("worker_restarts", "How often a worker had to be restarted.", now.restarts)
         yield gauges("replicas", "Replicas by state: live, silent, stopped.", "state", published.get("states", {}))
         yield gauges(
             "replica_sync_age_seconds",
@@ -152,11 +152,11 @@ class ReplicaMetrics(Collector):
         )
         yield gauge(
             "replicas_of_a_shared_folder",
-            "Replicas that run from a folder (registry.snapshot_dir) from which another one runs as well: it was copied.",
+            "Running replicas that share their registry.snapshot_dir with another one: the folder was copied.",
             published.get("twins"),
         )
         info = GaugeMetricFamily(
-            "authbackend_build_info", "Always 1; labels tell what runs.", labels=["version", "python"]
+            "authbackend_build_info", "Always 1; the labels name the versions in use.", labels=["version", "python"]
         )
         info.add_metric([__version__, platform.python_version()], 1)
         yield info

@@ -1,4 +1,4 @@
-"""Positions in the change feed."""
+"""Positions in the change feed, which say what a reader has read, in PostgreSQL's transaction ids."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """
-The registry on disk, so that a replica can start while the database is unreachable.
+The copy of the registry on disk, with which a replica can start while the database is unreachable.
 
 An image of the store, and a journal of the changes since. A replica announces that it serves a change only once the
 change is in the journal: a confirmed revocation holds even after a crash and a restart without the database.

@@ -164,7 +164,7 @@ class Store:
         )
 
     def restored(self, synced_at: float, longest_staleness_s: float, database_time: float | None = None) -> None:
-        """Record that the content is from disk, how old it is, and for how long other replicas expect it to be used."""
+        """Record that the content is from disk, its age, and how long the other replicas expect this one to use it."""
         fault = "the database has not been read since the start"
         self._note(
             lambda old: replace(
@@ -249,7 +249,7 @@ class Store:
                 os.ftruncate(file.fileno(), used)
 
     def _check_room(self, transaction: Any, before_bytes: int) -> None:
-        """Refuse content that would fill the file system before writing it: others need room there too."""
+        """Refuse, before writing, content that would fill the file system: other files need room there too."""
         used, available = self.memory_bytes()
         missing = before_bytes + self._size_bytes(transaction) - used - available + _SPARE_BYTES
         if missing > 0:
@@ -284,12 +284,12 @@ class Store:
             name = key
         transaction.delete(name, db=self._devices)
 
-    def differences(self, present: Patch) -> int:
-        """Count the rows that differ from the database's; ``present`` has them as the database does."""
+    def differences(self, expected: Patch) -> int:
+        """Count the rows that differ from ``expected``, which is what the database has."""
         with self.reader() as reader:
-            number = sum(reader.record("device_type", key) != record for key, record in present.device_types.items())
-            number += sum(reader.record("account", key) != record for key, record in present.accounts.items())
-            for device_id, row in present.devices.items():
+            number = sum(reader.record("device_type", key) != record for key, record in expected.device_types.items())
+            number += sum(reader.record("account", key) != record for key, record in expected.accounts.items())
+            for device_id, row in expected.devices.items():
                 number += reader.device_by_id(device_id) is not None if row is None else not reader.same(row)
             return number
 
@@ -302,8 +302,8 @@ def _reserve_readers(folder: Path) -> None:
     """
     Allocate the reader table; a worker that could get no memory for its slot later would be killed (SIGBUS).
 
-    Before LMDB opens it: a process that closes any descriptor of a file loses its locks on it (fcntl(2)), and the next
-    process to open the store would then find nobody in it, and clear the table under those who read.
+    Call it before LMDB opens the file: a process that closes any descriptor of a file loses its locks on it (fcntl(2)),
+    and the next process to open the store would assume that nobody uses it, and clear the table while others read.
     """
     try:
         descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -347,8 +347,8 @@ class Reader:
     """
 
     __slots__ = (
-        *("_accounts", "_accounts_known", "_compiled", "_devices", "_env", "_ids", "_seen", "_states"),
-        *("_transaction", "_types", "_types_fresh", "_types_known", "state"),
+        *("_accounts", "_accounts_parsed", "_compiled", "_devices", "_env", "_ids", "_seen", "_states"),
+        *("_transaction", "_types", "_types_fresh", "_types_parsed", "state"),
     )
 
     def __init__(self, env: lmdb.Environment, devices: Any, ids: Any, types: Any, accounts: Any, states: Any) -> None:
@@ -360,9 +360,9 @@ class Reader:
         self._states = states
         self._seen = -1
         self._compiled = CompiledDevices()
-        self._types_known: dict[str, tuple[bytes, DeviceType]] = {}
+        self._types_parsed: dict[str, tuple[bytes, DeviceType]] = {}
         self._types_fresh: dict[str, DeviceType | None] = {}  # looked up in this version
-        self._accounts_known: dict[str, tuple[bytes, Account]] = {}
+        self._accounts_parsed: dict[str, tuple[bytes, Account]] = {}
         self._transaction: Any  # lmdb.Transaction, whose stubs assume buffers=True
         self.state: State | None = None
 
@@ -373,7 +373,7 @@ class Reader:
         if version != self._seen:
             self._seen = version
             self._types_fresh.clear()
-            for cache in (self._types_known, self._accounts_known):  # may hold removed entries that nobody looks up
+            for cache in (self._types_parsed, self._accounts_parsed):  # may hold removed entries that nobody looks up
                 if len(cache) > MOST_KNOWN:
                     cache.clear()
             self.state = _state(transaction.get(_STATE, db=self._states))
@@ -436,14 +436,14 @@ class Reader:
         record = self._transaction.get(_key(name) or b"\x00", db=self._types)
         device_type: DeviceType | None = None
         if record is not None:
-            known = self._types_known.get(name)
-            if known is not None and known[0] == record:
-                device_type = known[1]
+            parsed = self._types_parsed.get(name)
+            if parsed is not None and parsed[0] == record:
+                device_type = parsed[1]
             else:
-                device_type = records.device_type(record, known[1] if known else None)
-                self._types_known[name] = (record, device_type)
+                device_type = records.device_type(record, parsed[1] if parsed else None)
+                self._types_parsed[name] = (record, device_type)
         else:
-            self._types_known.pop(name, None)
+            self._types_parsed.pop(name, None)
         self._types_fresh[name] = device_type
         return device_type
 
@@ -452,12 +452,12 @@ class Reader:
         key = _key(name)
         record = self._transaction.get(key, db=self._accounts) if key else None
         if record is None:
-            self._accounts_known.pop(name, None)
+            self._accounts_parsed.pop(name, None)
             return None
-        known = self._accounts_known.get(name)
-        if known is None or known[0] != record:
-            known = self._accounts_known[name] = (record, records.account(record))
-        return known[1]
+        parsed = self._accounts_parsed.get(name)
+        if parsed is None or parsed[0] != record:
+            parsed = self._accounts_parsed[name] = (record, records.account(record))
+        return parsed[1]
 
     def accounts(self) -> Iterator[Account]:
         """Yield all accounts."""

@@ -47,8 +47,8 @@ def test_types_and_accounts_that_come_and_go_are_not_kept(monkeypatch):
             assert here.device_type(name) is not None
             assert here.account(name) is not None
         store.apply(Patch({name: None}, {}, {name: None}), FeedPosition("e", "i", "1:1:"), 1.0)
-        assert len(reader._types_known) <= 11
-        assert len(reader._accounts_known) <= 11
+        assert len(reader._types_parsed) <= 11
+        assert len(reader._accounts_parsed) <= 11
     store.close()
 
 
