@@ -1,11 +1,11 @@
-"""``authbackend`` and ``python -m authbackend``."""
+"""The entry point of ``authbackend`` and ``python -m authbackend``."""
 
 import signal
 import sys
 
 
 def main() -> None:
-    """Run the command line; a service survives SIGHUP while everything is still being imported, and to its end."""
+    """Run the command line; ``serve`` survives SIGHUP from before the imports until the process has ended."""
     serves = "serve" in sys.argv[1:]
     if serves:
         signal.signal(signal.SIGHUP, lambda *_: None)
@@ -14,7 +14,7 @@ def main() -> None:
 
         command(prog_name="authbackend")
     finally:
-        if serves:  # handlers are taken away before the interpreter has ended, this is not
+        if serves:  # Python removes its handlers before the interpreter exits; SIG_IGN stays
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 

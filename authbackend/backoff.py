@@ -1,4 +1,4 @@
-"""Back-off between failed attempts, cut short for all waiting parts when the server returns."""
+"""Exponential back-off between attempts to reach a server, cut short for everyone waiting when the server returns."""
 
 from __future__ import annotations
 

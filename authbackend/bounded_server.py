@@ -1,4 +1,4 @@
-"""HTTP server with limits on connections, request header size, and the time to send a request and read the answer."""
+"""aiohttp's server with limits on connections, header size, and the time to send a request and read the answer."""
 
 from __future__ import annotations
 
@@ -222,35 +222,37 @@ async def accepting(
     *,
     sock: socket | None = None,
     tls: ssl.SSLContext | None = None,
-    **where: Any,
+    **listen_options: Any,
 ) -> AsyncIterator[int]:
     """
     Serve while the block runs, and yield the port; then stop accepting and finish requests in flight.
 
     Args:
         drain_s: Longest time for requests in flight.
-        sock: A listening socket; without one, ``where`` is passed to the event loop's ``create_server``.
+        sock: A listening socket; without one, ``listen_options`` are passed to the event loop's ``create_server``.
     Raises:
         OSError: Cannot listen on the address.
     """
-    listener = await asyncio.get_running_loop().create_server(server, sock=sock, start_serving=tls is None, **where)
+    listener = await asyncio.get_running_loop().create_server(
+        server, sock=sock, start_serving=tls is None, **listen_options
+    )
     tasks = [asyncio.create_task(server.cut_slow_clients())]
-    accepting_sockets = []
+    duplicates = []
     if tls is not None:
         for each in listener.sockets:
-            accepts = socket(fileno=os.dup(each.fileno()))
-            accepts.setblocking(False)
-            accepts.listen(where.get("backlog", 128))
-            accepting_sockets.append(accepts)
-            tasks.append(asyncio.create_task(server.accept_over_tls(accepts, tls)))
+            duplicate = socket(fileno=os.dup(each.fileno()))
+            duplicate.setblocking(False)
+            duplicate.listen(listen_options.get("backlog", 128))
+            duplicates.append(duplicate)
+            tasks.append(asyncio.create_task(server.accept_over_tls(duplicate, tls)))
     try:
         yield listener.sockets[0].getsockname()[1]
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
-        for accepts in accepting_sockets:
-            accepts.close()
+        for duplicate in duplicates:
+            duplicate.close()
         listener.close()
         server.pre_shutdown()
         await asyncio.sleep(0)

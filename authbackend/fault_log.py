@@ -1,4 +1,4 @@
-"""Log a lasting fault immediately, then once a minute, and when it is over."""
+"""Logs a lasting fault immediately, then once a minute, and when it is over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether files have changed, told without reading them."""
+"""Detects changed files by modification time, inode and size, without reading them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ Stamps = tuple[tuple[int, int, int] | None, ...]
 
 
 def stamps(files: Iterable[Path]) -> Stamps:
-    """Return what changes when a file is written or replaced, for each; None for one that cannot be found."""
+    """Return a stamp of each file, which changes when the file is written or replaced; None if it cannot be read."""
     return tuple(map(_stamp, files))
 
 
 def _stamp(file: Path) -> tuple[int, int, int] | None:
     try:
-        found = file.stat()
+        status = file.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_ino, found.st_size
+    return status.st_mtime_ns, status.st_ino, status.st_size

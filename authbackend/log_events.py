@@ -23,7 +23,7 @@ EVENTS = {
     "crl.following": ("info", "CRLs can be read and signed again."),
     "crl.not_reported": (
         "warning",
-        "`crl sync` installed a CRL but could not report it to the database; receipts wait for the report. It tries again.",
+        "`crl sync` installed a CRL but could not report it to the database; receipts wait for the report, which is tried again.",
     ),
     "crl.refresh_crashed": (
         "error",
@@ -75,13 +75,13 @@ EVENTS = {
     "enforcement.unreachable": ("debug", "A cluster does not answer; requests are tried again."),
     "health.crashed": (
         "error",
-        "A bug in authbackend: a question about health was answered with 503. Please report it.",
+        "A bug in authbackend: a health check was answered with 503. Please report it.",
     ),
     "malformed": (
         "info",
         "A malformed request was denied; RabbitMQ does not send such requests. Usually the client is not RabbitMQ.",
     ),
-    "note.not_read": ("debug", "A process of the replica could not read what another one wrote; it tries again."),
+    "note.not_read": ("debug", "A process of the replica could not read what another one had written; it tries again."),
     "note.not_written": (
         "warning",
         "The processes of a replica could not share their state: the file system in memory is full.",
@@ -159,7 +159,7 @@ EVENTS = {
     "sweep.failed": ("warning", "A cluster could not be swept; the next sweep tries again."),
     "sweep.found": (
         "warning",
-        "A sweep found something that the registry does not allow; see `authbackend enforcement sweeps`.",
+        "A sweep found a connection or session that the registry does not allow; see `authbackend enforcement sweeps`.",
     ),
 }
 """Event: (level, meaning). A test compares them with the code."""

@@ -75,7 +75,7 @@ def reserve(folder: Path, processes: Iterable[str]) -> None:
 
 def share(folder: Path, process: str) -> None:
     """
-    Keep metrics created from now on in a folder that several processes share; ``process`` names this one.
+    Store metrics created from now on in a folder that several processes share; ``process`` names this one.
 
     Source: prometheus_client, "Multiprocess Mode". Files are named after the worker's slot, not its process id, so the
     next worker in that slot continues with them: counters never go back and files do not accumulate.

@@ -1,5 +1,7 @@
 """
-Prometheus metrics. The number of series depends on device types and reasons, never on the number of devices.
+Prometheus metrics: the exposition, and parts shared by all modules with metrics.
+
+The number of series depends on device types and reasons, never on the number of devices.
 
 Names and meanings are part of the public interface: docs/metrics.md lists them, and a test keeps the two in step. The
 processes of a replica share metrics through files in memory (``metric_files``): a restarted worker continues with the
@@ -46,7 +48,7 @@ class ListenerMetrics:
         )
         self._closed = Counter(
             f"authbackend_{listener}_connections_closed",
-            f"Connections of {clients} closed by this side, by cause: too_many, slow.",
+            f"Connections of {clients} closed by authbackend, by cause: too_many, slow.",
             ["cause"],
             registry=registry,
         )

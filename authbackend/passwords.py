@@ -155,7 +155,7 @@ def _lower_priority() -> None:
 
 
 class _Lane:
-    """A thread pool with a bounded queue; it refuses further work."""
+    """A thread pool with a bounded queue; further work raises :class:`Busy`."""
 
     def __init__(self, threads: int, queue: int) -> None:
         self._most = threads + queue

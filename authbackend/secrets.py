@@ -1,4 +1,4 @@
-"""Read passwords from the files that settings name."""
+"""Reads passwords from the files that the settings name, and never shows them in errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TLS certificates of a listener, reloaded while it runs."""
+"""TLS contexts for listeners, with certificates that are reloaded while the listener runs."""
 
 from __future__ import annotations
 

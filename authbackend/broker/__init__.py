@@ -1,1 +1,1 @@
-"""HTTP endpoints for RabbitMQ."""
+"""The HTTP endpoints that RabbitMQ's HTTP auth backend calls; no database and no disk on the request path."""

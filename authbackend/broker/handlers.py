@@ -1,4 +1,4 @@
-"""The four endpoints of RabbitMQ's HTTP auth backend."""
+"""The four endpoints of RabbitMQ's HTTP auth backend, decided from the copy of the registry."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Question:
     One endpoint: how its requests are parsed and decided.
 
     Args:
-        patience: The share of the time limit that a request may wait for its turn before it is shed. Logins are shed
+        patience: The share of the time limit that a request may wait in the queue before it is shed. Logins are shed
             first: a refused publish or subscription closes a connection, which causes another login and all that follows.
     """
 
@@ -176,7 +176,7 @@ class Handlers:
             return self._unavailable(question.name, "timeout")
         with self.metrics.in_flight.track_inprogress():
             form = await _read_form(request, deadline)
-        return self.answer(question, form, time.monotonic())  # reading the form does not count as waiting for its turn
+        return self.answer(question, form, time.monotonic())  # reading the form does not count as waiting
 
     async def _check_password(self, login: PendingLogin, deadline: float) -> Prepared:
         with self.metrics.in_flight.track_inprogress():

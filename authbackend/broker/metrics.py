@@ -28,37 +28,37 @@ class BrokerMetrics:
         )
         self._duration = Histogram(
             "authbackend_request_duration_seconds",
-            "Time from the arrival of a request at the process to its answer, waiting for its turn included.",
+            "Time from the arrival of a request at the process to its answer, including the time it waited.",
             ["endpoint"],
             buckets=REQUEST_BUCKETS_S,
             registry=registry,
         )
         self.in_flight = Gauge(
             "authbackend_requests_in_flight",
-            "Requests of RabbitMQ that wait for the rest of their body or for a password check.",
+            "Requests from RabbitMQ that wait for the rest of their body or for a password check.",
             registry=registry,
             multiprocess_mode="livesum",
         )
         self.malformed = Counter(
             "authbackend_malformed_requests",
-            "Requests denied because they are not RabbitMQ's, by cause.",
+            "Requests denied because RabbitMQ would not send them, by cause.",
             ["endpoint", "cause"],
             registry=registry,
         )
         self.unknown_paths = Counter(
             "authbackend_unknown_paths",
-            "Requests at a path that is none of RabbitMQ's questions, answered 404; the log says which is expected.",
+            "Requests to an unknown path, answered 404; the log names the expected one.",
             registry=registry,
         )
         self.failures = Counter(
             "authbackend_request_failures",
-            "Requests answered 503 because this service failed, by cause; never counted as a denial.",
+            "Requests answered 503 because authbackend failed, by cause; never counted as a denial.",
             ["endpoint", "cause"],
             registry=registry,
         )
         self.shed = Counter(
             "authbackend_requests_shed",
-            "Requests answered 503 at once because they had waited too long for their turn.",
+            "Requests answered 503 immediately because they had waited too long.",
             ["endpoint"],
             registry=registry,
         )
@@ -73,13 +73,13 @@ class BrokerMetrics:
         )
         self.connections_closed = Counter(
             "authbackend_connections_closed",
-            "Connections closed by this side, by cause: too_many, slow.",
+            "Connections closed by authbackend, by cause: too_many, slow.",
             ["cause"],
             registry=registry,
         )
         self.stalls = Histogram(
             "authbackend_event_loop_stall_seconds",
-            "How late a worker's event loop was, looked at ten times a second.",
+            "How late a worker's event loop was, measured ten times a second.",
             buckets=STALL_BUCKETS_S,
             registry=registry,
         )

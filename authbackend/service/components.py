@@ -1,4 +1,4 @@
-"""Build the service from its settings, start it and stop it: the only module that knows every part."""
+"""Builds each process of a replica from the settings: the only module that may import every part."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ async def run_admin(
 
 
 @contextlib.asynccontextmanager
-async def answering_health(
+async def run_health(
     settings: Settings,
     resources: ReplicaResources,
     store: Store,
@@ -472,7 +472,7 @@ async def service(settings: Settings, folder: Path, on_end: OnEnd = log.error) -
         async with (
             run_follower(settings, resources, store, on_end, collector_registry),
             run_admin(settings, store, admin, collector_registry),
-            answering_health(settings, resources, store, health, on_end, collector_registry),
+            run_health(settings, resources, store, health, on_end, collector_registry),
             run_worker(settings, resources, store, 0, port, on_end, collector_registry) as bound_port,
         ):
             service_urls = urls(settings, bound_port, admin, health)
@@ -547,7 +547,7 @@ async def _application_listening(
     )
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(accepting(server, DRAIN_S, sock=sock, tls=tls.context if tls else None))
-        stack.push_async_callback(runner.cleanup)  # runs first, to answer clients that wait for a CRL
+        stack.push_async_callback(runner.cleanup)  # runs before the server stops, to answer clients that wait for a CRL
         yield
 
 

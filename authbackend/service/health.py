@@ -1,4 +1,4 @@
-"""Liveness and readiness, for both listeners."""
+"""Liveness and readiness checks, for the listeners for RabbitMQ and for health."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Health:
         """Return 200, or 503 with the reason."""
         try:
             state = self._state()
-        except Exception as error:  # balancers and people must get an answer that they can read
+        except Exception as error:  # load balancers and people must get a readable answer
             log.exception("health.crashed")
             state = {"status": f"not ready: {type(error).__name__} in authbackend, see its log", "fault": "see the log"}
         return web.Response(

@@ -1,4 +1,4 @@
-"""Heartbeats of the workers, in shared memory that is allocated before the first fork."""
+"""Heartbeats of the workers in shared memory, allocated before the first fork; readiness and metrics read them."""
 
 from __future__ import annotations
 

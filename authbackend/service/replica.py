@@ -1,4 +1,4 @@
-"""Resources opened before the first fork: the shared store, filled from the copy on disk if there is one, and heartbeats."""
+"""Opens, before the first fork, what the processes of a replica share: the store, the copy on disk, heartbeats."""
 
 from __future__ import annotations
 
@@ -57,17 +57,17 @@ class ReplicaResources:
 
     @property
     def replica_state(self) -> SharedValue:
-        """What the follower knows about its copy and the other replicas."""
+        """The state of the copy and of the other replicas, written by the follower."""
         return SharedValue(self.folder / "notes", "replica")
 
     @property
     def certificate_counts(self) -> SharedValue:
-        """The follower's certificate metrics."""
+        """The certificate metrics, written by the follower."""
         return SharedValue(self.folder / "notes", "certificates")
 
     @property
     def published_crls(self) -> SharedValue:
-        """The CRLs to serve."""
+        """The CRLs to serve, written by the follower."""
         return SharedValue(self.folder / "notes", "lists")
 
     @property

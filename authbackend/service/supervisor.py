@@ -1,6 +1,6 @@
 """
-The processes of a replica: a small parent, the follower, which also enforces, one process each for the admin and the
-health listener, and the workers.
+Starts, watches and stops the processes of a replica: the follower, which also enforces, one process each for the admin
+and the health listener, and the workers.
 
 The parent has no event loop and opens only sockets, so that it can fork at any time. It restarts children that die, with
 back-off, and drains on SIGTERM: workers stop accepting, finish requests in flight and exit; then the replica signs off.
@@ -116,7 +116,7 @@ class Supervisor:
     ) -> None:
         self._settings = settings
         self._resources = resources
-        self._where = components.urls(settings, port, admin, health)
+        self._urls = components.urls(settings, port, admin, health)
         self._parent_alive, self._parent_end = os.pipe()  # children watch the read end: it closes when the parent dies
 
         def run_follower(
@@ -130,7 +130,7 @@ class Supervisor:
         def run_health(
             store: Store, on_end: components.OnEnd, reload: asyncio.Event
         ) -> AbstractAsyncContextManager[object]:
-            return components.answering_health(settings, resources, store, health, on_end, reload=reload)
+            return components.run_health(settings, resources, store, health, on_end, reload=reload)
 
         def run_worker(worker: int) -> Part:
             return lambda store, on_end, reload: components.run_worker(
@@ -150,7 +150,7 @@ class Supervisor:
             overdue = self._end(self._answering) + self._end([self._registry])
             os.close(self._parent_end)
             os.close(self._parent_alive)
-            signal.signal(_READY, signal.SIG_IGN)  # of a child that became ready while it was being ended
+            signal.signal(_READY, signal.SIG_IGN)  # a child may have sent it while it was being stopped
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         log.info("service.stopped")
         if overdue:
@@ -161,13 +161,13 @@ class Supervisor:
 
     def _watch(self, started: Callable[[dict[str, str]], object]) -> None:
         announced = False
-        everybody = [self._registry, *self._answering]
+        processes = [self._registry, *self._answering]
         while True:
             now = time.monotonic()
-            for process in everybody:
+            for process in processes:
                 if process.process_id is None and now >= process.due:
                     self._start(process)
-            waiting = [process.due - now for process in everybody if process.process_id is None]
+            waiting = [process.due - now for process in processes if process.process_id is None]
             received = signal.sigtimedwait(_SIGNALS, max(0.01, min(waiting, default=3600.0)))
             if received is None:
                 continue
@@ -177,13 +177,13 @@ class Supervisor:
             if received.si_signo == signal.SIGHUP:
                 self._forward_hangup()
             if received.si_signo == _READY:
-                for process in everybody:
+                for process in processes:
                     process.ready = process.ready or process.process_id == received.si_pid
-            self._reap(everybody)
-            if not announced and all(process.ready for process in everybody):
+            self._reap(processes)
+            if not announced and all(process.ready for process in processes):
                 announced = True
-                log.info("service.listening", **self._where, workers=len(self._workers))
-                started(self._where)
+                log.info("service.listening", **self._urls, workers=len(self._workers))
+                started(self._urls)
 
     def _forward_hangup(self) -> None:
         """Forward SIGHUP to the processes that listen, so that they reload their certificates."""

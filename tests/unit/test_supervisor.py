@@ -21,7 +21,7 @@ def start(process):
 
 parent = object.__new__(supervisor.Supervisor)
 parent._start = start
-parent._where = {}
+parent._urls = {}
 parent._registry = supervisor._Process("registry", None)
 parent._workers = [supervisor._Process(f"worker-{n}", None, n) for n in range(8)]
 parent._answering = [supervisor._Process("health", None), *parent._workers]
