@@ -428,21 +428,22 @@ def load(environment: Mapping[str, str], file: Path | None = None) -> Settings:
     path = file or (Path(environment[CONFIG_FILE_VARIABLE]) if environment.get(CONFIG_FILE_VARIABLE) else None)
     if path is not None:
         tree = _read_file(path, faults)
-    known = {variable(name): name for name in setting_names()}
+    paths = {variable(setting): setting for setting in setting_names()}
     for name, value in sorted(environment.items()):
         if not name.startswith(PREFIX) or name in NOT_SETTINGS:
             continue
-        if name not in known:
+        if name not in paths:
             if _is_service_link(name, value):
                 continue
-            faults.append(_unknown(name, list(known)))
+            faults.append(_unknown(name, list(paths)))
             continue
         if _is_empty(value):
             continue
         branch = tree
-        for part in known[name][:-1]:
+        setting = paths[name]
+        for part in setting[:-1]:
             branch = branch.setdefault(part, {})
-        branch[known[name][-1]] = [entry.strip() for entry in value.split(",")] if known[name] in _LISTS else value
+        branch[setting[-1]] = [entry.strip() for entry in value.split(",")] if setting in _LISTS else value
     if faults:
         raise ConfigurationError("\n".join(faults))
     try:
@@ -458,11 +459,11 @@ def _read_file(path: Path, faults: list[str]) -> dict[str, Any]:
         raise ConfigurationError(f"cannot read the configuration file {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} is not TOML: {error}") from None
-    known = list(setting_names())
-    dotted = [".".join(name) for name in known]
-    for name in _leaves(tree, {name[:-1] for name in known}):
-        if name not in known:
-            faults.append(f"{path}: " + _unknown(".".join(name), dotted))
+    settings = list(setting_names())
+    dotted = [".".join(setting) for setting in settings]
+    for leaf in _leaves(tree, {setting[:-1] for setting in settings}):
+        if leaf not in settings:
+            faults.append(f"{path}: " + _unknown(".".join(leaf), dotted))
     return tree
 
 
@@ -490,8 +491,8 @@ def _is_service_link(name: str, value: str) -> bool:
     return any(name.endswith(end) and shape.fullmatch(value) for end, shape in _LINK_VALUES.items())
 
 
-def _unknown(name: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, 1, 0.0)
+def _unknown(name: str, names: list[str]) -> str:
+    nearest = difflib.get_close_matches(name, names, 1, 0.0)
     return f"unknown setting {name}; did you mean {nearest[0]}?"
 
 
