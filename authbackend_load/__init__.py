@@ -1,1 +1,1 @@
-"""A load generator for RabbitMQ's MQTT door: a fleet of devices, each with a TLS client certificate of its own."""
+"""A load generator for MQTT on RabbitMQ: a fleet of devices, each with its own TLS client certificate."""

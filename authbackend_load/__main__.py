@@ -1,4 +1,4 @@
-"""``python -m authbackend_load``."""
+"""The entry point of ``python -m authbackend_load``."""
 
 from authbackend_load.cli import main
 

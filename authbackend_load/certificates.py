@@ -1,4 +1,4 @@
-"""A certificate for every device of a load test, by several processes, and the files that register the devices."""
+"""Makes a certificate for each device of a load test, in several processes, and the files that register the devices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from authbackend_load.plan import CERTIFICATES, DEVICES_FILE, PUBLISH, SUBSCRIBE
 POLICY_FILE = "policy.yaml"
 _PORTION = 250
 _POLICY = """\
-# The device type of a load test: what the devices of authbackend-load do unless told otherwise. Register them with
+# The device type of a load test: what the devices of authbackend-load do by default. Register them with
 #   authbackend policy apply {directory}/{policy} --devices {directory}/{devices}
 schema: authbackend/1
 
@@ -35,11 +35,11 @@ device_types:
 @dataclass(frozen=True, slots=True)
 class Made:
     """
-    What became of the certificates.
+    How many certificates were made.
 
     Attributes:
-        written: made now.
-        kept: there before.
+        written: Made now.
+        kept: Already there.
     """
 
     written: int
@@ -48,10 +48,10 @@ class Made:
 
 def device_ids(prefix: str, count: int) -> list[str]:
     """
-    Return PREFIX000001, PREFIX000002, and so on.
+    Return the ids PREFIX000001, PREFIX000002, and so on.
 
     Raises:
-        LoadError: the prefix cannot be part of a device id.
+        LoadError: The prefix cannot be part of a device id.
     """
     ids = [f"{prefix}{number:06d}" for number in range(1, count + 1)]
     if fault := device_name_fault(ids[-1]):
@@ -69,22 +69,22 @@ def make(
     progress: Callable[[int], None] = lambda _done: None,
 ) -> Made:
     """
-    Make what is missing: authorities and servers' certificates as ``authbackend certs`` does, a certificate for each
-    device, ``devices.csv`` and ``policy.yaml``.
+    Make what is missing: the certificates of authorities and servers as ``authbackend certs`` does, one for each
+    device, and ``policy.yaml``. ``devices.csv`` is always written.
 
     Args:
-        revoked: so many devices at the end of the list are registered as revoked.
-        progress: called with the number of certificates done.
+        revoked: How many devices at the end of the list to register as revoked.
+        progress: Called with the number of certificates made so far.
     Raises:
-        LoadError: a file there cannot be used or written.
+        LoadError: A file in the directory cannot be used or written.
     """
     try:
         for _ in make_certificates(directory):
             pass
         folder = directory / CERTIFICATES
         folder.mkdir(exist_ok=True)
-        present = {path.stem for path in folder.glob("*.pem")}
-        missing = [device_id for device_id in ids if device_id not in present]
+        existing = {path.stem for path in folder.glob("*.pem")}
+        missing = [device_id for device_id in ids if device_id not in existing]
         for done in _issue(directory, folder, missing, processes):
             progress(done)
         _write_devices(directory / DEVICES_FILE, ids, device_type, revoked)
@@ -114,7 +114,7 @@ def _issue_portion(ca: tuple[bytes, bytes], folder: Path, ids: list[str]) -> int
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(issued.certificate_pem + issued.key_pem)
-        beside.rename(folder / f"{device_id}.pem")  # half a file is never taken for a certificate
+        beside.rename(folder / f"{device_id}.pem")  # a partly written file never has a certificate's name
     return len(ids)
 
 
@@ -122,14 +122,14 @@ def _write_devices(file: Path, ids: list[str], device_type: str, revoked: int) -
     with file.open("w", newline="", encoding="utf-8") as lines:
         writer = csv.writer(lines, lineterminator="\n")
         writer.writerow(("device_id", "common_name", "type", "status"))
-        for place, device_id in enumerate(ids):
-            status = "revoked" if place >= len(ids) - revoked else "active"
+        for index, device_id in enumerate(ids):
+            status = "revoked" if index >= len(ids) - revoked else "active"
             writer.writerow((device_id, device_id, device_type, status))
 
 
 def _write_policy(directory: Path, device_type: str) -> None:
     file = directory / POLICY_FILE
-    if file.exists():  # somebody may have written rules into it
+    if file.exists():  # the user may have edited it
         return
     text = _POLICY.format(
         type=device_type,

@@ -22,7 +22,7 @@ _file = click.Path(dir_okay=False, path_type=Path)
 
 
 class _Group(click.Group):
-    """Ends with an error's message and exit code 2 instead of a traceback."""
+    """Prints the message of a :class:`LoadError` and exits with code 2, instead of a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -38,9 +38,9 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 def main() -> None:
     """
-    A fleet of MQTT devices, each with a TLS client certificate of its own, against a RabbitMQ.
+    Load-test RabbitMQ with a fleet of MQTT devices, each with its own TLS client certificate.
 
-    Exit codes: 0 done, 1 a device did not finish or a verdict was wrong, 2 wrong usage, 130 stopped by Ctrl-C.
+    Exit codes: 0 success, 1 a device did not finish or a verdict was wrong, 2 invalid usage, 130 stopped by Ctrl-C.
     """
 
 
@@ -56,15 +56,15 @@ def main() -> None:
     show_default=True,
     help="Their device type in authbackend; applying the policy file replaces a type of this name.",
 )
-@click.option("--revoked", type=click.IntRange(0), default=0, help="Register this many at the end as revoked.")
+@click.option("--revoked", type=click.IntRange(0), default=0, help="Register the last N as revoked.", metavar="N")
 @click.option("--processes", type=click.IntRange(1), default=_CORES, help="Make certificates in this many processes.")
 def certificates(directory: Path, count: int, prefix: str, device_type: str, revoked: int, processes: int) -> None:
     """
-    Make a certificate for each device in DIR, and what registers them.
+    Make a certificate for each device in DIR, and the files that register them.
 
-    DIR becomes what `authbackend certs DIR` makes, and devices/DEVICE.pem (certificate and key in one file),
-    devices.csv and policy.yaml. What is there is kept, so the command can be repeated for more devices.
-    To use an authority that exists, put its ca.pem and ca.key into DIR first.
+    DIR gets the files of `authbackend certs DIR`, and devices/DEVICE.pem (certificate and key in one file),
+    devices.csv and policy.yaml. Existing files are kept, so the command can be repeated to add devices.
+    To use an existing authority, put its ca.pem and ca.key into DIR first.
     """
     ids = pki.device_ids(prefix, count)
     progress = Progress(count)
@@ -86,21 +86,19 @@ def certificates(directory: Path, count: int, prefix: str, device_type: str, rev
 def _fleet_options(function: Any) -> Any:
     for option in reversed(
         (
-            click.option("--count", type=click.IntRange(1), help="Use so many devices; default: all in DIR."),
-            click.option(
-                "--skip", type=click.IntRange(0), default=0, help="Leave out so many at the beginning of DIR."
-            ),
-            click.option("--share", "part", metavar="K/N", help="Only the K-th of N parts: one for each machine."),
+            click.option("--count", type=click.IntRange(1), metavar="N", help="Use N devices; default: all in DIR."),
+            click.option("--skip", type=click.IntRange(0), default=0, metavar="N", help="Skip the first N of DIR."),
+            click.option("--share", "part", metavar="K/N", help="Use only the K-th of N shares, one for each machine."),
             click.option("--processes", type=click.IntRange(1), default=_CORES, help="Run in this many processes."),
-            click.option("--host", default="localhost", help="The broker."),
-            click.option("--port", type=click.IntRange(1, 65_535), default=8883, help="Its port for MQTT over TLS."),
+            click.option("--host", default="localhost", help="Host of the broker."),
+            click.option("--port", type=click.IntRange(1, 65_535), default=8883, help="The broker's port for MQTT over TLS."),
             click.option("--ca", type=_file, help="Authority of the broker's certificate; default: DIR/ca.pem."),
             click.option(
-                "--server-name", metavar="NAME", default="", help="In the broker's certificate; default: host."
+                "--server-name", metavar="NAME", default="", help="Name in the broker's certificate; default: host."
             ),
-            click.option("--insecure", is_flag=True, help="Trust any broker."),
-            click.option("--tls", "tls_version", type=click.Choice(["1.2", "1.3"]), help="Only this version of TLS."),
-            click.option("--source", "sources", metavar="ADDRESS", multiple=True, help="Connect from; repeatable."),
+            click.option("--insecure", is_flag=True, help="Accept any certificate of the broker."),
+            click.option("--tls", "tls_version", type=click.Choice(["1.2", "1.3"]), help="Use only this version of TLS."),
+            click.option("--source", "sources", metavar="ADDRESS", multiple=True, help="Local address to connect from; repeatable."),
         )
     ):
         function = option(function)
@@ -111,19 +109,19 @@ def _mqtt_options(function: Any) -> Any:
     for option in reversed(
         (
             click.option("--mqtt", type=click.Choice(["3.1.1", "5"]), default="5", help="MQTT version."),
-            click.option("--keep-alive", type=click.IntRange(0, 65_535), default=60, help="Seconds; 0: none."),
+            click.option("--keep-alive", type=click.IntRange(0, 65_535), default=60, help="Keep-alive in seconds; 0: none."),
             click.option(
-                "--persistent", type=click.IntRange(0), default=0, metavar="S", help="Keep sessions S seconds."
+                "--persistent", type=click.IntRange(0), default=0, metavar="S", help="Keep sessions for S seconds."
             ),
-            click.option("--client-id", default="{device_id}", help="Client id."),
+            click.option("--client-id", default="{device_id}", help="Client id; {device_id} is filled in."),
             click.option("--subscribe", "-s", multiple=True, default=[SUBSCRIBE], help="Topic filter; repeatable."),
             click.option("--subscribe-qos", type=click.IntRange(0, 1), default=1),
             click.option("--publish", "-p", multiple=True, default=[PUBLISH], help="Topic, also with {n}; repeatable."),
             click.option("--publish-qos", type=click.IntRange(0, 1), default=1),
-            click.option("--publishes", type=click.IntRange(0), default=1, help="In each cycle."),
+            click.option("--publishes", type=click.IntRange(0), default=1, help="Publishes in each cycle."),
             click.option("--interval", type=click.FloatRange(0), default=0.0, help="Seconds between later publishes."),
-            click.option("--payload", type=click.IntRange(0, 1_000_000), default=64, help="Bytes."),
-            click.option("--until", type=click.Choice(STEPS), default="publish", help="How far a cycle goes."),
+            click.option("--payload", type=click.IntRange(0, 1_000_000), default=64, help="Size of a message in bytes."),
+            click.option("--until", type=click.Choice(STEPS), default="publish", help="Last step of a cycle."),
         )
     ):
         function = option(function)
@@ -134,15 +132,15 @@ def _time_options(function: Any) -> Any:
     for option in reversed(
         (
             click.option(
-                "--rate", type=click.FloatRange(0), default=0.0, help="Cycles begun a second; 0: all at once."
+                "--rate", type=click.FloatRange(0), default=0.0, help="Cycles started per second; 0: all at once."
             ),
-            click.option("--ramp", type=click.FloatRange(0), default=0.0, help="Seconds in which --rate is reached."),
-            click.option("--in-flight", type=click.IntRange(0), default=0, help="Most unfinished cycles; 0: no limit."),
-            click.option("--duration", type=click.FloatRange(0), default=0.0, help="Stay connected, seconds."),
-            click.option("--reconnect-all", type=click.IntRange(0), default=0, metavar="N", help="N times, cut all."),
-            click.option("--retry-delay", type=click.FloatRange(0.01), default=1.0, help="Seconds; doubles to 30."),
-            click.option("--timeout", type=click.FloatRange(0.1), default=30.0, help="Longest wait for an answer, s."),
-            click.option("--time-limit", type=click.FloatRange(1), default=300.0, help="For the fleet to connect, s."),
+            click.option("--ramp", type=click.FloatRange(0), default=0.0, help="Seconds until --rate is reached."),
+            click.option("--in-flight", type=click.IntRange(0), default=0, help="Limit of unfinished cycles; 0: none."),
+            click.option("--duration", type=click.FloatRange(0), default=0.0, help="Seconds to stay connected."),
+            click.option("--reconnect-all", type=click.IntRange(0), default=0, metavar="N", help="Cut all connections N times."),
+            click.option("--retry-delay", type=click.FloatRange(0.01), default=1.0, help="Seconds before a retry; doubles up to 30."),
+            click.option("--timeout", type=click.FloatRange(0.1), default=30.0, help="Seconds to wait for an answer."),
+            click.option("--time-limit", type=click.FloatRange(1), default=300.0, help="Seconds for the fleet to connect."),
         )
     ):
         function = option(function)
@@ -159,12 +157,13 @@ def _time_options(function: Any) -> Any:
 @click.option("--quiet", "-q", is_flag=True, help="No progress on standard error.")
 def run(directory: Path, **options: Any) -> None:
     """
-    Connect the devices of DIR and measure.
+    Connect the devices of DIR and measure how long each step takes.
 
-    A cycle is TCP, TLS, CONNECT, SUBSCRIBE, PUBLISH, each answered. A cycle that fails is counted by cause and tried
-    again. When every device has finished its cycle, all stay connected for --duration. Then --reconnect-all cuts all
-    connections at once and lets them come back. In topics, filters and client ids, {device_id} is the device, {n} the
-    number of its publish. Devices whose status in devices.csv is not active must be refused; it is checked.
+    A cycle is TCP, TLS, CONNECT, SUBSCRIBE and PUBLISH, each acknowledged. A cycle that fails is counted by cause and
+    retried. When every device has finished its cycle, all stay connected for --duration. Then --reconnect-all cuts all
+    connections at the same time, and the devices reconnect. In topics, filters and client ids, {device_id} is the
+    device and {n} the number of the publish. Devices whose status in devices.csv is not active must be refused; a run
+    in which one gets in fails.
     """
     if options["picture"] is not None:
         plots.require()
@@ -172,7 +171,7 @@ def run(directory: Path, **options: Any) -> None:
     if options["part"]:
         identities = share(identities, *_part(options["part"]))
     if not identities:
-        raise LoadError("no device is left for this share")
+        raise LoadError(f"--share {options['part']}: fewer devices than shares; make more, or use fewer shares")
     progress = Progress(len(identities), quiet=options["quiet"])
     result = runs.run(
         _plan(directory, options),
@@ -198,7 +197,7 @@ def _part(text: str) -> tuple[int, int]:
 def _plan(directory: Path, options: dict[str, Any]) -> Plan:
     ca = options["ca"] or directory / CA_FILE
     if not options["insecure"] and not ca.exists():
-        raise LoadError(f"{ca} is missing: name the authority of the broker's certificate with --ca, or use --insecure")
+        raise LoadError(f"{ca} is missing: give the authority of the broker's certificate with --ca, or use --insecure")
     return Plan(
         host=options["host"],
         port=options["port"],
@@ -239,10 +238,10 @@ def _deliver(result: dict[str, Any], output: Path | None, picture: Path | None) 
         _summary(result)
     if picture is not None:
         plots.plot(result, picture)
-    said = runs.faults(result)
-    for line in said:
-        click.echo(f"authbackend-load: {line}", err=True)
-    if said:
+    faults = runs.faults(result)
+    for fault in faults:
+        click.echo(f"authbackend-load: {fault}", err=True)
+    if faults:
         sys.exit(1)
 
 

@@ -1,8 +1,8 @@
 """
-The packets of MQTT 3.1.1 and 5.0 that a device of a load test needs, to bytes and back.
+Encodes and decodes the packets of MQTT 3.1.1 and 5.0 that a device of a load test sends and receives. Pure.
 
-CONNECT, SUBSCRIBE, PUBLISH, PUBACK, PINGREQ and DISCONNECT are written; CONNACK, SUBACK, PUBLISH, PUBACK, PINGRESP and
-DISCONNECT are read. Properties of MQTT 5 are read over, but for the server's keep-alive.
+It sends CONNECT, SUBSCRIBE, PUBLISH, PUBACK, PINGREQ and DISCONNECT, and receives CONNACK, SUBACK, PUBLISH, PUBACK,
+PINGRESP and DISCONNECT. Properties of MQTT 5 are skipped, except the server keep-alive.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ REASONS = {
     0x98: "administrative action",
     0x9F: "connection rate exceeded",
 }
-"""MQTT 5's words for its reason codes of failures."""
+"""MQTT 5's names of the reason codes of failures."""
 
 _REASON_OF_311 = {1: 0x84, 2: 0x85, 3: 0x88, 4: 0x86, 5: 0x87}
 UNAUTHORIZED = frozenset({0x86, 0x87})
-"""The reason codes with which RabbitMQ says that somebody may not."""
+"""The reason codes with which RabbitMQ refuses a client."""
 
 
 class ProtocolError(Exception):
-    """The broker sent what MQTT does not allow, or what a device cannot want."""
+    """The broker sent what MQTT does not allow, or a packet that a device never receives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +70,9 @@ class Packet:
 
     Attributes:
         kind: CONNACK, PUBLISH, PUBACK, SUBACK, PINGRESP or DISCONNECT.
-        codes: the reason codes of MQTT 5 (those of a 3.1.1 CONNACK are translated): one, or one per filter in SUBACK.
-        packet_id: of PUBLISH (0 with QoS 0), PUBACK and SUBACK.
-        keep_alive_s: the keep-alive that CONNACK orders, or None.
+        codes: Reason codes of MQTT 5 (those of a 3.1.1 CONNACK are translated): one, or one per filter in SUBACK.
+        packet_id: Of PUBLISH (0 with QoS 0), PUBACK and SUBACK.
+        keep_alive_s: The server keep-alive of CONNACK, None without one.
     """
 
     kind: int
@@ -82,18 +82,18 @@ class Packet:
 
 
 def reason_text(code: int) -> str:
-    """Return a reason code with its words, for example ``0x87 not authorized``."""
+    """Return a reason code with its name, for example ``0x87 not authorized``."""
     return f"0x{code:02x} {REASONS.get(code, 'unknown')}"
 
 
 def connect(client_id: str, *, version: int, keep_alive_s: int, clean: bool, session_expiry_s: int = 0) -> bytes:
     """
-    Return CONNECT without user name and password, so that the certificate decides.
+    Return CONNECT without user name and password: the certificate identifies the device.
 
     Args:
         version: 4 is MQTT 3.1.1, 5 is 5.0.
-        clean: clean session (3.1.1) or clean start (5.0).
-        session_expiry_s: how long the session outlives the connection, 5.0 only.
+        clean: Clean session (3.1.1) or clean start (5.0).
+        session_expiry_s: How long the session outlives the connection, 5.0 only.
     """
     body = _text("MQTT") + bytes((version, 0x02 if clean else 0x00)) + keep_alive_s.to_bytes(2, "big")
     if version == V5:
@@ -110,24 +110,24 @@ def subscribe(packet_id: int, filters: list[str], qos: int, *, version: int) -> 
 
 
 def publish(topic: str, payload: bytes, qos: int, packet_id: int, *, version: int) -> bytes:
-    """Return PUBLISH, not retained; ``packet_id`` counts for QoS 1 only."""
+    """Return PUBLISH, not retained; ``packet_id`` is used with QoS 1 only."""
     identifier = packet_id.to_bytes(2, "big") if qos else b""
     properties = b"\x00" if version == V5 else b""
     return _packet(0x30 | qos << 1, _text(topic) + identifier + properties + payload)
 
 
 def puback(packet_id: int) -> bytes:
-    """Return PUBACK that says success; both versions have the same."""
+    """Return PUBACK with success, which is the same in both versions."""
     return b"\x40\x02" + packet_id.to_bytes(2, "big")
 
 
 def disconnect(*, version: int) -> bytes:
-    """Return DISCONNECT in good order."""
+    """Return a normal DISCONNECT."""
     return b"\xe0\x02\x00\x00" if version == V5 else b"\xe0\x00"
 
 
 class Decoder:
-    """Takes bytes in pieces of any size and gives whole packets."""
+    """Decodes packets from bytes that arrive in pieces of any size."""
 
     def __init__(self, version: int) -> None:
         self._version = version
@@ -138,11 +138,11 @@ class Decoder:
         Add bytes and yield the packets that are complete.
 
         Raises:
-            ProtocolError: the bytes are no packet that a broker sends to a device.
+            ProtocolError: The bytes are not a packet that a broker sends to a device.
         """
         self._buffer += data
-        while (found := self._take()) is not None:
-            yield self._parse(*found)
+        while (packet := self._take()) is not None:
+            yield self._parse(*packet)
 
     def _take(self) -> tuple[int, bytes] | None:
         buffer = self._buffer
@@ -182,7 +182,7 @@ class Decoder:
                     return Packet(DISCONNECT, (body[0] if body else 0,))
         except IndexError:
             raise ProtocolError(f"packet type {kind} is too short: {body.hex()}") from None
-        raise ProtocolError(f"packet type {kind} is not for a device")
+        raise ProtocolError(f"packet type {kind} is never sent to a device")
 
     def _connack(self, body: bytes) -> Packet:
         code = body[1]
@@ -217,7 +217,7 @@ def _server_keep_alive(body: bytes, at: int) -> int | None:
         elif name == _VARIABLE:
             at = _variable(body, at)[1]
         else:
-            raise ProtocolError(f"property 0x{name:02x} is not known")
+            raise ProtocolError(f"unknown property 0x{name:02x} in CONNACK")
     return None
 
 
@@ -227,7 +227,7 @@ def _skip(body: bytes, at: int) -> int:
 
 
 def _variable(data: bytes | bytearray, at: int) -> tuple[int, int]:
-    """Return a variable byte integer and where it ends; IndexError if it does not end in four bytes."""
+    """Return a variable byte integer and where it ends; IndexError if it does not end within four bytes."""
     value = 0
     for shift in (0, 7, 14, 21):
         byte = data[at]
@@ -245,7 +245,7 @@ def _number(data: bytes, at: int) -> int:
 def _text(text: str) -> bytes:
     encoded = text.encode()
     if len(encoded) > _LONGEST_TEXT:
-        raise ValueError(f"text of {len(encoded)} bytes; MQTT allows {_LONGEST_TEXT}")
+        raise ValueError(f"text of {len(encoded)} bytes; MQTT allows up to {_LONGEST_TEXT}")
     return len(encoded).to_bytes(2, "big") + encoded
 
 
@@ -260,5 +260,5 @@ def _length(length: int) -> bytes:
 
 def _packet(head: int, body: bytes) -> bytes:
     if len(body) > _LONGEST_PACKET:
-        raise ValueError(f"packet of {len(body)} bytes; MQTT allows {_LONGEST_PACKET}")
+        raise ValueError(f"packet of {len(body)} bytes; MQTT allows up to {_LONGEST_PACKET}")
     return bytes((head,)) + _length(len(body)) + body

@@ -1,4 +1,4 @@
-"""One MQTT connection over TLS on asyncio: thin, because thousands of them share a core with what they test."""
+"""One MQTT connection over TLS on asyncio; thin, because thousands of them may share a core with the tested broker."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from authbackend_load import codec
 from authbackend_load.tls import TLS, TLSError
 
 CUT = "cut"
-"""The cause when it was this end that cut the connection."""
+"""The cause if this end cut the connection."""
 
 
 class ConnectionFailed(Exception):
-    """The connection ended or could not be used; the text is the cause, the same for all that it happens to."""
+    """The connection ended or could not be used; the text is the cause, with the same words for all devices."""
 
 
 class Connection(asyncio.Protocol):
     """
-    TLS and MQTT of one device. Make it with ``loop.create_connection``.
+    A device's MQTT connection; create it with ``loop.create_connection``.
 
     Args:
-        tls: of this connection, not begun.
+        tls: The TLS of this connection, before the handshake.
         version: 4 is MQTT 3.1.1, 5 is 5.0.
     """
 
     def __init__(self, tls: TLS, version: int) -> None:
         self.version = version
         self.established: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Done when the TLS handshake is over."""
+        """Done when the TLS handshake has succeeded or failed."""
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        """Done when the connection is over: why."""
+        """Done when the connection has ended; the result is the cause."""
         self.messages = 0
-        """Messages that arrived."""
+        """Number of messages received."""
         self.keep_alive_s: int | None = None
-        """The keep-alive that the broker ordered, if it did."""
+        """The server keep-alive, None if the broker has not set one."""
         self._decoder = codec.Decoder(version)
         self._waiting: dict[tuple[int, int], asyncio.Future[codec.Packet]] = {}
         self._next_id = 0
@@ -42,8 +42,8 @@ class Connection(asyncio.Protocol):
         self._tls = tls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin the handshake."""
-        transport = cast("asyncio.Transport", transport)  # that of uvloop is no subclass
+        """Start the TLS handshake."""
+        transport = cast("asyncio.Transport", transport)  # uvloop's is not a subclass
         self._transport = transport
         if self.lost.done():  # cut while TCP was connecting
             transport.abort()
@@ -55,7 +55,7 @@ class Connection(asyncio.Protocol):
             self._end(f"tls: {error}")
 
     def data_received(self, data: bytes) -> None:
-        """Take what the broker sent."""
+        """Handle bytes from the broker."""
         if self.lost.done():
             return
         try:
@@ -76,7 +76,7 @@ class Connection(asyncio.Protocol):
             self._end("closed by the broker")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """TCP is over."""
+        """Record that the TCP connection has ended."""
         self._end("closed by the broker" if exc is None else f"tcp: {_words(exc)}")
 
     def _take(self, packet: codec.Packet) -> None:
@@ -109,16 +109,16 @@ class Connection(asyncio.Protocol):
         if data := self._tls.output():
             self._transport.write(data)
 
-    def _end(self, why: str) -> None:
+    def _end(self, cause: str) -> None:
         if self.lost.done():
             return
-        self.lost.set_result(why)
+        self.lost.set_result(cause)
         if not self.established.done():
-            self.established.set_exception(ConnectionFailed(why))
-            self.established.exception()  # nobody has to ask
+            self.established.set_exception(ConnectionFailed(cause))
+            self.established.exception()  # mark it as retrieved: nobody may be waiting for it
         for waiting in self._waiting.values():
             if not waiting.done():
-                waiting.set_exception(ConnectionFailed(why))
+                waiting.set_exception(ConnectionFailed(cause))
         self._waiting.clear()
         if self._transport is not None:
             self._transport.abort()
@@ -141,7 +141,7 @@ class Connection(asyncio.Protocol):
         Log in and return the reason code of CONNACK (of MQTT 5; 0 is success).
 
         Raises:
-            ConnectionFailed: the connection ended instead.
+            ConnectionFailed: The connection ended instead.
         """
         data = codec.connect(
             client_id,
@@ -157,7 +157,7 @@ class Connection(asyncio.Protocol):
         Subscribe and return the reason codes of SUBACK: the granted QoS, or 0x80 and more for a refusal.
 
         Raises:
-            ConnectionFailed: the connection ended instead.
+            ConnectionFailed: The connection ended instead.
         """
         number = self._packet_id()
         data = codec.subscribe(number, filters, qos, version=self.version)
@@ -165,10 +165,10 @@ class Connection(asyncio.Protocol):
 
     async def publish(self, topic: str, payload: bytes, qos: int) -> int:
         """
-        Publish; return the reason code of PUBACK for QoS 1, and 0 for QoS 0, when it is on its way.
+        Publish; return the reason code of PUBACK for QoS 1; for QoS 0, return 0 once it is sent.
 
         Raises:
-            ConnectionFailed: the connection ended instead, which is how RabbitMQ refuses a publish.
+            ConnectionFailed: The connection ended instead, which is how RabbitMQ refuses a publish.
         """
         number = self._packet_id() if qos else 0
         data = codec.publish(topic, payload, qos, number, version=self.version)
@@ -179,15 +179,15 @@ class Connection(asyncio.Protocol):
 
     def ping(self) -> None:
         """
-        Tell the broker that the device lives.
+        Send PINGREQ.
 
         Raises:
-            ConnectionFailed: the connection is over.
+            ConnectionFailed: The connection has ended.
         """
         self._write(codec.PINGREQ_BYTES)
 
     def disconnect(self) -> None:
-        """End the connection in good order."""
+        """Send DISCONNECT and close the connection."""
         if self.lost.done() or not self._tls.established:
             self.cut()
             return
@@ -197,7 +197,7 @@ class Connection(asyncio.Protocol):
         self._transport.close()
 
     def cut(self) -> None:
-        """End the connection at once without a word, as a lost network does."""
+        """Abort the connection without DISCONNECT, as if the network were lost."""
         self._end(CUT)
 
 

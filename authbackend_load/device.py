@@ -1,4 +1,4 @@
-"""The life of one device: connect with its certificate, subscribe, publish, stay."""
+"""One device of a load test: it connects with its certificate, subscribes, publishes and stays connected."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Failed(Exception):
     A step of a cycle failed.
 
     Attributes:
-        step: handshake, connack, suback, puback or connected.
-        cause: in a few words, the same for all devices it happens to.
-        refused: whether it is the broker's word that the device may not.
-        connected: whether the connection is still good.
+        step: One of handshake, connack, suback, puback and connected.
+        cause: A few words, the same for all devices.
+        refused: Whether the broker refused it, as opposed to a fault.
+        connected: Whether the connection still works.
     """
 
     def __init__(self, step: str, cause: str, *, refused: bool = False, connected: bool = False) -> None:
@@ -45,9 +45,9 @@ class Device:
 
     Args:
         address: IP address and port of the broker.
-        source: local address to connect from; None leaves it to the system.
+        source: Local address to connect from; None leaves the choice to the system.
     Raises:
-        LoadError: a certificate cannot be used.
+        LoadError: A certificate cannot be used.
     """
 
     def __init__(
@@ -74,19 +74,19 @@ class Device:
 
     @property
     def connected(self) -> bool:
-        """Whether there is a connection that is not over."""
+        """Whether there is a connection that has not ended."""
         return self._connection is not None and not self._connection.lost.done()
 
     async def cycle(self) -> None:
         """
-        Go through the steps of the plan once, and stay connected; with a connection, only publish.
+        Take the steps of the plan once, and stay connected; if already connected, only publish.
 
         Raises:
-            Failed: a step did; it is in the record. The connection is gone, unless only a publish was refused.
+            Failed: A step failed; it is in the record. The connection has ended, unless only a publish was refused.
         """
-        if self._connection is not None and self._connection.lost.done():  # while nobody looked
+        if self._connection is not None and self._connection.lost.done():  # since the last call
             self.record.count("lost")
-            self._note(Failed("connected", self._connection.lost.result()))
+            self._count_failure(Failed("connected", self._connection.lost.result()))
             self.cut()
         self.record.count("attempts")
         try:
@@ -94,7 +94,7 @@ class Device:
                 await self._connect()
             await self._publish_all()
         except Failed as failure:
-            self._note(failure)
+            self._count_failure(failure)
             if not failure.connected:
                 self.cut()
             raise
@@ -104,7 +104,7 @@ class Device:
         if not self.identity.active and self._plan.goes_to("login"):
             self.record.count("wrongly_let_in")
 
-    def _note(self, failure: Failed) -> None:
+    def _count_failure(self, failure: Failed) -> None:
         if failure.cause == CUT:
             return
         if self.identity.active:
@@ -174,7 +174,7 @@ class Device:
 
     @asynccontextmanager
     async def _step(self, name: str) -> AsyncIterator[None]:
-        """Time a step and give every way in which it can fail its name."""
+        """Time a step, and turn every kind of failure into :class:`Failed`."""
         begin = time.perf_counter()
         try:
             async with asyncio.timeout(self._plan.timeout_s):
@@ -182,7 +182,7 @@ class Device:
         except TimeoutError:
             raise Failed(name, f"no answer in {self._plan.timeout_s:g} s") from None
         except ConnectionFailed as error:
-            # RabbitMQ refuses a publish by closing the connection without a word.
+            # RabbitMQ refuses a publish by closing the connection, without a packet.
             raise Failed(name, str(error), refused=name == "puback" and str(error) == _CLOSED) from None
         except OSError as error:
             raise Failed(name, f"tcp: {(error.strerror or str(error)).lower()}") from None
@@ -190,10 +190,10 @@ class Device:
 
     async def stay(self) -> None:
         """
-        Keep the connection alive and publish at the plan's interval until it is over.
+        Keep the connection alive and publish at the plan's interval until it ends.
 
         Raises:
-            Failed: it is over, or a publish was refused or not acknowledged; it is in the record.
+            Failed: It ended, or a publish was refused or not acknowledged; it is in the record.
         """
         connection = self._connection
         assert connection is not None
@@ -201,7 +201,7 @@ class Device:
             await self._stay(connection)
             raise Failed("connected", connection.lost.result())
         except Failed as failure:
-            self._note(failure)
+            self._count_failure(failure)
             if not failure.connected:
                 self.record.count("lost")
                 self.cut()
@@ -213,7 +213,7 @@ class Device:
             await asyncio.wait((connection.lost,))
             return
         publishing = plan.interval_s > 0 and plan.goes_to("publish") and bool(plan.publish)
-        # The first publish comes after a part of the interval: not all devices at once.
+        # The first publish comes after a random part of the interval, so that not all devices publish at the same time.
         due = time.monotonic() + random.random() * plan.interval_s if publishing else math.inf
         ping_s = (connection.keep_alive_s or plan.keep_alive_s) * 0.75 or math.inf
         while True:
@@ -227,18 +227,18 @@ class Device:
             else:
                 connection.ping()
 
-    def _leave(self) -> Connection | None:
+    def _release(self) -> Connection | None:
         connection, self._connection = self._connection, None
         if connection is not None:
             self.record.count("messages", connection.messages)
         return connection
 
     def cut(self) -> None:
-        """Lose the connection without a word; nothing if there is none."""
-        if (connection := self._leave()) is not None:
+        """Abort the connection without DISCONNECT; do nothing if there is none."""
+        if (connection := self._release()) is not None:
             connection.cut()
 
     def disconnect(self) -> None:
-        """End the connection in good order; nothing if there is none."""
-        if (connection := self._leave()) is not None:
+        """Send DISCONNECT and close the connection; do nothing if there is none."""
+        if (connection := self._release()) is not None:
             connection.disconnect()

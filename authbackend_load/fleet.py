@@ -1,4 +1,4 @@
-"""All processes of a load test on one machine."""
+"""A fleet of devices, spread over several processes of one machine: starts, directs and samples them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _START_DELAY_S = 0.2
 @dataclass(frozen=True, slots=True)
 class Sample:
     """
-    How things stand at one moment.
+    The state of a fleet at one moment.
 
     Attributes:
-        at_s: since the fleet was started.
-        connected: devices with a connection.
-        complete: devices that have finished their cycle since the last :meth:`Fleet.begin`.
-        failures: since the start.
-        counts: those of :class:`Record`, since the start.
+        at_s: Seconds since the fleet was started.
+        connected: Devices with a connection.
+        complete: Devices that have finished their cycle since the last :meth:`Fleet.begin`.
+        failures: The number since the start.
+        counts: Those of :class:`Record`, since the start.
     """
 
     at_s: float
@@ -46,14 +46,14 @@ class Sample:
 @dataclass(frozen=True, slots=True)
 class Storm:
     """
-    One time that the whole fleet connected.
+    A connection storm: the whole fleet connects.
 
     Attributes:
         name: ``connect`` for the first, ``reconnect`` for those after a cut.
-        begin_s: since the fleet was started.
-        devices: that had to finish their cycle.
-        complete: that did.
-        duration_s: until the last of them did.
+        begin_s: Seconds since the fleet was started.
+        devices: Devices that had to finish their cycle.
+        complete: Devices that finished it.
+        duration_s: Time until the last of them finished.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Storm:
     duration_s: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it for JSON, with the rate."""
+        """Return the storm for JSON, with its rate."""
         rate = self.complete / self.duration_s if self.duration_s > 0 else 0.0
         return {
             "name": self.name,
@@ -84,11 +84,11 @@ class _Process:
 
 class Fleet:
     """
-    Devices in several processes. Use with ``with``; every process ends with the block.
+    Devices in several processes, which run for the duration of a ``with`` block.
 
     Args:
-        processes: how many; each can fill a core.
-        on_sample: called about four times a second while something goes on.
+        processes: The number of processes; each can use one core.
+        on_sample: Called about four times a second while the fleet is active.
     """
 
     def __init__(
@@ -123,13 +123,13 @@ class Fleet:
         places = list(range(len(self._identities)))
         in_flight = -(-self.plan.in_flight // self._count)
         for index in range(self._count):
-            ours, theirs = context.Pipe()
+            pipe, workers_end = context.Pipe()
             part = share(self._identities, index, self._count)
-            arguments = (theirs, self.plan, part, places[index :: self._count], address, in_flight)
+            arguments = (workers_end, self.plan, part, places[index :: self._count], address, in_flight)
             process = context.Process(target=worker.main, args=arguments, daemon=True)
             process.start()
-            theirs.close()
-            self._processes.append(_Process(process, ours))
+            workers_end.close()
+            self._processes.append(_Process(process, pipe))
         try:
             self._answers("ready")
         except BaseException:
@@ -154,30 +154,29 @@ class Fleet:
         self._processes = []
 
     def begin(self) -> None:
-        """Let every device begin its cycle, at once or at the plan's rate; return when they are told."""
+        """Make every device begin its cycle, immediately or at the plan's rate; return once the command is sent."""
         self._beginnings += 1
         self._begun_at = time.monotonic() + _START_DELAY_S
-        self._tell("begin", self._begun_at)
+        self._send("begin", self._begun_at)
 
     def storm(self, time_limit_s: float) -> Storm:
         """
-        Let the whole fleet connect and wait until every device that may has finished its cycle, and every other one
-        was refused.
+        Connect the whole fleet; wait until all active devices have finished their cycle and all others were refused.
 
         Args:
-            time_limit_s: then it is over, finished or not; what is missing is in the result.
+            time_limit_s: After this time the storm ends, finished or not; the result shows what is missing.
         """
         self.begin()
         end = self._begun_at + time_limit_s
         while time.monotonic() < end and not self._all_complete():
             self.look()
-        known = [each.last for each in self._processes if each.last.get("beginnings") == self._beginnings]
-        last = max((one["last_complete_at"] for one in known), default=self._begun_at)
+        samples = [each.last for each in self._processes if each.last.get("beginnings") == self._beginnings]
+        last = max((sample["last_complete_at"] for sample in samples), default=self._begun_at)
         storm = Storm(
             "reconnect" if self.storms else "connect",
             self._begun_at - self._started_at,
             self._active,
-            sum(one["complete"] for one in known),
+            sum(sample["complete"] for sample in samples),
             (last if self._all_complete() else time.monotonic()) - self._begun_at,
         )
         self.storms.append(storm)
@@ -189,57 +188,57 @@ class Fleet:
         )
 
     def hold(self, duration_s: float) -> None:
-        """Leave the devices connected for this time; they do what the plan says for then."""
+        """Leave the devices connected for this time; they publish and ping as the plan says."""
         end = time.monotonic() + duration_s
         while time.monotonic() < end:
             self.look()
 
     def cut(self) -> None:
-        """Cut all connections at once, without a word."""
-        self._tell("cut")
+        """Abort all connections at the same time, without DISCONNECT."""
+        self._send("cut")
         self._answers("done")
         self._sampled()
 
     def stop(self) -> None:
-        """End all connections in good order, and collect what happened."""
-        self._tell("stop")
+        """Disconnect all devices, and collect the records of all processes."""
+        self._send("stop")
         for answer in self._answers("done"):
             self.record.merge(Record.of(answer["record"]))
             self.cpu_s += answer["cpu_s"]
 
     def look(self) -> None:
-        """Wait for the next sample of every process, at most about half a second."""
+        """Wait for the next samples of the processes, for up to about half a second."""
         for each in wait([one.pipe for one in self._processes], timeout=2 * worker.SAMPLE_S):
             assert isinstance(each, Pipe)
             self._receive(each)
         self._sampled()
 
     def _sampled(self) -> None:
-        known = [each.last for each in self._processes if each.last]
+        latest = [each.last for each in self._processes if each.last]
         now = time.monotonic() - self._started_at
-        if not known or (self.samples and now - self.samples[-1].at_s < worker.SAMPLE_S):
+        if not latest or (self.samples and now - self.samples[-1].at_s < worker.SAMPLE_S):
             return
         counts: Counter[str] = Counter()
-        for last in known:
-            counts.update(last["counts"])
+        for one in latest:
+            counts.update(one["counts"])
         self.samples.append(
             Sample(
                 now,
-                sum(last["connected"] for last in known),
-                sum(last["complete"] for last in known),
-                sum(last["failures"] for last in known),
+                sum(one["connected"] for one in latest),
+                sum(one["complete"] for one in latest),
+                sum(one["failures"] for one in latest),
                 counts,
             )
         )
         if self._on_sample is not None:
             self._on_sample(self.samples[-1])
 
-    def _tell(self, *command: Any) -> None:
+    def _send(self, *command: Any) -> None:
         for each in self._processes:
             each.pipe.send(command)
 
     def _answers(self, key: str) -> list[dict[str, Any]]:
-        """Wait until every process gave an answer that has this key; samples may come first."""
+        """Wait for an answer with this key from every process; samples may come first."""
         answers = []
         for each in self._processes:
             deadline = time.monotonic() + _ANSWER_TIMEOUT_S + _PREPARE_S * len(self._identities)
@@ -251,13 +250,13 @@ class Fleet:
     def _receive(self, pipe: Pipe, timeout_s: float = 0.0) -> dict[str, Any]:
         each = next(one for one in self._processes if one.pipe is pipe)
         if not pipe.poll(max(0.0, timeout_s)):
-            raise LoadError(f"process {each.process.pid} of the load generator does not answer")
+            raise LoadError(f"process {each.process.pid} of the load generator does not answer in time; is this machine busy?")
         try:
             message: dict[str, Any] = pipe.recv()
         except EOFError:
             each.process.join(1)
             status = each.process.exitcode
-            raise LoadError(f"process {each.process.pid} of the load generator ended, status {status}") from None
+            raise LoadError(f"process {each.process.pid} of the load generator ended with status {status}") from None
         if "fault" in message:
             raise LoadError(message["fault"])
         if "at" in message:
@@ -270,10 +269,10 @@ def resolve(host: str, port: int) -> tuple[str, int]:
     Return the first address of a host.
 
     Raises:
-        LoadError: the name is not known.
+        LoadError: The name cannot be resolved.
     """
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
         raise LoadError(f"host {host}: {error.strerror}") from error
-    return str(found[0][4][0]), port
+    return str(addresses[0][4][0]), port

@@ -1,4 +1,4 @@
-"""Latencies of any number of events in little memory, exact to one percent, that can be added up."""
+"""A histogram of latencies, exact to one percent, in little memory; histograms of several processes can be merged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p99.9": 0.999}
 
 
 class Histogram:
-    """Counts of durations in buckets that are each one percent wider than the one before."""
+    """Counts durations in buckets, each one percent wider than the previous."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -23,7 +23,7 @@ class Histogram:
         self._buckets: Counter[int] = Counter()
 
     def add(self, duration_s: float) -> None:
-        """Count one duration; below a microsecond is a microsecond."""
+        """Count a duration; less than a microsecond counts as one."""
         self.count += 1
         self.total_s += duration_s
         self.largest_s = max(self.largest_s, duration_s)
@@ -31,7 +31,7 @@ class Histogram:
         self._buckets[int(math.log(max(duration_s, _SMALLEST_S) / _SMALLEST_S) / _STEP)] += 1
 
     def merge(self, other: Histogram) -> None:
-        """Add all of another histogram."""
+        """Add the counts of another histogram."""
         self.count += other.count
         self.total_s += other.total_s
         self.largest_s = max(self.largest_s, other.largest_s)
@@ -49,11 +49,11 @@ class Histogram:
         return self.largest_s
 
     def at_least(self, duration_s: float) -> int:
-        """Return how many events took this long or longer, to one percent."""
+        """Return how many events took at least this long, exact to one percent."""
         return sum(count for bucket, count in self._buckets.items() if self._duration(bucket) >= duration_s)
 
     def summary(self) -> dict[str, float | int]:
-        """Return the count, and mean, percentiles and maximum in milliseconds; without events only the count."""
+        """Return the count; with events also mean, minimum, percentiles and maximum, in milliseconds."""
         if not self.count:
             return {"count": 0}
         percentiles = {name: round(self.quantile(fraction) * 1000, 3) for name, fraction in QUANTILES.items()}
@@ -66,7 +66,7 @@ class Histogram:
         }
 
     def distribution(self) -> list[tuple[float, float]]:
-        """Return the cumulative distribution: pairs of milliseconds and the fraction that took at most so long."""
+        """Return the cumulative distribution: pairs of milliseconds and cumulative fraction."""
         return [(round(self._duration(b) * 1000, 3), round(seen / self.count, 6)) for b, seen in self._cumulated()]
 
     def _cumulated(self) -> list[tuple[int, int]]:
@@ -81,7 +81,7 @@ class Histogram:
         return min(max(middle, self.smallest_s), self.largest_s)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all of it as plain values."""
+        """Return the histogram as plain values."""
         return {
             "count": self.count,
             "total_s": self.total_s,
@@ -92,7 +92,7 @@ class Histogram:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """Return the histogram that :meth:`as_dict` described."""
+        """Return the histogram that :meth:`as_dict` returned."""
         histogram = cls()
         histogram.count, histogram.total_s = values["count"], values["total_s"]
         histogram.largest_s, histogram.smallest_s = values["largest_s"], values["smallest_s"]

@@ -1,11 +1,11 @@
 """
-The load test on several machines, by Locust: the same devices, driven by Locust's users.
+A Locust file, to run the load test on several machines: each of Locust's users drives one device.
 
     locust -f "$(python -m authbackend_load.locustfile)" --host BROKER --certificates DIR --users 1000 --spawn-rate 100
 
-Locust runs users as greenlets. The devices live on an asyncio event loop in a thread of its own; a user hands over what
-its device has to do and waits for it. The master tells every worker its share of the devices in DIR when a test begins,
-so that no certificate is used twice.
+Locust runs users as greenlets. The devices run on an asyncio event loop in a separate thread; a user passes work for
+its device to that loop and waits for the result. When a test begins, the master assigns each worker a share of the
+devices in DIR, so that no certificate is used twice.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
-import gevent  # type: ignore[import-untyped]  # its stubs are no dependency
+import gevent  # type: ignore[import-untyped]  # its stubs are not a dependency
 import gevent.event  # type: ignore[import-untyped]
 import gevent.monkey  # type: ignore[import-untyped]
 import uvloop
@@ -41,33 +41,33 @@ def _arguments(parser: Any) -> None:
     add("--certificates", env_var="AUTHBACKEND_LOAD_CERTIFICATES", help="DIR of authbackend-load certificates")
     add("--mqtt-port", type=int, default=8883, help="the broker's port for MQTT over TLS")
     add("--mqtt-version", choices=["3.1.1", "5"], default="5")
-    add("--server-name", default="", help="in the broker's certificate; default: the host")
+    add("--server-name", default="", help="name in the broker's certificate; default: the host")
     add("--subscribe", default=SUBSCRIBE, help="topic filters, separated by spaces")
     add("--publish", default=PUBLISH, help="topics, separated by spaces; {device_id} and {n} are filled in")
     add("--interval", type=float, default=10.0, help="seconds between two publishes of a device")
-    add("--reconnect-every", type=float, default=0.0, help="seconds of the clock; then all devices are cut at once")
+    add("--reconnect-every", type=float, default=0.0, help="seconds; cuts all devices at each multiple of the clock")
 
 
 class ToLocust(Record):
-    """A record that also keeps every event until a user reports it."""
+    """A record that also keeps each event until a user reports it to Locust."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.news: list[tuple[str, float, str | None]] = []
+        self.events: list[tuple[str, float, str | None]] = []
 
     def latency(self, name: str, duration_s: float) -> None:
-        """Count one latency, and keep it."""
+        """Count a latency, and keep it."""
         super().latency(name, duration_s)
-        self.news.append((name, duration_s, None))
+        self.events.append((name, duration_s, None))
 
     def failure(self, step: str, cause: str) -> None:
-        """Count one failure, and keep it."""
+        """Count a failure, and keep it."""
         super().failure(step, cause)
-        self.news.append((step, 0.0, cause))
+        self.events.append((step, 0.0, cause))
 
 
 class Engine:
-    """An asyncio event loop in a real thread, for greenlets to hand work to."""
+    """An asyncio event loop in a real thread, to which greenlets pass work."""
 
     def __init__(self) -> None:
         self._loop = uvloop.new_event_loop()
@@ -78,7 +78,7 @@ class Engine:
         self._loop.run_forever()
 
     def call(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """Run a coroutine there, let other greenlets run meanwhile, and return or raise what it does."""
+        """Run a coroutine on the loop while other greenlets run, and return or raise what it returns or raises."""
         done = gevent.event.AsyncResult()
         outcome: list[Any] = []
         watcher = gevent.get_hub().loop.async_()
@@ -105,7 +105,7 @@ class Engine:
 
 
 class Share:
-    """What this process has of the fleet."""
+    """This process's share of the fleet."""
 
     def __init__(self) -> None:
         self.index, self.count = 0, 1
@@ -118,20 +118,20 @@ class Share:
 
     def begin(self, environment: Environment) -> None:
         """
-        Read the certificates of this share. When a test begins.
+        Read the certificates of this share, when a test begins.
 
         Raises:
-            LoadError: there are none, or the host is not known.
+            LoadError: There are none, or the host cannot be resolved.
         """
         options = environment.parsed_options
         if not options or not options.certificates or not environment.host:
-            raise LoadError("name the broker with --host and the devices with --certificates DIR")
+            raise LoadError("give the broker with --host and the devices with --certificates DIR")
         directory = Path(options.certificates)
         identities = [one for one in read_identities(directory) if one.active]
-        mine = share(identities, self.index, self.count)
-        raise_file_limit(len(mine))
+        shared = share(identities, self.index, self.count)
+        raise_file_limit(len(shared))
         host = environment.host.rpartition("//")[2].rstrip("/")
-        self._identities = iter(mine)
+        self._identities = iter(shared)
         self._address = resolve(host, options.mqtt_port)
         self.engine = self.engine or Engine()
         self.devices = []
@@ -143,7 +143,7 @@ class Share:
             version=5 if options.mqtt_version == "5" else 4,
             subscribe=tuple(options.subscribe.split()),
             publish=tuple(options.publish.split()),
-            # A device is silent between two publishes.
+            # A device sends nothing between two publishes.
             keep_alive_s=int(max(60, min(65_535, 2 * options.interval))),
         )
 
@@ -157,7 +157,7 @@ class Share:
         return device
 
     def cut_all(self) -> None:
-        """Cut all connections at once and wake all users, who connect again."""
+        """Abort all connections at the same time and wake all users, which reconnect."""
 
         async def cut() -> None:
             for device in self.devices:
@@ -169,7 +169,7 @@ class Share:
         woken.set()
 
 
-SHARE_HERE = Share()
+FLEET_SHARE = Share()
 
 
 @events.init.add_listener  # type: ignore[untyped-decorator]
@@ -180,19 +180,19 @@ def _init(environment: Environment, **_unused: Any) -> None:
 
 
 def _take_share(msg: Any, **_unused: Any) -> None:
-    SHARE_HERE.index, SHARE_HERE.count = msg.data["index"], msg.data["count"]
+    FLEET_SHARE.index, FLEET_SHARE.count = msg.data["index"], msg.data["count"]
 
 
 @events.test_start.add_listener  # type: ignore[untyped-decorator]
 def _test_start(environment: Environment, **_unused: Any) -> None:
     runner = environment.runner
     if isinstance(runner, MasterRunner):
-        # These messages leave before those that make users begin, on the same connections.
+        # These messages precede, on the same connections, those that start the users.
         workers = sorted(each.id for each in (*runner.clients.ready, *runner.clients.running, *runner.clients.spawning))
         for index, worker in enumerate(workers):
             runner.send_message(SHARE, {"index": index, "count": len(workers)}, client_id=worker)
         return
-    SHARE_HERE.begin(environment)
+    FLEET_SHARE.begin(environment)
     assert environment.parsed_options is not None
     if every_s := environment.parsed_options.reconnect_every:
         gevent.spawn(_storms, environment.runner, every_s)
@@ -202,52 +202,52 @@ def _storms(runner: Any, every_s: float) -> None:
     """Cut all devices whenever the clock shows a multiple of ``every_s``: on all machines at the same moment."""
     gevent.sleep(every_s - time.time() % every_s)
     while runner.state in ("spawning", "running"):
-        SHARE_HERE.cut_all()
+        FLEET_SHARE.cut_all()
         gevent.sleep(every_s - time.time() % every_s)
 
 
 class MQTTDevice(User):
-    """One device: connects, subscribes, and publishes again and again."""
+    """One device: it connects, subscribes, and keeps publishing."""
 
     def on_start(self) -> None:
-        """Take a certificate that no other user has."""
-        self.device = SHARE_HERE.device()
+        """Take a device that no other user has."""
+        self.device = FLEET_SHARE.device()
         if self.device is None:
             self._report(
-                "certificate", 0.0, "none is left for this worker: make more with authbackend-load certificates"
+                "certificate", 0.0, "all in use on this worker: make more with authbackend-load certificates"
             )
             raise StopUser
 
     @task
     def cycle(self) -> None:
-        """Connect and subscribe, unless that is so already, and publish."""
-        assert SHARE_HERE.engine is not None and self.device is not None
+        """Connect and subscribe if not connected, and publish."""
+        assert FLEET_SHARE.engine is not None and self.device is not None
         record = self.device.record
         assert isinstance(record, ToLocust)
         try:
-            SHARE_HERE.engine.call(self.device.cycle())
+            FLEET_SHARE.engine.call(self.device.cycle())
         except Failed:
             gevent.sleep(1)
-        news, record.news = record.news, []
-        for name, duration_s, cause in news:
+        to_report, record.events = record.events, []
+        for name, duration_s, cause in to_report:
             self._report(name, duration_s, cause)
 
     def wait_time(self) -> float:
-        """Wait here for the next publish, or until all are cut; Locust need not wait any more."""
+        """Wait until the next publish is due or all devices are cut; return 0, so that Locust does not wait as well."""
         assert self.environment.parsed_options is not None
-        SHARE_HERE.woken.wait(self.environment.parsed_options.interval)
+        FLEET_SHARE.woken.wait(self.environment.parsed_options.interval)
         return 0.0
 
     def on_stop(self) -> None:
-        """End the connection in good order."""
-        if self.device is None or SHARE_HERE.engine is None:
+        """Disconnect the device."""
+        if self.device is None or FLEET_SHARE.engine is None:
             return
 
         async def disconnect() -> None:
             assert self.device is not None
             self.device.disconnect()
 
-        SHARE_HERE.engine.call(disconnect())
+        FLEET_SHARE.engine.call(disconnect())
 
     def _report(self, name: str, duration_s: float, cause: str | None) -> None:
         self.environment.events.request.fire(

@@ -1,4 +1,4 @@
-"""What a load test does: one value, made by the command line, handed to every process."""
+"""The plan of a load test: one value, built from the command line and passed to every process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 STEPS = ("handshake", "login", "subscribe", "publish")
-"""How far a device goes, in order: TLS handshake, CONNACK, SUBACK, PUBACK."""
+"""The steps of a cycle, in order; they end with the TLS handshake, CONNACK, SUBACK and PUBACK."""
 
 SUBSCRIBE = "fleet/{device_id}/commands/#"
 PUBLISH = "fleet/{device_id}/telemetry/speed"
@@ -20,18 +20,18 @@ CA_FILE = "ca.pem"
 
 
 class LoadError(Exception):
-    """The load test cannot run as asked; the text says why, and what to do."""
+    """The load test cannot run; the message says why, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
     """
-    One device.
+    A device and its certificate.
 
     Attributes:
-        device_id: also the common name of its certificate.
-        certificate_file: certificate and private key, PEM.
-        active: whether the broker should let it in.
+        device_id: Also the common name of its certificate.
+        certificate_file: Certificate and private key, PEM.
+        active: Whether the broker must let it in; if not, the broker must refuse it.
     """
 
     device_id: str
@@ -45,30 +45,30 @@ class Plan:
     What every device does, and when.
 
     Attributes:
-        host: name or address of the broker; connections go to its first address.
-        port: of MQTT over TLS.
-        ca_file: authority of the broker's certificate, PEM; empty trusts any broker.
-        server_name: what must be in the broker's certificate; the host if empty.
-        tls_version: ``1.2`` or ``1.3`` for just that one; empty lets the broker choose.
+        host: Name or address of the broker; devices connect to its first address.
+        port: The broker's port for MQTT over TLS.
+        ca_file: Authority of the broker's certificate, PEM; empty: accept any certificate.
+        server_name: The name that must be in the broker's certificate; empty: the host.
+        tls_version: ``1.2`` or ``1.3`` for only that version; empty: the broker chooses.
         version: 4 is MQTT 3.1.1, 5 is 5.0.
-        keep_alive_s: MQTT's keep-alive; a PINGREQ is sent after three quarters of it. 0 sends none.
-        clean: start without a session of before.
-        session_expiry_s: how long a session outlives its connection, MQTT 5 only.
-        client_id: with ``{device_id}``.
-        subscribe: topic filters with ``{device_id}``, in one SUBSCRIBE.
+        keep_alive_s: MQTT's keep-alive; a PINGREQ is sent after three quarters of it. 0: none.
+        clean: Start without an earlier session.
+        session_expiry_s: How long a session outlives its connection, MQTT 5 only.
+        client_id: May contain ``{device_id}``.
+        subscribe: Topic filters, which may contain ``{device_id}``, in one SUBSCRIBE.
         subscribe_qos: 0 or 1.
-        publish: topics with ``{device_id}`` and ``{n}``, the number of the device's publish; used in turn.
+        publish: Topics, used in turn; may contain ``{device_id}`` and ``{n}``, the number of the device's publish.
         publish_qos: 0 or 1.
-        publishes: how many in each cycle.
-        interval_s: time between two publishes of a connected device after its cycle; 0 sends none.
-        payload_bytes: size of each message.
-        until: the last step of a cycle, one of :data:`STEPS`.
-        rate_per_s: cycles begun in a second, by the whole fleet; 0 begins all at once.
-        ramp_s: time in which the rate grows from nothing to ``rate_per_s``.
-        in_flight: cycles not finished at a time, by the whole fleet; 0 is no limit.
-        retry_delay_s: time until a failed cycle is tried again, half as much more or less by chance.
-        timeout_s: longest wait for each answer.
-        sources: local addresses to connect from, in turn; each has room for about 28,000 connections.
+        publishes: Number of publishes in each cycle.
+        interval_s: Time between two publishes of a connected device after its cycle; 0: no publishes.
+        payload_bytes: Size of each message.
+        until: The last step of a cycle, one of :data:`STEPS`.
+        rate_per_s: Cycles started per second, by the whole fleet; 0: all at the same time.
+        ramp_s: Time in which the rate grows from 0 to ``rate_per_s``.
+        in_flight: Limit of unfinished cycles of the whole fleet; 0: none.
+        retry_delay_s: Time before a failed cycle is retried, plus or minus up to half of it at random.
+        timeout_s: Longest wait for each answer.
+        sources: Local addresses to connect from, in turn; each allows about 28,000 connections.
     """
 
     host: str = "localhost"
@@ -97,14 +97,14 @@ class Plan:
     sources: tuple[str, ...] = field(default=())
 
     def goes_to(self, step: str) -> bool:
-        """Return whether a cycle has this step."""
+        """Return whether a cycle includes this step."""
         return STEPS.index(step) <= STEPS.index(self.until)
 
     def begins_after_s(self, place: int) -> float:
         """
-        Return when the device at a place of the fleet begins, counted from the beginning of all.
+        Return when the device at this place of the fleet begins, in seconds after the fleet does.
 
-        While the rate grows evenly to its full height, rate times t squared over two ramps have begun after t.
+        While the rate grows linearly, rate * t² / (2 * ramp) devices have begun after t seconds.
         """
         if not self.rate_per_s:
             return 0.0
@@ -119,7 +119,7 @@ class Plan:
 
 
 def fill(template: str, device_id: str, number: int = 0) -> str:
-    """Return a topic, a filter or a client id of a device."""
+    """Return a device's topic, filter or client id, with the placeholders filled in."""
     return template.replace("{device_id}", device_id).replace("{n}", str(number))
 
 
@@ -128,10 +128,10 @@ def read_identities(directory: Path, count: int | None = None, skip: int = 0) ->
     Read the devices that ``authbackend-load certificates`` made.
 
     Args:
-        count: as many; None is all.
-        skip: leave out so many at the beginning.
+        count: How many to return; None: all.
+        skip: How many to skip at the beginning.
     Raises:
-        LoadError: there is no such directory, a certificate is missing, or there are fewer.
+        LoadError: There is no such directory, a certificate is missing, or there are too few devices.
     """
     file = directory / DEVICES_FILE
     try:
@@ -141,17 +141,17 @@ def read_identities(directory: Path, count: int | None = None, skip: int = 0) ->
         raise LoadError(
             f"{file}: {error.strerror}. Make certificates first: authbackend-load certificates {directory}"
         ) from error
-    wanted = rows[skip:] if count is None else rows[skip : skip + count]
-    if not wanted or (count is not None and len(wanted) < count):
+    selected = rows[skip:] if count is None else rows[skip : skip + count]
+    if not selected or (count is not None and len(selected) < count):
         raise LoadError(
-            f"{file} has {len(rows)} devices, wanted are {skip + (count or 1)}: authbackend-load certificates"
+            f"{file} has only {len(rows)} of {skip + (count or 1)} devices; make more: authbackend-load certificates"
             f" {directory} --count {skip + (count or 1)}"
         )
     folder = directory / CERTIFICATES
-    present = {path.name for path in folder.glob("*.pem")}
-    identities = [_identity(folder, row) for row in wanted]
+    existing = {path.name for path in folder.glob("*.pem")}
+    identities = [_identity(folder, row) for row in selected]
     for identity in identities:
-        if Path(identity.certificate_file).name not in present:
+        if Path(identity.certificate_file).name not in existing:
             raise LoadError(
                 f"{identity.certificate_file} is missing; make it: authbackend-load certificates {directory}"
             )
@@ -164,5 +164,5 @@ def _identity(folder: Path, row: dict[str, str]) -> Identity:
 
 
 def share(identities: Sequence[Identity], index: int, count: int) -> list[Identity]:
-    """Return the part of one of ``count`` processes or machines: every ``count``-th device, beginning at ``index``."""
+    """Return the share of one of ``count`` processes or machines: every ``count``-th device, beginning at ``index``."""
     return list(identities[index::count])

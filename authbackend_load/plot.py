@@ -1,4 +1,4 @@
-"""The result of a load test as a picture."""
+"""Draws the result of a load test as a PNG; needs matplotlib, which is optional."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from authbackend_load.record import LATENCIES
 
 def require() -> None:
     """
-    Say so early if matplotlib is missing.
+    Check for matplotlib, before a long run and not after it.
 
     Raises:
-        LoadError: it is.
+        LoadError: It is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise LoadError("a plot needs matplotlib: pip install 'authbackend[load]', or leave --plot out")
+        raise LoadError("--plot needs matplotlib: install it with pip install 'authbackend[load]', or omit --plot")
 
 
 def plot(result: dict[str, Any], file: Path) -> None:
@@ -26,7 +26,7 @@ def plot(result: dict[str, Any], file: Path) -> None:
     Draw connected devices over time and the distribution of the latencies.
 
     Raises:
-        LoadError: matplotlib is missing, or the file cannot be written.
+        LoadError: The file cannot be written.
     """
     require()
     from matplotlib.figure import Figure
@@ -65,7 +65,7 @@ def _latencies(axes: Any, result: dict[str, Any]) -> None:
         axes.step([x for x, _ in points], [y for _, y in points], where="post", label=label)
     axes.set_xscale("log")
     axes.set_xlabel("ms")
-    axes.set_ylabel("fraction at most so long")
+    axes.set_ylabel("cumulative fraction")
     axes.set_ylim(0, 1.02)
     axes.grid(alpha=0.3, which="both")
     if result["distributions_ms"]:

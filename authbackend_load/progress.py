@@ -1,4 +1,4 @@
-"""How a load test goes, on standard error: one line rewritten on a terminal, a line every few seconds elsewhere."""
+"""Shows the progress of a load test: on a terminal, one line that is rewritten; otherwise, a line every few seconds."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Progress:
     Prints the state of a load test.
 
     Args:
-        total: devices.
-        stream: standard error unless told otherwise.
-        quiet: print nothing.
+        total: The number of devices.
+        stream: Standard error by default.
+        quiet: Print nothing.
     """
 
     def __init__(self, total: int, stream: TextIO | None = None, *, quiet: bool = False) -> None:
@@ -29,10 +29,10 @@ class Progress:
         self._printed_at = -_EVERY_S
         self._width = 0
         self.phase = "connect"
-        """What is going on, at the beginning of the line."""
+        """The current phase, shown at the beginning of the line."""
 
     def sample(self, sample: Sample) -> None:
-        """Print a sample, if it is time."""
+        """Print a sample, if a line is due."""
         now = time.monotonic()
         if self._quiet or (not self._tty and now - self._printed_at < _EVERY_S):
             return
@@ -44,7 +44,7 @@ class Progress:
         )
 
     def count(self, done: int, of: int, what: str) -> None:
-        """Print that so many of something are done, if it is time."""
+        """Print how many of something are done, if a line is due."""
         now = time.monotonic()
         if self._quiet or (not self._tty and now - self._printed_at < _EVERY_S and done < of):
             return
@@ -60,7 +60,7 @@ class Progress:
         self._stream.flush()
 
     def close(self) -> None:
-        """End the line that is rewritten."""
+        """End the line that was rewritten."""
         if self._width:
             self._stream.write("\n")
             self._stream.flush()

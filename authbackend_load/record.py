@@ -1,4 +1,4 @@
-"""What happened to the devices of one process, or of all."""
+"""The outcome of a load test, as counts and latencies of the devices of one process, or merged over all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LATENCIES = {
     "connack": "CONNECT to CONNACK",
     "suback": "SUBSCRIBE to SUBACK",
     "puback": "PUBLISH to PUBACK",
-    "cycle": "first attempt to the end of the cycle, with attempts that failed",
+    "cycle": "first attempt to the end of the cycle, including failed attempts",
     "refusal": "CONNECT to the refusal of a device that must be refused",
 }
 
@@ -23,10 +23,10 @@ class Record:
     Latencies, failures and verdicts.
 
     Attributes:
-        latencies: by the names of :data:`LATENCIES`.
-        failures: how often, by step and cause.
+        latencies: By the names of :data:`LATENCIES`.
+        failures: The number by step and cause.
         counts: ``attempts``, ``completed``, ``logins``, ``publishes``, ``messages``, ``lost``, ``wrongly_refused``
-            (a device of status active, by CONNACK, SUBACK, PUBACK or a connection closed on a publish) and
+            (an active device, by CONNACK, SUBACK, PUBACK or a connection closed on a publish) and
             ``wrongly_let_in`` (any other device).
     """
 
@@ -36,26 +36,26 @@ class Record:
         self.counts: Counter[str] = Counter()
 
     def latency(self, name: str, duration_s: float) -> None:
-        """Count one latency."""
+        """Add a latency."""
         self.latencies[name].add(duration_s)
 
     def failure(self, step: str, cause: str) -> None:
-        """Count one failure."""
+        """Count a failure."""
         self.failures[f"{step}: {cause}"] += 1
 
     def count(self, name: str, by: int = 1) -> None:
-        """Count something."""
+        """Increase one of :attr:`counts`."""
         self.counts[name] += by
 
     def merge(self, other: Record) -> None:
-        """Add all of another record."""
+        """Add the content of another record."""
         for name, histogram in other.latencies.items():
             self.latencies[name].merge(histogram)
         self.failures.update(other.failures)
         self.counts.update(other.counts)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all of it as plain values, for another process."""
+        """Return the record as plain values, for another process."""
         return {
             "latencies": {name: histogram.as_dict() for name, histogram in self.latencies.items()},
             "failures": dict(self.failures),
@@ -64,7 +64,7 @@ class Record:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """Return the record that :meth:`as_dict` described."""
+        """Return the record that :meth:`as_dict` returned."""
         record = cls()
         for name, histogram in values["latencies"].items():
             record.latencies[name] = Histogram.of(histogram)
@@ -73,7 +73,7 @@ class Record:
         return record
 
     def report(self) -> dict[str, Any]:
-        """Return what people read: latencies in milliseconds, failures by cause, counts."""
+        """Return the figures for people: latencies in milliseconds, failures by cause, counts."""
         return {
             "latency_ms": {n: self.latencies[n].summary() for n in LATENCIES if n in self.latencies},
             "failures": dict(self.failures.most_common()),

@@ -1,4 +1,4 @@
-"""A load test on one machine, from beginning to end, and its result."""
+"""Runs a load test on one machine, from connecting the fleet to the result."""
 
 from __future__ import annotations
 
@@ -52,16 +52,16 @@ def run(
     on_phase: Callable[[str], None] = lambda _name: None,
 ) -> dict[str, Any]:
     """
-    Connect the fleet, hold it, cut and reconnect it so many times, and return the result for JSON.
+    Connect the fleet, keep it connected, cut and reconnect it ``reconnects`` times, and return the result for JSON.
 
     Args:
-        duration_s: how long the fleet stays connected after each time it connected.
-        reconnects: how many times all connections are cut at once and come back.
-        time_limit_s: for each time the fleet connects.
-        on_sample: called about four times a second.
-        on_phase: called with ``connect``, ``hold``, ``reconnect`` and ``stop`` when that begins.
+        duration_s: How long the fleet stays connected after each storm.
+        reconnects: How many times all connections are cut at the same time.
+        time_limit_s: Time limit of each storm.
+        on_sample: Called about four times a second.
+        on_phase: Called at the beginning of each phase: ``connect``, ``hold``, ``reconnect`` and ``stop``.
     Raises:
-        LoadError: the load test cannot run.
+        LoadError: The load test cannot run.
     """
     begin, cpu = datetime.now(UTC), time.process_time()
     with Fleet(plan, identities, processes, on_sample) as fleet:
@@ -103,15 +103,15 @@ def timeline(samples: Sequence[Sample]) -> dict[str, list[float]]:
 
 
 def faults(result: dict[str, Any]) -> list[str]:
-    """Say what is wrong in a result: devices that did not finish, and wrong verdicts. Empty if nothing is."""
-    said = [
+    """Return what is wrong in a result: devices that did not finish, and wrong verdicts; empty if nothing is."""
+    messages = [
         f"{storm['name']}: {storm['devices'] - storm['complete']} of {storm['devices']} devices did not finish"
         for storm in result["storms"]
         if storm["complete"] < storm["devices"]
     ]
     counts = result["counts"]
     if counts.get("wrongly_refused"):
-        said.append(f"{counts['wrongly_refused']} times a device was refused that must be let in")
+        messages.append(f"{counts['wrongly_refused']} times, a device that must be let in was refused")
     if counts.get("wrongly_let_in"):
-        said.append(f"{counts['wrongly_let_in']} times a device was let in that must be refused")
-    return said
+        messages.append(f"{counts['wrongly_let_in']} times, a device that must be refused was let in")
+    return messages

@@ -1,8 +1,8 @@
 """
-TLS without input and output of its own: bytes in, bytes out.
+TLS without I/O: bytes in, bytes out.
 
-Each device has its own ``SSLContext``, made before the test begins: reading a certificate and its key takes half as long
-as the handshake, and would otherwise be part of what is measured.
+Each device has its own ``SSLContext``, made before the test begins: loading a certificate and its key takes half as
+long as the handshake, and would otherwise be measured with it.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ _READ_BYTES = 16_384
 
 
 class TLSError(Exception):
-    """The TLS connection failed; the text is the cause in a few words, the same for all devices it happens to."""
+    """The TLS connection failed; the text is the cause in a few words, the same for all devices."""
 
 
 def make_context(certificate_file: Path | str, ca_file: Path | str | None, tls_version: str = "") -> ssl.SSLContext:
     """
-    Return the TLS settings of one device.
+    Return the TLS context of one device.
 
     Args:
-        certificate_file: certificate and unencrypted private key in one PEM file.
-        ca_file: the authority of the broker's certificate, PEM; None trusts any broker.
-        tls_version: ``1.2`` or ``1.3`` for just that one; empty lets the broker choose.
+        certificate_file: Certificate and unencrypted private key in one PEM file.
+        ca_file: The authority of the broker's certificate, PEM; None: accept any certificate.
+        tls_version: ``1.2`` or ``1.3`` for only that version; empty: the broker chooses.
     Raises:
-        OSError: a file cannot be read, or does not contain that (ssl.SSLError).
+        OSError: A file cannot be read, or its content cannot be used (ssl.SSLError).
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -44,10 +44,10 @@ def make_context(certificate_file: Path | str, ca_file: Path | str | None, tls_v
 
 class TLS:
     """
-    One TLS connection of a client. Send what :meth:`output` gives after every call.
+    One TLS connection of a client; after every call, send what :meth:`output` returns.
 
     Args:
-        server_name: what must be in the broker's certificate.
+        server_name: The name that must be in the broker's certificate.
     """
 
     def __init__(self, context: ssl.SSLContext, server_name: str) -> None:
@@ -55,29 +55,29 @@ class TLS:
         self._outgoing = ssl.MemoryBIO()
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_hostname=server_name)
         self.established = False
-        """Whether the handshake is over, as far as this end knows: with TLS 1.3 the broker can still refuse."""
+        """Whether the handshake is complete on this end; with TLS 1.3, the broker can still refuse the certificate."""
         self.closed = False
-        """Whether the broker said that it sends no more."""
+        """Whether the broker has closed its side of the connection."""
 
     def output(self) -> bytes:
-        """Take what is to be sent."""
+        """Return the bytes to send, once."""
         return self._outgoing.read()
 
     def begin(self) -> None:
         """
-        Write the first message of the handshake.
+        Start the handshake.
 
         Raises:
-            TLSError: it failed.
+            TLSError: It failed.
         """
         self._handshake()
 
     def receive(self, data: bytes) -> bytes:
         """
-        Take bytes from the broker and return what they say, decrypted; empty while the handshake lasts.
+        Process bytes from the broker and return the decrypted content; empty during the handshake.
 
         Raises:
-            TLSError: the handshake or the connection failed.
+            TLSError: The handshake or the connection failed.
         """
         self._incoming.write(data)
         if not self.established:
@@ -99,10 +99,10 @@ class TLS:
 
     def send(self, data: bytes) -> None:
         """
-        Encrypt bytes for the broker, once the handshake is over.
+        Encrypt bytes for the broker, after the handshake.
 
         Raises:
-            TLSError: the connection failed before.
+            TLSError: The connection has failed.
         """
         try:
             self._object.write(data)

@@ -1,4 +1,4 @@
-"""One process of a load test: its share of the devices on one event loop."""
+"""A process of a load test, which runs its share of the devices on one event loop."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ _LONGEST_RETRY_S = 30.0
 
 def raise_file_limit(connections: int) -> None:
     """
-    Allow this process so many connections.
+    Raise the limit on open files, if this number of connections needs it.
 
     Raises:
-        LoadError: the system does not.
+        LoadError: The hard limit is too low.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = connections + _SPARE_FILES
-    if soft >= wanted:
+    needed = connections + _SPARE_FILES
+    if soft >= needed:
         return
-    if hard != resource.RLIM_INFINITY and hard < wanted:
+    if hard != resource.RLIM_INFINITY and hard < needed:
         raise LoadError(
-            f"{connections} connections in one process need {wanted} open files, the limit is {hard}:"
-            f" more --processes, or raise it with ulimit -Hn {wanted}"
+            f"{connections} connections in one process need {needed} open files, the limit is {hard}:"
+            f" use more --processes, or raise it with ulimit -Hn {needed}"
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 class Worker:
@@ -48,11 +48,11 @@ class Worker:
     The devices of one process.
 
     Args:
-        places: the place of each identity in the whole fleet, which decides when it begins.
-        address: of the broker.
-        in_flight: cycles not finished at a time in this process; 0 is no limit.
+        places: The place of each identity in the whole fleet, which decides when it begins.
+        address: IP address and port of the broker.
+        in_flight: Limit of unfinished cycles in this process; 0: none.
     Raises:
-        LoadError: a certificate cannot be used.
+        LoadError: A certificate cannot be used.
     """
 
     def __init__(
@@ -78,18 +78,18 @@ class Worker:
         ]
         self._slots = asyncio.Semaphore(in_flight) if in_flight else None
         self._tasks: list[asyncio.Task[None]] = []
-        self._wanted = sum(identity.active for identity in identities)
+        self._active = sum(identity.active for identity in identities)
         self.fault: BaseException | None = None
-        """What went wrong in the load generator itself."""
+        """An error of the load generator itself."""
         self.beginnings = 0
         self.complete = 0
-        self._judged = 0
+        self._decided = 0  # devices that must be refused, and whose verdict is known
         self.last_complete_at = 0.0
 
     def begin(self, at: float) -> None:
-        """Let every device begin its cycle; ``at`` is the fleet's beginning on the monotonic clock, in seconds."""
+        """Make every device begin its cycle; ``at`` is when the fleet begins, by the monotonic clock."""
         self.beginnings += 1
-        self.complete, self._judged, self.last_complete_at = 0, 0, at
+        self.complete, self._decided, self.last_complete_at = 0, 0, at
         self._tasks = [
             asyncio.create_task(self._live(device, at, place))
             for device, place in zip(self._devices, self._places, strict=True)
@@ -98,7 +98,7 @@ class Worker:
             task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled():  # a device lives until it is cancelled
+        if not task.cancelled():  # a device runs until it is cancelled
             self.fault = task.exception()
 
     async def _live(self, device: Device, at: float, place: int) -> None:
@@ -116,23 +116,23 @@ class Worker:
             except Failed as failure:
                 failures += 1
                 if not done and not device.identity.active and failure.refused:
-                    self._judged, done = self._judged + 1, True
+                    self._decided, done = self._decided + 1, True
                 delay_s = min(self._plan.retry_delay_s * 2 ** min(failures - 1, 10), _LONGEST_RETRY_S)
                 await asyncio.sleep(delay_s * random.uniform(0.5, 1.5))
 
     def _completed(self, device: Device, start: float) -> None:
         if not device.identity.active:
-            self._judged += 1
+            self._decided += 1
             return
         now = time.monotonic()
         self.complete += 1
         self.last_complete_at = now
         self.record.count("completed")
-        # From the planned start: the wait for a slot, for a late loop and for another try is the device's wait.
+        # From the planned start, since waiting for a slot, a busy event loop or a retry is part of what a device sees.
         self.record.latency("cycle", now - start)
 
     async def end(self, *, cut: bool) -> None:
-        """End all connections, ``cut`` or in good order, and all that was under way."""
+        """End all connections, with DISCONNECT or ``cut`` without, and cancel all cycles."""
         for task in self._tasks:
             task.cancel()
         for device in self._devices:
@@ -144,11 +144,11 @@ class Worker:
         self._tasks = []
 
     def notice(self, context: dict[str, Any]) -> None:
-        """Take a fault of the event loop, for the next sample to raise."""
+        """Keep an error of the event loop, for the next sample to raise."""
         self.fault = context.get("exception") or RuntimeError(context["message"])
 
     def sample(self) -> dict[str, Any]:
-        """Return how things stand."""
+        """Return the current state of the devices, or raise an error of the load generator."""
         if self.fault is not None:
             raise self.fault
         return {
@@ -157,7 +157,7 @@ class Worker:
             "connected": sum(device.connected for device in self._devices),
             "complete": self.complete,
             "last_complete_at": self.last_complete_at,
-            "all_complete": self.complete >= self._wanted and self._judged >= len(self._devices) - self._wanted,
+            "all_complete": self.complete >= self._active and self._decided >= len(self._devices) - self._active,
             "failures": self.record.failures.total(),
             "counts": dict(self.record.counts),
             "cpu_s": time.process_time(),
@@ -165,7 +165,7 @@ class Worker:
 
 
 def main(pipe: Pipe, *arguments: Any) -> None:
-    """Run a worker (its arguments) that obeys the pipe; the beginning of every process of a load test."""
+    """Run a worker that follows the commands from the pipe; the entry point of each process of a load test."""
     try:
         gc.freeze()
         gc.set_threshold(50_000, 50, 50)
@@ -209,7 +209,7 @@ async def _obey(pipe: Pipe, arguments: tuple[Any, ...]) -> None:
                 pipe.send({"done": "cut"})
             case "stop":
                 await worker.end(cut=False)
-                # What was written last has to leave before the process does.
+                # Bytes written last must be sent before the process ends.
                 await asyncio.sleep(SAMPLE_S)
                 pipe.send({"done": "stop", "record": worker.record.as_dict(), "cpu_s": time.process_time()})
                 return

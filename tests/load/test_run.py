@@ -102,7 +102,7 @@ def test_a_revoked_device_that_gets_in_is_told(directory: Path) -> None:
     with FakeBroker(directory, connack={REVOKED[0]: 0x86}) as broker:
         done = invoke(directory, broker.port)
     assert done.exit_code == 1
-    assert "1 times a device was let in that must be refused" in done.stderr
+    assert "1 times, a device that must be refused was let in" in done.stderr
     assert result_of(done)["counts"]["wrongly_let_in"] == 1
 
 
@@ -208,7 +208,7 @@ def test_the_result_is_written_and_drawn(directory: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--count", "99"], "has 12 devices, wanted are 99"),
+        (["--count", "99"], "has only 12 of 99 devices"),
         (["--share", "4/3"], "write it as 2/3"),
         (["--host", "no.such.host.invalid"], "no.such.host.invalid"),
         (["--ca", "/no/such/file"], "/no/such/file is missing"),
