@@ -1,4 +1,4 @@
-"""A policy of the whole fleet is applied, and devices are revoked meanwhile: what the revocations wait, what stays."""
+"""Measures revocations during a ``policy apply`` that changes the whole fleet: how long they wait, and if any is undone."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from tests.support.postgres import Server
 ROLE = "authbackend_admin"
 DATABASE = "applied"
 BYSTANDERS = 1000
-"""Devices that the policy does not name."""
+"""Number of devices that are not in the policy."""
 BURST = 10
-"""Revocations of each kind in a round; those of devices that the policy changes all at once, for the first ends the apply."""
+"""Revocations of each kind in a round; those of devices in the policy run concurrently: the first one ends the apply."""
 
 Say = Callable[[str], None]
 
 
 def measure(server: Server, template: str, devices: int, rounds: int, say: Say) -> dict[str, Any]:
-    """Apply a change of every device, once alone, then round after round with revocations."""
+    """Apply a change of every device, once without and then ``rounds`` times with concurrent revocations."""
     server.psql("postgres", f"create database {DATABASE} template {template}")
     server.psql(DATABASE, (SQL / "roles.sql").read_text(encoding="utf-8"))
     server.psql(DATABASE, f"alter role {ROLE} login")
@@ -43,12 +43,12 @@ def measure(server: Server, template: str, devices: int, rounds: int, say: Say) 
     )
     logged = len(server.log_text())
     with tempfile.TemporaryDirectory(prefix="bench-apply-") as folder:
-        found = asyncio.run(_Moves(str(server.dsn(DATABASE, ROLE)), devices, Path(folder), say).run(rounds))
-    return {**found, "deadlocks": server.log_text()[logged:].count("deadlock detected")}
+        result = asyncio.run(_Moves(str(server.dsn(DATABASE, ROLE)), devices, Path(folder), say).run(rounds))
+    return {**result, "deadlocks": server.log_text()[logged:].count("deadlock detected")}
 
 
 class _Moves:
-    """The fleet moves to other sites; each device is revoked at most once, in no order."""
+    """Moves the fleet between two sites; each device is revoked at most once, in random order."""
 
     def __init__(self, dsn: str, devices: int, folder: Path, say: Say) -> None:
         self._dsn = dsn
@@ -71,25 +71,25 @@ class _Moves:
         for _ in range(rounds):
             await self._revoke(psqls, "quiet")
         began, held_s = time.monotonic(), 0.0
-        async with self._applying("alone") as (ended, holding):
-            if await holding(psqls[0]):
-                holds = time.monotonic()
+        async with self._applying("alone") as (ended, wait_for_lock):
+            if await wait_for_lock(psqls[0]):
+                locked_at = time.monotonic()
                 code, text = await ended()
-                held_s = time.monotonic() - holds
+                held_s = time.monotonic() - locked_at
         whole_s = time.monotonic() - began
         if code:
-            raise BenchmarkError(f"left alone, the apply failed: {text[-500:]}")
-        self._say(f"alone: {whole_s:.1f} s, of which rows were held {held_s:.1f} s")
+            raise BenchmarkError(f"policy apply without revocations failed: {text[-500:]}")
+        self._say(f"alone: {whole_s:.1f} s, with rows locked for {held_s:.1f} s")
         site = "moved"
         while self._rounds < rounds:
-            async with self._applying(site) as (ended, holding):
+            async with self._applying(site) as (ended, wait_for_lock):
                 touched: list[str] = []
-                if await holding(psqls[0]):
+                if await wait_for_lock(psqls[0]):
                     await asyncio.sleep(random.uniform(0, held_s / 2))
-                    if await holding(psqls[0]):
+                    if await wait_for_lock(psqls[0]):
                         touched = await self._revoke(psqls, "meanwhile")
                         self._rounds += 1
-                if self._judge(*await ended(), touched) == "applied":
+                if self._record_outcome(*await ended(), touched) == "applied":
                     site = "alone" if site == "moved" else "moved"
             self._say(f"round {self._rounds}: {self._outcomes}, {self._p99_ms()}")
         undone = await psqls[0].fetchval(
@@ -141,10 +141,10 @@ class _Moves:
             )
 
         async def ended() -> tuple[int, str]:
-            return await process.wait(), (await said).decode()
+            return await process.wait(), (await errors).decode()
 
-        async def holding(connection: asyncpg.Connection) -> bool:
-            """Wait until the first device's row is held."""
+        async def wait_for_lock(connection: asyncpg.Connection) -> bool:
+            """Wait until the first device's row is locked; return False if the command ended before."""
             while process.returncode is None:
                 if not await connection.fetch("select from device where device_id = 'd0000000' for update skip locked"):
                     return True
@@ -152,17 +152,17 @@ class _Moves:
             return False
 
         assert process.stderr is not None
-        said = asyncio.create_task(process.stderr.read())
+        errors = asyncio.create_task(process.stderr.read())
         try:
-            yield ended, holding
+            yield ended, wait_for_lock
         finally:
             if process.returncode is None:
                 process.kill()
             await process.wait()
-            await said
+            await errors
 
     async def _revoke(self, psqls: list[asyncpg.Connection], when: str) -> list[str]:
-        """Revoke by both ways devices that the policy does not name, one by one, and those that it names, at once."""
+        """Revoke devices in both ways: those not in the policy one by one, those in it concurrently."""
         for psql in psqls:
             await self._one(f"{when}, not named, psql", next(self._others), psql)
             await self._one(f"{when}, not named, device revoke", next(self._others), None)
@@ -187,7 +187,7 @@ class _Moves:
             self._waited_ms.setdefault(kind, []).append(round(1000 * (time.monotonic() - began), 1))
             self._revoked.append(device_id)
 
-    def _judge(self, code: int, text: str, touched: list[str]) -> str:
+    def _record_outcome(self, code: int, text: str, touched: list[str]) -> str:
         if code == 0:
             outcome = "applied"
         elif code == 4 and any(f"device {name}: " in text for name in touched):

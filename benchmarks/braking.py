@@ -1,4 +1,4 @@
-"""What the brake costs: changes of a whole fleet with its triggers and without, in turn, in one run."""
+"""Measures the cost of the brake: changes of a whole fleet with and without its triggers, in turn, in one run."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ STATEMENTS = {
 
 
 def measure(server: Server, devices: int, rounds: int, say: Say) -> dict[str, Any]:
-    """Change every device of a fleet in each way, each time rolled back, and apply a policy of all of them."""
+    """Change every device of a fleet with each statement, rolled back each time, and apply a policy that changes all."""
     dsn = fixtures.registry(server, devices)
     took: dict[str, dict[str, list[float]]] = {}
     for number in range(rounds + 1):
         for braked in (True, False) if number % 2 else (False, True):
             with _triggers(server, f"fleet_{devices}", braked):
-                found = asyncio.run(_round(dsn, devices, number))
-            for name, seconds in found.items() if number else ():
+                seconds_of = asyncio.run(_round(dsn, devices, number))
+            for name, seconds in seconds_of.items() if number else ():
                 took.setdefault(name, {}).setdefault("with" if braked else "without", []).append(round(seconds, 3))
         if number:
             say(
@@ -54,7 +54,7 @@ def measure(server: Server, devices: int, rounds: int, say: Say) -> dict[str, An
 
 @contextmanager
 def _triggers(server: Server, database: str, braked: bool) -> Iterator[None]:
-    """Switch the brake's triggers off for the time of the block, or leave them."""
+    """Disable the brake's triggers for the duration of the block, unless ``braked``."""
 
     def switch(how: str) -> None:
         for row in server.psql(
@@ -77,7 +77,7 @@ def _triggers(server: Server, database: str, braked: bool) -> Iterator[None]:
 
 
 async def _round(dsn: str, devices: int, number: int) -> dict[str, float]:
-    found = {}
+    seconds = {}
     connection = await asyncpg.connect(dsn)
     for name, statement in STATEMENTS.items():
         transaction = connection.transaction()
@@ -86,7 +86,7 @@ async def _round(dsn: str, devices: int, number: int) -> dict[str, float]:
         began = time.monotonic()
         await connection.execute(statement.replace("{devices}", str(devices)), timeout=600)
         await connection.execute("set constraints all immediate")
-        found[name] = time.monotonic() - began
+        seconds[name] = time.monotonic() - began
         await transaction.rollback()
         await connection.execute("vacuum device", timeout=600)
     await connection.close()
@@ -98,5 +98,5 @@ async def _round(dsn: str, devices: int, number: int) -> dict[str, float]:
     document = Document(devices=entries, speaks_of_device_rules=False)
     began = time.monotonic()
     await policy_apply.apply(Target(dsn), document, actor="bench", accept_impact=1_000_000_000)
-    found["policy apply that changes all"] = time.monotonic() - began
-    return found
+    seconds["policy apply that changes all"] = time.monotonic() - began
+    return seconds

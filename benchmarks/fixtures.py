@@ -1,4 +1,4 @@
-"""The parts that are measured: a real PostgreSQL with fleets of several sizes, services, and their references."""
+"""Starts what is measured: a real PostgreSQL with fleets of several sizes, the service, and its references."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from tests.support.postgres import Server
 REPOSITORY = Path(__file__).resolve().parents[1]
 START_LIMIT_S = 180.0
 RULES = {"T5": 5, "T20": 20, "T500": 500}
-"""Device types by their number of rules: three fifths allow publishing, a fifth subscribing, a fifth denies."""
+"""Number of rules by device type: three fifths allow publishing, a fifth allow subscribing, a fifth deny."""
 
 SPECIAL = 1000
-"""Devices of each other type than ``T20``, at the beginning."""
+"""Number of devices of each type other than ``T20``, at the beginning of the fleet."""
 
 
 class BenchmarkError(Exception):
-    """The benchmark cannot go on; the text says why."""
+    """The benchmark cannot continue; the message says why."""
 
 
 def free_port() -> int:
-    """Return a port of loopback that nobody uses now."""
+    """Return a free port on loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -55,7 +55,7 @@ def publish_levels(kind: str) -> list[str]:
 
 
 async def fill(dsn: str, devices: int) -> None:
-    """Register a fleet: types with rules of each number, two attributes for each device."""
+    """Register a fleet: the types of :data:`RULES`, and devices with two attributes each."""
     connection = await asyncpg.connect(dsn)
     try:
         for kind, number in RULES.items():
@@ -85,7 +85,7 @@ async def fill(dsn: str, devices: int) -> None:
 
 @contextlib.contextmanager
 def postgres() -> Iterator[Server]:
-    """Run a PostgreSQL for the time of the block."""
+    """Run a PostgreSQL server for the duration of the block."""
     server = Server(settings={"shared_buffers": "512MB", "max_wal_size": "8GB", "fsync": "on"})
     try:
         server.create()
@@ -96,7 +96,7 @@ def postgres() -> Iterator[Server]:
 
 
 def registry(server: Server, devices: int) -> str:
-    """Make a database with a fleet and return its connection URI."""
+    """Create a database with a fleet and return its connection URI."""
     name = f"fleet_{devices}"
     server.psql("postgres", f"create database {name}")
     dsn = str(server.dsn(name))
@@ -112,7 +112,7 @@ def registry(server: Server, devices: int) -> str:
 
 @dataclass
 class Running:
-    """A process that answers on a port."""
+    """A running server process."""
 
     name: str
     port: int
@@ -122,16 +122,16 @@ class Running:
     ready_after_s: float = 0.0
 
     def memory_bytes(self) -> dict[str, int]:
-        """Return the proportional memory (PSS) of each of its processes; shared pages are divided among their users."""
-        found = {}
+        """Return the proportional set size (PSS) of each process; shared pages are divided among their users."""
+        sizes = {}
         for pid in (self.process.pid, *descendants(self.process.pid)):
             with contextlib.suppress(OSError):
                 text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-                found[str(pid)] = 1024 * int(text.partition("\nPss:")[2].split()[0])
-        return found
+                sizes[str(pid)] = 1024 * int(text.partition("\nPss:")[2].split()[0])
+        return sizes
 
     def load_s(self) -> float:
-        """Return how long the load from the database took, as the log says."""
+        """Return how long the load from the database took, according to the log."""
         limit = time.monotonic() + 10
         while time.monotonic() < limit:
             for line in self.log.read_text().splitlines():
@@ -140,17 +140,17 @@ class Running:
                     if entry.get("event") == "registry.loaded":
                         return float(entry["duration_s"])
             time.sleep(0.05)
-        raise BenchmarkError(f"{self.name} has not loaded the registry")
+        raise BenchmarkError(f"{self.name} has not logged registry.loaded within 10 s")
 
     def metrics(self) -> str:
-        """Return what the service tells Prometheus."""
+        """Return the service's metrics in Prometheus' text format."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.health}/metrics", timeout=30) as response:
             return str(response.read().decode())
 
 
 @contextlib.contextmanager
 def process(name: str, command: list[str], port: int, environment: dict[str, str] | None = None) -> Iterator[Running]:
-    """Run a command until the end of the block; its output goes into a file."""
+    """Run a server for the duration of the block; yield once it accepts connections. Its output goes to a file."""
     log = Path(tempfile.mkstemp(prefix=f"bench-{name.replace(' ', '-')}-", suffix=".log")[1])
     started = time.monotonic()
     with log.open("wb") as output:
@@ -178,7 +178,7 @@ def process(name: str, command: list[str], port: int, environment: dict[str, str
 
 @contextlib.contextmanager
 def service(name: str, dsn: str, workers: int = 1, **settings: str) -> Iterator[Running]:
-    """Run ``authbackend serve`` until the end of the block; yields when it is ready."""
+    """Run ``authbackend serve`` for the duration of the block; yield once it is ready."""
     port, health = free_port(), free_port()
     environment = {
         "AUTHBACKEND_DATABASE__DSN": dsn,

@@ -1,4 +1,4 @@
-"""Questions as RabbitMQ 4.3 sends them, and how fast and how soon they are answered."""
+"""Sends requests as RabbitMQ 4.3 does, and measures throughput and latency."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def topic_form(device: str, key: str, permission: str = "write") -> str:
 
 
 def publishes(devices: int, number: int = 2000, kind: str = "T20") -> list[str]:
-    """Return publishes that are allowed, by devices of a type drawn from the whole fleet."""
+    """Return requests for allowed publishes, by random devices of a type from the whole fleet."""
     chosen = random.Random(1)
     first = {"T5": 0, "T500": SPECIAL, "T20": 2 * SPECIAL}[kind]
     last = devices if kind == "T20" else first + SPECIAL
@@ -65,7 +65,7 @@ def publishes(devices: int, number: int = 2000, kind: str = "T20") -> list[str]:
 
 def throughput(port: int, forms: list[str], seconds: float, *, connections: int = 32, method: str = "POST") -> float:
     """
-    Return how many requests a second are answered over keep-alive, asked by ``wrk`` as fast as it can.
+    Return how many requests per second are answered over keep-alive, when ``wrk`` sends as fast as it can.
 
     Raises:
         BenchmarkError: An answer was an error, or wrk is missing.
@@ -90,28 +90,28 @@ def throughput(port: int, forms: list[str], seconds: float, *, connections: int 
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except FileNotFoundError:
             raise BenchmarkError("wrk is missing; install it: apt-get install wrk") from None
-    found = _RATE.search(done.stdout)
+    rate = _RATE.search(done.stdout)
     errors = _ERRORS.search(done.stdout)
-    if found is None or (errors and method == "POST"):
+    if rate is None or (errors and method == "POST"):
         raise BenchmarkError(f"wrk: {done.stdout}{done.stderr}")
-    return float(found[1])
+    return float(rate[1])
 
 
 @dataclass
 class Answers:
-    """What an open-loop run saw: times in seconds from the planned start of each request, answers by their text."""
+    """The answers of an open-loop run: seconds from the planned start of each request, and the number by text."""
 
     times: list[float]
     texts: dict[bytes, int]
 
     def quantile(self, q: float) -> float:
-        """Return a quantile of the times."""
+        """Return a quantile of the times, in seconds."""
         ordered = sorted(self.times)
         return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 
 
 class _Connection(asyncio.Protocol):
-    """A keep-alive connection with one request in flight; the rest waits."""
+    """A keep-alive connection with one request in flight; further requests wait."""
 
     def __init__(self, answered: Callable[[float, bytes], object]) -> None:
         self.answered = answered
@@ -123,7 +123,7 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
 
-    def ask(self, planned: float, request: bytes) -> None:
+    def send(self, planned: float, request: bytes) -> None:
         if self.began is None:
             self.began = planned
             self.transport.write(request)
@@ -132,8 +132,8 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
-        head, found, rest = self.buffer.partition(b"\r\n\r\n")
-        if not found:
+        head, blank_line, rest = self.buffer.partition(b"\r\n\r\n")
+        if not blank_line:
             return
         length = int(re.search(rb"(?i)content-length: *([0-9]+)", head)[1])  # type: ignore[index]
         if len(rest) < length:
@@ -143,17 +143,17 @@ class _Connection(asyncio.Protocol):
         assert began is not None
         self.answered(time.monotonic() - began, head[9:12] + b" " + rest[:length])
         if self.waiting:
-            self.ask(*self.waiting.pop(0))
+            self.send(*self.waiting.pop(0))
 
 
 def http_post(path: str, form: str) -> bytes:
-    """Return a whole request."""
+    """Return a complete request."""
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-www-form-urlencoded\r\n"
     return f"{head}Content-Length: {len(form)}\r\n\r\n{form}".encode()
 
 
 async def open_loop(port: int, requests: list[bytes], rate: float, seconds: float, connections: int = 16) -> Answers:
-    """Ask at a fixed rate, whatever the answers do; a late answer does not delay the next question."""
+    """Send at a fixed rate, regardless of the answers: a late answer does not delay the next request."""
     answers = Answers([], {})
 
     def answered(took: float, text: bytes) -> None:
@@ -170,7 +170,7 @@ async def open_loop(port: int, requests: list[bytes], rate: float, seconds: floa
         planned = begin + n / rate
         while (ahead := planned - time.monotonic()) > 0:  # noqa: ASYNC110 - time is what is waited for
             await asyncio.sleep(min(ahead, 0.001) if ahead > 0.0005 else 0)
-        pool[n % connections].ask(planned, requests[n % len(requests)])
+        pool[n % connections].send(planned, requests[n % len(requests)])
     limit = time.monotonic() + 30
     while len(answers.times) < total and time.monotonic() < limit:  # noqa: ASYNC110 - time is what is waited for
         await asyncio.sleep(0.005)
@@ -182,6 +182,6 @@ async def open_loop(port: int, requests: list[bytes], rate: float, seconds: floa
 
 
 def latencies(port: int, forms: list[str], rate: float, seconds: float, connections: int = 16) -> Answers:
-    """Run :func:`open_loop` on publishes."""
+    """Run :func:`open_loop` with these forms for ``/auth/topic``."""
     requests = [http_post("/auth/topic", form) for form in forms]
     return uvloop.run(open_loop(port, requests, rate, seconds, connections))

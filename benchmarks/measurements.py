@@ -1,4 +1,4 @@
-"""What is measured, each against its reference in turn, in one run."""
+"""The measurements without RabbitMQ, each against its reference in turn, in one run."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from tests.support.postgres import Server
 Say = Callable[[str], None]
 SMALL, LARGE = 2000 + 2 * fixtures.SPECIAL, 1_000_000
 THIRD = 1 / 3
-_CLIENTS_GIVE_WAY = 10
-"""A client that makes thousands of requests a second costs more CPU than answering them does, and is not measured."""
+_CLIENT_NICE = 10
+"""Nice value of clients, which need more CPU for thousands of requests per second than the service that is measured."""
 _SPAWN = multiprocessing.get_context("spawn")
 
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is done: rounds, seconds of each, and the size of the large fleet."""
+    """The size of a run: rounds, seconds per round, devices of the large fleet, and numbers of changes and applies."""
 
     rounds: int = 10
     seconds: float = 2.0
@@ -48,8 +48,8 @@ QUICK = Extent(rounds=2, seconds=1.0, devices=20_000, changes=20, mass=2000, app
 
 
 @dataclass
-class Stage:
-    """What all measurements share."""
+class Environment:
+    """The database and settings that all measurements share."""
 
     extent: Extent
     server: Server
@@ -57,98 +57,98 @@ class Stage:
     small: str
     say: Say
     capacity: float = 0.0
-    """Requests a second of one process, once it is measured."""
+    """Requests per second of one process; set by :func:`throughput`."""
 
 
 @contextmanager
-def staged(extent: Extent, say: Say) -> Iterator[Stage]:
-    """Run PostgreSQL with a small and a large fleet for the time of the block."""
+def running_environment(extent: Extent, say: Say) -> Iterator[Environment]:
+    """Run PostgreSQL with a small and a large fleet for the duration of the block."""
     with fixtures.postgres() as server:
         say(f"registering {SMALL} and {extent.devices} devices")
         small = fixtures.registry(server, SMALL)
         large = small if extent.devices == SMALL else fixtures.registry(server, extent.devices)
-        yield Stage(extent, server, large, small, say)
+        yield Environment(extent, server, large, small, say)
 
 
-def alternating(stage: Stage, what: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
-    """Measure each in turn, round after round, after one round that does not count."""
-    found: dict[str, list[float]] = {name: [] for name in what}
-    for number in range(stage.extent.rounds + 1):
-        for name, measure in what.items():
+def alternating(environment: Environment, measures: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """Take each measure in turn, round after round; a warm-up round does not count."""
+    values: dict[str, list[float]] = {name: [] for name in measures}
+    for number in range(environment.extent.rounds + 1):
+        for name, measure in measures.items():
             value = measure()
             if number:
-                found[name].append(round(value, 6))
+                values[name].append(round(value, 6))
         if number:
-            stage.say(f"round {number}: " + ", ".join(f"{name} {found[name][-1]:g}" for name in what))
-    return found
+            environment.say(f"round {number}: " + ", ".join(f"{name} {values[name][-1]:g}" for name in measures))
+    return values
 
 
 def ratio(one: list[float], other: list[float]) -> dict[str, float]:
-    """Return the median of the rounds' ratios, the lowest and the highest."""
+    """Return the median, the lowest and the highest of the rounds' ratios."""
     each = [a / b for a, b in zip(one, other, strict=True)]
     return {"median": round(statistics.median(each), 3), "lowest": round(min(each), 3), "highest": round(max(each), 3)}
 
 
-def throughput(stage: Stage) -> dict[str, Any]:
-    """One process against a bare aiohttp handler and Django under gunicorn."""
-    forms = load_client.publishes(stage.extent.devices, 20_000)
+def throughput(environment: Environment) -> dict[str, Any]:
+    """Measure requests per second of one process, a bare aiohttp handler, and Django under gunicorn."""
+    forms = load_client.publishes(environment.extent.devices, 20_000)
     with ExitStack() as stack:
-        ours = stack.enter_context(fixtures.service("one", stage.large))
+        service = stack.enter_context(fixtures.service("one", environment.large))
         bare = stack.enter_context(fixtures.bare())
         gunicorns = {kind: stack.enter_context(fixtures.django(kind)) for kind in ("sync", "gthread")}
-        seconds = stage.extent.seconds
+        seconds = environment.extent.seconds
 
         def django(running: Running) -> Callable[[], float]:
             return lambda: load_client.throughput(running.port, forms, seconds, method="GET")
 
-        found = alternating(
-            stage,
+        rates = alternating(
+            environment,
             {
-                "authbackend": lambda: load_client.throughput(ours.port, forms, seconds),
+                "authbackend": lambda: load_client.throughput(service.port, forms, seconds),
                 "aiohttp": lambda: load_client.throughput(bare.port, forms, seconds),
                 **{f"django {kind}": django(running) for kind, running in gunicorns.items()},
             },
         )
-    faster = max(("django sync", "django gthread"), key=lambda name: statistics.median(found[name]))
-    stage.capacity = statistics.median(found["authbackend"])
+    faster = max(("django sync", "django gthread"), key=lambda name: statistics.median(rates[name]))
+    environment.capacity = statistics.median(rates["authbackend"])
     return {
-        "requests_per_s": found,
-        "to_aiohttp": ratio(found["authbackend"], found["aiohttp"]),
-        "to_django": ratio(found["authbackend"], found[faster]),
+        "requests_per_s": rates,
+        "to_aiohttp": ratio(rates["authbackend"], rates["aiohttp"]),
+        "to_django": ratio(rates["authbackend"], rates[faster]),
         "faster_django": faster,
     }
 
 
-def workers(stage: Stage) -> dict[str, Any]:
-    """Two workers against one."""
-    forms = load_client.publishes(stage.extent.devices, 20_000)
-    with fixtures.service("one", stage.large) as one, fixtures.service("two", stage.large, 2) as two:
-        found = alternating(
-            stage,
+def workers(environment: Environment) -> dict[str, Any]:
+    """Measure requests per second of one worker and of two."""
+    forms = load_client.publishes(environment.extent.devices, 20_000)
+    with fixtures.service("one", environment.large) as one, fixtures.service("two", environment.large, 2) as two:
+        rates = alternating(
+            environment,
             {
-                "1 worker": lambda: load_client.throughput(one.port, forms, stage.extent.seconds, connections=64),
-                "2 workers": lambda: load_client.throughput(two.port, forms, stage.extent.seconds, connections=64),
+                "1 worker": lambda: load_client.throughput(one.port, forms, environment.extent.seconds, connections=64),
+                "2 workers": lambda: load_client.throughput(two.port, forms, environment.extent.seconds, connections=64),
             },
         )
-    return {"requests_per_s": found, "two_to_one": ratio(found["2 workers"], found["1 worker"])}
+    return {"requests_per_s": rates, "two_to_one": ratio(rates["2 workers"], rates["1 worker"])}
 
 
-def sizes(stage: Stage) -> dict[str, Any]:
-    """The fleet's size, the number of rules, and the size of what is asked."""
-    extent = stage.extent
-    rate = stage.capacity * THIRD
-    with fixtures.service("small", stage.small) as small, fixtures.service("large", stage.large) as large:
+def sizes(environment: Environment) -> dict[str, Any]:
+    """Measure the effect of the size of the fleet, the number of rules, and the size of a request."""
+    extent = environment.extent
+    rate = environment.capacity * THIRD
+    with fixtures.service("small", environment.small) as small, fixtures.service("large", environment.large) as large:
         forms = {"small": load_client.publishes(SMALL), "large": load_client.publishes(extent.devices)}
 
         def p99(running: Running, which: str) -> Callable[[], float]:
             return lambda: 1000 * load_client.latencies(running.port, forms[which], rate, extent.seconds).quantile(0.99)
 
-        stage.say(f"p99 at {rate:.0f} requests a second")
-        fleet = alternating(stage, {"small": p99(small, "small"), "large": p99(large, "large")})
+        environment.say(f"p99 at {rate:.0f} requests a second")
+        fleet = alternating(environment, {"small": p99(small, "small"), "large": p99(large, "large")})
         five = load_client.publishes(extent.devices, kind="T5")
         many = load_client.publishes(extent.devices, kind="T500")
         rules = alternating(
-            stage,
+            environment,
             {
                 "5 rules": lambda: load_client.throughput(large.port, five, extent.seconds),
                 "500 rules": lambda: load_client.throughput(large.port, many, extent.seconds),
@@ -185,58 +185,58 @@ def _curves(running: Running, extent: Extent) -> dict[str, dict[str, list[float]
     }
 
 
-def memory(stage: Stage) -> dict[str, Any]:
-    """Bytes per device: all processes of a replica together, shared pages counted once."""
-    found: dict[str, Any] = {}
-    for name, dsn in (("small", stage.small), ("large", stage.large)):
+def memory(environment: Environment) -> dict[str, Any]:
+    """Measure the bytes per device of all processes of a replica together, shared pages counted once."""
+    result: dict[str, Any] = {}
+    for name, dsn in (("small", environment.small), ("large", environment.large)):
         for number in (1, 2, 4):
             with fixtures.service(name, dsn, number) as running:
                 load_client.throughput(
-                    running.port, load_client.publishes(SMALL if name == "small" else stage.extent.devices), 1
+                    running.port, load_client.publishes(SMALL if name == "small" else environment.extent.devices), 1
                 )
-                found[f"{name}, {number} workers"] = sum(running.memory_bytes().values())
-    grown = stage.extent.devices - SMALL
+                result[f"{name}, {number} workers"] = sum(running.memory_bytes().values())
+    grown = environment.extent.devices - SMALL
     for number in (1, 2, 4):
-        growth = found[f"large, {number} workers"] - found[f"small, {number} workers"]
-        found[f"bytes_per_device, {number} workers"] = round(growth / grown, 1)
-    stage.say(f"memory: {found}")
-    return found
+        growth = result[f"large, {number} workers"] - result[f"small, {number} workers"]
+        result[f"bytes_per_device, {number} workers"] = round(growth / grown, 1)
+    environment.say(f"memory: {result}")
+    return result
 
 
-def loading(stage: Stage) -> dict[str, Any]:
-    """From the start of the process until it is ready: from PostgreSQL, and from disk while PostgreSQL is away."""
-    found: dict[str, list[float]] = {"postgresql_s": [], "postgresql_load_s": [], "disk_s": []}
+def loading(environment: Environment) -> dict[str, Any]:
+    """Measure from start to readiness: from PostgreSQL, and from disk while PostgreSQL is stopped."""
+    result: dict[str, list[float]] = {"postgresql_s": [], "postgresql_load_s": [], "disk_s": []}
     with TemporaryDirectory(prefix="bench-snapshot-") as folder:
         settings = {"REGISTRY__SNAPSHOT_DIR": str(Path(folder) / "snapshot")}
         for _ in range(3):
-            with fixtures.service("database", stage.large) as running:
-                found["postgresql_s"].append(round(running.ready_after_s, 2))
-                found["postgresql_load_s"].append(running.load_s())
-        with fixtures.service("writer", stage.large, **settings) as running:
+            with fixtures.service("database", environment.large) as running:
+                result["postgresql_s"].append(round(running.ready_after_s, 2))
+                result["postgresql_load_s"].append(running.load_s())
+        with fixtures.service("writer", environment.large, **settings) as running:
             while "authbackend_registry_on_disk 1.0" not in running.metrics():
                 time.sleep(0.1)
-        stage.server.stop()
+        environment.server.stop()
         try:
             for _ in range(3):
-                with fixtures.service("disk", stage.large, **settings) as running:
-                    found["disk_s"].append(round(running.ready_after_s, 2))
+                with fixtures.service("disk", environment.large, **settings) as running:
+                    result["disk_s"].append(round(running.ready_after_s, 2))
         finally:
-            stage.server.start()
-    stage.say(f"loading: {found}")
-    return found
+            environment.server.start()
+    environment.say(f"loading: {result}")
+    return result
 
 
-def changes(stage: Stage) -> dict[str, Any]:
-    """From a commit until the last worker of two replicas decides by it, under load."""
-    extent = stage.extent
+def changes(environment: Environment) -> dict[str, Any]:
+    """Measure from a commit until the last worker of two replicas uses it in decisions, under load."""
+    extent = environment.extent
     forms = load_client.publishes(extent.devices)
-    with fixtures.service("north", stage.large, 2) as north, fixtures.service("south", stage.large, 2) as south:
-        with _load((north, south), forms, stage.capacity * THIRD / 2):
-            single = uvloop.run(Watcher(stage.large, (north, south)).changes(extent.changes, stage.say))
-            mass = uvloop.run(Watcher(stage.large, (north, south)).mass(extent.mass, stage.say))
+    with fixtures.service("north", environment.large, 2) as north, fixtures.service("south", environment.large, 2) as south:
+        with _load((north, south), forms, environment.capacity * THIRD / 2):
+            single = uvloop.run(Watcher(environment.large, (north, south)).changes(extent.changes, environment.say))
+            mass = uvloop.run(Watcher(environment.large, (north, south)).mass(extent.mass, environment.say))
         stalls = [_stalls(running.metrics()) for running in (north, south)]
         with _load((north, south), forms, None):
-            busy = sorted(uvloop.run(Watcher(stage.large, (north, south)).changes(extent.changes, stage.say)))
+            busy = sorted(uvloop.run(Watcher(environment.large, (north, south)).changes(extent.changes, environment.say)))
     ordered = sorted(single)
     return {
         "milliseconds": [round(1000 * took, 2) for took in single],
@@ -254,34 +254,34 @@ def changes(stage: Stage) -> dict[str, Any]:
 @contextmanager
 def _load(replicas: tuple[Running, ...], forms: list[str], rate: float | None) -> Iterator[None]:
     """
-    Ask replicas all the time, from a process for each.
+    Send requests to replicas for the duration of the block, from one process for each.
 
     Args:
-        rate: Of each, from processes that give way to what is measured; None: without a pause, giving way to nobody, so
-            that all cores are busy.
+        rate: Requests per second to each, from processes with low priority; None: without a pause and with normal
+            priority, so that all cores are busy.
     """
     over = _SPAWN.Event()
     if rate is None:
-        askers = [_SPAWN.Process(target=_ask_without_pause, args=(each.port, forms, over)) for each in replicas]
+        clients = [_SPAWN.Process(target=_send_without_pause, args=(each.port, forms, over)) for each in replicas]
     else:
-        askers = [_SPAWN.Process(target=_ask_on, args=(each.port, forms, rate, over)) for each in replicas]
-    for asker in askers:
-        asker.start()
+        clients = [_SPAWN.Process(target=_send_at_rate, args=(each.port, forms, rate, over)) for each in replicas]
+    for client in clients:
+        client.start()
     try:
         yield
     finally:
         over.set()
-        for asker in askers:
-            asker.join()
+        for client in clients:
+            client.join()
 
 
-def _ask_on(port: int, forms: list[str], rate: float, over: Any) -> None:
-    os.nice(_CLIENTS_GIVE_WAY)
+def _send_at_rate(port: int, forms: list[str], rate: float, over: Any) -> None:
+    os.nice(_CLIENT_NICE)
     while not over.is_set():
         load_client.latencies(port, forms, rate, 1.0)
 
 
-def _ask_without_pause(port: int, forms: list[str], over: Any) -> None:
+def _send_without_pause(port: int, forms: list[str], over: Any) -> None:
     requests = [load_client.http_post("/auth/topic", form) for form in forms]
     with socket.create_connection(("127.0.0.1", port)) as connection:
         for request in itertools.cycle(requests):
@@ -292,7 +292,7 @@ def _ask_without_pause(port: int, forms: list[str], over: Any) -> None:
 
 
 def _stalls(metrics: str) -> float:
-    """Return the upper bound of the longest stall that was seen."""
+    """Return the upper bound of the bucket with the longest stall."""
     bounds = []
     before = 0.0
     for line in metrics.splitlines():
@@ -305,38 +305,38 @@ def _stalls(metrics: str) -> float:
     return max(bounds, default=0.0)
 
 
-def overload(stage: Stage) -> dict[str, Any]:
-    """Revoked devices try again and again, at a third of the capacity; what the others notice."""
-    extent = stage.extent
+def overload(environment: Environment) -> dict[str, Any]:
+    """Measure the latency of other devices while revoked ones keep retrying, at a third of the capacity."""
+    extent = environment.extent
     good = load_client.publishes(extent.devices)
     revoked = [f"username=gone{n:05d}&client_id=gone{n:05d}" for n in range(10_000)]
-    uvloop.run(_revoke(stage.large, len(revoked)))
-    rate = stage.capacity * THIRD
+    uvloop.run(_revoke(environment.large, len(revoked)))
+    rate = environment.capacity * THIRD
     shed = 0
-    with fixtures.service("one", stage.large) as running:
+    with fixtures.service("one", environment.large) as running:
 
         def quiet() -> float:
             return 1000 * load_client.latencies(running.port, good, rate / 4, extent.seconds).quantile(0.99)
 
         def attacked() -> float:
             nonlocal shed
-            # In a process of its own: in this one, the good devices' questions would wait for it in the client.
+            # In a separate process: in this one, requests of the other devices would wait in the client.
             attack = _SPAWN.Process(target=_attack, args=(running.port, revoked, rate, extent.seconds + 2))
             attack.start()
             time.sleep(1.0)
             answers = load_client.latencies(running.port, good, rate / 4, extent.seconds)
             attack.join()
             if attack.exitcode:
-                raise fixtures.BenchmarkError("a revoked device was not denied")
+                raise fixtures.BenchmarkError("overload: a revoked device was not denied")
             shed += sum(count for text, count in answers.texts.items() if text != b"200 allow")
             return 1000 * answers.quantile(0.99)
 
-        found = alternating(stage, {"quiet": quiet, "attacked": attacked})
-    return {"p99_ms": found, "attacked_to_quiet": ratio(found["attacked"], found["quiet"]), "good_not_allowed": shed}
+        p99_ms = alternating(environment, {"quiet": quiet, "attacked": attacked})
+    return {"p99_ms": p99_ms, "attacked_to_quiet": ratio(p99_ms["attacked"], p99_ms["quiet"]), "good_not_allowed": shed}
 
 
 def _attack(port: int, forms: list[str], rate: float, seconds: float) -> None:
-    os.nice(_CLIENTS_GIVE_WAY)
+    os.nice(_CLIENT_NICE)
     requests = [load_client.http_post("/auth/user", form) for form in forms]
     answers = uvloop.run(load_client.open_loop(port, requests, rate, seconds, 8))
     if set(answers.texts) != {b"200 deny"}:
@@ -352,13 +352,13 @@ async def _revoke(dsn: str, number: int) -> None:
     await connection.close()
 
 
-def apply(stage: Stage) -> dict[str, Any]:
-    """A policy of the whole fleet is applied while devices are revoked."""
-    extent = stage.extent
-    return applying.measure(stage.server, f"fleet_{extent.devices}", extent.devices, extent.applies, stage.say)
+def apply(environment: Environment) -> dict[str, Any]:
+    """Apply a policy that changes the whole fleet while devices are revoked."""
+    extent = environment.extent
+    return applying.measure(environment.server, f"fleet_{extent.devices}", extent.devices, extent.applies, environment.say)
 
 
-ALL: dict[str, Callable[[Stage], dict[str, Any]]] = {
+ALL: dict[str, Callable[[Environment], dict[str, Any]]] = {
     "throughput": throughput,
     "workers": workers,
     "sizes": sizes,

@@ -1,4 +1,4 @@
-"""Runs a benchmark in namespaces of its own, so that nothing collides with what runs here and nothing is left behind."""
+"""Runs a benchmark in its own namespaces, so that it cannot collide with other processes and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LOOPBACK_UP = (
 
 
 class CannotRun(Exception):
-    """The benchmark cannot run; the text says why, and what to do."""
+    """The benchmark cannot run; the message says why, and what to do."""
 
 
 def run_inside(module: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -26,10 +26,10 @@ def run_inside(module: str, options: dict[str, Any]) -> dict[str, Any]:
     Run ``python -m MODULE OPTIONS RESULT``, both JSON files, and return the result. Needs root.
 
     Raises:
-        CannotRun: it could not run; what failed is on standard error.
+        CannotRun: It could not run; what failed is on standard error.
     """
     if os.geteuid() != 0:
-        raise CannotRun(f"{module} needs root, for a network of its own: run it with sudo")
+        raise CannotRun(f"{module} needs root, for its own network namespace: run it with sudo")
     root = _rabbitmq_root()
     with tempfile.TemporaryDirectory(prefix="authbackend-bench-") as place:
         request, result = Path(place) / "options.json", Path(place) / "result.json"
@@ -43,13 +43,13 @@ def run_inside(module: str, options: dict[str, Any]) -> dict[str, Any]:
         namespaces = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--"]
         done = subprocess.run([*namespaces, *command], cwd=REPOSITORY, env=environment, check=False)
         if done.returncode != 0 or not result.exists():
-            raise CannotRun(f"{module} ended with status {done.returncode}; see above")
-        found: dict[str, Any] = json.loads(result.read_text())
-        return found
+            raise CannotRun(f"{module} exited with status {done.returncode}; see its messages above")
+        values: dict[str, Any] = json.loads(result.read_text())
+        return values
 
 
 def _rabbitmq_root() -> str:
     done = subprocess.run([REPOSITORY / "tools/rabbitmq-root"], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
-        raise CannotRun("there is no RabbitMQ to test against; see above")
+        raise CannotRun("tools/rabbitmq-root could not provide a RabbitMQ; see its messages above")
     return done.stdout.strip()

@@ -1,4 +1,4 @@
-"""From a commit until every worker decides by it."""
+"""Measures the time from a commit until every worker uses it in decisions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PAUSE_S = 0.001
 
 
 class Watcher:
-    """Holds one connection to each worker of some replicas and asks it all the time about one device."""
+    """Keeps one connection to each worker of some replicas, and polls decisions about one device on each."""
 
     def __init__(self, dsn: str, replicas: tuple[Running, ...]) -> None:
         self._dsn = dsn
@@ -28,8 +28,8 @@ class Watcher:
         self._quiet: list[float] = []
 
     async def _connections(self) -> list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-        """Connect until there is one connection to each worker; the kernel chooses which worker gets one."""
-        found = []
+        """Connect until there is one connection to each worker; the kernel chooses the worker of each."""
+        connections = []
         for replica in self._replicas:
             workers: dict[int, tuple[asyncio.StreamReader, asyncio.StreamWriter]] = {}
             for _ in range(200):
@@ -43,12 +43,12 @@ class Watcher:
                 if len(workers) == 2:
                     break
             else:
-                raise BenchmarkError("the kernel gives all connections to one worker")
-            found += workers.values()
-        return found
+                raise BenchmarkError("200 connections, and the kernel has given all of them to one worker")
+            connections += workers.values()
+        return connections
 
     async def changes(self, number: int, say: Callable[[str], None]) -> list[float]:
-        """Suspend and reinstate a device; return the seconds from each commit until the last worker has changed."""
+        """Suspend and reinstate a device in turn; return the seconds from each commit until the last worker uses it."""
         connections = await self._connections()
         database = await asyncpg.connect(self._dsn)
         took = []
@@ -67,7 +67,7 @@ class Watcher:
         return took
 
     async def mass(self, number: int, say: Callable[[str], None]) -> dict[str, Any]:
-        """Update many devices in one statement; how long until all workers have it, and what requests take meanwhile."""
+        """Update many devices in one statement; measure until all workers use it, and the latency of requests meanwhile."""
         connections = await self._connections()
         database = await asyncpg.connect(self._dsn, command_timeout=600)
         quiet: list[float] = []
@@ -85,15 +85,15 @@ class Watcher:
         await database.close()
         for _, writer in connections:
             writer.close()
-        found = {
+        result = {
             "devices": number,
             "statement_s": round(committed - begun, 2),
             "commit_to_last_s": round(last, 3),
             "p99_quiet_ms": _p99_ms(quiet),
             "p99_meanwhile_ms": _p99_ms(during),
         }
-        say(f"mass change: {found}")
-        return found
+        say(f"mass change: {result}")
+        return result
 
     async def _until(
         self,
@@ -103,7 +103,7 @@ class Watcher:
         times: list[float] | None = None,
         end: float | None = None,
     ) -> float:
-        """Ask until the answer is this one, or until a time; return when it came."""
+        """Poll until the answer is this one, or until ``end``; return the time of the last answer."""
         form = load_client.topic_form(self._device, f"fleet.{self._device}.telemetry.s1")
         request = load_client.http_post("/auth/topic", form)
         while True:
@@ -120,9 +120,9 @@ class Watcher:
 async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> bytes:
     writer.write(request)
     head = await reader.readuntil(b"\r\n\r\n")
-    found = re.search(rb"(?i)content-length: *([0-9]+)", head)
-    assert found is not None
-    return await reader.readexactly(int(found[1]))
+    length = re.search(rb"(?i)content-length: *([0-9]+)", head)
+    assert length is not None
+    return await reader.readexactly(int(length[1]))
 
 
 def _p99_ms(times: list[float]) -> float:
@@ -130,7 +130,7 @@ def _p99_ms(times: list[float]) -> float:
 
 
 def _owner(replica: Running, client_port: int) -> int:
-    """Return the process that has the other end of a connection from a port."""
+    """Return the process of a replica that has the other end of a connection from this port."""
     inode = ""
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         fields = line.split()
@@ -143,4 +143,4 @@ def _owner(replica: Running, client_port: int) -> int:
                     return pid
             except OSError:
                 continue
-    raise BenchmarkError(f"nobody has the connection from port {client_port}")
+    raise BenchmarkError(f"no process of {replica.name} has the connection from port {client_port}")

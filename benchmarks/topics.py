@@ -1,4 +1,4 @@
-"""Milliseconds that the most expensive topic questions take a worker: decided in this process, without HTTP."""
+"""Measures the most expensive topic decisions, in this process, without HTTP."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from authbackend.registry.device_cache import CompiledDevices
 LONG = 32_000
 _SAME = ".".join(["a"] * LONG)
 _DEEP = ".".join(["#"] + ["a"] * (MOST_WORDS_WITH_MANY - 1))
-"""Overlaps no rule below, so that all of them are asked."""
+"""Overlaps none of the rules, so that all of them are checked."""
 _DENIED = ("fleet/{client_id}/secret/%d", "{client_id}/a/{client_id}/a/a/b%d", "dev-{client_id}/+/%d")
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """Return the milliseconds of each round, by what is asked."""
+    """Return the milliseconds of each round, by kind of request."""
     return {
         "ms": {
             f"{words}, {rules} deny rules, client id {'usable' if client_id else 'unusable'}": _milliseconds(
-                rounds, _question(permission, key, rules, client_id)
+                rounds, _decision(permission, key, rules, client_id)
             )
             for words, permission, key in (
                 ("subscription of 32,000 levels", Permission.READ, _SAME),
@@ -35,29 +35,29 @@ def measure(rounds: int) -> dict[str, Any]:
             for rules in (50, 2000)
             for client_id in ("c1", None)
         },
-        "own_rules_ms": {"first question": _own_rules(rounds, kept=False), "later": _own_rules(rounds, kept=True)},
+        "own_rules_ms": {"first question": _own_rules(rounds, cached=False), "later": _own_rules(rounds, cached=True)},
     }
 
 
-def _question(permission: Permission, key: str, number: int, client_id: str | None) -> Callable[[], object]:
+def _decision(permission: Permission, key: str, number: int, client_id: str | None) -> Callable[[], object]:
     deny = [TopicRule(Effect.DENY, permission, _DENIED[n % len(_DENIED)] % n) for n in range(number)]
     rules = (RuleSet([*deny, TopicRule(Effect.ALLOW, permission, "#")]),)
     return lambda: decide.by_rules(rules, Values({"client_id": client_id}), permission, key)
 
 
-def _own_rules(rounds: int, *, kept: bool) -> list[float]:
+def _own_rules(rounds: int, *, cached: bool) -> list[float]:
     rules = json.dumps([[n, "allow", "publish", f"fleet/{{device_id}}/{n}/#", None] for n in range(2000)])
     record = f"aT\t\t\t\t{rules}\t".encode()
-    known = CompiledDevices()
-    known.device("D1", record)
-    return _milliseconds(rounds, lambda: (known if kept else CompiledDevices()).device("D1", record))
+    devices = CompiledDevices()
+    devices.device("D1", record)
+    return _milliseconds(rounds, lambda: (devices if cached else CompiledDevices()).device("D1", record))
 
 
-def _milliseconds(rounds: int, ask: Callable[[], object]) -> list[float]:
-    ask()  # indexes are made at the first question
-    found = []
+def _milliseconds(rounds: int, decide_once: Callable[[], object]) -> list[float]:
+    decide_once()  # the first decision builds the indexes
+    times_ms = []
     for _ in range(rounds):
         began = time.perf_counter()
-        ask()
-        found.append(round(1000 * (time.perf_counter() - began), 3))
-    return found
+        decide_once()
+        times_ms.append(round(1000 * (time.perf_counter() - began), 3))
+    return times_ms

@@ -1,7 +1,8 @@
 """
-The least that aiohttp can do for RabbitMQ: parse the form, answer ``allow``. ``python -m benchmarks.references.bare PORT``.
+The minimal aiohttp server for RabbitMQ: parses the form and answers ``allow``. Run as
+``python -m benchmarks.references.bare PORT``.
 
-No routing, no access log, uvloop: nothing that the service has is taken away from it, nothing is added.
+No routing, no access log, uvloop: the same foundation as the service, without the service.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ async def _allow(request: web.BaseRequest) -> web.Response:
 
 
 async def serve(port: int) -> None:
-    """Answer until the process is ended."""
+    """Serve until the process is terminated."""
     server = web.Server(_allow, access_log=None, keepalive_timeout=150)
     await asyncio.get_running_loop().create_server(server, "127.0.0.1", port, backlog=4096)
     await asyncio.Event().wait()

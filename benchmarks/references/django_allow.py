@@ -1,8 +1,8 @@
 """
-What users of the HTTP backend start from: four Django views that answer ``allow``, for gunicorn.
+The reference that RabbitMQ's users start from: four Django views that answer ``allow``, for gunicorn.
 
-Equal in work to the example that comes with RabbitMQ: GET, the parameters read from the query, no database, no
-middleware. Written for this benchmark.
+They do the same work as the example that comes with RabbitMQ (GET, parameters from the query, no database, no
+middleware), and were written for this benchmark.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""How soon a revocation is true on the wire, on a RabbitMQ 4.3 cluster of three nodes; run it with ``make bench``."""
+"""Measures how soon a revocation takes effect on connections, on a RabbitMQ 4.3 cluster of three nodes; see ``make bench``."""

@@ -1,4 +1,4 @@
-"""The real parts: a cluster of three nodes, PostgreSQL, two replicas that enforce, and devices that publish."""
+"""Starts a real cluster of three nodes, PostgreSQL, two replicas that enforce, and devices that publish."""
 
 from __future__ import annotations
 
@@ -34,16 +34,17 @@ SENDER = "APM000001"
 @dataclass(frozen=True, slots=True)
 class Options:
     """
-    One run.
+    The sizes of a run.
 
     Attributes:
-        revocations: one after the other, among ``publishers`` that publish ten times a second.
-        fleet: devices with a certificate; as many connect for the mass revocation.
-        registered: devices in the registry.
-        mass: devices revoked in one statement.
-        swept: connections that a sweep looks at.
-        certificates: revoked one after the other.
-        kicks_per_second: as in the settings.
+        revocations: Devices revoked one after the other.
+        publishers: Devices that publish ten times a second; the revoked ones are among them.
+        fleet: Devices with a certificate; nearly all of them connect for the mass revocation.
+        registered: Devices in the registry.
+        mass: Devices revoked in one statement.
+        swept: Connections that a sweep checks.
+        certificates: Certificates revoked one after the other.
+        kicks_per_second: The setting ``enforcement.kicks_per_second``.
     """
 
     revocations: int = 300
@@ -61,7 +62,7 @@ class Options:
 
 
 class Device:
-    """A device that publishes ten times a second with QoS 1, and remembers when its last message was accepted."""
+    """A device that publishes ten times a second with QoS 1, and records when its last message was accepted."""
 
     def __init__(self, name: str, context: ssl.SSLContext, port: int) -> None:
         self.name = name
@@ -77,21 +78,21 @@ class Device:
         Log in.
 
         Raises:
-            HarnessError: it was refused.
+            HarnessError: The broker refused it.
         """
         tls = TLS(self._context, "localhost")
         loop = asyncio.get_running_loop()
-        _, made = await loop.create_connection(lambda: Connection(tls, 5), "127.0.0.1", self.port)
-        await made.established
+        _, connection = await loop.create_connection(lambda: Connection(tls, 5), "127.0.0.1", self.port)
+        await connection.established
         expiry = 0 if clean else 3600
-        code = await made.connect(client_id or self.name, keep_alive_s=600, clean=clean, session_expiry_s=expiry)
+        code = await connection.connect(client_id or self.name, keep_alive_s=600, clean=clean, session_expiry_s=expiry)
         if code:
             raise HarnessError(f"{self.name} was refused: 0x{code:02x}")
-        self.connection = made
-        return made
+        self.connection = connection
+        return connection
 
     def publish_on(self) -> None:
-        """Publish from now on, until the connection is lost."""
+        """Start publishing, until the connection is lost."""
         assert self.connection is not None
         self._task = asyncio.create_task(self._publishing(self.connection))
 
@@ -107,8 +108,8 @@ class Device:
             self.lost_at = time.monotonic()
 
 
-class Stage:
-    """Everything that runs; make it with :func:`stage`."""
+class Environment:
+    """All parts; created by :func:`running_environment`."""
 
     def __init__(
         self, options: Options, workplace: Path, cluster: Cluster, database: Database, ca: Certificates
@@ -123,7 +124,7 @@ class Stage:
         for each in (self.service, self.other):
             each.enforce(cluster.management, sweep_interval_s="3600")
             each.configure(ENFORCEMENT__KICKS_PER_SECOND=str(options.kicks_per_second), LOG__LEVEL="warning")
-        # The second one answers over plain HTTP, so that its answers can be timed without TLS in the client.
+        # The second replica answers over plain HTTP, so that the client can time its answers without TLS.
         self.other.configure(BROKER__TLS__CERTIFICATE_FILE="", BROKER__TLS__KEY_FILE="", BROKER__TLS__CLIENT_CA_FILE="")
         self.identities = read_identities(ca.directory)
         ports = [node.doors.mqtt_tls for node in cluster.nodes]
@@ -154,55 +155,55 @@ class Stage:
 
     def separate(self) -> None:
         """
-        Let brokers and devices, which are on other hosts in life, have what this host's replicas and database leave.
+        Give brokers and devices, which would run on other hosts, less CPU time than replicas and database.
 
-        By the nice value of their sessions, source: sched(7), "The autogroup feature".
+        By the nice value of their sessions. Source: sched(7), "The autogroup feature".
         """
         sessions = {str(os.getsid(node.pid)) for node in self.cluster.nodes} | {"self"}
         for session in sessions:
             Path(f"/proc/{session}/autogroup").write_text("19")
 
     def close(self) -> None:
-        """End the replicas."""
+        """Stop the replicas."""
         self.other.stop()
         self.service.stop()
 
 
 def accounts_file(directory: Path) -> Path:
-    """Write a policy file with the account of enforcement, as the broker tests have it."""
-    known = yaml.safe_load((REPOSITORY / "tests/broker/policy.yaml").read_text())
-    accounts = [account for account in known["accounts"] if account["name"] == "enforcer"]
+    """Write a policy file with the account for enforcement of the broker tests."""
+    policy = yaml.safe_load((REPOSITORY / "tests/broker/policy.yaml").read_text())
+    accounts = [account for account in policy["accounts"] if account["name"] == "enforcer"]
     file = directory / "enforcer.yaml"
     file.write_text(yaml.safe_dump({"schema": "authbackend/1", "accounts": accounts}))
     return file
 
 
 @contextmanager
-def stage(options: Options) -> Iterator[Stage]:
+def running_environment(options: Options) -> Iterator[Environment]:
     """
-    Boot everything and end it with the block.
+    Run all parts for the duration of the block.
 
     Raises:
-        HarnessError: one of the parts did not start.
+        HarnessError: A part did not start.
     """
     workplace = Path(tempfile.mkdtemp(prefix="authbackend-revocation-"))
     workplace.chmod(0o755)
     try:
-        made = Certificates(workplace / "certs")
+        bench = Certificates(workplace / "certs")
         ids = certificates.device_ids("APM", max(options.fleet, options.swept))
         processes = len(os.sched_getaffinity(0))
-        certificates.make(made.directory, ids, device_type="APM", processes=processes)
+        certificates.make(bench.directory, ids, device_type="APM", processes=processes)
         root = Path(os.environ["AUTHBACKEND_TEST_RABBITMQ_ROOT"])
-        cluster = Cluster(root, workplace, made)
+        cluster = Cluster(root, workplace, bench)
         database = Database()
         try:
             cluster.start()
-            ready = Stage(options, workplace, cluster, database, made)
+            environment = Environment(options, workplace, cluster, database, bench)
             try:
-                ready.prepare()
-                yield ready
+                environment.prepare()
+                yield environment
             finally:
-                ready.close()
+                environment.close()
         finally:
             cluster.close()
             database.server.remove()

@@ -1,7 +1,8 @@
 """
-Single revocations in the middle of mass changes: ``python -m benchmarks.revocation.lanes OPTIONS RESULT``, both JSON files.
+Measures single revocations during mass changes. Run as ``python -m benchmarks.revocation.lanes OPTIONS RESULT``, two
+JSON files.
 
-Runs inside the namespaces, on the same stage as the other measurements of revocation.
+Runs inside the namespaces, in the same environment as the other measurements of revocations.
 """
 
 from __future__ import annotations
@@ -29,56 +30,56 @@ from authbackend.enforcement.management_api import Access, ManagementAPI
 from authbackend_load.fleet import Fleet
 from authbackend_load.plan import Plan
 from benchmarks import load_client
-from benchmarks.revocation.environment import SENDER, Device, Options, Stage, stage
+from benchmarks.revocation.environment import SENDER, Device, Options, Environment, running_environment
 from benchmarks.revocation.run import keep_connected, quantiles, say
 from tests.broker.processes import HarnessError
 
 RATE = 20
-"""Single revocations a second."""
+"""Single revocations per second."""
 
 _SPAWN = multiprocessing.get_context("spawn")
 
 CONNECTED = 1000
-"""Of the devices of a mass revocation; as many are revoked one by one."""
+"""Connected devices of a mass revocation, and connected devices for single revocations."""
 
 _TYPE_RULE = "insert into topic_rule (device_type, effect, action, topic) values ('APM', 'deny', 'subscribe', 'fleet/+/telemetry/#')"
 
 
 class Lanes:
-    """What is measured on one stage."""
+    """The measurements, all in one environment."""
 
-    def __init__(self, ready: Stage, pool: asyncpg.Pool) -> None:
-        self.stage = ready
+    def __init__(self, environment: Environment, pool: asyncpg.Pool) -> None:
+        self.environment = environment
         self.pool = pool
-        self.mass = ready.devices[1 : CONNECTED + 1]
-        self.single = ready.devices[CONNECTED + 1 : 2 * CONNECTED + 1]
+        self.mass = environment.devices[1 : CONNECTED + 1]
+        self.single = environment.devices[CONNECTED + 1 : 2 * CONNECTED + 1]
 
     async def set_status(self, names: list[str], status: str) -> float:
-        """Commit a status, and return when."""
+        """Commit a status and return the time, by the monotonic clock."""
         await self.pool.execute("update device set status = $2 where device_id = any ($1)", names, status)
         return time.monotonic()
 
     async def reset(self, devices: list[Device], limit_s: float = 300.0) -> None:
         """
-        Let everything be finished, and connect devices that are not.
+        Reinstate the devices, wait until no task is open, and connect those that are not connected.
 
         Raises:
-            HarnessError: Something is still open.
+            HarnessError: A task is still open.
         """
         await self.set_status([device.name for device in devices], "active")
         deadline = time.monotonic() + limit_s
         while left := await self.pool.fetchval("select count(*) from enforcement where finished_at is null"):
             if time.monotonic() > deadline:
-                raise HarnessError(f"{left} tasks are still open")
+                raise HarnessError(f"{left} enforcement tasks are still open after {limit_s:g} s")
             await asyncio.sleep(0.1)
-        await asyncio.sleep(1.0)  # until every replica decides by it
+        await asyncio.sleep(1.0)  # until every replica uses the new status
         for device in devices:
             if device.connection is None or device.connection.lost.done():
                 await device.connect()
 
     async def restart(self, clusters: str, per_second: int) -> None:
-        """Start both replicas anew with other settings."""
-        for each in (self.stage.other, self.stage.service):
+        """Restart both replicas with other settings."""
+        for each in (self.environment.other, self.environment.service):
             await asyncio.to_thread(each.stop)
             each.enforce(clusters, sweep_interval_s="3600")
             each.configure(ENFORCEMENT__KICKS_PER_SECOND=str(per_second))
@@ -86,16 +87,16 @@ class Lanes:
         deadline = time.monotonic() + 30
         while True:
             try:
-                _ = self.stage.leading
+                _ = self.environment.leading
             except StopIteration:
                 if time.monotonic() > deadline:
-                    raise HarnessError("nobody enforces") from None
+                    raise HarnessError("no replica enforces after 30 s") from None
                 await asyncio.sleep(0.1)
             else:
                 return
 
     async def singles(self, number: int) -> list[float]:
-        """Revoke devices at a rate; return the seconds from each commit until the connection was lost."""
+        """Revoke ``number`` devices at :data:`RATE`; return the seconds from each commit until the connection was lost."""
 
         async def one(device: Device) -> float:
             assert device.connection is not None
@@ -112,37 +113,37 @@ class Lanes:
         return list(await asyncio.gather(*running))
 
     async def quiet(self) -> dict[str, Any]:
-        """Single revocations while nothing else goes on."""
+        """Measure single revocations with nothing else to do."""
         await self.reset(self.single[:200])
         return {"closed": quantiles(await self.singles(200))}
 
     async def busy_brokers(self) -> dict[str, Any]:
-        """Keep the brokers as busy by the management API, with nothing to enforce: what they take from decisions by themselves."""
-        urls = tuple(self.stage.cluster.management.split())
-        access = Access(urls, lambda: ("enforcer", "enforcer-password"), str(self.stage.certificates.ca_file))
-        async with contextlib.aclosing(ManagementAPI(access)) as cluster, decisions(self.stage) as found:
+        """Measure decisions while the management API keeps the brokers busy, with nothing to enforce."""
+        urls = tuple(self.environment.cluster.management.split())
+        access = Access(urls, lambda: ("enforcer", "enforcer-password"), str(self.environment.certificates.ca_file))
+        async with contextlib.aclosing(ManagementAPI(access)) as cluster, decisions(self.environment) as latency:
             end = time.monotonic() + 10
 
-            async def ask() -> None:
+            async def list_nodes() -> None:
                 while time.monotonic() < end:
                     await cluster.nodes()
 
-            await asyncio.gather(*(ask() for _ in range(8)))
-        return found
+            await asyncio.gather(*(list_nodes() for _ in range(8)))
+        return latency
 
     async def mass_change(self, per_second: int, singles: int) -> dict[str, Any]:
-        """Revoke 10,000 of 100,000, of which 1,000 are connected, and meanwhile so many others one by one."""
-        await self.restart(self.stage.cluster.management, per_second)
+        """Revoke 10,000 of 100,000 devices, of which 1,000 are connected, and meanwhile ``singles`` others one by one."""
+        await self.restart(self.environment.cluster.management, per_second)
         await self.reset([*self.mass, *self.single[:singles]])
         names = [device.name for device in self.mass]
-        names += [f"other{n}" for n in range(1, self.stage.options.mass - len(names) + 1)]
-        async with decisions(self.stage) as found:
+        names += [f"other{n}" for n in range(1, self.environment.options.mass - len(names) + 1)]
+        async with decisions(self.environment) as latency:
             begin = await self.set_status(names, "revoked")
             revoking = asyncio.create_task(self.singles(singles))
             await asyncio.gather(*(each.connection.lost for each in self.mass if each.connection is not None))
             closed_s = time.monotonic() - begin
             open_ = "select count(*) from enforcement where finished_at is null and lane = 'mass'"
-            while await self.pool.fetchval(open_):  # noqa: ASYNC110 - the table is what is waited for
+            while await self.pool.fetchval(open_):  # noqa: ASYNC110 - there is only the table to wait for
                 await asyncio.sleep(0.05)
             verified_s = time.monotonic() - begin
             closed = await revoking
@@ -153,29 +154,29 @@ class Lanes:
             "last_closed_s": round(closed_s, 2),
             "all_verified_s": round(verified_s, 2),
             **({"single": quantiles(closed)} if closed else {}),
-            **found,
+            **latency,
         }
 
     async def type_change(self) -> dict[str, Any]:
-        """Take a subscription from a type of which 20,000 devices are connected; single revocations meanwhile."""
-        await self.restart(self.stage.cluster.management, self.stage.options.kicks_per_second)
+        """Take a subscription from a type with 20,000 connected devices; measure single revocations meanwhile."""
+        await self.restart(self.environment.cluster.management, self.environment.options.kicks_per_second)
         await self.reset(self.single[:400])
-        mine = {device.name for device in self.stage.devices}
+        publishers = {device.name for device in self.environment.devices}
         over = threading.Event()
         with ExitStack() as stack:
-            for number, node in enumerate(self.stage.cluster.nodes):
+            for number, node in enumerate(self.environment.cluster.nodes):
                 plan = Plan(
                     host="127.0.0.1",
                     port=node.doors.mqtt_tls,
                     server_name="localhost",
-                    ca_file=str(self.stage.certificates.ca_file),
+                    ca_file=str(self.environment.certificates.ca_file),
                     keep_alive_s=3600,
                     subscribe=("fleet/{device_id}/commands/#", "fleet/{device_id}/telemetry/#"),
                     subscribe_qos=0,
                     until="subscribe",
                     in_flight=100,
                 )
-                own = [each for each in self.stage.identities if each.device_id not in mine][number::3]
+                own = [each for each in self.environment.identities if each.device_id not in publishers][number::3]
                 fleet = stack.enter_context(Fleet(plan, own, 1))
                 await asyncio.to_thread(fleet.storm, 900.0)
                 say(f"{len(own)} connected to {node.name}")
@@ -183,7 +184,7 @@ class Lanes:
                 thread.start()
                 stack.callback(thread.join)
             stack.callback(over.set)
-            async with decisions(self.stage) as found:
+            async with decisions(self.environment) as latency:
                 begin = time.monotonic()
                 await self.pool.execute(_TYPE_RULE)
                 closed = await self.singles(400)
@@ -192,76 +193,76 @@ class Lanes:
             sessions = await self.pool.fetchval(
                 "select (receipt ->> 'devices')::int from enforcement where kind = 'device_type' order by id desc limit 1"
             )
-        return {"sessions": sessions, "all_verified_s": round(took_s, 1), "single": quantiles(closed), **found}
+        return {"sessions": sessions, "all_verified_s": round(took_s, 1), "single": quantiles(closed), **latency}
 
     async def cluster_down(self) -> dict[str, Any]:
-        """Single revocations with a second cluster that takes connections and never answers, and without it, in turn."""
-        one = self.stage.cluster.management
+        """Measure single revocations with and without a second cluster that accepts connections but never answers."""
+        one = self.environment.cluster.management
         rounds: dict[str, list[dict[str, float]]] = {"without": [], "with": []}
         with socket.create_server(("127.0.0.2", 15671), backlog=1024):
             for _ in range(3):
                 for name, clusters in (("without", one), ("with", f"{one},https://127.0.0.2:15671")):
                     await self.restart(clusters, 100)
-                    if rounds["with"] and name == "without":  # earlier, a replica that still has it could bring it back
-                        await asyncio.to_thread(self.stage.service.command, "enforcement", "forget", "127.0.0.2")
+                    if rounds["with"] and name == "without":  # not before: a replica that still has it could add it again
+                        await asyncio.to_thread(self.environment.service.command, "enforcement", "forget", "127.0.0.2")
                     await self.reset(self.single[:200])
                     rounds[name].append(quantiles(await self.singles(200)))
             await self.restart(one, 100)
-            await asyncio.to_thread(self.stage.service.command, "enforcement", "forget", "127.0.0.2")
-        p99 = {name: statistics.median(each["p99_ms"] for each in found) for name, found in rounds.items()}
+            await asyncio.to_thread(self.environment.service.command, "enforcement", "forget", "127.0.0.2")
+        p99 = {name: statistics.median(each["p99_ms"] for each in measured) for name, measured in rounds.items()}
         return {"rounds": rounds, "p99_ms": p99, "ratio": round(p99["with"] / p99["without"], 3)}
 
 
 @asynccontextmanager
-async def decisions(ready: Stage) -> AsyncIterator[dict[str, float]]:
+async def decisions(environment: Environment) -> AsyncIterator[dict[str, float]]:
     """
-    Measure p99 of decisions before the block and, all the time, in it; the result is there after the block.
+    Measure the p99 of decisions before and during the block; the result is complete after the block.
 
-    By a process of its own: in this one, answers would wait for everything else that goes on here.
+    In a separate process: in this one, answers would wait for everything else that runs here.
     """
     over, meanwhile = _SPAWN.Event(), _SPAWN.Queue()
     quiet = []
     for _ in range(3):
-        asker = _SPAWN.Process(target=_ask, args=(ready.other.broker_port, None, meanwhile))
-        asker.start()
+        client = _SPAWN.Process(target=_measure_p99, args=(environment.other.broker_port, None, meanwhile))
+        client.start()
         quiet.append(await asyncio.to_thread(meanwhile.get))
-        await asyncio.to_thread(asker.join)
-    asker = _SPAWN.Process(target=_ask, args=(ready.other.broker_port, over, meanwhile))
-    asker.start()
-    found: dict[str, float] = {}
+        await asyncio.to_thread(client.join)
+    client = _SPAWN.Process(target=_measure_p99, args=(environment.other.broker_port, over, meanwhile))
+    client.start()
+    latency: dict[str, float] = {}
     try:
-        yield found
+        yield latency
     finally:
         over.set()
-        await asyncio.to_thread(asker.join)
+        await asyncio.to_thread(client.join)
         during = [meanwhile.get() for _ in range(meanwhile.qsize())]
-        found["p99_quiet_ms"] = round(1000 * statistics.median(quiet), 2)
-        found["p99_meanwhile_ms"] = round(1000 * statistics.median(during), 2)
+        latency["p99_quiet_ms"] = round(1000 * statistics.median(quiet), 2)
+        latency["p99_meanwhile_ms"] = round(1000 * statistics.median(during), 2)
 
 
-def _ask(port: int, over: Any, found: Any) -> None:
-    """Put the p99 of two seconds into a queue, once or until it is over; the one who measures waits for nobody."""
+def _measure_p99(port: int, over: Any, p99_s: Any) -> None:
+    """Put the p99 of two seconds into a queue, once or until ``over``; at real-time priority, so that it never waits."""
     os.setsid()
     os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     forms = [load_client.topic_form(SENDER, f"fleet.{SENDER}.telemetry.x")]
     while True:
-        found.put(load_client.latencies(port, forms, 300, 2.0).quantile(0.99))
+        p99_s.put(load_client.latencies(port, forms, 300, 2.0).quantile(0.99))
         if over is None or over.is_set():
             return
 
 
 async def measure(options: Options) -> dict[str, Any]:
     """
-    Boot everything, measure, and return the result for JSON.
+    Start all parts, measure, and return the result for JSON.
 
     Raises:
-        HarnessError: One of the real parts did not start or did not do what it must.
+        HarnessError: A part did not start or failed.
     """
     say("booting a cluster of three nodes, PostgreSQL and two replicas")
-    with stage(options) as ready:
-        ready.separate()
-        async with asyncpg.create_pool(ready.database.dsn_of(), min_size=4, max_size=16) as pool:
-            lanes = Lanes(ready, pool)
+    with running_environment(options) as environment:
+        environment.separate()
+        async with asyncpg.create_pool(environment.database.dsn_of(), min_size=4, max_size=16) as pool:
+            lanes = Lanes(environment, pool)
             result: dict[str, Any] = {"options": options.as_dict()}
             for name, part in (
                 ("quiet", lanes.quiet),
@@ -281,8 +282,8 @@ async def measure(options: Options) -> dict[str, Any]:
 
 def main() -> None:
     """Read the options, measure, write the result."""
-    given = json.loads(Path(sys.argv[1]).read_text())
-    options = replace(Options(fleet=2 * CONNECTED + 1), **given)
+    changes = json.loads(Path(sys.argv[1]).read_text())
+    options = replace(Options(fleet=2 * CONNECTED + 1), **changes)
     try:
         result = uvloop.run(measure(options))
     except HarnessError as error:

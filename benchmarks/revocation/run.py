@@ -1,4 +1,4 @@
-"""A run, inside the namespaces: ``python -m benchmarks.revocation.run OPTIONS RESULT``, both JSON files."""
+"""Measures revocations inside the namespaces: ``python -m benchmarks.revocation.run OPTIONS RESULT``, both JSON files."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from authbackend_load.fleet import Fleet
 from authbackend_load.plan import Plan
 from benchmarks import load_client
 from benchmarks.revocation.certificates import certificates
-from benchmarks.revocation.environment import SENDER, Device, Options, Stage, stage
+from benchmarks.revocation.environment import SENDER, Device, Options, Environment, running_environment
 from benchmarks.storm.processes import cpu_s
 from tests.broker.clients import Management
 from tests.broker.processes import HarnessError
 
 REVOKE_EVERY_S = 0.4
 REST_S = 4.0
-"""A device is reinstated when its revocation has been looked at a second time."""
+"""How long a device stays revoked: until its task has been checked a second time."""
 
 _SUBSCRIBERS = 20
 _NARROWED = 60
@@ -36,12 +36,12 @@ _TASK = "select state, receipt, extract(epoch from finished_at - noted_at)::floa
 
 
 def say(text: str) -> None:
-    """Tell a person how it goes."""
+    """Print progress to standard error."""
     print(f"revocation: {text}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
-    """Return number, median, p99 and longest of some seconds, in milliseconds."""
+    """Return number, median, p99 and maximum of times in seconds, in milliseconds."""
     ordered = sorted(values)
     return {
         "number": len(ordered),
@@ -52,49 +52,49 @@ def quantiles(values: list[float]) -> dict[str, float]:
 
 
 class Measurements:
-    """All that is measured on one stage; the database connection is that of an editor."""
+    """The measurements, all in one environment; the database connection makes the changes."""
 
-    def __init__(self, ready: Stage, database: asyncpg.Connection) -> None:
-        self.stage = ready
+    def __init__(self, environment: Environment, database: asyncpg.Connection) -> None:
+        self.environment = environment
         self.database = database
 
     async def set_status(self, names: list[str], status: str) -> float:
-        """Commit a status, and return when."""
+        """Commit a status and return the time, by the monotonic clock."""
         await self.database.execute("update device set status = $2 where device_id = any ($1)", names, status)
         return time.monotonic()
 
     async def finished(self, limit_s: float = 120.0) -> None:
         """
-        Wait until no work is open.
+        Wait until no enforcement task is open.
 
         Raises:
-            HarnessError: There still is.
+            HarnessError: A task is still open.
         """
         deadline = time.monotonic() + limit_s
         while left := await self.database.fetchval("select count(*) from enforcement where finished_at is null"):
             if time.monotonic() > deadline:
-                raise HarnessError(f"{left} tasks are still open")
+                raise HarnessError(f"{left} enforcement tasks are still open after {limit_s:g} s")
             await asyncio.sleep(0.05)
 
     async def publishers(self, number: int) -> list[Device]:
-        """Connect devices that publish."""
-        devices = self.stage.devices[1 : number + 1]
+        """Connect devices and start publishing."""
+        devices = self.environment.devices[1 : number + 1]
         for device in devices:
             await device.connect()
             device.publish_on()
         return devices
 
     async def revocations(self) -> dict[str, Any]:
-        """Revoke one publisher after the other; how long until its last message was accepted, and until it was gone."""
-        devices = await self.publishers(self.stage.options.publishers)
-        accepted, gone = [], []
+        """Revoke publishers one after the other; measure until the last accepted message, and until the disconnect."""
+        devices = await self.publishers(self.environment.options.publishers)
+        accepted, closed = [], []
         resting: list[tuple[float, Device]] = []
-        for number in range(self.stage.options.revocations):
+        for number in range(self.environment.options.revocations):
             begin = time.monotonic()
             device = devices[number % len(devices)]
             last, lost = await self._revoke(device)
             accepted.append(last)
-            gone.append(lost)
+            closed.append(lost)
             resting.append((time.monotonic() + REST_S, device))
             await self._reinstate(resting)
             if number % 50 == 49:
@@ -104,8 +104,8 @@ class Measurements:
         rows = await self.database.fetch("select receipt from enforcement where causes = '{revoked}'")
         return {
             "last_accepted": quantiles(accepted),
-            "closed": quantiles(gone),
-            "closed_ms": [round(1000 * each, 2) for each in gone],
+            "closed": quantiles(closed),
+            "closed_ms": [round(1000 * each, 2) for each in closed],
             "accepted_ms": [round(1000 * each, 2) for each in accepted],
             "receipts": len(rows),
             "closed_connections": sum(sum(json.loads(row["receipt"])["closed"].values()) for row in rows),
@@ -116,7 +116,7 @@ class Measurements:
         committed = await self.set_status([device.name], "revoked")
         async with asyncio.timeout(60):
             await device.connection.lost
-            while device.lost_at < committed:  # noqa: ASYNC110 - the publishing task notes it a moment later
+            while device.lost_at < committed:  # noqa: ASYNC110 - the publishing task records it a moment later
                 await asyncio.sleep(0.001)
         return max(0.0, device.accepted_at - committed), device.lost_at - committed
 
@@ -129,9 +129,9 @@ class Measurements:
             device.publish_on()
 
     async def node_stopped(self) -> dict[str, Any]:
-        """The same right after a node was killed, among devices on the other two."""
-        node = self.stage.cluster.nodes[2]
-        devices = [d for d in self.stage.devices[1:] if d.port != node.doors.mqtt_tls and d.connection is not None]
+        """Measure revocations right after a node was killed, of devices on the other two."""
+        node = self.environment.cluster.nodes[2]
+        devices = [d for d in self.environment.devices[1:] if d.port != node.doors.mqtt_tls and d.connection is not None]
         alive = [d for d in devices if d.connection and not d.connection.lost.done()][:_NODE_DOWN]
         await asyncio.to_thread(node.kill)
         accepted = []
@@ -148,12 +148,12 @@ class Measurements:
         return {"last_accepted": quantiles(accepted), "revoked": len(names), "verified": done}
 
     async def subscribers(self) -> dict[str, Any]:
-        """Messages that a revoked subscriber gets after the receipt, and what its session holds when it is reinstated."""
-        sender = self.stage.devices[0]
+        """Count messages to revoked subscribers after the receipt, and in their sessions after they are reinstated."""
+        sender = self.environment.devices[0]
         await sender.connect()
         assert sender.connection is not None
         after = left = 0
-        for device in self.stage.devices[-_SUBSCRIBERS:]:
+        for device in self.environment.devices[-_SUBSCRIBERS:]:
             connection = await device.connect(clean=False)
             topic = f"fleet/{device.name}/commands/x"
             await connection.subscribe([f"fleet/{device.name}/commands/#"], 1)
@@ -170,9 +170,9 @@ class Measurements:
             await self.set_status([device.name], "revoked")
             while (await self.database.fetchrow(_TASK, device.name))["state"] != "done":  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
-            seen = connection.messages
+            before = connection.messages
             await asyncio.sleep(0.3)
-            after += connection.messages - seen
+            after += connection.messages - before
             over.set()
             await sending
             await self.set_status([device.name], "active")
@@ -184,8 +184,8 @@ class Measurements:
         return {"subscribers": _SUBSCRIBERS, "messages_after_the_receipt": after, "messages_after_reinstating": left}
 
     async def narrowed(self) -> dict[str, Any]:
-        """A subscription is taken from a type: what is left of its sessions."""
-        devices = self.stage.devices[-_SUBSCRIBERS - _NARROWED : -_SUBSCRIBERS]
+        """Take a subscription from a type, and count what is left in its sessions."""
+        devices = self.environment.devices[-_SUBSCRIBERS - _NARROWED : -_SUBSCRIBERS]
         for number, device in enumerate(devices):
             connection = await device.connect(clean=False)
             topics = [f"fleet/{device.name}/commands/#", f"fleet/{device.name}/telemetry/#"]
@@ -200,8 +200,8 @@ class Measurements:
         took_s = time.monotonic() - begin
         kept = illegitimate = 0
         management = Management(
-            str(self.stage.certificates.ca_file),
-            port=self.stage.cluster.nodes[0].doors.management_tls,
+            str(self.environment.certificates.ca_file),
+            port=self.environment.cluster.nodes[0].doors.management_tls,
             username="enforcer",
             password="enforcer-password",  # noqa: S106 - of the benchmark's own account
         )
@@ -218,9 +218,9 @@ class Measurements:
         return {"sessions": len(devices), "kept": kept, "illegitimate_left": illegitimate, "took_s": round(took_s, 2)}
 
     async def mass(self) -> dict[str, Any]:
-        """Revoke many at once; what other devices' decisions notice, and how long it takes."""
-        options = self.stage.options
-        connected = self.stage.devices[1 : options.fleet - _SUBSCRIBERS - _NARROWED]
+        """Revoke many devices in one statement; measure how long it takes, and the latency of other devices' decisions."""
+        options = self.environment.options
+        connected = self.environment.devices[1 : options.fleet - _SUBSCRIBERS - _NARROWED]
         await self.set_status([device.name for device in connected], "active")
         await asyncio.sleep(0.5)
         for device in connected:
@@ -232,15 +232,15 @@ class Measurements:
         quiet, meanwhile = [], []
         over = threading.Event()
 
-        def ask(found: list[float], once: bool) -> None:
+        def measure_p99(p99_s: list[float], once: bool) -> None:
             while True:
-                found.append(load_client.latencies(self.stage.other.broker_port, forms, 300, 2.0).quantile(0.99))
+                p99_s.append(load_client.latencies(self.environment.other.broker_port, forms, 300, 2.0).quantile(0.99))
                 if once or over.is_set():
                     return
 
         for _ in range(3):
-            await asyncio.to_thread(ask, quiet, True)
-        thread = threading.Thread(target=ask, args=(meanwhile, False))
+            await asyncio.to_thread(measure_p99, quiet, True)
+        thread = threading.Thread(target=measure_p99, args=(meanwhile, False))
         thread.start()
         begin = await self.set_status(names, "revoked")
         await asyncio.gather(*(device.connection.lost for device in connected if device.connection is not None))
@@ -259,12 +259,12 @@ class Measurements:
         }
 
     async def sweep(self) -> dict[str, Any]:
-        """Sweep over many connections."""
-        options, cluster = self.stage.options, self.stage.cluster
-        names = [each.device_id for each in self.stage.identities]
+        """Measure sweeps over many connections."""
+        options, cluster = self.environment.options, self.environment.cluster
+        names = [each.device_id for each in self.environment.identities]
         await self.set_status(names, "active")
         await self.finished()
-        for each in (self.stage.other, self.stage.service):
+        for each in (self.environment.other, self.environment.service):
             each.stop()
             each.enforce(cluster.management, sweep_interval_s="15")
             each.start()
@@ -276,12 +276,12 @@ class Measurements:
                     host="127.0.0.1",
                     port=node.doors.mqtt_tls,
                     server_name="localhost",
-                    ca_file=str(self.stage.certificates.ca_file),
+                    ca_file=str(self.environment.certificates.ca_file),
                     keep_alive_s=3600,
                     until="login",
                     in_flight=100,
                 )
-                own = self.stage.identities[: options.swept][number::3]
+                own = self.environment.identities[: options.swept][number::3]
                 fleet = stack.enter_context(Fleet(plan, own, 1))
                 await asyncio.to_thread(fleet.storm, 600.0)
                 say(f"{len(own)} connected to {node.name}")
@@ -309,9 +309,9 @@ class Measurements:
             busy.append(used)
             reports.append({name: report[name] for name in ("connections", "sessions", "duration_s", "found")})
             say(f"sweep: {reports[-1]}")
-        whole = [each for each in reports if each["connections"] >= self.stage.options.swept]
+        whole = [each for each in reports if each["connections"] >= self.environment.options.swept]
         return {
-            "connections": self.stage.options.swept,
+            "connections": self.environment.options.swept,
             "sweeps": reports,
             "duration_s": [each["duration_s"] for each in whole],
             "broker_cpu_s_a_second_idle": round(statistics.median(idle), 3) if idle else None,
@@ -320,23 +320,23 @@ class Measurements:
 
 
 def keep_connected(fleet: Fleet, over: threading.Event) -> None:
-    """Hold the connections of a fleet until it is over."""
+    """Keep the connections of a fleet until ``over`` is set."""
     while not over.is_set():
         fleet.hold(0.5)
 
 
 async def measure(options: Options) -> dict[str, Any]:
     """
-    Boot everything, measure, and return the result for JSON.
+    Start all parts, measure, and return the result for JSON.
 
     Raises:
-        HarnessError: one of the real parts did not start or did not do what it must.
+        HarnessError: A part did not start or failed.
     """
     say("booting a cluster of three nodes, PostgreSQL and two replicas")
-    with stage(options) as ready:
+    with running_environment(options) as environment:
         result: dict[str, Any] = {"options": options.as_dict()}
-        database = await asyncpg.connect(ready.database.dsn_of())
-        measurements = Measurements(ready, database)
+        database = await asyncpg.connect(environment.database.dsn_of())
+        measurements = Measurements(environment, database)
         parts: tuple[Callable[[], Any], ...] = (
             measurements.revocations,
             measurements.node_stopped,
@@ -360,11 +360,11 @@ def main() -> None:
     try:
         result = uvloop.run(measure(options))
         say("--- certificates")
-        found = certificates(options.certificates)
+        times = certificates(options.certificates)
         result["certificates"] = {
-            "refused_ms": quantiles(found["refused_s"]),
-            "closed_ms": quantiles(found["closed_s"]),
-            "dropped": found["dropped"],
+            "refused_ms": quantiles(times["refused_s"]),
+            "closed_ms": quantiles(times["closed_s"]),
+            "dropped": times["dropped"],
         }
         say(f"certificates: {result['certificates']}")
     except HarnessError as error:

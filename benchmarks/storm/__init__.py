@@ -1,7 +1,7 @@
 """
-The connection storm: a whole fleet reconnects to a real RabbitMQ 4.3 at once, with several authorization backends.
+Measures connection storms: a whole fleet reconnects to a real RabbitMQ 4.3, with several authorization backends in turn.
 
-``python -m benchmarks.storm --help``; from a program: :func:`run`.
+Run ``python -m benchmarks.storm --help``, or call :func:`run`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,6 @@ def run(options: Options | None = None) -> dict[str, Any]:
     Run the benchmark and return its result for JSON.
 
     Raises:
-        CannotRun: it could not run; what failed is on standard error.
+        CannotRun: It could not run; what failed is on standard error.
     """
     return run_inside("benchmarks.storm.run", (options or Options()).as_dict())

@@ -1,7 +1,7 @@
 """
-The least an HTTP backend can do: answer ``allow`` to everything. ``python -m benchmarks.storm.always_allow PORT [DIR]``.
+The minimal HTTP backend: answers ``allow`` to every request. Run as ``python -m benchmarks.storm.always_allow PORT [DIR]``.
 
-With DIR, mutual TLS with the certificates that ``authbackend certs`` made there. Prints ``ready`` when it listens.
+With DIR, it uses mutual TLS with the certificates that ``authbackend certs`` made there. Prints ``ready`` when it listens.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _tls(directory: Path) -> ssl.SSLContext:
 
 
 async def serve(port: int, directory: Path | None) -> None:
-    """Answer until the process is ended."""
+    """Serve until the process is terminated."""
     server = web.Server(_allow, access_log=None, keepalive_timeout=150)
     tls = None if directory is None else _tls(directory)
     await asyncio.get_running_loop().create_server(server, "127.0.0.1", port, ssl=tls, backlog=4096)

@@ -1,4 +1,4 @@
-"""The real parts: RabbitMQ with the files of ``rabbitmq/``, PostgreSQL, the backends."""
+"""Starts a real RabbitMQ with the files of ``rabbitmq/``, PostgreSQL, and the authorization backends."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TunedService(Service):
     """``authbackend serve`` with the options of this run."""
 
     def tune(self, options: Options) -> None:
-        """Take the options over; before the start."""
+        """Apply the options; call it before the start."""
         if not options.tls:
             for name in ("CERTIFICATE_FILE", "KEY_FILE", "CLIENT_CA_FILE"):
                 self._environment.pop(f"AUTHBACKEND_BROKER__TLS__{name}")
@@ -47,13 +47,13 @@ class TunedService(Service):
         return self._process.pid
 
 
-class Stage:
+class Environment:
     """
-    Everything that runs. Make it with :func:`stage`.
+    All parts; created by :func:`running_environment`.
 
     Attributes:
-        fleet: devices that must be let in.
-        revoked: devices that must be refused.
+        fleet: Devices that must be let in.
+        revoked: Devices that must be refused.
     """
 
     def __init__(self, options: Options, workplace: Path, broker: Broker, database: Database) -> None:
@@ -62,9 +62,9 @@ class Stage:
         self.broker = broker
         self.database = database
         self.certificates = broker.certificates
-        everybody = read_identities(self.certificates.directory)
-        self.fleet: list[Identity] = [each for each in everybody if each.active]
-        self.revoked: list[Identity] = [each for each in everybody if not each.active]
+        identities = read_identities(self.certificates.directory)
+        self.fleet: list[Identity] = [each for each in identities if each.active]
+        self.revoked: list[Identity] = [each for each in identities if not each.active]
         dsn = database.dsn_of()
         self.service = TunedService(workplace, self.certificates, dsn, dsn, broker_port=SERVICE_PORT)
         self.service.tune(options)
@@ -72,7 +72,7 @@ class Stage:
         self._allow: Process | None = None
 
     def prepare(self) -> None:
-        """Register the devices everywhere and start the backends."""
+        """Register the devices in all backends, and start the backends."""
         directory = self.certificates.directory
         self.service.command("migrate")
         self.service.command("policy", "apply", directory / "policy.yaml", "--devices", directory / "devices.csv")
@@ -97,7 +97,7 @@ class Stage:
         return self._python("relay", str(RELAY_PORT), str(SERVICE_PORT), str(every_s))
 
     def _import_users(self) -> None:
-        """Give RabbitMQ's own backend the same devices with the same rights."""
+        """Give RabbitMQ's internal backend the same devices with the same permissions."""
         own = {"vhost": "/", "configure": "^mqtt-", "write": "^(mqtt-|amq\\.topic$)", "read": "^(mqtt-|amq\\.topic$)"}
         topic = {"vhost": "/", "exchange": "amq.topic", "write": r"^fleet\.{username}\.telemetry\..*$"}
         topic["read"] = r"^fleet\.{username}\.commands\..*$"
@@ -116,11 +116,11 @@ class Stage:
         self.broker.control("--timeout", "600", "import_definitions", "/tmp/definitions.json")  # noqa: S108
 
     def control(self, *expressions: str) -> str:
-        """Evaluate Erlang expressions on the broker and return what the last one gives."""
+        """Evaluate Erlang expressions on the broker and return the value of the last one."""
         return self.broker.control("eval", ", ".join(expressions) + ".").strip()
 
     def use(self, backend: str, port: int | None = None) -> None:
-        """Let the broker ask this backend from now on, without a restart."""
+        """Make the broker use this backend from now on, without a restart."""
         if backend == "internal":
             self.control("application:set_env(rabbit, auth_backends, [rabbit_auth_backend_internal])")
             return
@@ -132,7 +132,7 @@ class Stage:
         )
 
     def restart_broker(self, conf: Path | None) -> None:
-        """Start the node anew, with one more file in conf.d or without; it asks authbackend, as its files say."""
+        """Restart the node with or without an additional file in conf.d; it then uses authbackend, as configured."""
         self.broker.stop()
         place = self.broker.state / "etc/conf.d/50-benchmark.conf"
         place.write_text(conf.read_text() if conf else "")
@@ -144,16 +144,16 @@ class Stage:
         Wait until the broker has forgotten all connections and their queues.
 
         Raises:
-            HarnessError: it has not after two minutes.
+            HarnessError: It has not within two minutes.
         """
         deadline = time.monotonic() + _EMPTY_TIMEOUT_S
-        question = "{length(rabbit_mqtt:local_connection_pids()), rabbit_amqqueue:count()}"
-        while (left := self.control(question)) != "{0,0}":
+        expression = "{length(rabbit_mqtt:local_connection_pids()), rabbit_amqqueue:count()}"
+        while (left := self.control(expression)) != "{0,0}":
             if time.monotonic() > deadline:
-                raise HarnessError(f"still {left} connections and queues on the broker")
+                raise HarnessError(f"after {_EMPTY_TIMEOUT_S:g} s, the broker still has {left} (connections, queues)")
 
     def cpu(self) -> dict[str, float]:
-        """Return the CPU time so far of the broker, the backends and PostgreSQL, in seconds."""
+        """Return the CPU seconds used so far by the broker, the backends and PostgreSQL."""
         postmaster = self.database.server.data / "postmaster.pid"
         assert self._allow is not None
         return {
@@ -164,55 +164,55 @@ class Stage:
         }
 
     def log_size(self) -> int:
-        """Return how long the broker's log is."""
+        """Return the size of the broker's log in bytes."""
         return self.broker.logs[0].stat().st_size
 
     def log_since(self, begin: int) -> list[str]:
-        """Return what the broker has logged since it was so long."""
+        """Return the lines of the broker's log after this size."""
         return self.broker.logs[0].read_bytes()[begin:].decode(errors="replace").splitlines()
 
     def versions(self) -> dict[str, Any]:
-        """Return the versions of what was measured."""
+        """Return the versions of RabbitMQ, Erlang and PostgreSQL."""
         eval_ = 'io_lib:format("~s ~s", [rabbit:product_version(), erlang:system_info(otp_release)])'
         rabbitmq, _, otp = self.control(f"list_to_binary({eval_})").strip('<>"').partition(" ")
         postgresql = self.database.sql("show server_version")
         return {"rabbitmq": rabbitmq, "erlang": otp, "postgresql": postgresql}
 
     def close(self) -> None:
-        """End everything."""
+        """Stop the backends."""
         if self._allow is not None:
             self._allow.stop()
         self.service.stop()
 
 
 @contextmanager
-def stage(options: Options) -> Iterator[Stage]:
+def running_environment(options: Options) -> Iterator[Environment]:
     """
-    Boot everything and end it with the block.
+    Run all parts for the duration of the block.
 
     Raises:
-        HarnessError: one of the parts did not start.
+        HarnessError: A part did not start.
     """
     workplace = Path(tempfile.mkdtemp(prefix="authbackend-storm-"))
     workplace.chmod(0o755)
     try:
-        made = Certificates(workplace / "certs")
+        bench = Certificates(workplace / "certs")
         count = options.devices + options.revoked
         ids = certificates.device_ids("APM", count)
-        processes_ = len(os.sched_getaffinity(0))
-        certificates.make(made.directory, ids, device_type="APM", revoked=options.revoked, processes=processes_)
+        cores = len(os.sched_getaffinity(0))
+        certificates.make(bench.directory, ids, device_type="APM", revoked=options.revoked, processes=cores)
         (workplace / "rabbit").mkdir()
-        broker = Broker(Path(os.environ["AUTHBACKEND_TEST_RABBITMQ_ROOT"]), workplace / "rabbit", made)
+        broker = Broker(Path(os.environ["AUTHBACKEND_TEST_RABBITMQ_ROOT"]), workplace / "rabbit", bench)
         broker.prepare()
         database = Database()
         try:
             broker.start()
-            ready = Stage(options, workplace, broker, database)
+            environment = Environment(options, workplace, broker, database)
             try:
-                ready.prepare()
-                yield ready
+                environment.prepare()
+                yield environment
             finally:
-                ready.close()
+                environment.close()
         finally:
             broker.close()
             database.server.remove()

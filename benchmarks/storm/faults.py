@@ -1,4 +1,4 @@
-"""Storms while something is broken: who is refused wrongly, who is let in wrongly, what waits how long."""
+"""Measures storms during faults: devices wrongly refused, devices wrongly let in, and slow logins."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from authbackend_load.fleet import Fleet
 from authbackend_load.run import timeline
-from benchmarks.storm.environment import RELAY_PORT, Stage
+from benchmarks.storm.environment import RELAY_PORT, Environment
 from benchmarks.storm.processes import descendants
 from benchmarks.storm.rounds import Say, make_plan
 
 KILL_EVERY_S = 10.0
 CUT_EVERY_S = 1.0
 REFUSALS = 100
-_TRESPASS_S = 5.0
+_FORBIDDEN_S = 5.0
 _HTTP_ERROR = re.compile(
     r"rabbit_auth_backend_http.{0,40}?(timeout|socket_closed_remotely|econnrefused|failed_connect|error)"
 )
@@ -32,38 +32,38 @@ _BROKER_TIMEOUT_S = 3.0
 _DEFAULT_TIMEOUT_S = 15.0
 
 
-def faults(stage: Stage, say: Say) -> dict[str, Any]:
-    """Run the scenarios of the options, each with storms one after the other until it has lasted long enough."""
-    scenarios: dict[str, Callable[[Stage], Any]] = {
+def faults(environment: Environment, say: Say) -> dict[str, Any]:
+    """Run the scenarios of the options, each with one storm after the other for as long as the options say."""
+    scenarios: dict[str, Callable[[Environment], Any]] = {
         "postgres": _postgres_away,
         "worker": _worker_killed,
         "listener": _listener_cut,
         "connections": _connections_cut,
     }
-    found = {}
-    for name in stage.options.faults:
-        stage.use("authbackend")
-        found[name] = _scenario(stage, name, scenarios[name])
-        stage.use("authbackend")
-        stage.wait_until_empty()
-        counts = found[name]["counts"]
+    results = {}
+    for name in environment.options.faults:
+        environment.use("authbackend")
+        result = results[name] = _scenario(environment, name, scenarios[name])
+        environment.use("authbackend")
+        environment.wait_until_empty()
+        counts = result["counts"]
         say(
-            f"fault {name}: {len(found[name]['storms'])} storms,"
+            f"fault {name}: {len(result['storms'])} storms,"
             f" wrongly refused {counts.get('wrongly_refused', 0)},"
             f" wrongly let in {counts.get('wrongly_let_in', 0)},"
-            f" rightly refused {counts.get('rightly_refused', 0)}, failures {found[name]['failures']}"
+            f" rightly refused {counts.get('rightly_refused', 0)}, failures {result['failures']}"
         )
-    return found
+    return results
 
 
-def _scenario(stage: Stage, name: str, broken: Callable[[Stage], Any]) -> dict[str, Any]:
-    options = stage.options
+def _scenario(environment: Environment, name: str, broken: Callable[[Environment], Any]) -> dict[str, Any]:
+    options = environment.options
     lasts_s = options.outage_s if name == "postgres" else options.fault_s
-    log = stage.log_size()
-    everybody = [*stage.fleet, *stage.revoked]
-    random.Random(0).shuffle(everybody)
-    with Fleet(make_plan(stage), everybody, options.processes) as fleet, broken(stage) as events:
-        before = _answers(stage)
+    log = environment.log_size()
+    identities = [*environment.fleet, *environment.revoked]
+    random.Random(0).shuffle(identities)
+    with Fleet(make_plan(environment), identities, options.processes) as fleet, broken(environment) as events:
+        before = _answers(environment)
         begin = time.monotonic()
         fleet.storm(options.time_limit_s)
         while time.monotonic() - begin < lasts_s:
@@ -71,15 +71,15 @@ def _scenario(stage: Stage, name: str, broken: Callable[[Stage], Any]) -> dict[s
             fleet.storm(options.time_limit_s)
         fleet.stop()
         lasted_s = time.monotonic() - begin
-        answers = {name: number - before.get(name, 0) for name, number in _answers(stage).items()}
-        trespassed = _trespass(stage)
+        answers = {name: number - before.get(name, 0) for name, number in _answers(environment).items()}
+        forbidden = _publish_forbidden(environment)
     logins = fleet.record.latencies["connack"]
     return {
         "lasted_s": round(lasted_s, 1),
-        "forbidden_publishes": trespassed,
+        "forbidden_publishes": forbidden,
         "answers": {name: number for name, number in answers.items() if number},
         "events": events,
-        "revoked": len(stage.revoked),
+        "revoked": len(environment.revoked),
         "storms": [each.as_dict() for each in fleet.storms],
         **fleet.record.report(),
         "slow_logins": {
@@ -87,15 +87,15 @@ def _scenario(stage: Stage, name: str, broken: Callable[[Stage], Any]) -> dict[s
             "longer_than_15_s": logins.at_least(_DEFAULT_TIMEOUT_S),
             "longest_s": round(logins.largest_s, 3),
         },
-        "broker_log": _http_errors(stage.log_since(log)),
+        "broker_log": _http_errors(environment.log_since(log)),
         "timeline": timeline(fleet.samples),
     }
 
 
-def _answers(stage: Stage) -> dict[str, int]:
-    """Return what the service has answered so far: allowed, denied by reason, failed and shed."""
-    found: dict[str, int] = {}
-    for family in text_string_to_metric_families(_metrics(stage)):
+def _answers(environment: Environment) -> dict[str, int]:
+    """Return the number of answers so far: allowed, denied by reason, failed and shed."""
+    answers: dict[str, int] = {}
+    for family in text_string_to_metric_families(_metrics(environment)):
         for sample in family.samples:
             labels = sample.labels
             if sample.name == "authbackend_decisions_total":
@@ -106,57 +106,57 @@ def _answers(stage: Stage) -> dict[str, int]:
                 name = f"shed: {labels['endpoint']}"
             else:
                 continue
-            found[name] = found.get(name, 0) + int(sample.value)
-    return found
+            answers[name] = answers.get(name, 0) + int(sample.value)
+    return answers
 
 
-def _metrics(stage: Stage) -> str:
+def _metrics(environment: Environment) -> str:
     deadline = time.monotonic() + 30
     while True:
         try:
-            return stage.service.metrics()
-        except OSError:  # the process that tells them may just have been killed
+            return environment.service.metrics()
+        except OSError:  # the health process may just have been killed
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.2)
 
 
-def _trespass(stage: Stage) -> dict[str, int]:
-    """Let some devices publish to a topic of another one, and count the tries and those the broker took."""
-    plan = make_plan(stage, publish=("fleet/somebody/telemetry/speed",), retry_delay_s=0.5)
-    with Fleet(plan, stage.fleet[:REFUSALS], stage.options.processes) as fleet:
-        fleet.storm(_TRESPASS_S)
+def _publish_forbidden(environment: Environment) -> dict[str, int]:
+    """Let some devices publish to another one's topic, and count the attempts and those that the broker accepted."""
+    plan = make_plan(environment, publish=("fleet/somebody/telemetry/speed",), retry_delay_s=0.5)
+    with Fleet(plan, environment.fleet[:REFUSALS], environment.options.processes) as fleet:
+        fleet.storm(_FORBIDDEN_S)
         fleet.stop()
     return {"tried": fleet.record.counts["publishes"], "taken": fleet.record.counts["completed"]}
 
 
 def _http_errors(lines: list[str]) -> dict[str, int]:
-    """Count what the broker logged about questions that were not answered, by cause."""
-    return dict(Counter(found.group(1) for line in lines if (found := _HTTP_ERROR.search(line))))
+    """Count the requests without an answer that the broker has logged, by cause."""
+    return dict(Counter(match.group(1) for line in lines if (match := _HTTP_ERROR.search(line))))
 
 
 @contextmanager
-def _postgres_away(stage: Stage) -> Iterator[list[str]]:
-    """PostgreSQL is stopped at once when the storm begins, and started again when all is over."""
+def _postgres_away(environment: Environment) -> Iterator[list[str]]:
+    """Stop PostgreSQL immediately when the storm begins, and start it again at the end."""
     events: list[str] = []
-    stage.database.server.stop("immediate")
+    environment.database.server.stop("immediate")
     events.append("PostgreSQL stopped")
     try:
         yield events
     finally:
-        stage.database.server.start()
+        environment.database.server.start()
         events.append("PostgreSQL started")
 
 
 @contextmanager
-def _worker_killed(stage: Stage) -> Iterator[list[str]]:
-    """A process of the service is killed every ten seconds: a worker, or the one that follows the database."""
+def _worker_killed(environment: Environment) -> Iterator[list[str]]:
+    """Kill a random process of the service every ten seconds."""
     events: list[str] = []
     over = threading.Event()
 
     def kill() -> None:
         while not over.wait(KILL_EVERY_S):
-            children = descendants(stage.service.pid)
+            children = descendants(environment.service.pid)
             victim = random.choice(children)
             os.kill(victim, signal.SIGKILL)
             events.append(f"killed process {victim} of {len(children)}")
@@ -171,15 +171,15 @@ def _worker_killed(stage: Stage) -> Iterator[list[str]]:
 
 
 @contextmanager
-def _listener_cut(stage: Stage) -> Iterator[list[str]]:
-    """The connection on which the service listens to PostgreSQL is cut every second."""
+def _listener_cut(environment: Environment) -> Iterator[list[str]]:
+    """Cut the connection on which the service listens to PostgreSQL every second."""
     events: list[str] = []
     over = threading.Event()
     cut = "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'authbackend listener'"
 
     def kill() -> None:
         while not over.wait(CUT_EVERY_S):
-            events.extend("cut" for line in stage.database.sql(cut).splitlines() if line == "t")
+            events.extend("cut" for line in environment.database.sql(cut).splitlines() if line == "t")
 
     thread = threading.Thread(target=kill)
     thread.start()
@@ -192,45 +192,45 @@ def _listener_cut(stage: Stage) -> Iterator[list[str]]:
 
 
 @contextmanager
-def _connections_cut(stage: Stage) -> Iterator[list[str]]:
-    """All connections between broker and service are cut every second."""
+def _connections_cut(environment: Environment) -> Iterator[list[str]]:
+    """Cut all connections between broker and service every second."""
     events: list[str] = []
-    relay = stage.relay(CUT_EVERY_S)
-    stage.use("authbackend", RELAY_PORT)
+    relay = environment.relay(CUT_EVERY_S)
+    environment.use("authbackend", RELAY_PORT)
     try:
         yield events
     finally:
-        stage.use("authbackend")
+        environment.use("authbackend")
         relay.stop()
         events.append(relay.log.read_text().splitlines()[-1])
 
 
-def refusals(stage: Stage, say: Say) -> dict[str, Any]:
+def refusals(environment: Environment, say: Say) -> dict[str, Any]:
     """
-    Count what publishes that are not allowed cost in questions, with connections that end for it and that do not.
+    Count the requests that a refused publish causes, with ``mqtt.disconnect_on_unauthorized`` on and off.
 
-    Each of a hundred devices tries for ten seconds to publish to a topic that it may not, once a second.
+    A hundred devices try for ten seconds, once a second, to publish to a topic that is denied to them.
     """
-    found = {}
-    stage.use("authbackend")
+    results = {}
+    environment.use("authbackend")
     for disconnect in (True, False):
-        stage.control(f"application:set_env(rabbitmq_mqtt, disconnect_on_unauthorized, {str(disconnect).lower()})")
-        plan = make_plan(stage, publish=("fleet/somebody/else",), retry_delay_s=1.0)
-        before = stage.service.count("authbackend_decisions")
-        with Fleet(plan, stage.fleet[:REFUSALS], stage.options.processes) as fleet:
+        environment.control(f"application:set_env(rabbitmq_mqtt, disconnect_on_unauthorized, {str(disconnect).lower()})")
+        plan = make_plan(environment, publish=("fleet/somebody/else",), retry_delay_s=1.0)
+        before = environment.service.count("authbackend_decisions")
+        with Fleet(plan, environment.fleet[:REFUSALS], environment.options.processes) as fleet:
             fleet.storm(10.0)
             fleet.stop()
-        asked = stage.service.count("authbackend_decisions") - before
+        requests = environment.service.count("authbackend_decisions") - before
         refused = fleet.record.counts["wrongly_refused"]
         name = "disconnect" if disconnect else "stay_connected"
-        found[name] = {
+        results[name] = {
             "publishes": fleet.record.counts["publishes"],
             "refused": refused,
-            "questions": asked,
-            "questions_per_refusal": round(asked / refused, 2) if refused else None,
+            "questions": requests,
+            "questions_per_refusal": round(requests / refused, 2) if refused else None,
             "failures": dict(fleet.record.failures),
         }
-        say(f"refused publishes, {name}: {found[name]}")
-        stage.wait_until_empty()
-    stage.control("application:set_env(rabbitmq_mqtt, disconnect_on_unauthorized, true)")
-    return found
+        say(f"refused publishes, {name}: {results[name]}")
+        environment.wait_until_empty()
+    environment.control("application:set_env(rabbitmq_mqtt, disconnect_on_unauthorized, true)")
+    return results

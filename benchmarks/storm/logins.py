@@ -1,11 +1,11 @@
-"""What the broker's log lines of logins cost: storms with and without ``conf.d-optional/quiet-logins.conf``, in turn."""
+"""Measures the cost of logging each login: storms with and without ``conf.d-optional/quiet-logins.conf``, in turn."""
 
 from __future__ import annotations
 
 import statistics
 from typing import Any
 
-from benchmarks.storm.environment import Stage
+from benchmarks.storm.environment import Environment
 from benchmarks.storm.rounds import Say, make_plan, storm
 from tests.broker.node import RABBITMQ_FILES
 
@@ -13,17 +13,17 @@ QUIET = RABBITMQ_FILES / "conf.d-optional/quiet-logins.conf"
 WARM_UP = 100
 
 
-def logins(stage: Stage, say: Say) -> dict[str, Any]:
-    """Storm as shipped and quietly, the node started anew for each, and compare lines, bytes, CPU and rate."""
-    plan = make_plan(stage)
+def logins(environment: Environment, say: Say) -> dict[str, Any]:
+    """Compare lines, bytes, CPU and rate of storms with and without login lines; the node is restarted for each."""
+    plan = make_plan(environment)
     runs: list[dict[str, Any]] = []
-    for number in range(max(1, stage.options.rounds)):
+    for number in range(max(1, environment.options.rounds)):
         for quiet in (False, True) if number % 2 == 0 else (True, False):
-            stage.restart_broker(QUIET if quiet else None)
-            storm(stage, "authbackend", plan, WARM_UP)
-            begin = stage.log_size()
-            done = storm(stage, "authbackend", plan)
-            lines = stage.log_since(begin)
+            environment.restart_broker(QUIET if quiet else None)
+            storm(environment, "authbackend", plan, WARM_UP)
+            begin = environment.log_size()
+            done = storm(environment, "authbackend", plan)
+            lines = environment.log_since(begin)
             devices = done["devices"]
             run = {
                 "quiet": quiet,

@@ -1,4 +1,4 @@
-"""What a run of the benchmark does."""
+"""The options of a storm benchmark."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ FAULTS = ("postgres", "worker", "listener", "connections")
 @dataclass(frozen=True, slots=True)
 class Options:
     """
-    One run.
+    The options of a run.
 
     Attributes:
-        devices: in the fleet, each with a certificate of its own.
-        rounds: storms for each backend, in turn.
-        backends: of :data:`BACKENDS`.
-        processes: of the load generator.
-        in_flight: cycles not finished at a time; 0 lets the whole fleet connect at once.
-        tls: mutual TLS between the broker and the HTTP backends, as in ``rabbitmq/``; otherwise plain HTTP.
-        max_sessions: connections to the backend that the broker keeps (httpc); 64 as in ``rabbitmq/``, its default is 2.
-        workers: processes of ``authbackend serve`` that answer.
-        steps: also storms that stop after the handshake, the login and the subscription: what each step costs.
-        refusals: also what refused publishes cost, with ``mqtt.disconnect_on_unauthorized`` on and off.
-        logins: also what the broker's log lines of logins cost, with ``quiet-logins.conf`` and without.
-        faults: of :data:`FAULTS`; storms while something is broken.
-        fault_s: how long each fault lasts at least.
-        outage_s: how long PostgreSQL is away.
-        revoked: devices beside the fleet that must be refused during the faults.
-        time_limit_s: for each storm.
+        devices: Devices in the fleet, each with its own certificate.
+        rounds: Storms for each backend, in turn.
+        backends: Some of :data:`BACKENDS`.
+        processes: Processes of the load generator.
+        in_flight: Limit of unfinished cycles; 0: none, the whole fleet connects at the same time.
+        tls: Mutual TLS between the broker and the HTTP backends, as in ``rabbitmq/``; otherwise plain HTTP.
+        max_sessions: Connections to the backend that the broker keeps (httpc); 64 as in ``rabbitmq/``, its default is 2.
+        workers: Workers of ``authbackend serve``.
+        steps: Also run storms that stop after the handshake, the login and the subscription, for the cost of each step.
+        refusals: Also measure refused publishes, with ``mqtt.disconnect_on_unauthorized`` on and off.
+        logins: Also measure the broker's logging of logins, with and without ``quiet-logins.conf``.
+        faults: Some of :data:`FAULTS`, for storms during faults.
+        fault_s: Minimum duration of each fault.
+        outage_s: Minimum duration of a PostgreSQL outage.
+        revoked: Devices in addition to the fleet that must be refused during the faults.
+        time_limit_s: Time limit of each storm.
     """
 
     devices: int = 5000

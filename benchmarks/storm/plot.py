@@ -1,4 +1,4 @@
-"""The storm as pictures."""
+"""Draws the result of a storm benchmark as PNG files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ COLOURS = {"authbackend": "tab:blue", "always-allow": "tab:green", "internal": "
 
 
 def plot(result: dict[str, Any], directory: Path) -> list[Path]:
-    """Draw what the result has into PNG files in ``directory``, and return them."""
+    """Draw the parts of the result as PNG files in ``directory``, and return the files."""
     directory.mkdir(parents=True, exist_ok=True)
     drawn = []
     for name, draw in (("rounds", _rounds), ("steps", _steps), ("faults", _faults)):
@@ -36,8 +36,8 @@ def _rounds(result: dict[str, Any], file: Path) -> None:
         progress.plot([t - begin for t in line["at_s"]], line["completed"], color=colour, label=label)
         points = run["distributions_ms"].get("cycle", [])
         cycles.step([x for x, _ in points], [y for _, y in points], color=colour, label=label, where="post")
-    _dress(progress, f"{result['options']['devices']} devices reconnect at once", "s", "devices that are done")
-    _dress(cycles, "one device: connect, subscribe, publish", "ms", "fraction at most so long")
+    _label(progress, f"{result['options']['devices']} devices reconnect", "s", "devices that have finished")
+    _label(cycles, "one device: connect, subscribe, publish", "ms", "cumulative fraction")
     summary = result["rounds"]["summary"]
     names = list(summary)
     heights = [summary[name]["cycles_per_s"]["median"] for name in names]
@@ -46,9 +46,9 @@ def _rounds(result: dict[str, Any], file: Path) -> None:
         [summary[n]["cycles_per_s"]["highest"] - h for n, h in zip(names, heights, strict=True)],
     ]
     rates.bar(names, heights, yerr=errors, color=[COLOURS[name] for name in names], capsize=4)
-    _dress(rates, "devices a second, median, lowest and highest", "", "1/s", legend=False)
+    _label(rates, "devices per second: median, lowest and highest", "", "1/s", legend=False)
     _stack(cpu, names, [summary[name]["cpu_ms_per_device"] for name in names])
-    _dress(cpu, "CPU time", "", "ms for each device")
+    _label(cpu, "CPU time", "", "ms per device")
     figure.savefig(file, dpi=110)
 
 
@@ -57,18 +57,18 @@ def _steps(result: dict[str, Any], file: Path) -> None:
     figure, (row,) = _figure(1, len(storms))
     for axes, (backend, entries) in zip(row, storms.items(), strict=True):
         _stack(axes, [entry["until"] for entry in entries], [entry["cpu_ms_per_device"] for entry in entries])
-        _dress(axes, f"{backend}: CPU time up to each step", "", "ms for each device")
+        _label(axes, f"{backend}: CPU time up to each step", "", "ms per device")
     figure.savefig(file, dpi=110)
 
 
 def _faults(result: dict[str, Any], file: Path) -> None:
-    found = result["faults"]
-    figure, rows = _figure(len(found), 1)
-    for (axes,), (name, scenario) in zip(rows, found.items(), strict=True):
+    faults = result["faults"]
+    figure, rows = _figure(len(faults), 1)
+    for (axes,), (name, scenario) in zip(rows, faults.items(), strict=True):
         line = scenario["timeline"]
         axes.plot(line["at_s"], line["connected"], label="connected")
         axes.plot(line["at_s"], line["failures"], label="failures so far", color="tab:red")
-        _dress(axes, f"{name}: {'; '.join(dict.fromkeys(scenario['events']))[:90]}", "s", "devices")
+        _label(axes, f"{name}: {'; '.join(dict.fromkeys(scenario['events']))[:90]}", "s", "devices")
     figure.savefig(file, dpi=110)
 
 
@@ -81,7 +81,7 @@ def _stack(axes: Any, names: list[str], values: list[dict[str, float]]) -> None:
             bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
 
 
-def _dress(axes: Any, title: str, x: str, y: str, *, legend: bool = True) -> None:
+def _label(axes: Any, title: str, x: str, y: str, *, legend: bool = True) -> None:
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(x)
     axes.set_ylabel(y)

@@ -1,4 +1,4 @@
-"""What processes cost, from /proc."""
+"""CPU time of processes, read from /proc."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def descendants(pid: int) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and (fields := _stat(int(entry.name))) is not None:
             parents.setdefault(int(fields[1]), []).append(int(entry.name))
-    found, queue = [], [pid]
+    result, queue = [], [pid]
     while queue:
         children = parents.get(queue.pop(), [])
-        found += children
+        result += children
         queue += children
-    return found
+    return result
 
 
 def cpu_s(roots: Iterable[int]) -> float:
-    """Return the CPU time in seconds, user and system, of these processes and all their children, ended ones too."""
+    """Return the CPU seconds, user and system, of these processes and all their descendants, including ended ones."""
     total = 0
     for root in roots:
         for pid in (root, *descendants(root)):
@@ -41,6 +41,6 @@ def cpu_s(roots: Iterable[int]) -> float:
 
 
 def machine_cpu_s() -> float:
-    """Return the CPU time in seconds that the whole machine has spent on anything."""
+    """Return the CPU seconds that the whole machine has used."""
     user, nice, system, _idle, _iowait, irq, softirq, *_ = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     return sum(map(int, (user, nice, system, irq, softirq))) * _TICK_S

@@ -1,7 +1,7 @@
 """
-Passes TCP on, and cuts all of its connections every so often. ``python -m benchmarks.storm.relay PORT TARGET SECONDS``.
+A TCP relay that cuts all its connections at an interval. Run as ``python -m benchmarks.storm.relay PORT TARGET SECONDS``.
 
-Prints ``ready`` when it listens, and how many connections it has cut when it is ended.
+Prints ``ready`` when it listens, and at the end how many connections it has cut.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import cast
 import uvloop
 
 
-class _End(asyncio.Protocol):
-    """One end of a pair; what arrives here leaves at the other one."""
+class _Relayed(asyncio.Protocol):
+    """One of a pair of connections; bytes that arrive on one are sent on the other."""
 
-    def __init__(self, everything: set[asyncio.Transport]) -> None:
-        self.everything = everything
-        self.other: _End | None = None
+    def __init__(self, transports: set[asyncio.Transport]) -> None:
+        self.transports = transports
+        self.other: _Relayed | None = None
         self.transport: asyncio.Transport | None = None
         self.early: list[bytes] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
-        self.everything.add(self.transport)
+        self.transports.add(self.transport)
 
     def data_received(self, data: bytes) -> None:
         if self.other is None or self.other.transport is None:
@@ -35,16 +35,16 @@ class _End(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         if self.transport is not None:
-            self.everything.discard(self.transport)
+            self.transports.discard(self.transport)
         if self.other is not None and self.other.transport is not None:
             self.other.transport.close()
 
 
-class _Door(_End):
-    """The end that the broker connects to."""
+class _Incoming(_Relayed):
+    """The connection from the broker."""
 
-    def __init__(self, everything: set[asyncio.Transport], target: int) -> None:
-        super().__init__(everything)
+    def __init__(self, transports: set[asyncio.Transport], target: int) -> None:
+        super().__init__(transports)
         self.target = target
         self.task: asyncio.Task[None] | None = None
 
@@ -54,7 +54,7 @@ class _Door(_End):
 
     async def _pair(self) -> None:
         assert self.transport is not None
-        other = _End(self.everything)
+        other = _Relayed(self.transports)
         try:
             await asyncio.get_running_loop().create_connection(lambda: other, "127.0.0.1", self.target)
         except OSError:
@@ -68,20 +68,20 @@ class _Door(_End):
 
 
 async def serve(port: int, target: int, every_s: float) -> None:
-    """Pass on and cut until SIGTERM."""
-    everything: set[asyncio.Transport] = set()
+    """Relay, and cut all connections every ``every_s`` seconds, until SIGTERM."""
+    transports: set[asyncio.Transport] = set()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
-    await loop.create_server(lambda: _Door(everything, target), "127.0.0.1", port, backlog=4096)
+    await loop.create_server(lambda: _Incoming(transports, target), "127.0.0.1", port, backlog=4096)
     print("ready", flush=True)  # noqa: T201
     count = 0
     while not stop.is_set():
         try:
             await asyncio.wait_for(stop.wait(), every_s)
         except TimeoutError:
-            count += len(everything) // 2
-            for transport in tuple(everything):
+            count += len(transports) // 2
+            for transport in tuple(transports):
                 transport.abort()
     print(f"cut {count}", flush=True)  # noqa: T201
 

@@ -1,4 +1,4 @@
-"""A run, inside the namespaces: ``python -m benchmarks.storm.run OPTIONS RESULT``, both JSON files."""
+"""Runs a storm benchmark inside the namespaces: ``python -m benchmarks.storm.run OPTIONS RESULT``, both JSON files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from authbackend_load.plan import LoadError
 from authbackend_load.run import machine
-from benchmarks.storm.environment import stage
+from benchmarks.storm.environment import running_environment
 from benchmarks.storm.faults import faults, refusals
 from benchmarks.storm.logins import logins
 from benchmarks.storm.options import Options
@@ -28,19 +28,19 @@ def _say(text: str) -> None:
 
 def measure(options: Options) -> dict[str, Any]:
     """
-    Boot everything, run what the options ask for, and return the result for JSON.
+    Start all parts, run the measurements that the options select, and return the result for JSON.
 
     Raises:
-        HarnessError: one of the real parts did not start or did not do what it must.
-        LoadError: the load generator could not run.
+        HarnessError: A part did not start or failed.
+        LoadError: The load generator could not run.
     """
     begin, start = datetime.now(UTC), time.monotonic()
     _say(f"booting RabbitMQ, PostgreSQL and the backends; registering {options.devices} devices")
-    with stage(options) as ready:
+    with running_environment(options) as environment:
         result: dict[str, Any] = {
             "schema": SCHEMA,
             "begin": begin.isoformat(timespec="seconds"),
-            "machine": machine() | ready.versions(),
+            "machine": machine() | environment.versions(),
             "options": options.as_dict(),
         }
         _say(f"ready after {time.monotonic() - start:.0f} s")
@@ -51,9 +51,9 @@ def measure(options: Options) -> dict[str, Any]:
             ("logins", options.logins and "authbackend" in options.backends, logins),
             ("faults", bool(options.faults) and "authbackend" in options.backends, faults),
         )
-        for name, wanted, part in parts:
-            if wanted:
-                result[name] = part(ready, _say)
+        for name, selected, part in parts:
+            if selected:
+                result[name] = part(environment, _say)
     result["lasted_s"] = round(time.monotonic() - start, 1)
     return result
 
