@@ -1,4 +1,4 @@
-"""A small registry for tests of deciding."""
+"""A small registry for tests of decisions."""
 
 from authbackend.policy.model import Account, Device, DeviceType, Login, RuleSet, Status
 from authbackend.policy.names import DeviceId

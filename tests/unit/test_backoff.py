@@ -1,4 +1,4 @@
-"""Pauses after failures: how long they are, and who cuts them short."""
+"""The length of pauses after failures, and what cuts them short."""
 
 import asyncio
 import itertools
@@ -14,13 +14,13 @@ def now():
 
 
 async def finishes(part, deadline_s):
-    """Whether a part ends by itself before a time of the loop's clock."""
+    """Return whether a part ends by itself before this time of the event loop's clock."""
     _, waiting = await asyncio.wait([part], timeout=deadline_s)
     return not waiting
 
 
 async def unreachable(reachability):
-    """Let a part fail twice, which is how a server is known to be away."""
+    """Make a part fail twice, after which the server counts as unreachable."""
     backoff = Backoff()
     for _ in range(2):
         await reachability.pause(backoff)
@@ -43,7 +43,7 @@ def test_jitter_spreads_the_pauses_of_many_and_makes_none_longer_or_less_than_ha
 
 
 def test_fifty_replicas_that_lost_their_server_together_do_not_come_back_together():
-    """Four parts each, as they are: in no hundredth of a second more than a sixth of them tries."""
+    """With four parts each, as in reality: at most a sixth of all parts try within any 10 ms."""
 
     async def attempts():
         begun = []
@@ -55,7 +55,7 @@ def test_fifty_replicas_that_lost_their_server_together_do_not_come_back_togethe
                 begun.append(now())
 
         await asyncio.gather(*(part() for _ in range(200)))
-        return sorted(at for at in begun if at > 2)  # when all are at their longest pause
+        return sorted(at for at in begun if at > 2)  # when all have reached their longest pause
 
     counted = [len(list(group)) for _, group in itertools.groupby(run_on_clock(attempts()), lambda at: int(at * 100))]
     assert max(counted) < 200 / 6
@@ -86,7 +86,7 @@ def test_a_wake_up_is_for_those_that_pause_now_and_not_for_whoever_pauses_later(
 
 
 def test_a_server_that_nobody_found_away_wakes_nobody():
-    """A part meets a fault of its own while others connect all the time: its pauses stay as long as they are."""
+    """One part fails for a different reason while others keep connecting: its pauses do not get shorter."""
 
     async def scene():
         reachability = Reachability()
@@ -109,7 +109,7 @@ def test_a_server_that_nobody_found_away_wakes_nobody():
 
 @pytest.mark.parametrize("parts", [1, 2, 5])
 def test_parts_that_connect_and_then_fail_do_not_wake_each_other(parts):
-    """As with a role that may connect and may not read: no more attempts than one part alone would make."""
+    """For example with a role that may connect but not read: no more attempts than one part alone would make."""
 
     async def scene():
         reachability = Reachability()

@@ -1,4 +1,4 @@
-"""What a process keeps has a bound, however long it runs and whatever comes and goes."""
+"""Caches and metrics stay bounded, however long a process runs."""
 
 import json
 
@@ -43,9 +43,9 @@ def test_types_and_accounts_that_come_and_go_are_not_kept(monkeypatch):
         }
         rows = {name: json.dumps(device_type).encode()}, {}, {name: json.dumps(account).encode()}
         store.apply(Patch(*rows), FeedPosition("e", "i", "1:1:"), 1.0)
-        with reader as here:
-            assert here.device_type(name) is not None
-            assert here.account(name) is not None
+        with reader as version:
+            assert version.device_type(name) is not None
+            assert version.account(name) is not None
         store.apply(Patch({name: None}, {}, {name: None}), FeedPosition("e", "i", "1:1:"), 1.0)
         assert len(reader._types_parsed) <= 11
         assert len(reader._accounts_parsed) <= 11
@@ -59,12 +59,12 @@ def test_device_types_that_come_and_go_do_not_add_series_for_ever(monkeypatch):
     for number in range(100):
         counted.decided("user", Decision(True, "allowed", f"type{number}"))
         counted.decided("user", Decision(True, "allowed", "type0"))
-    found = {
+    counts = {
         sample.labels["device_type"]: sample.value
         for metric in registry.collect()
         for sample in metric.samples
         if sample.name == "authbackend_decisions_total"
     }
-    assert len(found) == 11
-    assert found["(other)"] == 90
-    assert found["type0"] == 101
+    assert len(counts) == 11
+    assert counts["(other)"] == 90
+    assert counts["type0"] == 101

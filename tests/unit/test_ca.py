@@ -1,4 +1,4 @@
-"""An authority in a folder: what it makes, what it signs, and what it refuses to sign."""
+"""The authority in a folder: the files it creates, what it signs, and what it refuses to sign."""
 
 import shutil
 import stat
@@ -41,7 +41,7 @@ def authority(folder):
 
 
 def request(name="APM0001", key=None, **changes):
-    """A device's request; ``changes`` may hold extensions."""
+    """Return a device's certificate request; ``changes`` may be extensions."""
     builder = x509.CertificateSigningRequestBuilder().subject_name(
         changes.get("subject") or x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     )
@@ -188,7 +188,7 @@ def test_a_renewed_intermediate_keeps_everything_valid(folder, tmp_path):
 
 @pytest.mark.parametrize("days", [0, 400])
 def test_a_renewed_intermediate_never_begins_in_the_future(folder, tmp_path, monkeypatch, days):
-    """Where the root's key is, nobody but this machine's clock tells the time."""
+    """On the machine with the root's key, the only clock is its own, and it may be fast."""
     copy = tmp_path / "ca"
     shutil.copytree(folder, copy)
     old = read_certificate((copy / "intermediate.pem").read_bytes())
@@ -319,8 +319,8 @@ def test_a_stream_is_read_one_by_one_whatever_is_between(authority):
         for n in range(3)
     ]
     text = b"subject=CN=D0\r\n" + pems[0].replace(b"\n", b"\r\n") + b"\n# junk\n" + pems[1] + pems[2].rstrip()
-    found = list(blocks(text.splitlines(keepends=True)))
-    assert [read_record(block.der)[0] for block in found] == [record_of(read_certificate(pem)) for pem in pems]
+    parsed = list(blocks(text.splitlines(keepends=True)))
+    assert [read_record(block.der)[0] for block in parsed] == [record_of(read_certificate(pem)) for pem in pems]
 
 
 @pytest.mark.parametrize(
@@ -331,9 +331,9 @@ def test_a_stream_is_read_one_by_one_whatever_is_between(authority):
     ],
 )
 def test_a_stream_that_never_ends_a_certificate_is_refused(lines, fault):
-    (found,) = blocks(lines)
-    assert found.der is None
-    assert fault in found.fault
+    (parsed,) = blocks(lines)
+    assert parsed.der is None
+    assert fault in parsed.fault
 
 
 def test_two_common_names_are_kept_as_rabbitmq_joins_them():

@@ -1,4 +1,4 @@
-"""What is wrong with a connection, a session or a subscription; and whether a change of rules took anything away."""
+"""Violations of connections, sessions and subscriptions, and whether a change of rules takes anything away."""
 
 from datetime import UTC, datetime
 
@@ -79,9 +79,9 @@ def live(user, client_id=None, **changes):
     [
         (live("A", "A"), None),
         (live("A", "A_pub"), None),
-        (live("cn-b", "B"), None),  # held: it may not log in now, and what is connected is not ended for that
+        (live("cn-b", "B"), None),  # held: it may not log in now, but its connections stay
         (live("A", "B"), Reason.CLIENT_ID_NOT_BOUND),
-        (live("A"), None),  # it has one, and it is not told
+        (live("A"), None),  # it has one that is not in the list
         (live("A", protocol="AMQP 0-9-1"), Reason.CLIENT_ID_MISSING),
         (live("A", "A", vhost="other"), Reason.VHOST_NOT_LISTED),
         (live("R", "R"), Reason.DEVICE_REVOKED),
@@ -154,11 +154,11 @@ def test_other_queues_are_nobodys_session(name):
 
 def test_a_subscription_is_judged_by_the_rules_of_the_owner():
     session = session_queue(Queue("/", "mqtt-subscription-Aqos1", 0))
-    found = {
+    reasons = {
         key: checker().binding(session, Binding("amq.topic", key, "k"))
         for key in ("fleet.A.x", "fleet.A.#", "fleet.B.x")
     }
-    assert found == {"fleet.A.x": None, "fleet.A.#": Reason.RULE_DENIES, "fleet.B.x": Reason.NO_RULE_ALLOWS}
+    assert reasons == {"fleet.A.x": None, "fleet.A.#": Reason.RULE_DENIES, "fleet.B.x": Reason.NO_RULE_ALLOWS}
     assert checker().binding(session, Binding("amq.fanout", "fleet.A.x", "k")) == Reason.EXCHANGE_NOT_PERMITTED
 
 
@@ -190,7 +190,7 @@ def test_a_connection_is_judged_by_its_address():
 @pytest.mark.parametrize(
     ("client_id", "patterns", "was_its"),
     [
-        ("D", ["{device_id}_*"], True),  # its id is its own, whatever the patterns
+        ("D", ["{device_id}_*"], True),  # a device id always belongs to its device, whatever the patterns
         ("D", None, True),
         ("D_1", ["{device_id}", "{device_id}_*"], True),
         ("D_1", ["{device_id}"], False),
@@ -204,12 +204,12 @@ def test_whose_a_client_id_was_by_patterns_that_may_be_gone(client_id, patterns,
 
 
 def rule(effect, action, topic, exchange=None):
-    found = {"effect": effect, "action": action, "topic": topic}
-    return found if exchange is None else {**found, "exchange": exchange}
+    values = {"effect": effect, "action": action, "topic": topic}
+    return values if exchange is None else {**values, "exchange": exchange}
 
 
 @pytest.mark.parametrize(
-    ("rules", "present", "narrowed"),
+    ("rules", "current", "narrowed"),
     [
         ([rule("allow", "publish", "a/b")], [("publish", "a/#", None)], set()),
         ([rule("allow", "publish", "a/b")], [("subscribe", "a/#", None)], {"publish"}),
@@ -227,8 +227,8 @@ def rule(effect, action, topic, exchange=None):
         ([rule("allow", "publish", "a")], [("publish", "a", "amq.topic")], set()),
     ],
 )
-def test_a_change_of_rules_narrows_unless_what_is_there_allows_as_much(rules, present, narrowed):
-    assert narrowed_actions(rules, present, "amq.topic") == narrowed
+def test_a_change_of_rules_narrows_unless_what_is_there_allows_as_much(rules, current, narrowed):
+    assert narrowed_actions(rules, current, "amq.topic") == narrowed
 
 
 ISSUER = "CN=Fleet CA,O=Org"
@@ -245,13 +245,13 @@ RECORD = {
 
 
 def shown(user="K", **changes):
-    told = {
+    certificate = {
         "certificate_serial": "AB",
         "certificate_issuer": ISSUER,
         "certificate_subject": f"CN={user},SERIALNUMBER=SN 7",
         "certificate_validity": VALIDITY,
     }
-    return live(user, user, **{**told, **changes})
+    return live(user, user, **{**certificate, **changes})
 
 
 def fault(connection, *records):
@@ -261,7 +261,7 @@ def fault(connection, *records):
 
 def test_a_sweep_tells_what_is_wrong_by_cause():
     revoked = RECORD | {"state": "revoked", "subject": "CN=A", "common_name": "A"}
-    found = {
+    causes = {
         cause: fault(connection, revoked)[0]
         for cause, connection in {
             "unknown_identity": live("nobody"),
@@ -274,7 +274,7 @@ def test_a_sweep_tells_what_is_wrong_by_cause():
             "incomplete_facts": live("A"),
         }.items()
     }
-    assert found == {cause: cause for cause in found}
+    assert causes == {cause: cause for cause in causes}
     assert fault(shown("A", certificate_serial="00AC"), revoked) == (None, None)
 
 
@@ -311,8 +311,8 @@ def test_a_device_without_a_client_id_is_not_permitted_only_where_the_protocol_h
     ],
 )
 def test_what_is_certain_counts_although_something_is_not_told(protocol, connection, cause):
-    told = {name: getattr(connection, name) for name in connection.__slots__} | {"protocol": protocol}
-    assert fault(LiveConnection(**told))[0] == cause
+    values = {name: getattr(connection, name) for name in connection.__slots__} | {"protocol": protocol}
+    assert fault(LiveConnection(**values))[0] == cause
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_what_is_not_told_is_reported_as_that(connection, why):
     [
         (shown(), True),
         (shown(certificate_issuer="O=org,CN=Fleet CA"), True),
-        (shown(certificate_subject="CN=other"), True),  # revocation lists name issuer and serial number, no more
+        (shown(certificate_subject="CN=other"), True),  # revocation lists contain only issuer and serial number
         (shown(certificate_serial="AC"), False),
         (shown(certificate_serial="-AB"), False),
         (shown(certificate_issuer="CN=Other CA,O=Org"), False),
@@ -403,7 +403,7 @@ def test_without_a_serial_number_only_a_certificate_that_may_be_revoked_is_in_do
 
 
 def test_the_time_of_an_old_certificate_is_no_difference():
-    """RabbitMQ writes the UTCTime of 1975 as 2075, and that of 2051, a GeneralizedTime, as it is."""
+    """RabbitMQ shows a UTCTime of 1975 as 2075, and a GeneralizedTime of 2051 correctly."""
     record = RECORD | {"not_before": datetime(1975, 2, 3, 4, 5, 6, tzinfo=UTC)}
     record["not_after"] = datetime(2051, 2, 3, 4, 5, 6, tzinfo=UTC)
     assert fault(shown(certificate_validity="2075-02-03T04:05:06Z - 2051-02-03T04:05:06Z"), record)[0] is None

@@ -1,4 +1,4 @@
-"""While client ids pass from one device to another, neither may log in with them; whatever else they do goes on."""
+"""While client ids move from one device to another, neither may log in with them; nothing else changes for the two."""
 
 import json
 from dataclasses import replace
@@ -21,15 +21,15 @@ def fleet(held=None, until=NOW + 1, former=("{device_id}",)):
     return registry(device("APM"), device("APM_1", "WIDE"), types=(APM, wide))
 
 
-def asked(user, client_id, known):
-    login = decide.login(known, LoginRequest(user, None, client_id), NOW)
-    vhost = decide.vhost(known, VhostRequest(user, "/", "127.0.0.1", client_id), NOW)
+def asked(user, client_id, registry_copy):
+    login = decide.login(registry_copy, LoginRequest(user, None, client_id), NOW)
+    vhost = decide.vhost(registry_copy, VhostRequest(user, "/", "127.0.0.1", client_id), NOW)
     assert login.reason == vhost.reason
     return vhost.reason
 
 
 @pytest.mark.parametrize(
-    ("user", "client_id", "known", "reason"),
+    ("user", "client_id", "registry_copy", "reason"),
     [
         ("APM_1", "APM_1_x", fleet(), HELD),
         ("APM", "APM_1_x", fleet(), Reason.CLIENT_ID_OF_ANOTHER_DEVICE),
@@ -42,13 +42,13 @@ def asked(user, client_id, known):
         ("APM_1", "APM_1_x", fleet(former=("{device_id}", "{device_id}_x")), Reason.ALLOWED),
     ],
 )
-def test_what_moves_is_held_and_nothing_else(user, client_id, known, reason):
-    assert asked(user, client_id, known) is reason
+def test_what_moves_is_held_and_nothing_else(user, client_id, registry_copy, reason):
+    assert asked(user, client_id, registry_copy) is reason
 
 
 def test_what_nobody_had_is_not_held():
-    known = registry(device("APM_1", "WIDE"), types=(replace(APM, name="WIDE", move=fleet().device_type("WIDE").move),))
-    assert asked("APM_1", "APM_1_x", known) is Reason.ALLOWED
+    registry_copy = registry(device("APM_1", "WIDE"), types=(replace(APM, name="WIDE", move=fleet().device_type("WIDE").move),))
+    assert asked("APM_1", "APM_1_x", registry_copy) is Reason.ALLOWED
 
 
 def test_what_is_connected_is_not_asked_for_the_hold():

@@ -1,4 +1,4 @@
-"""The connection URI: nothing of it reaches the server as a setting, and no part of a password is shown."""
+"""The connection URI: no parameter reaches the server as a setting by accident, and no part of a password is shown."""
 
 import ctypes
 import importlib.util
@@ -14,7 +14,7 @@ from authbackend.settings import load
 
 
 def parameters_of_libpq():
-    """The parameters that the libpq of PostgreSQL 18 itself knows."""
+    """Return the parameters that the libpq of PostgreSQL 18 knows."""
 
     class Option(ctypes.Structure):
         _fields_ = [
@@ -39,7 +39,7 @@ def test_every_parameter_of_libpq_is_known():
 
 
 @pytest.mark.parametrize(
-    ("query", "told"),
+    ("query", "message"),
     [
         ("channel_binding=require", "channel_binding can only be prefer or disable: the driver does not support it"),
         ("gssencmode=require", "gssencmode can only be prefer or disable"),
@@ -56,8 +56,8 @@ def test_every_parameter_of_libpq_is_known():
         ("port=1,2", "give as many ports as hosts, or one port for all"),
     ],
 )
-def test_what_cannot_be_honoured_is_named(query, told):
-    with pytest.raises(ConfigurationError, match=told):
+def test_what_cannot_be_honoured_is_named(query, message):
+    with pytest.raises(ConfigurationError, match=message):
         parse(f"postgresql://role@db/authbackend?{query}")
 
 
@@ -126,7 +126,7 @@ def test_no_part_of_a_password_is_shown(dsn):
 
 
 def test_a_copy_on_disk_outlives_another_password_in_the_uri(tmp_path):
-    """What names the database there is where it is, not how one connects."""
+    """The copy belongs to a database's hosts and name, not to the way of connecting."""
     names = []
     for extra in ("password=one", "password=two&sslmode=require&connect_timeout=3"):
         settings = load(

@@ -1,4 +1,4 @@
-"""Revocation lists: what OpenSSL and RabbitMQ make of them, and what is refused."""
+"""CRLs: that OpenSSL and RabbitMQ can read them, and which ones are refused."""
 
 import asyncio
 import re
@@ -70,15 +70,15 @@ def test_a_list_holds_what_was_revoked_when_and_why():
         CrlEntry("2", "left in a taxi", NOW),
     ]
     made = signed(entries, number=12)
-    found, signer = read_list(made.der, [CA])
+    crl, signer = read_list(made.der, [CA])
     assert signer is CA
-    assert (found.number, found.next_update - found.this_update) == (12, WEEK)
-    assert [(e.serial, e.reason) for e in entries_of(found.der)] == [
+    assert (crl.number, crl.next_update - crl.this_update) == (12, WEEK)
+    assert [(e.serial, e.reason) for e in entries_of(crl.der)] == [
         ("a1", "keyCompromise"),
         ("7f" + "ff" * 19, ""),
         ("2", ""),
     ]
-    assert next(iter(entries_of(found.der))).revoked_at == (NOW - timedelta(days=1)).replace(microsecond=0)
+    assert next(iter(entries_of(crl.der))).revoked_at == (NOW - timedelta(days=1)).replace(microsecond=0)
 
 
 ODD_SERIALS = [0, -1, -128, -129, -(2**63), 2**159, 2**1000]
@@ -86,28 +86,28 @@ ODD_SERIALS = [0, -1, -128, -129, -(2**63), 2**159, 2**1000]
 
 def test_a_list_holds_serial_numbers_that_the_library_refuses():
     made = signed([CrlEntry(f"{number:x}", "superseded", NOW) for number in ODD_SERIALS])
-    found, _ = read_list(list_pem(made.der), [CA])
-    check_entries(found.der)
-    assert found == made
-    assert [(entry.serial, entry.reason) for entry in entries_of(found.der)] == [
+    crl, _ = read_list(list_pem(made.der), [CA])
+    check_entries(crl.der)
+    assert crl == made
+    assert [(entry.serial, entry.reason) for entry in entries_of(crl.der)] == [
         (f"{number:x}", "superseded") for number in ODD_SERIALS
     ]
 
 
 @openssl
 def test_openssl_reads_serial_numbers_that_the_library_refuses(tmp_path):
-    shown = ODD_SERIALS[:-1]  # it breaks longer ones into lines
+    shown = ODD_SERIALS[:-1]  # openssl breaks longer ones into lines
     ca = tmp_path / "ca.pem"
     ca.write_bytes(signing.certificate_pem(CA))
     made = signed([CrlEntry(f"{number:x}", "", NOW) for number in shown])
-    asked = subprocess.run(
+    printed = subprocess.run(
         ["openssl", "crl", "-CAfile", str(ca), "-text", "-noout"],
         input=list_pem(made.der),
         capture_output=True,
         check=True,
     )
-    assert b"verify OK" in asked.stderr
-    numbers = re.findall(r"Serial Number: (\S+)", asked.stdout.decode())
+    assert b"verify OK" in printed.stderr
+    numbers = re.findall(r"Serial Number: (\S+)", printed.stdout.decode())
     assert [int(number, 16) for number in numbers] == shown
 
 
@@ -117,13 +117,13 @@ def test_the_library_reads_what_is_on_a_list_as_it_was_written(reason, year):
     moment = NOW.replace(year=year, month=2, day=3, microsecond=0)
     signed_at = max(moment, NOW.replace(microsecond=0))
     der = signed([CrlEntry("7f" + "ff" * 19, reason, moment)], now=signed_at, lifetime=timedelta(days=1)).der
-    (theirs,) = x509.load_der_x509_crl(der)
-    (ours,) = entries_of(der)
-    assert theirs.serial_number == int(ours.serial, 16) == 2**159 - 1
-    assert theirs.revocation_date_utc == ours.revoked_at == moment
-    named = [one.value.reason.value for one in theirs.extensions]
+    (library_entry,) = x509.load_der_x509_crl(der)
+    (entry,) = entries_of(der)
+    assert library_entry.serial_number == int(entry.serial, 16) == 2**159 - 1
+    assert library_entry.revocation_date_utc == entry.revoked_at == moment
+    named = [one.value.reason.value for one in library_entry.extensions]
     assert named == ([] if reason == "unspecified" else [reason])
-    assert ours.reason == ("" if reason == "unspecified" else reason)
+    assert entry.reason == ("" if reason == "unspecified" else reason)
 
 
 def pss_signed():
@@ -211,7 +211,7 @@ def extended(extension, *, critical=True, next_update=NOW + WEEK):
 
 
 def by_words(value):
-    """Name a case without what is signed anew by every process that runs the tests."""
+    """Name a case by its text only: its bytes differ in each process that runs the tests."""
     return value if isinstance(value, str) else "list"
 
 
@@ -249,7 +249,7 @@ def test_what_is_no_complete_list_of_the_authority_is_refused(content, fault):
 
 
 def extended_entry(reason):
-    """A list with an entry for a reason that RFC 5280 does not have."""
+    """Return a list with an entry whose reason does not exist in RFC 5280."""
     oid = CRLEntryExtensionOID.CRL_REASON
     entry = (
         x509.RevokedCertificateBuilder()
@@ -317,8 +317,8 @@ def test_the_distribution_point_that_a_refusal_names_is_the_one_that_it_needs():
     for name in ("stepca.crl", "boulder.crl", "idp-noncritical.crl"):
         with pytest.raises(PKIError) as refused:
             read_list(field(name), [FIELD_CA])
-        found, _ = read_list(field(name), [FIELD_CA], refused.value.detail.split()[-1])
-        assert found.der == field(name)
+        crl, _ = read_list(field(name), [FIELD_CA], refused.value.detail.split()[-1])
+        assert crl.der == field(name)
 
 
 def test_what_only_a_delta_can_say_is_refused():
@@ -328,9 +328,9 @@ def test_what_only_a_delta_can_say_is_refused():
 
 @pytest.mark.parametrize("name", ["reason7.crl", "reason11.crl"])
 def test_an_entry_that_brokers_cannot_read_is_named(name):
-    found, _ = read_list(field(name), [FIELD_CA])
+    crl, _ = read_list(field(name), [FIELD_CA])
     with pytest.raises(PKIError, match="serial number 1002 cannot be read"):
-        check_entries(found.der)
+        check_entries(crl.der)
 
 
 def test_what_is_not_supported_is_not_called_forged():
@@ -445,11 +445,11 @@ def test_what_is_no_index_is_refused_with_the_line(line):
         list(index_of(f"V\t271124120000Z\t\t01\tunknown\t/CN=a\n{line}\n", "index.txt"))
 
 
-# --- served, and synced --------------------------------------------------------------------------------------------
+# --- serving and syncing --------------------------------------------------------------------------------------------
 
 
 class Source:
-    """A server of lists; ``lists`` as in the service, or ``body`` for anything."""
+    """A server of lists: answers from ``lists`` as the service does, or with ``body`` if set."""
 
     def __init__(self):
         self.lists = PublishedCrls()
@@ -469,15 +469,15 @@ class Source:
 
 @pytest.fixture
 async def source():
-    found = Source()
+    server = Source()
     app = web.Application(middlewares=[show_errors])
-    app.router.add_get("/crl/{name}.crl", found.answer)
-    app.on_shutdown.append(found.lists.close)
+    app.router.add_get("/crl/{name}.crl", server.answer)
+    app.on_shutdown.append(server.lists.close)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=5)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
-    found.url = f"http://127.0.0.1:{runner.addresses[0][1]}/crl/fleet.crl"
-    yield found
+    server.url = f"http://127.0.0.1:{runner.addresses[0][1]}/crl/fleet.crl"
+    yield server
     await runner.cleanup()
 
 
@@ -559,7 +559,7 @@ async def test_a_new_list_is_fetched_at_once_and_a_lost_file_again(source, sync,
     try:
         await _until(lambda: file.exists())
         source.asked.clear()
-        await source.asked.wait()  # it waits for the next list now
+        await source.asked.wait()  # the request is now waiting for the next list
         later = signed([CrlEntry("a1", "", NOW)], number=2)
         source.publish(later)
         await _until(lambda: file.read_bytes() == list_pem(later.der))

@@ -1,4 +1,4 @@
-"""``crl sync`` over TLS: who is believed, what is told, and files that change while it runs."""
+"""``crl sync`` over TLS: which servers it trusts, its messages, and files that change while it runs."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ AGO = datetime.now(UTC) - timedelta(days=2)
 
 
 class Files:
-    """Authorities, and what they issue, as files."""
+    """Authorities and their certificates, as files."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -34,17 +34,17 @@ class Files:
         self.write("another.pem", self.others.certificate_pem)
 
     def write(self, name, content):
-        """Write a file and return where it is."""
+        """Write a file and return its path."""
         path = self.folder / name
         path.write_bytes(content)
         return path
 
     def pair(self, name, issued):
-        """Write a certificate and its key and return where they are."""
+        """Write a certificate and its key and return their paths."""
         return self.write(f"{name}.pem", issued.certificate_pem), self.write(f"{name}.key", issued.key_pem)
 
     def server(self, *names, **validity):
-        """What a server shows."""
+        """Return the TLS context of a server."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(*self.pair("server", self.ours.issue_server(names or ["127.0.0.1"], **validity)))
         return context
@@ -57,7 +57,7 @@ def files(tmp_path):
 
 @contextlib.asynccontextmanager
 async def serving(context):
-    """A server of one list; yields its port and the list."""
+    """Serve one list; yield the port and the list."""
     lists, made = PublishedCrls(), signed()
     lists.replace({"fleet": PublishedCrl(made.der, made.this_update)})
     app = web.Application(middlewares=[show_errors])
@@ -95,7 +95,7 @@ async def test_an_intermediate_is_authority_enough(files):
 
 
 @pytest.mark.parametrize(
-    ("trusted", "names", "validity", "told"),
+    ("trusted", "names", "validity", "message"),
     [
         (
             "another.pem",
@@ -119,10 +119,10 @@ async def test_an_intermediate_is_authority_enough(files):
         ),
     ],
 )
-async def test_a_server_that_is_not_believed_is_told_with_its_cause(files, trusted, names, validity, told):
+async def test_a_server_that_is_not_believed_is_told_with_its_cause(files, trusted, names, validity, message):
     async with serving(files.server(*names, **validity)) as (port, _):
         tls = ClientTLS(trusted and files.folder / trusted)
-        with pytest.raises(Unavailable, match=f"https://127.0.0.1:{port}/crl/fleet.crl cannot be reached: .*{told}"):
+        with pytest.raises(Unavailable, match=f"https://127.0.0.1:{port}/crl/fleet.crl cannot be reached: .*{message}"):
             await syncer(files, port, tls).once()
     assert not list((files.folder / "crl").iterdir())
 
@@ -152,9 +152,9 @@ async def test_a_server_that_demands_a_client_certificate_gets_one(files):
     async with serving(context) as (port, _):
         with pytest.raises(Unavailable, match="give --tls-cert and --tls-key"):
             await syncer(files, port, ClientTLS(files.folder / "ours.pem")).once()
-        stranger = files.pair("stranger", files.ours.issue_client("host"))
+        refused = files.pair("refused", files.ours.issue_client("host"))
         with pytest.raises(Unavailable, match="refused --tls-cert|does not know the authority of --tls-cert"):
-            await syncer(files, port, ClientTLS(files.folder / "ours.pem", *stranger)).once()
+            await syncer(files, port, ClientTLS(files.folder / "ours.pem", *refused)).once()
         pair = files.pair("client", files.others.issue_client("host"))
         assert (await syncer(files, port, ClientTLS(files.folder / "ours.pem", *pair)).once()).new
 

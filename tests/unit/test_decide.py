@@ -1,4 +1,4 @@
-"""The four questions, one by one: what is allowed, and for every denial its reason."""
+"""Decisions of the four endpoints: what is allowed, and the reason of each denial."""
 
 import pytest
 
@@ -77,7 +77,7 @@ def test_a_password_account_needs_its_password():
     assert isinstance(check, PasswordCheck)
     assert check.then.allowed
     assert check.then.tags == ("monitoring",)
-    assert check.account is FLEET.account("monitoring")  # whose password is checked
+    assert check.account is FLEET.account("monitoring")  # the account that the password is checked for
     assert check.otherwise.reason is Reason.PASSWORD_WRONG
     assert not check.otherwise.allowed
 
@@ -111,11 +111,11 @@ BINDINGS = [
     ("APM0001", "apm0001", Reason.CLIENT_ID_NOT_BOUND),
     ("APM0001", "fY9-generated-by-broker", Reason.CLIENT_ID_NOT_BOUND),
     ("APM_1", "APM_1_pub", Reason.ALLOWED),
-    ("APM", "APM_1_pub", Reason.CLIENT_ID_OF_ANOTHER_DEVICE),  # the longest device id owns it
+    ("APM", "APM_1_pub", Reason.CLIENT_ID_OF_ANOTHER_DEVICE),  # it belongs to the longest matching device id
     ("APM", "APM_1", Reason.CLIENT_ID_OF_ANOTHER_DEVICE),  # it equals a device's id
     ("APM", "APM_2_pub", Reason.ALLOWED),
-    ("APM", "APM_10_pub", Reason.ALLOWED),  # APM_1 is no prefix that ends before a separator
-    ("OFF", "OFF_9_pub", Reason.CLIENT_ID_OF_ANOTHER_DEVICE),  # devices in every status own theirs
+    ("APM", "APM_10_pub", Reason.ALLOWED),  # APM_1 is not a prefix followed by a separator
+    ("OFF", "OFF_9_pub", Reason.CLIENT_ID_OF_ANOTHER_DEVICE),  # whatever the device's status
     ("TIED1", "TIED1", Reason.ALLOWED),
     ("TIED1", "TIED1_x", Reason.CLIENT_ID_NOT_BOUND),
     ("cn one", "CN1_a", Reason.ALLOWED),
@@ -138,14 +138,14 @@ def test_client_ids_are_bound_at_every_question(username, client_id, reason):
 
 
 def test_a_client_id_that_only_the_shorter_id_fits_is_the_shorter_ones():
-    """APM_1 is of a type whose devices use nothing but their id: APM_1_pub does not fit it."""
+    """The type of APM_1 allows only the device id as client id, so APM_1_pub does not fit it."""
     fleet = registry(device("APM"), device("APM_1", "MUTE"))
     assert login("APM", client_id="APM_1_pub", fleet=fleet).allowed
     assert login("APM", client_id="APM_1", fleet=fleet).reason is Reason.CLIENT_ID_OF_ANOTHER_DEVICE
 
 
 def test_a_device_speaks_mqtt_only():
-    """Only a login may lack a client id, because RabbitMQ 3.x sends none there."""
+    """Only a login may have no client id, because RabbitMQ 3.x sends none there."""
     assert login("APM0001").allowed
     assert vhost("APM0001", None).reason is Reason.CLIENT_ID_MISSING
     assert (
@@ -177,7 +177,7 @@ def test_a_device_that_is_not_active_is_denied_at_every_question(question, name,
 
 
 def test_an_account_cannot_forward_past_its_topic_rules_by_binding_exchanges():
-    """Bound to amq.topic, amq.fanout would carry any topic there: write on the one and read on the other are asked."""
+    """If bound to amq.topic, amq.fanout would carry any topic there. RabbitMQ asks for write on one and read on the other."""
     everything = account("wide", login=Login.CERTIFICATE, password_hash=None, write=("*",), read=("*",))
     split_rights = account("split", login=Login.CERTIFICATE, password_hash=None, write=("amq.topic",), read=("*",))
     own_exchange = account(
@@ -259,7 +259,7 @@ def test_a_device_has_its_own_queues(name, permission):
     ("kind", "name", "permission"),
     [
         ("queue", "mqtt-subscription-APM0002qos1", "read"),
-        ("queue", "mqtt-subscription-APM0001qos1", "read"),  # its own device's, but another connection's
+        ("queue", "mqtt-subscription-APM0001qos1", "read"),  # of its own device, but of another connection
         ("queue", f"mqtt-subscription-{C}qos2", "read"),
         ("queue", f"mqtt-subscription-{C}qos1x", "read"),
         ("queue", f"mqtt-subscription-{C}qos1qos1", "configure"),
@@ -285,7 +285,7 @@ def test_a_device_has_nothing_else(kind, name, permission):
 
 
 def test_exchanges_follow_the_rules():
-    """Write where some rule could allow a publish, read where some rule could allow a subscription."""
+    """Write is allowed if some rule could allow a publish, read if some rule could allow a subscription."""
     assert resource("APM0001", C, "exchange", "amq.topic", "write").allowed
     assert resource("APM0001", C, "exchange", "amq.topic", "read").allowed
     assert resource("APM0001", C, "exchange", "amq.default", "write").allowed  # a delayed will
@@ -307,10 +307,10 @@ def test_a_rule_whose_placeholder_has_no_value_opens_no_exchange():
 
 
 def test_another_mqtt_exchange_is_a_setting():
-    mine = DecisionSettings(mqtt_exchange="fleet")
-    assert resource("APM0001", C, "exchange", "fleet", "write", settings=mine).allowed
+    other_exchange = DecisionSettings(mqtt_exchange="fleet")
+    assert resource("APM0001", C, "exchange", "fleet", "write", settings=other_exchange).allowed
     assert (
-        resource("APM0001", C, "exchange", "amq.topic", "write", settings=mine).reason is Reason.RESOURCE_NOT_PERMITTED
+        resource("APM0001", C, "exchange", "amq.topic", "write", settings=other_exchange).reason is Reason.RESOURCE_NOT_PERMITTED
     )
 
 
@@ -497,7 +497,7 @@ UNKNOWN_AND = {
     ],
 )
 def test_every_answer_is_counted_under_what_asked(kind, ask):
-    """The label of the metrics: a device's type, ``account`` or ``unknown``."""
+    """The label of the metrics is a device type, ``account`` or ``unknown``."""
     assert ask().kind == kind
 
 
@@ -563,7 +563,7 @@ def test_an_account_has_nothing_but_queues_and_exchanges(kind):
     ],
 )
 def test_a_device_that_is_held_does_not_get_in_until_then(ask, held):
-    """What is connected is closed, and its last will is decided by the rules."""
+    """Its connections are closed, and its will is decided by the rules."""
     for held_until, expected in ((NOW + 1, held), (NOW, False), (NOW - 1, False), (None, False)):
         answer = ask(registry(device("D", held_until=held_until)))
         assert answer.reason is (Reason.ENFORCEMENT_IN_PROGRESS if expected else Reason.ALLOWED)
@@ -582,8 +582,8 @@ def test_a_copy_that_is_older_than_its_type_allows_lets_no_device_of_it_in(age_s
 
 @pytest.mark.parametrize("name", ["REVOKED", "EXPIRED", "ORPHAN"])
 def test_why_a_device_may_do_nothing_comes_before_what_its_request_lacks(name):
-    found = FLEET.device_by_name(name)
-    fault = decide.device_fault(FLEET, found, NOW)
+    device = FLEET.device_by_name(name)
+    fault = decide.device_fault(FLEET, device, NOW)
     assert not fault.allowed
     assert vhost(name, None).reason is fault.reason is login(name).reason
     assert decide.device_fault(FLEET, FLEET.device_by_name("APM0001"), NOW) is None
@@ -679,7 +679,7 @@ def test_among_many_deny_rules_a_missing_value_denies_what_it_could_have_been():
 
 
 def test_a_decision_says_all_that_is_known():
-    """In the logs and to whoever asks why: the verdict, its reason, and the rule."""
+    """For logs and explanations: the verdict, its reason and the rule."""
     allow, deny = rule("allow", "write", "#"), rule("deny", "write", "a")
     fleet = registry(
         device("D", "T"), types=(APM.__class__("T", ("{device_id}",), ("/",), rules=RuleSet([allow, deny])),)
@@ -701,11 +701,11 @@ def test_no_rules_are_decided_by_for_a_type_that_is_gone():
     [
         ("APM0001", "APM0001"),
         ("APM0001_x", "APM0001"),
-        ("APM_1_x", "APM_1"),  # the longest device id that it fits
+        ("APM_1_x", "APM_1"),  # the longest matching device id
         ("APM_2_x", "APM"),
-        ("OFF_9_x", "OFF_9"),  # in any status
+        ("OFF_9_x", "OFF_9"),  # whatever the device's status
         ("TIED1", "TIED1"),
-        ("TIED1_x", None),  # its type's devices have no such client ids
+        ("TIED1_x", None),  # its type does not allow such client ids
         ("ORPHAN", "ORPHAN"),
         ("ORPHAN_x", None),
         ("nobody", None),
@@ -713,8 +713,8 @@ def test_no_rules_are_decided_by_for_a_type_that_is_gone():
     ],
 )
 def test_whose_a_client_id_is(client_id, owner):
-    found = client_ids.owner_of(FLEET, client_id)
-    assert (found and found.device_id) == owner
+    device = client_ids.owner_of(FLEET, client_id)
+    assert (device and device.device_id) == owner
 
 
 def test_an_empty_registry_denies_everything():

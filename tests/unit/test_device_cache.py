@@ -1,4 +1,4 @@
-"""Own rules of devices are compiled once, and what the registry says now decides, whatever was compiled before."""
+"""A device's own rules are compiled once, and decisions always follow the current registry."""
 
 import json
 
@@ -38,7 +38,7 @@ def record(*rules, status="a", device_id="", held_until=""):
 
 
 class Registry:
-    """A store with one reader, which asks as a worker does."""
+    """A store with one reader, used as a worker uses it."""
 
     def __init__(self):
         self.store = new_store()
@@ -170,9 +170,9 @@ def test_what_is_kept_is_what_the_record_says(changes, most_rules):
             continue
         text = record(*(rule(number, topic, str(effect)) for number, topic, effect in rules), status=status)
         for _ in range(2):
-            found, fresh = kept.device(name, text), records.device(name, text)
-            assert (found.rules, found.status, found.device_id) == (fresh.rules, fresh.status, fresh.device_id)
-            assert (found.rules is NO_RULES) == (not rules)
+            cached, fresh = kept.device(name, text), records.device(name, text)
+            assert (cached.rules, cached.status, cached.device_id) == (fresh.rules, fresh.status, fresh.device_id)
+            assert (cached.rules is NO_RULES) == (not rules)
         assert kept.rules <= max(most_rules, 3)  # one device is kept, however many rules it has
 
 
@@ -183,7 +183,7 @@ def test_no_more_rules_are_kept_than_allowed(compiled):
         kept.device(name, text)
     assert kept.rules == 4
     compiled.clear()
-    kept.device("D1", one)  # asked for later than D2
+    kept.device("D1", one)  # used more recently than D2
     assert compiled == []
     kept.device("D2", two)
     assert compiled == ["t20", "t20"]

@@ -1,4 +1,4 @@
-"""Names of certificates: RabbitMQ's texts, as 4.3.6 was seen to write them, against those of the registry."""
+"""Comparing certificate names as RabbitMQ 4.3.6 writes them with those in the registry."""
 
 import pytest
 
@@ -8,7 +8,7 @@ TERM = "{asn1_OPENTYPE\\,\\<\\<"
 
 
 @pytest.mark.parametrize(
-    ("recorded", "told"),
+    ("recorded", "shown"),
     [
         ('CN=A,O=Acme\\, \\"Inc\\" \\+ \\<a\\>\\;\\\\x=#,C=SE', 'CN=A,O=Acme\\, \\"Inc\\" \\+ \\<a\\>\\;\\\\x=#,C=SE'),
         ("1.2.840.113549.1.9.1=a\\,b\\+c@example.com,CN=A", "EMAILADDRESS=a\\,b\\+c@example.com,CN=A"),
@@ -34,9 +34,9 @@ TERM = "{asn1_OPENTYPE\\,\\<\\<"
         ("CN=A,O=Org  AB", "CN=A,O=org ab"),
     ],
 )
-def test_the_same_name_in_two_texts(recorded, told):
-    assert same_name(recorded, told) is True
-    assert same_name(told, recorded) is True
+def test_the_same_name_in_two_texts(recorded, shown):
+    assert same_name(recorded, shown) is True
+    assert same_name(shown, recorded) is True
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_the_same_name_in_two_texts(recorded, told):
         ("CN=A+O=x", "CN=A,O=x"),
         ("CN=A\\,O=x", "CN=A,O=x"),
         ("CN=A,O=a\\+b", "CN=A,O=a+OU=b"),
-        ("CN=A,UID=x", f"CN=B,UID={TERM}48\\,0\\>\\>}}"),  # what cannot be read explains only one of two differences
+        ("CN=A,UID=x", f"CN=B,UID={TERM}48\\,0\\>\\>}}"),  # the unreadable part explains only one of two differences
         ("CN=A", f"CN=A,1.2.3={TERM}48\\,0\\>\\>}}"),
         ("CN=A,UID=x", f"CN=A,1.2.3={TERM}48\\,0\\>\\>}}"),
     ],

@@ -1,4 +1,4 @@
-"""The embedded PostgreSQL's lock file: a folder of each user's own, never one that somebody else prepared."""
+"""The embedded PostgreSQL's lock file is in a folder of the same user, never in one that another user has prepared."""
 
 import os
 import tempfile

@@ -1,4 +1,4 @@
-"""What a person is told who asks why a device may or may not publish or subscribe."""
+"""Explanations of why a device may or may not publish or subscribe."""
 
 import pytest
 
@@ -51,7 +51,7 @@ def test_what_is_allowed_is_allowed_at_every_question():
     ("attempt", "question", "reason"),
     [
         ({"client_id": "other"}, "login", Reason.CLIENT_ID_NOT_BOUND),
-        ({"client_id": ""}, "login", Reason.CLIENT_ID_NOT_BOUND),  # given, not the usual one
+        ({"client_id": ""}, "login", Reason.CLIENT_ID_NOT_BOUND),  # the given one, not the default
         ({"vhost": "other"}, "vhost", Reason.VHOST_NOT_LISTED),
         ({"ip": "192.0.2.1"}, "vhost", Reason.ADDRESS_NOT_IN_NETWORKS),
         ({"permission": Permission.READ}, "exchange", Reason.NO_RULE_ALLOWS),
@@ -165,8 +165,8 @@ def test_at_most_three_rules_are_named_the_one_that_agrees_longest_first():
         rule("a/b/x", "deny", rule_id=7),
         rule("a/b/x", permission="read", rule_id=8),
     ]
-    found = nearest_rules(rules, VALUES, Permission.WRITE, split("a.b.c"))
-    assert [near.rule.rule_id for near in found] == [6, 4, 5]
+    nearest = nearest_rules(rules, VALUES, Permission.WRITE, split("a.b.c"))
+    assert [near.rule.rule_id for near in nearest] == [6, 4, 5]
     assert [near.rule.rule_id for near in nearest_rules(rules[:2], VALUES, Permission.WRITE, ["a"])] == [2, 1]
 
 
@@ -179,5 +179,5 @@ def test_rules_that_cannot_allow_come_last_the_older_first():
         rule("y", rule_id=4),
     ]
     for given, expected in ((rules, [4, 4, 1]), (rules[:3], [1, 2, 3]), (rules[1:3], [2, 3])):
-        found = nearest_rules(given, VALUES, Permission.WRITE, ["a"])
-        assert [near.rule.rule_id for near in found] == expected
+        nearest = nearest_rules(given, VALUES, Permission.WRITE, ["a"])
+        assert [near.rule.rule_id for near in nearest] == expected

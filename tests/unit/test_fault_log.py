@@ -1,4 +1,4 @@
-"""What the log says of a fault that lasts, by a clock of the test's own."""
+"""Log lines of a lasting fault, with a simulated clock."""
 
 import asyncio
 

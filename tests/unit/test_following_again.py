@@ -1,4 +1,4 @@
-"""After an outage of the database: when each part of a replica tries, by a clock of the test's own."""
+"""When each part of a replica tries again after an outage of the database, with a simulated clock."""
 
 import asyncio
 import contextlib
@@ -29,9 +29,9 @@ def now():
 
 class Server:
     """
-    A database that is away for a time, and what each part asked of it.
+    A database that is unreachable for a time, and records the attempts of each part.
 
-    ``first`` is the part that it lets in again before all others, and ``faults`` are what a part meets at any time.
+    ``first`` is the part that can connect before all others, ``faults`` are failures of single parts at any time.
     """
 
     def __init__(self, away=NOBODY, first=None, **faults):
@@ -54,11 +54,11 @@ class Server:
             raise self.faults[part]
 
     def first_after(self, part, moment):
-        """When a part tried for the first time since a moment."""
+        """Return when a part tried for the first time after this moment."""
         return next(at for at in self.asked[part] if at >= moment)
 
     def pauses(self, part, begin, end):
-        """How long a part waited between its attempts of a time."""
+        """Return the pauses of a part between its attempts in a period."""
         asked = [at for at in self.asked[part] if begin <= at < end]
         return [after - before for before, after in itertools.pairwise(asked)]
 
@@ -72,7 +72,7 @@ class Server:
 
 
 class Feed:
-    """Implements ``registry.sync.Feed`` for an empty registry."""
+    """Implements ``registry.follower.Feed`` for an empty registry."""
 
     def __init__(self, server):
         self.server = server
@@ -109,7 +109,7 @@ class Feed:
 
 
 class PostgresReplicaTable:
-    """Implements ``registry.presence.Announcer``."""
+    """Implements ``registry.announcer.ReplicaTable``."""
 
     def __init__(self, server):
         self.server = server
@@ -125,7 +125,7 @@ class PostgresReplicaTable:
 
 
 class Observer(Observed):
-    """Hands what the copy sees to the announcer, as the service does."""
+    """Passes refreshes to the announcer, as the service does."""
 
     def __init__(self):
         super().__init__()
@@ -141,7 +141,7 @@ class Observer(Observed):
 
 @pytest.fixture
 def run_replica(monkeypatch):
-    """Run the parts of a replica against a server for some seconds of the clock."""
+    """Run the parts of a replica against a server for some seconds of simulated time."""
 
     def run(server, seconds):
         @contextlib.asynccontextmanager
@@ -194,7 +194,7 @@ def test_attempts_begin_soon_and_are_never_more_than_half_a_second_apart(run_rep
     server = Server(away=(5, 65))
     run_replica(server, 70)
     pauses = server.pauses(part, 5, 65)
-    if part in ("listener", "lists"):  # they hold a connection, and see it end before they try for the first time
+    if part in ("listener", "lists"):  # they have a connection, and must first see that it has ended
         pauses.insert(0, server.first_after(part, 5) - 5)
     assert pauses[0] <= 0.05
     assert pauses[1] <= 0.1
@@ -216,10 +216,10 @@ def test_all_parts_connect_when_the_first_has_and_that_is_within_half_a_second(r
 
 def test_an_outage_is_logged_at_once_then_once_a_minute_and_so_is_its_end(run_replica):
     _, logged = run_replica(Server(away=(5, 170)), 175)
-    told = [line["event"] for line in logged if line["log_level"] != "debug"]
-    assert told[:2] == ["registry.loaded", "registry.following"]
-    assert sorted(told[2:-2]) == ["crl.refresh_failed"] * 3 + ["registry.refresh_failed"] * 3
-    assert sorted(told[-2:]) == ["crl.following", "registry.following"]
+    events = [line["event"] for line in logged if line["log_level"] != "debug"]
+    assert events[:2] == ["registry.loaded", "registry.following"]
+    assert sorted(events[2:-2]) == ["crl.refresh_failed"] * 3 + ["registry.refresh_failed"] * 3
+    assert sorted(events[-2:]) == ["crl.following", "registry.following"]
 
 
 @pytest.mark.parametrize("part", PARTS)

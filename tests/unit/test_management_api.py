@@ -1,4 +1,4 @@
-"""What is read from the management API's list of connections, however little it tells of one."""
+"""Parsing the management API's list of connections, even if fields are missing, and reloading the CA file."""
 
 import ssl
 from types import SimpleNamespace
@@ -80,7 +80,7 @@ async def test_a_client_id_is_that_of_an_mqtt_client_only(protocol):
 
 @pytest.fixture
 async def node(tmp_path):
-    """A node whose certificate can be replaced by one of another authority; its file of the authority is ca.pem."""
+    """A node whose certificate can be replaced by one of another authority; the client trusts ca.pem."""
 
     async def answer(request):
         return web.json_response([{"name": "rabbit@a", "running": True}])
@@ -114,7 +114,7 @@ async def test_a_new_authority_is_trusted_from_the_next_request_on(node):
     second = Authority.create("second")
     node.ca.write_bytes(second.certificate_pem)
     with pytest.raises(ClusterUnreachable, match="ClientConnectorCertificateError"):
-        await node.cluster.nodes()  # not by a connection that was opened under the old authority
+        await node.cluster.nodes()  # not over a connection opened with the old authority
     node.use(second)
     assert await node.cluster.nodes() == {"rabbit@a": True}
 

@@ -1,4 +1,4 @@
-"""Names: what is possible, what is wrong with the rest, in full; and whose a client id could be."""
+"""Names: which are valid, what is wrong with all others, and which devices a client id could belong to."""
 
 import pytest
 
@@ -65,7 +65,7 @@ WHITE = "white space at an end is not possible"
         ("", "it is empty"),
         ("x" * 129, "it has 129 bytes; at most 128 are possible"),
         ("é" * 65, "it has 130 bytes; at most 128 are possible"),
-        ("\ud800" * 43, "it has 129 bytes; at most 128 are possible"),  # JSON can say half a character
+        ("\ud800" * 43, "it has 129 bytes; at most 128 are possible"),  # JSON can contain half a surrogate pair
         ("a,b", '"," is not possible: RabbitMQ joins several common names of one certificate with it'),
         ("/:a", '":" is not possible: RabbitMQ splits "vhost:user" at it'),
         ("a\x00", CONTROL),

@@ -1,6 +1,5 @@
 """
-The bench authority: certificates that RabbitMQ and TLS accept, files that are safe, and a command that
-repeats.
+The bench authority: certificates that RabbitMQ and TLS accept, safe files, and a command that can be repeated.
 """
 
 from __future__ import annotations
@@ -23,28 +22,28 @@ AUTHORITY = Authority.create("test CA")
 
 
 def verify_client(authority: Authority, issued: Issued) -> list[x509.GeneralName]:
-    """Check a client certificate the way a TLS server does; return its alternative names."""
+    """Verify a client certificate as a TLS server does; return its alternative names."""
     store = Store([read_certificate(authority.certificate_pem)])
     verifier = PolicyBuilder().store(store).build_client_verifier()
     return list(verifier.verify(read_certificate(issued.certificate_pem), []).subjects or [])
 
 
 def verify_server(authority: Authority, issued: Issued, name: str) -> None:
-    """Check a server certificate the way a TLS client does that connects to ``name``."""
+    """Verify a server certificate as a TLS client does that connects to ``name``."""
     store = Store([read_certificate(authority.certificate_pem)])
     verifier = PolicyBuilder().store(store).build_server_verifier(x509.DNSName(name))
     verifier.verify(read_certificate(issued.certificate_pem), [])
 
 
 def test_a_client_certificate_identifies_by_common_name_and_dns_name() -> None:
-    """Its subject is the common name alone; the same name is its DNS alternative."""
+    """The subject is only the common name, which is also the DNS alternative name."""
     issued = AUTHORITY.issue_client("APM0001")
     assert verify_client(AUTHORITY, issued) == [x509.DNSName("APM0001")]
     assert read_certificate(issued.certificate_pem).subject.rfc4514_string() == "CN=APM0001"
 
 
 def test_a_client_certificate_is_no_server_and_no_authority() -> None:
-    """Its usages are those of a client, so it can neither pose as the broker nor sign others."""
+    """Its key usages are those of a client, so it can neither pose as the broker nor sign other certificates."""
     certificate = read_certificate(AUTHORITY.issue_client("localhost").certificate_pem)
     with pytest.raises(VerificationError):
         verify_server(AUTHORITY, AUTHORITY.issue_client("localhost"), "localhost")
@@ -55,7 +54,7 @@ def test_a_client_certificate_is_no_server_and_no_authority() -> None:
 
 
 def test_a_server_certificate_is_good_for_its_names_only() -> None:
-    """Names are normalised, addresses are addresses, and a name that was not asked for is not in it."""
+    """Names are normalised, addresses are IP addresses, and no other name is included."""
     issued = AUTHORITY.issue_server(["RabbitMQ", "127.0.0.1", "0:0::1", "*.example.org"])
     assert server_names(issued.certificate_pem) == {"rabbitmq", "127.0.0.1", "::1", "*.example.org"}
     verify_server(AUTHORITY, issued, "rabbitmq")
@@ -67,14 +66,14 @@ def test_a_server_certificate_is_good_for_its_names_only() -> None:
 
 @pytest.mark.parametrize("names", [[], [""], ["https://broker"], ["broker:8883"], ["a b"], ["x" * 64 + ".org"]])
 def test_a_server_name_must_be_one(names: list[str]) -> None:
-    """A URL, a port or nothing at all is refused."""
+    """A URL, a port or an empty name is refused."""
     with pytest.raises(PKIError):
         AUTHORITY.issue_server(names)
 
 
 @pytest.mark.parametrize("name", ["/:APM0001", "nosuch:APM0001", "a,b", "APM 1", "ünï", "#"])
 def test_tests_can_have_odd_names(name: str) -> None:
-    """The library refuses no common name; the command does."""
+    """The class accepts any common name; the command does not."""
     certificate = read_certificate(AUTHORITY.issue_client(name).certificate_pem)
     (attribute,) = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     assert attribute.value == name
@@ -92,7 +91,7 @@ def test_tests_can_have_two_common_names() -> None:
 
 @pytest.mark.parametrize(("begins", "ends"), [(-2, -1), (1, 2)], ids=["expired", "not yet"])
 def test_tests_can_have_certificates_out_of_their_time(begins: int, ends: int) -> None:
-    """Both ends of the validity are free, and the result fails verification."""
+    """Both ends of the validity can be chosen, and verification fails outside it."""
     now = datetime.now(UTC).replace(microsecond=0)
     begin, end = now + timedelta(days=begins), now + timedelta(days=ends)
     issued = AUTHORITY.issue_client("APM0001", not_before=begin, not_after=end)
@@ -111,7 +110,7 @@ def test_an_end_in_the_past_needs_no_beginning() -> None:
 
 
 def test_an_authority_knows_its_own() -> None:
-    """By signature, not by name."""
+    """By the signature, not by the name."""
     other = Authority.create("test CA")
     assert AUTHORITY.issued(AUTHORITY.issue_client("A").certificate_pem)
     assert not AUTHORITY.issued(other.issue_client("A").certificate_pem)
@@ -121,7 +120,7 @@ def test_an_authority_knows_its_own() -> None:
 
 @pytest.mark.parametrize("case", ["not PEM", "another key", "no authority"])
 def test_loading_says_what_is_wrong(case: str) -> None:
-    """A pair that cannot sign is refused when it is loaded, not when it is used."""
+    """A pair that cannot sign is refused when it is loaded."""
     leaf = AUTHORITY.issue_client("A")
     certificate, key = {
         "not PEM": (b"", b""),
@@ -133,7 +132,7 @@ def test_loading_says_what_is_wrong(case: str) -> None:
 
 
 def written(directory: Path, **options: list[str]) -> dict[str, bool]:
-    """Run make_certificates: which pairs were written (True) or kept (False)."""
+    """Run make_certificates and return which pairs were written (True) or kept (False)."""
     return {outcome.name: outcome.written for outcome in make_certificates(directory, **options)}
 
 
@@ -152,7 +151,7 @@ BASE = ["ca", "internal-ca", "rabbitmq", "authbackend", "broker-client"]
 
 
 def test_one_call_makes_everything(tmp_path: Path) -> None:
-    """Keys are secret, servers have their names, and each certificate has the right authority."""
+    """Keys are private, servers have their names, and each certificate is from the right authority."""
     assert written(tmp_path / "new", devices=["APM0001"]) == dict.fromkeys([*BASE, "APM0001"], True)
     modes = {path.suffix: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "new").iterdir()}
     assert modes == {".pem": 0o644, ".key": 0o600}
@@ -164,7 +163,7 @@ def test_one_call_makes_everything(tmp_path: Path) -> None:
 
 
 def test_a_device_has_no_key_to_the_internal_channel(tmp_path: Path) -> None:
-    """Nor has this service's own server certificate: only the broker's login has."""
+    """Neither does the service's server certificate: only the broker's client certificate gives access."""
     written(tmp_path, devices=["APM0001"])
     for name in ("APM0001", "rabbitmq", "authbackend"):
         with pytest.raises(VerificationError):
@@ -172,7 +171,7 @@ def test_a_device_has_no_key_to_the_internal_channel(tmp_path: Path) -> None:
 
 
 def test_a_second_call_keeps_what_is_there(tmp_path: Path) -> None:
-    """Also a server's certificate for other names than the default, if no names are asked for."""
+    """Including a server certificate for names other than the default, if no names are given."""
     written(tmp_path, devices=["A"], servers=["broker.example.org"])
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     assert written(tmp_path, devices=["A", "B"]) == dict.fromkeys([*BASE, "A"], False) | {"B": True}
@@ -180,7 +179,7 @@ def test_a_second_call_keeps_what_is_there(tmp_path: Path) -> None:
 
 
 def test_a_server_certificate_follows_the_names_asked_for(tmp_path: Path) -> None:
-    """The same names in another order or spelling are no reason to make it again."""
+    """It is kept if the same names are given in another order or spelling."""
     written(tmp_path, servers=["a.example", "::1"])
     assert not written(tmp_path, servers=["0::1", "A.example"])["rabbitmq"]
     changed = written(tmp_path, servers=["b.example"])
@@ -190,7 +189,7 @@ def test_a_server_certificate_follows_the_names_asked_for(tmp_path: Path) -> Non
 
 def test_servers_follow_a_new_authority_and_devices_are_reported(tmp_path: Path) -> None:
     """
-    A server could not serve any more, so it is remade with its names; a device's key is not ours to replace.
+    A server certificate would no longer work, so it is replaced with the same names; a device's key is never replaced.
     """
     written(tmp_path, devices=["A"], servers=["b.example"])
     for name in ("ca", "internal-ca"):
@@ -215,7 +214,7 @@ def test_servers_are_renewed_before_they_end(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "a/b", "../x", "a:b", "a,b", "a b", "a.b", "x" * 65, "ca", "CA", "rabbitmq"])
 def test_bad_device_names_are_refused_before_anything_is_written(tmp_path: Path, name: str) -> None:
-    """A name is a file's name and a topic's level; the other files' names are taken."""
+    """A name is also a file name and a topic level, and must not be that of another file."""
     result = CliRunner().invoke(certs, [str(tmp_path / "new"), "--device", "good", "--device", name])
     assert result.exit_code == 1
     assert result.output.startswith(f"Error: device name {name!r}")
@@ -224,7 +223,7 @@ def test_bad_device_names_are_refused_before_anything_is_written(tmp_path: Path,
 
 @pytest.mark.parametrize(("missing", "there"), [("ca.key", "ca.pem"), ("rabbitmq.pem", "rabbitmq.key")])
 def test_half_a_pair_is_an_error_that_names_both_files(tmp_path: Path, missing: str, there: str) -> None:
-    """Making a new authority over half of an old one would cut off every device."""
+    """Replacing half of an authority by a new one would cut off every device."""
     written(tmp_path)
     (tmp_path / missing).unlink()
     result = CliRunner().invoke(certs, [str(tmp_path)])
@@ -233,7 +232,7 @@ def test_half_a_pair_is_an_error_that_names_both_files(tmp_path: Path, missing: 
 
 
 def test_the_command_says_what_it_did_and_what_goes_where(tmp_path: Path) -> None:
-    """First everything is written; then it is kept."""
+    """The first run writes everything, the second keeps it."""
     directory = tmp_path / "certs"
     first = CliRunner().invoke(certs, [str(directory), "--device", "APM0001", "--server", "broker"])
     assert first.exit_code == 0

@@ -1,4 +1,4 @@
-"""The policy file: every problem with line and column, and what it says is what is read."""
+"""The policy file: it is parsed exactly, and each problem is reported with line and column."""
 
 import pytest
 
@@ -151,9 +151,9 @@ accounts: [{name: a, login: certificate, vhosts: ["/"], rules: [{effect: allow, 
 """
     document, problems = read(text, "f")
     assert problems == []
-    found = lint(document)
-    assert all(problem.line > 1 and problem.column > 1 for problem in found)
-    warnings = "\n".join(problem.message for problem in found)
+    problems = lint(document)
+    assert all(problem.line > 1 and problem.column > 1 for problem in problems)
+    warnings = "\n".join(problem.message for problem in problems)
     for part in (
         "topics of every other device",
         "no client_ids",
@@ -170,7 +170,7 @@ def test_a_clean_file_has_no_warning():
 
 
 def test_every_warning_names_the_line_it_is_about():
-    """Also of two rules that differ in their exchange only."""
+    """Also for two rules that differ only in their exchange."""
     text = """\
 schema: authbackend/1
 accounts:

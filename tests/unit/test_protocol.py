@@ -1,4 +1,4 @@
-"""What RabbitMQ sends is read strictly; what it is answered is exact."""
+"""RabbitMQ's requests are parsed strictly, and the answers are exact."""
 
 from urllib.parse import parse_qsl, urlencode
 
@@ -177,7 +177,7 @@ text = st.text(alphabet=st.characters(blacklist_categories=["Cs"], blacklist_cha
 @given(text, text)
 @settings(max_examples=500, deadline=None)
 def test_what_the_broker_encodes_is_read_back_unchanged(name, key):
-    """``+`` in a topic stays ``+``, and no value injects a parameter."""
+    """``+`` in a topic stays ``+``, and no value can inject a parameter."""
     form = urlencode({"username": name, "routing_key": key}).encode()
     assert parse_form(form) == {"username": name, "routing_key": key}
 
@@ -226,12 +226,12 @@ def test_a_form_is_read_as_the_standard_library_does(form):
     except ValueError:
         expected = None
     try:
-        found = parse_form(form)
+        parsed = parse_form(form)
     except MalformedRequest as fault:
         if fault.cause is Malformed.BAD_ENCODING:
             assert expected is None or protocol._BAD_ESCAPE.search(form.decode())
         return
     assert expected is not None
-    known = [(name, value) for name, value in expected if name in protocol._LIMITS]
-    assert len(dict(known)) == len(known)
-    assert {name: value for name, value in found.items() if name in dict(known)} == dict(known)
+    supported = [(name, value) for name, value in expected if name in protocol._LIMITS]
+    assert len(dict(supported)) == len(supported)
+    assert {name: value for name, value in parsed.items() if name in dict(supported)} == dict(supported)

@@ -1,4 +1,4 @@
-"""The index of rules answers as asking each rule does, whatever the rules, the values and the key."""
+"""The index of rules gives the same answer as checking each rule, for any rules, values and key."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ VALUES = st.builds(
 def test_it_finds_a_rule_exactly_when_one_matches(topics: list[str], values: Values, key: str, effect: Effect) -> None:
     rules = [TopicRule(effect, Permission.WRITE, topic, rule_id=n) for n, topic in enumerate(topics)]
     words = split(key)
-    found = RuleIndex(rules, deny=effect is Effect.DENY).first(values, words)
+    first = RuleIndex(rules, deny=effect is Effect.DENY).first(values, words)
     matching = [rule for rule in rules if rule.matches(values, words)]
-    assert (found is not None) == bool(matching)
-    assert found is None or found in matching
+    assert (first is not None) == bool(matching)
+    assert first is None or first in matching
 
 
 def test_a_key_of_many_words_visits_each_node_once() -> None:
-    """Rules with many wildcards at the beginning share their way; no key makes the walk branch without end."""
+    """Rules that begin with many wildcards share nodes; no key makes the search exponential."""
     rules = [TopicRule(Effect.ALLOW, Permission.WRITE, "/".join(["+", "a"] * 12 + [f"e{n}"])) for n in range(50)]
     rules += [TopicRule(Effect.ALLOW, Permission.WRITE, "/".join(["a", "+"] * 12 + [f"e{n}"])) for n in range(50)]
     index = RuleIndex(rules, deny=False)
@@ -61,7 +61,7 @@ def test_a_key_of_many_words_visits_each_node_once() -> None:
 
 
 def test_a_key_sorts_out_no_more_rules_than_it_meets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first question after a change waits for as little as can be."""
+    """So the first request after a change waits as little as possible."""
     made = []
 
     class Counted(rule_index._Node):
@@ -95,12 +95,12 @@ MANY_RULES = [
 
 
 @pytest.mark.parametrize(
-    ("key", "client_id", "found"),
+    ("key", "client_id", "expected"),
     [
         ("a.b", "c", {"a/b"}),
-        ("a", "c", set()),  # a rule begins so, none ends here
+        ("a", "c", set()),  # rules begin with it, none ends with it
         ("", "c", set()),
-        ("a.b.c", "c", {"a/+/c"}),  # the literal way leads nowhere
+        ("a.b.c", "c", {"a/+/c"}),  # the literal branch matches nothing
         ("a.b.d", "c", {"+/b/d"}),
         ("a.b.e", "c", set()),
         ("a.c.z", "c", {"a/{client_id}/z"}),
@@ -120,14 +120,14 @@ MANY_RULES = [
     ],
 )
 @pytest.mark.parametrize("effect", list(Effect))
-def test_a_rule_among_many_is_found_whatever_ways_lead_to_it(key, client_id, found, effect):
+def test_a_rule_among_many_is_found_whatever_ways_lead_to_it(key, client_id, expected, effect):
     rules = RuleSet(TopicRule(effect, Permission.WRITE, topic, rule_id=n) for n, topic in enumerate(MANY_RULES))
     rule = rules.first(effect, Permission.WRITE, Values({"device_id": "D", "client_id": client_id}), split(key))
-    assert rule is None if not found else rule.topic in found
+    assert rule is None if not expected else rule.topic in expected
 
 
 @pytest.mark.parametrize(
-    ("key", "client_id", "found"),
+    ("key", "client_id", "expected"),
     [
         ("a.anything.z", None, "a/{client_id}/z"),
         ("a.b.c.z", "#", "a/{client_id}/z"),
@@ -136,11 +136,11 @@ def test_a_rule_among_many_is_found_whatever_ways_lead_to_it(key, client_id, fou
         ("a.b.c.z", "c", None),
     ],
 )
-def test_a_deny_rule_among_many_covers_whatever_a_missing_value_could_have_been(key, client_id, found):
+def test_a_deny_rule_among_many_covers_whatever_a_missing_value_could_have_been(key, client_id, expected):
     topics = ["n/1", "a/{client_id}/z", "n/2"]
     rules = RuleSet(TopicRule(Effect.DENY, Permission.WRITE, topic) for topic in topics)
     rule = rules.first(Effect.DENY, Permission.WRITE, Values({"client_id": client_id}), split(key))
-    assert (rule and rule.topic) == found
+    assert (rule and rule.topic) == expected
 
 
 def test_of_rules_that_say_the_same_the_first_is_named():
@@ -163,7 +163,7 @@ def test_a_deny_rule_whose_values_are_there_is_not_asked_by_itself():
 
 
 def test_subscriptions_are_asked_of_each_rule():
-    """A filter must be inside an allow rule; it is not a key."""
+    """A subscription's filter is not a key: an allow rule must contain it."""
     rules = RuleSet(TopicRule(Effect.ALLOW, Permission.READ, topic) for topic in ("a/+", "b", "c"))
     assert rules.first(Effect.ALLOW, Permission.READ, Values({}), ["a", "#"]) is None
     assert rules.first(Effect.ALLOW, Permission.READ, Values({}), ["a", "*"]).topic == "a/+"

@@ -1,4 +1,4 @@
-"""What the tests themselves are run by."""
+"""The test runner itself."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ REPO = Path(__file__).parent.parent.parent
 
 
 def test_tests_in_several_processes_are_of_the_postgresql_that_was_asked_for():
-    """And a version that is not there fails, rather than another one be tested."""
+    """A missing version is an error; another version is never tested instead."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
         [

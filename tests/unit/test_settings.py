@@ -1,4 +1,4 @@
-"""Settings: nothing is ignored in silence, nothing secret is shown."""
+"""Settings: nothing is silently ignored, and no secret is shown."""
 
 import math
 from pathlib import Path
@@ -142,7 +142,7 @@ def test_loopback_needs_none(listen):
 
 
 def field_of(path):
-    """The field of a setting, for example of ("broker", "backlog")."""
+    """Return the field of a setting, for example of ("broker", "backlog")."""
     model = Settings
     for part in path[:-1]:
         model = model.model_fields[part].annotation
@@ -150,7 +150,7 @@ def field_of(path):
 
 
 def value_of(settings, path):
-    """What a setting is."""
+    """Return the value of a setting."""
     for part in path:
         settings = getattr(settings, part)
     return settings
@@ -168,7 +168,7 @@ def test_every_setting_has_a_description(path):
 @EVERY
 @pytest.mark.parametrize("nothing", ["", " "])
 def test_empty_is_unset(path, nothing, tmp_path):
-    """From the environment, where it hides no value of the file, and from the file."""
+    """In the file, and in the environment, where it does not override the file."""
     default = value_of(load({}), path)
     assert value_of(load({variable(path): nothing}), path) == default
     file = tmp_path / "x.toml"

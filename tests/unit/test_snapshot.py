@@ -1,4 +1,4 @@
-"""The copy on disk: what was written comes back whole, and nothing that was damaged is ever half used."""
+"""The copy on disk: it is restored completely, and a damaged copy is never used in part."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def store_of(*names):
 
 
 def feed_read(position=MARK, patch=None):
-    """A look at the database at this moment, whose clock is right."""
+    """Return a refresh from the database now, with a correct clock."""
     return JournalEntry(Instant.now(), position, patch or Patch(), time.time())
 
 
@@ -38,29 +38,29 @@ def snapshot_folder(tmp_path, **kwargs):
 
 
 def restored(tmp_path, **kwargs):
-    """What a fresh start finds, as (store contents, Restored)."""
+    """Return what a new start restores, as (store contents, RestoredSnapshot)."""
     copy = snapshot_folder(tmp_path, **kwargs)
     target = new_store()
     target.close()
     try:
-        found = copy.restore(target.folder)
+        snapshot = copy.restore(target.folder)
     finally:
         copy.close()
-    if found is None:
+    if snapshot is None:
         return None, None
     from authbackend.registry.store import Store
 
     opened = Store(target.folder)
-    for entry in found.entries:
+    for entry in snapshot.entries:
         opened.apply(entry.patch, entry.position, 0.0)
     result = contents(opened)
     opened.close()
-    return result, found
+    return result, snapshot
 
 
 @pytest.fixture
 def written(tmp_path):
-    """A folder with an image of two devices and a journal in which one was suspended and one renamed."""
+    """Write an image of two devices, and a journal in which one is suspended and one renamed; return the folder."""
     store = store_of("d1", "d2")
     copy = snapshot_folder(tmp_path)
     copy.save(store, feed_read())
@@ -83,19 +83,19 @@ def file_of(folder, kind):
 
 
 def entries_begin(data):
-    """Where each entry of a journal begins."""
-    found = [0]
-    while (end := found[-1] + HEADER_BYTES + int.from_bytes(data[found[-1] : found[-1] + 4], "big")) < len(data):
-        found.append(end)
-    return found
+    """Return the offset of each entry of a journal."""
+    offsets = [0]
+    while (end := offsets[-1] + HEADER_BYTES + int.from_bytes(data[offsets[-1] : offsets[-1] + 4], "big")) < len(data):
+        offsets.append(end)
+    return offsets
 
 
 def test_image_and_journal_come_back(tmp_path, written):
     _, expected = written
-    found, told = restored(tmp_path)
-    assert found == expected
-    assert told.entries[-1].position.snapshot == "13:13:"
-    assert told.longest_staleness_s == 900.0
+    content, snapshot = restored(tmp_path)
+    assert content == expected
+    assert snapshot.entries[-1].position.snapshot == "13:13:"
+    assert snapshot.longest_staleness_s == 900.0
 
 
 def test_the_next_start_goes_by_the_limit_that_the_others_were_told(tmp_path, written):
@@ -118,8 +118,8 @@ def test_a_last_entry_that_was_being_written_is_dropped(tmp_path, written, cut):
     journal = file_of(folder, "journal")
     data = journal.read_bytes()
     journal.write_bytes(data[:-cut])
-    _, told = restored(tmp_path)
-    assert [entry.position.snapshot for entry in told.entries] == ["10:10:", "11:11:", "12:12:"]
+    _, snapshot = restored(tmp_path)
+    assert [entry.position.snapshot for entry in snapshot.entries] == ["10:10:", "11:11:", "12:12:"]
 
 
 def test_every_place_at_which_a_last_entry_can_be_cut_short_drops_that_entry_only(tmp_path, written):
@@ -158,13 +158,13 @@ def test_a_flipped_bit_in_a_header_before_one_that_is_cut_short_is_no_second_tor
 
 
 @pytest.mark.parametrize("kind", ["image", "journal"])
-@pytest.mark.parametrize("where", [0.1, 0.5, 0.9])
-def test_a_flipped_bit_refuses_everything(tmp_path, written, kind, where):
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
+def test_a_flipped_bit_refuses_everything(tmp_path, written, kind, fraction):
     folder, _ = written
     file = file_of(folder, kind)
     data = bytearray(file.read_bytes())
     entry_of_length = kind == "journal" and 0
-    position = max(40, int(len(data) * where)) + entry_of_length
+    position = max(40, int(len(data) * fraction)) + entry_of_length
     data[position] ^= 1
     file.write_bytes(data)
     with pytest.raises(SnapshotRefused, match="damaged"):
@@ -195,14 +195,14 @@ def test_a_copy_of_another_database_is_refused(tmp_path, written):
 
 
 def started_anew(monkeypatch, *, synchronised=True, up_s=20.0):
-    """The machine has been switched off and on."""
+    """Simulate a reboot of the machine."""
     monkeypatch.setattr(clocks, "boot", lambda: "another")
     monkeypatch.setattr(clocks, "uptime", lambda: up_s)
     monkeypatch.setattr(clocks, "synchronised", lambda: synchronised)
 
 
 def set_clock(monkeypatch, by_s):
-    """Somebody sets the machine's clock."""
+    """Set the machine's clock."""
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() + by_s)
 
@@ -240,7 +240,7 @@ def test_a_copy_that_was_written_while_the_clock_was_ahead_is_as_old_as_the_data
     copy.save(store_of("d1"), JournalEntry(ahead, MARK, Patch(), time.time()))
     copy.close()
     started_anew(monkeypatch)
-    set_clock(monkeypatch, 3600)  # an hour later, by a clock that is right again
+    set_clock(monkeypatch, 3600)  # an hour later, with a correct clock
     assert restored(tmp_path)[1].age_s == pytest.approx(3600, abs=60)
 
 
@@ -262,10 +262,10 @@ def test_a_copy_from_the_future_is_refused(tmp_path, written, monkeypatch):
         restored(tmp_path)
 
 
-@pytest.mark.parametrize("what", ["folder", "image", "journal"])
-def test_what_others_may_write_is_refused(tmp_path, written, what):
+@pytest.mark.parametrize("item", ["folder", "image", "journal"])
+def test_what_others_may_write_is_refused(tmp_path, written, item):
     folder, _ = written
-    (folder if what == "folder" else file_of(folder, what)).chmod(0o777)
+    (folder if item == "folder" else file_of(folder, item)).chmod(0o777)
     with pytest.raises(SnapshotRefused, match="writable by others"):
         restored(tmp_path)
 
@@ -291,7 +291,7 @@ def test_two_replicas_cannot_share_a_folder(tmp_path):
 
 
 def boot(path):
-    """Start and end once in a folder."""
+    """Start a replica in a folder, stop it, and return its boot."""
     copy = SnapshotFolder(path, "here/db", 900.0)
     try:
         return copy.begin_boot()
@@ -311,8 +311,8 @@ def test_a_restart_knows_which_boots_have_ended(tmp_path):
 def test_a_record_of_boots_that_cannot_be_read_proves_nothing(tmp_path, record):
     folder = boot(tmp_path / "disk").folder
     (tmp_path / "disk/boots").write_text(record)
-    found = boot(tmp_path / "disk")
-    assert (found.folder, found.former, found.former_ended) == (folder, (), False)
+    second = boot(tmp_path / "disk")
+    assert (second.folder, second.former, second.former_ended) == (folder, (), False)
 
 
 def test_the_record_of_boots_does_not_grow_without_end(tmp_path):
@@ -325,12 +325,12 @@ def test_a_copied_folder_proves_nothing_and_its_image_is_not_used(tmp_path, writ
     first = boot(tmp_path / "disk")
     copied = tmp_path / "copied"
     shutil.copytree(tmp_path / "disk", copied)
-    found = boot(copied)
-    assert (found.folder, found.former, found.former_ended) == (first.folder, (), False)
+    second = boot(copied)
+    assert (second.folder, second.former, second.former_ended) == (first.folder, (), False)
     copy = SnapshotFolder(copied, "here/db", 900.0)
     with pytest.raises(SnapshotRefused, match="was copied from another replica's"):
         copy.restore(new_store().folder)
-    copy.save(store_of("d9"), feed_read())  # what it writes itself is its own
+    copy.save(store_of("d9"), feed_read())  # a copy that it writes itself belongs to it
     copy.close()
     copy = SnapshotFolder(copied, "here/db", 900.0)
     assert copy.restore(new_store().folder) is not None
@@ -345,8 +345,8 @@ def test_a_new_image_leaves_nothing_of_the_old_one(tmp_path, written):
     copy.save(store_of("d9"), feed_read())
     copy.close()
     assert len(list(folder.glob("image-*"))) == len(list(folder.glob("journal-*"))) == 1
-    found, _ = restored(tmp_path)
-    assert set(found[0]) == {b"d9"}
+    content, _ = restored(tmp_path)
+    assert set(content[0]) == {b"d9"}
 
 
 def test_a_disk_that_takes_a_few_bytes_at_a_time_gets_all_of_a_manifest(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ sys.stdin.read()
 
 @contextlib.contextmanager
 def another(folder, role):
-    """A process that has the store open, and has read it, for the time of the block."""
+    """Run another process that has opened and read the store, for the duration of the block."""
     with subprocess.Popen(
         [sys.executable, "-c", OPENS, str(folder), role], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -28,7 +28,7 @@ def another(folder, role):
 
 
 def test_who_opens_the_store_later_leaves_alone_who_reads_it_already(tmp_path):
-    """LMDB clears the table of readers for the first to open it; whoever has it open keeps the lock that says so."""
+    """LMDB clears the reader table for the first process that opens the store; any process that has it open holds a lock."""
     with contextlib.closing(Store(tmp_path)) as writer:
         with writer.loading(FeedPosition("epoch", "incarnation", "10:10:"), 7.0):
             pass

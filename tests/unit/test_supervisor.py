@@ -1,9 +1,9 @@
-"""The parent of a replica's processes."""
+"""The supervisor of a replica's processes."""
 
 import subprocess
 import sys
 
-# In an interpreter of its own: it forks. Each child has said that it serves before the parent looks for the first time.
+# In a separate interpreter, because it forks. Each child reports that it serves before the parent first checks.
 ALL_AT_ONCE = """
 import os, signal
 from authbackend.service import supervisor

@@ -1,4 +1,4 @@
-"""A sweep says that it was not done rather than that nothing was found."""
+"""A sweep that was incomplete reports so, instead of reporting no violations."""
 
 import pytest
 
@@ -87,8 +87,8 @@ async def test_a_broker_that_tells_no_serial_number_is_asked_about_by_name():
             asked.append((serials, names))
             return []
 
-    told, untold = (live("A", "A", certificate_subject="CN=A", certificate_serial=text) for text in ("00:AB", None))
-    cluster = Cluster([told], [untold], [live("A", "A")])
+    with_serial, without_serial = (live("A", "A", certificate_subject="CN=A", certificate_serial=text) for text in ("00:AB", None))
+    cluster = Cluster([with_serial], [without_serial], [live("A", "A")])
     await sweep(1.0, cluster, Store()).once()
     assert asked == [(["ab"], []), ([], ["A"]), ([], [])]
 

@@ -1,4 +1,4 @@
-"""What a request's topic costs, counted in comparisons of words: as many as its words and the rules' words together."""
+"""The cost of a request's topic, in comparisons of words: linear in the words of the topic and the rules."""
 
 import pytest
 
@@ -48,7 +48,7 @@ ALLOWED = ["#", "+/+", "a/#", "a/{client_id}/#", "+/+/{n}", "{n}", "a/a/a", "p-{
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Requests' words that count."""
+    """Return the words of a request as counting words."""
     monkeypatch.setattr(decide, "split", lambda key: [Word(word) for word in split(key)])
     Word.count = 0
     return Word
@@ -82,7 +82,7 @@ def several(effect, permission, topics):
     ids=lambda value: value if len(value) < 20 else f"{value[:12]}-{len(value)}",
 )
 def test_comparisons_grow_with_words_plus_rules(counted, permission, key, client_id):
-    """However a client chooses its topic and its client id, and whatever the deny rules."""
+    """For any topic and client id that a client can choose, and any deny rules."""
     deny = several(Effect.DENY, permission, DENIED)
     everything = [TopicRule(Effect.ALLOW, permission, "#")]
     of_rules = sum(2 + len(rule.topic.split("/")) for rule in deny)
@@ -101,7 +101,7 @@ def test_allow_rules_cost_no_more(counted, permission, key, client_id):
 
 
 def test_a_final_many_reads_no_further(counted):
-    """A topic of 65,000 bytes costs a rule ``a/#`` its first words."""
+    """For a topic of 65,000 bytes, a rule ``a/#`` compares only the first words."""
     words = decide.split(".".join(["a"] * LONG))
     counted.count = 0
     rules = RuleSet([TopicRule(Effect.ALLOW, Permission.WRITE, "a/a/#")])

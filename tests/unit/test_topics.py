@@ -1,4 +1,4 @@
-"""The pattern language: the shared vectors, and an oracle that knows nothing but the definition."""
+"""The pattern language, checked by the shared vectors and an oracle that implements only the definition."""
 
 import itertools
 import json
@@ -56,7 +56,7 @@ def test_there_are_all_vectors():
     assert len(VECTORS) == 198
 
 
-# The oracle: a pattern's keys up to a length, spelled out by the definition alone.
+# The oracle: all keys of a pattern up to a length, from the definition alone.
 
 WORDS = ("x", "y", "")
 LONGEST = 6
@@ -95,8 +95,8 @@ def test_overlaps_is_a_common_key(one, other):
 
 def test_every_pair_of_short_patterns_is_answered_by_the_keys_that_both_match():
     """
-    Keys of up to 6 words with a word that neither pattern names tell all there is to patterns of up to 3 words: a
-    shortest common key has no more words than both together, and one that tells two patterns apart has no more either.
+    For patterns of up to 3 words, keys of up to 6 words, including a word in neither pattern, decide everything: a shortest
+    common key, or one that distinguishes two patterns, has no more words than both together.
     """
     short = [list(one) for length in range(4) for one in itertools.product(("x", "y", "*", "#"), repeat=length)]
     every = [list(key) for length in range(7) for key in itertools.product(("x", "y", "fresh"), repeat=length)]
@@ -115,21 +115,21 @@ def test_every_pair_of_short_patterns_is_answered_by_the_keys_that_both_match():
 
 
 def common_key(one, other):
-    """Whether some key is matched by both, by following every pair of positions."""
+    """Return whether both match some key, by following each pair of positions."""
     todo, seen = [(0, 0)], set()
     while todo:
         at = todo.pop()
         if at in seen:
             continue
         seen.add(at)
-        here, there = one[at[0] : at[0] + 1], other[at[1] : at[1] + 1]
-        if not here and not there:
+        left, right = one[at[0] : at[0] + 1], other[at[1] : at[1] + 1]
+        if not left and not right:
             return True
-        if here == ["#"]:
-            todo += [(at[0] + 1, at[1])] + ([(at[0], at[1] + 1)] if there else [])
-        if there == ["#"]:
-            todo += [(at[0], at[1] + 1)] + ([(at[0] + 1, at[1])] if here else [])
-        if here and there and (here == there or "*" in here + there) and "#" not in here + there:
+        if left == ["#"]:
+            todo += [(at[0] + 1, at[1])] + ([(at[0], at[1] + 1)] if right else [])
+        if right == ["#"]:
+            todo += [(at[0], at[1] + 1)] + ([(at[0] + 1, at[1])] if left else [])
+        if left and right and (left == right or "*" in left + right) and "#" not in left + right:
             todo.append((at[0] + 1, at[1] + 1))
     return False
 
@@ -152,7 +152,7 @@ def test_match_of_longer_keys(pattern, key):
 
 
 def test_general_containment_gives_up_as_not_contained():
-    """However hard the question is, it costs a bounded time and is never answered too generously."""
+    """The time is bounded for any input, and a wrong answer can only be a denial."""
     outer = ["*", "#"] * 150 + ["x"]
     inner = ["#", *(["*"] * 300), "#", "x"]
     assert contains(outer, inner)
@@ -244,7 +244,7 @@ def test_good_filters_pass(topic_filter):
 @given(st.text(alphabet="ab/+#*{}._-", max_size=12))
 @settings(max_examples=1500, deadline=None)
 def test_a_filter_met_in_spite_of_its_fault_grants_nothing(text):
-    """Except # in the middle, which means what it says."""
+    """Except # in the middle, which has its usual meaning."""
     fault = topic_filter_fault(text)
     if fault is None or fault == MANY_NOT_LAST:
         return
@@ -297,7 +297,7 @@ def test_no_value_widens_an_allow_rule(topic_filter, value, key):
 @given(rule_filters, values, keys)
 @settings(max_examples=1500, deadline=None)
 def test_no_value_narrows_a_deny_rule(topic_filter, value, key):
-    """Whatever a deny rule covers for a good value, it covers for an unusable one too."""
+    """A deny rule covers at least as much with an unusable value as with a usable one."""
     good = Values({"client_id": "x", "device_id": "d1", "vhost": "x"})
     other = Values({"client_id": value, "device_id": "d1", "vhost": value})
     rules = RuleSet(
@@ -334,7 +334,7 @@ def test_no_text_of_a_filter_passes_for_a_lesser_fault(topic_filter):
     assert not decide.by_rules((rules,), Values({}), Permission.WRITE, key).allowed
 
 
-DEEP = ["x"] * 4097  # one level more than a deny rule is compared with, once a value is missing
+DEEP = ["x"] * 4097  # one level more than deny rules with a missing value are compared with
 
 
 @pytest.mark.parametrize(
@@ -399,7 +399,7 @@ PLACEHOLDERS = {"device_id": "d1", "client_id": "c1", "device_type": "APM", "vho
         ("{device_id}{client_id}", "d1c1", True),
         ("dev-{device_id}/a.b", "dev-d1.a.b", True),
         ("dev-{device_id}/a.b", "dev-d2.a.b", False),
-        ("#/b", "a.b", True),  # met in spite of its fault, it means what it says
+        ("#/b", "a.b", True),  # matched in spite of its fault, it has its usual meaning
         ("#/b", "a.c", False),
     ],
 )
@@ -411,11 +411,11 @@ def test_what_a_rule_covers(topic_filter, key, covers, effect):
     words = split(key)
     assert publish.matches(values, words) is covers
     assert applies(publish, values, words) is covers
-    assert applies(subscribe, values, words) is covers  # without wildcards in the request it is the same question
+    assert applies(subscribe, values, words) is covers  # the same for a request without wildcards
 
 
 def test_whole_levels_are_compared_word_by_word():
-    """Which takes a third of the time of a pattern, and is what the index of rules is built of."""
+    """This takes a third of the time of matching patterns, and is the basis of the index of rules."""
     rule = TopicRule(Effect.ALLOW, Permission.WRITE, "a.b/+/{device_id}/#")
     assert rule.expected == (("a", False), ("b", False), None, ("device_id", True))
     assert rule.has_tail
