@@ -1,4 +1,4 @@
-"""The listeners for people and for health in this process, over a registry that the test writes itself: no database, no other process."""
+"""The admin and health listeners in this process, with a registry that the test writes: no database, no other process."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ TYPE = {
 
 
 def device(name, status="active", other_id=None):
-    """A device of the type APM as the database would hand it over."""
+    """Return a device of the type APM, as the database would."""
     return DeviceRow(
         name.encode(), f"{status[0]}APM\t{other_id or ''}\t\t\t\t".encode(), other_id and other_id.encode()
     )
 
 
 class Replica:
-    """What the listeners show, for the test to change."""
+    """The state that the listeners show, which a test can change."""
 
     def __init__(self):
         self.store = new_store()
@@ -53,8 +53,8 @@ class Replica:
         self.lists = PublishedCrls()
         self.certificates = CertificateMetrics()
         self.collected = CollectorRegistry()
-        self.known = None
-        self.counted = RegistryMetrics(self.collected, lambda known: setattr(self, "known", known))
+        self.published = None
+        self.counted = RegistryMetrics(self.collected, lambda published: setattr(self, "published", published))
         self.present = ReplicaMetrics(
             lambda: Present(
                 self.store.state(),
@@ -63,29 +63,29 @@ class Replica:
                 self.heartbeats.restarts,
                 self.store.memory_bytes(),
             ),
-            lambda: self.known,
+            lambda: self.published,
         )
 
     def application(self, *, loopback=True):
-        """The application for people."""
+        """Return the application of the admin listener."""
         return application(self.store.reader(), DecisionSettings(), loopback=loopback)
 
     def exposition(self):
-        """What Prometheus reads."""
+        """Return the metrics in Prometheus' text format."""
         return metrics.exposition(self.collected, None, self.present, self.certificates)
 
     def health_application(self):
-        """The application for balancers, brokers' hosts and Prometheus."""
+        """Return the application of the health listener."""
         health = Health(self.store.reader(), self.heartbeats, MAX_STALENESS_S)
         return health_application(lambda: self.exposition(), health, self.lists)
 
     def load(self, *devices, age_s=0.0):
-        """Load a registry, ``age_s`` ago."""
+        """Load a registry, as if ``age_s`` ago."""
         patch = Patch({"APM": json.dumps(TYPE).encode()}, {row.name.decode(): row for row in devices}, {})
         self.store.apply(patch, MARK, clocks.uptime() - age_s)
 
     def serve(self):
-        """All workers say that they serve."""
+        """Record that all workers serve."""
         for worker in range(self.heartbeats.workers):
             self.heartbeats.beat(worker, os.getpid())
 
@@ -107,5 +107,5 @@ def empty():
 
 @pytest.fixture
 async def client(aiohttp_client, replica):
-    """A client of the replica's listener for health."""
+    """A client of the replica's health listener."""
     return await aiohttp_client(replica.health_application())

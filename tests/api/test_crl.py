@@ -1,4 +1,4 @@
-"""``/crl/NAME.crl``: what brokers fetch, and wait for."""
+"""The endpoint ``/crl/NAME.crl``, from which brokers fetch lists and wait for new ones."""
 
 import asyncio
 from datetime import UTC, datetime
@@ -20,7 +20,7 @@ def lists(replica):
 
 @pytest.fixture
 def waiting(monkeypatch):
-    """Is set when a request has begun to wait."""
+    """An event that is set when a request has begun to wait."""
     begun = asyncio.Event()
     original = PublishedCrls._next
 
@@ -67,7 +67,7 @@ async def test_a_name_without_a_list_is_not_found(client, lists, path):
 
 
 async def test_before_any_list_was_loaded_it_is_unavailable_and_not_missing(client):
-    """A client that takes 404 for an empty list would let everybody in."""
+    """A client that takes 404 for an empty list would accept every certificate."""
     status, body, _ = await ask(client)
     assert (status, b"have not been loaded yet" in body) == (503, True)
 
@@ -75,7 +75,7 @@ async def test_before_any_list_was_loaded_it_is_unavailable_and_not_missing(clie
 async def test_who_waits_is_answered_by_the_next_list(client, lists, waiting):
     asking = asyncio.create_task(ask(client, **{"If-None-Match": FIRST.etag, "Prefer": "wait=30"}))
     await waiting.wait()
-    lists.replace({"fleet": FIRST, "other": SECOND})  # another authority's is no answer
+    lists.replace({"fleet": FIRST, "other": SECOND})  # a change of another authority's list is no reason to answer
     lists.replace({"fleet": SECOND})
     assert (await asking)[:2] == (200, SECOND.der)
 

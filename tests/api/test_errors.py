@@ -1,10 +1,10 @@
-"""What a listener answers when something goes wrong in it."""
+"""The answers of a listener when a handler fails."""
 
 from structlog.testing import capture_logs
 
 
 async def test_a_bug_is_logged_with_its_place_and_told_without(aiohttp_client, replica):
-    """Whoever asks learns that it is the service's fault; what was wrong may hold secrets, and is for its log."""
+    """The client learns that the service failed; the details may contain secrets, and are only in the log."""
 
     def fails():
         raise RuntimeError("secret")

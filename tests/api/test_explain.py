@@ -1,4 +1,4 @@
-"""``/api/explain``: the verdict of a moment, and what it was decided by; for this host only."""
+"""The endpoint ``/api/explain``: the current verdict and its reason, only from this host."""
 
 import pytest
 
@@ -8,7 +8,7 @@ ASKED = {"device": "APM0001", "action": "publish", "topic": "fleet/APM0001/telem
 
 @pytest.fixture
 async def client(aiohttp_client, replica):
-    """A client of the replica's listener for people."""
+    """A client of the replica's admin listener."""
     return await aiohttp_client(replica.application())
 
 
@@ -21,28 +21,28 @@ async def explained(client, status=200, headers=None, **changes):
 
 
 async def test_an_allowed_publish_names_its_rule(client):
-    told = await explained(client)
-    assert (told["verdict"], told["device"], told["device_type"]) == ("allow", "APM0001", "APM")
-    assert told["routing_key"] == "fleet.APM0001.telemetry.speed"
-    assert (told["rule"]["id"], told["rule"]["effect"], told["rule"]["action"]) == (1, "allow", "publish")
+    explanation = await explained(client)
+    assert (explanation["verdict"], explanation["device"], explanation["device_type"]) == ("allow", "APM0001", "APM")
+    assert explanation["routing_key"] == "fleet.APM0001.telemetry.speed"
+    assert (explanation["rule"]["id"], explanation["rule"]["effect"], explanation["rule"]["action"]) == (1, "allow", "publish")
 
 
 async def test_a_deny_rule_is_named_as_the_one_that_decided(client):
-    told = await explained(client, topic="fleet/APM0001/telemetry/raw")
-    assert (told["verdict"], told["reason"], told["rule"]["id"]) == ("deny", "rule_denies", 2)
+    explanation = await explained(client, topic="fleet/APM0001/telemetry/raw")
+    assert (explanation["verdict"], explanation["reason"], explanation["rule"]["id"]) == ("deny", "rule_denies", 2)
 
 
 async def test_what_no_rule_allows_names_the_nearest(client):
-    told = await explained(client, topic="fleet/APM0002/telemetry/speed")
-    assert (told["verdict"], told["reason"], told["rule"]) == ("deny", "no_rule_allows", None)
-    assert told["nearest"][0]["missing"] == 'level 2 is "APM0002", the rule wants "APM0001"'
+    explanation = await explained(client, topic="fleet/APM0002/telemetry/speed")
+    assert (explanation["verdict"], explanation["reason"], explanation["rule"]) == ("deny", "no_rule_allows", None)
+    assert explanation["nearest"][0]["missing"] == 'level 2 is "APM0002", the rule wants "APM0001"'
 
 
 async def test_a_device_is_found_by_its_id_and_by_its_common_name(client):
     for name in ("APM0009", "gone"):
-        told = await explained(client, device=name)
-        assert (told["device"], told["status"]) == ("APM0009", "revoked")
-        assert (told["verdict"], told["reason"], told["decided_at"]) == ("deny", "device_revoked", "login")
+        explanation = await explained(client, device=name)
+        assert (explanation["device"], explanation["status"]) == ("APM0009", "revoked")
+        assert (explanation["verdict"], explanation["reason"], explanation["decided_at"]) == ("deny", "device_revoked", "login")
 
 
 async def test_a_subscription_is_judged_by_the_rules_for_subscriptions(client):
@@ -52,10 +52,10 @@ async def test_a_subscription_is_judged_by_the_rules_for_subscriptions(client):
 
 async def test_client_id_and_vhost_count_when_they_are_given(client):
     assert (await explained(client))["client_id"] == "APM0001"
-    told = await explained(client, client_id="APM0002")
-    assert (told["verdict"], told["reason"]) == ("deny", "client_id_not_bound")
-    told = await explained(client, vhost="plant")
-    assert (told["verdict"], told["vhost"], told["decided_at"]) == ("deny", "plant", "vhost")
+    explanation = await explained(client, client_id="APM0002")
+    assert (explanation["verdict"], explanation["reason"]) == ("deny", "client_id_not_bound")
+    explanation = await explained(client, vhost="plant")
+    assert (explanation["verdict"], explanation["vhost"], explanation["decided_at"]) == ("deny", "plant", "vhost")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Metrics cost the process that answers health little, however many ask."""
+"""Metrics take little time from the process that answers health checks, however many clients ask."""
 
 import asyncio
 
@@ -12,12 +12,12 @@ from tests.api.conftest import MAX_STALENESS_S
 
 @pytest.fixture
 async def counting(aiohttp_client, replica):
-    """A client, and what was rendered for it: the state of the moment, told by the test."""
+    """A client, and the state at each rendering, which the test sets."""
     rendered = []
 
     def render():
-        rendered.append(replica.known)
-        return f"known {replica.known}\n".encode()
+        rendered.append(replica.published)
+        return f"published {replica.published}\n".encode()
 
     health = Health(replica.store.reader(), replica.heartbeats, MAX_STALENESS_S)
     return await aiohttp_client(health_application(render, health, replica.lists)), rendered
@@ -31,8 +31,8 @@ async def scrape(client):
 async def test_what_is_read_is_never_older_than_the_question(counting, replica):
     client, _ = counting
     for number in range(20):
-        replica.known = number
-        assert await scrape(client) == f"known {number}\n"
+        replica.published = number
+        assert await scrape(client) == f"published {number}\n"
 
 
 async def test_everybody_who_waits_is_answered_by_one_rendering(monkeypatch):
@@ -61,7 +61,7 @@ async def test_everybody_who_waits_is_answered_by_one_rendering(monkeypatch):
         everybody_asked.set()
         assert {answer.body for answer in await asyncio.gather(*asking)} == {b"metrics"}
     assert len(rendered) == 3
-    share = 0.1 * len(rendered) / (clock[0] - 100.0 + slept[1])  # the pause after the last one counts as well
+    share = 0.1 * len(rendered) / (clock[0] - 100.0 + slept[1])  # including the pause after the last one
     assert share == pytest.approx(METRICS_SHARE)
 
 

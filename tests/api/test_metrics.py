@@ -1,4 +1,4 @@
-"""What Prometheus reads."""
+"""The metrics as Prometheus reads them."""
 
 import math
 
@@ -17,26 +17,26 @@ async def series(client):
 
 async def test_the_registry_and_its_age_are_told(client, replica):
     replica.store.note(synced_at=clocks.uptime() - 50)
-    found = await series(client)
-    assert found["authbackend_registry_entries", "device"] == 2
-    assert found["authbackend_registry_entries", "account"] == 0
-    assert found["authbackend_registry_sync_age_seconds",] >= 50
-    assert found["authbackend_registry_version",] == 100
+    metrics = await series(client)
+    assert metrics["authbackend_registry_entries", "device"] == 2
+    assert metrics["authbackend_registry_entries", "account"] == 0
+    assert metrics["authbackend_registry_sync_age_seconds",] >= 50
+    assert metrics["authbackend_registry_version",] == 100
 
 
 async def test_failed_looks_and_workers_that_were_started_again_are_counted(client, replica):
     replica.counted.refresh_failed()
     replica.heartbeats.gone(0)
-    found = await series(client)
-    assert found["authbackend_registry_sync_failures_total",] == 1
-    assert found["authbackend_worker_restarts",] == 1
+    metrics = await series(client)
+    assert metrics["authbackend_registry_sync_failures_total",] == 1
+    assert metrics["authbackend_worker_restarts",] == 1
 
 
 async def test_before_the_first_load_there_is_something_to_read(aiohttp_client, empty):
-    found = await series(await aiohttp_client(empty.health_application()))
-    assert found["authbackend_registry_entries", "device"] == 0
-    assert ("authbackend_registry_version",) not in found
-    assert math.isnan(found["authbackend_registry_sync_age_seconds",])
+    metrics = await series(await aiohttp_client(empty.health_application()))
+    assert metrics["authbackend_registry_entries", "device"] == 0
+    assert ("authbackend_registry_version",) not in metrics
+    assert math.isnan(metrics["authbackend_registry_sync_age_seconds",])
 
 
 async def test_certificates_and_lists_are_told_when_they_are_known(client, replica):
@@ -45,10 +45,10 @@ async def test_certificates_and_lists_are_told_when_they_are_known(client, repli
     replica.certificates.expired = 3
     replica.certificates.within = {"APM": (1, 2, 4)}
     replica.certificates.next_updates = {"fleet": 1_800_000_000.0}
-    found = await series(client)
-    assert found["authbackend_certificates_expired_active",] == 3
-    assert [found["authbackend_certificates_expiring", days, "APM"] for days in ("7", "30", "90")] == [1, 2, 4]
-    assert found["authbackend_crl_next_update_timestamp_seconds", "fleet"] == 1_800_000_000
+    metrics = await series(client)
+    assert metrics["authbackend_certificates_expired_active",] == 3
+    assert [metrics["authbackend_certificates_expiring", days, "APM"] for days in ("7", "30", "90")] == [1, 2, 4]
+    assert metrics["authbackend_crl_next_update_timestamp_seconds", "fleet"] == 1_800_000_000
 
 
 async def test_metrics_are_read_only_and_other_paths_are_nothing(client):

@@ -1,4 +1,4 @@
-"""A broker for a few devices that does as it is told, on a thread of its own: what RabbitMQ does on a bad day."""
+"""A fake broker with configurable faults, on a separate thread, for faults that a real RabbitMQ shows only on a bad day."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Self
 
 class FakeBroker:
     """
-    Takes MQTT over mutual TLS; reads packets by their length only. Use with ``with``.
+    Accepts MQTT over mutual TLS and parses only what it answers; runs for the duration of a ``with`` block.
 
     Args:
-        directory: of ``authbackend certs``.
-        connack: the code of CONNACK by client id; 0 for all others.
-        suback: the code of SUBACK by client id; the QoS 1 for all others.
-        silent: client ids whose publishes are never acknowledged.
-        closes_on_publish: client ids whose connection is closed on a publish, as RabbitMQ refuses.
+        directory: Output of ``authbackend certs``.
+        connack: Code of CONNACK by client id; 0 for all others.
+        suback: Code of SUBACK by client id; QoS 1 for all others.
+        silent: Client ids whose publishes are never acknowledged.
+        closes_on_publish: Client ids whose connection is closed on a publish, which is how RabbitMQ refuses one.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class FakeBroker:
         await asyncio.sleep(0)
 
     def close_all(self) -> None:
-        """Close every connection, as a broker that ends."""
+        """Close all connections, like a broker that stops."""
         self._loop.call_soon_threadsafe(lambda: [writer.transport.abort() for writer in self._writers])
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

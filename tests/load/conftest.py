@@ -1,4 +1,4 @@
-"""Certificates of a small fleet, made once."""
+"""Certificates of a small fleet, made once per session."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COUNT, REVOKED = 12, 2
 
 @pytest.fixture(scope="session")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """APM000001 to APM000012; the last two are revoked."""
+    """Make APM000001 to APM000012, of which the last two are revoked; return the directory."""
     place = tmp_path_factory.mktemp("fleet")
     certificates.make(place, certificates.device_ids("APM", COUNT), device_type="APM", revoked=REVOKED)
     return place

@@ -1,4 +1,4 @@
-"""``authbackend-load certificates`` makes what a TLS client and ``authbackend`` take."""
+"""``authbackend-load certificates`` makes files that TLS clients and ``authbackend`` accept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packets as OASIS writes them (MQTT 3.1.1 and 5.0), in pieces of any size, and what is no packet."""
+"""Packets as in the OASIS specifications (MQTT 3.1.1 and 5.0), in pieces of any size, and malformed packets."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ CASES = [
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_what_the_broker_sends_is_read(version: int, data: str, packet: codec.Packet, size: int) -> None:
     decoder, sent = codec.Decoder(version), bytes.fromhex(data) * 2
-    found = [one for at in range(0, len(sent), size) for one in decoder.feed(sent[at : at + size])]
-    assert found == [packet, packet]
+    packets = [one for at in range(0, len(sent), size) for one in decoder.feed(sent[at : at + size])]
+    assert packets == [packet, packet]
 
 
 def test_a_long_packet_is_read() -> None:
-    """Its length has more than one byte, and arrives in pieces."""
+    """Its length takes more than one byte, which arrive separately."""
     data = codec.publish("a", b"x" * 20_000, 1, 5, version=5)
     decoder = codec.Decoder(5)
     assert list(decoder.feed(data[:2])) == []

@@ -1,4 +1,4 @@
-"""Percentiles and counts mean what they say, also when added up over processes."""
+"""Percentiles and counts are exact, also when merged from several processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_percentile_is_exact_to_one_percent(fraction: float) -> None:
 
 
 def test_histograms_of_processes_add_up() -> None:
-    """Also after a journey as JSON."""
+    """Also after a round trip through JSON."""
     parts, whole = [Histogram(), Histogram()], Histogram()
     for number in range(1, 101):
         parts[number % 2].add(number / 1000)

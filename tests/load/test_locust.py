@@ -1,4 +1,4 @@
-"""Several machines, by Locust: a master without a face and two workers, each with its own devices."""
+"""A distributed Locust run: a headless master and two workers, each with its own devices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOCUSTFILE = Path(__file__).resolve().parents[2] / "authbackend_load/locustfile.
 
 
 def _free_port() -> int:
-    """A port that nobody gets who asks for any free one, between the look and Locust's start."""
+    """Return a free port outside the range of ephemeral ports, so that no process takes it before Locust starts."""
     while True:
         port = random.randrange(10_000, 25_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -25,7 +25,7 @@ def _free_port() -> int:
 
 
 def test_a_master_and_two_workers_share_the_devices(directory: Path, tmp_path: Path) -> None:
-    """Ten active devices, five for each worker; no certificate is used twice, and the revoked ones not at all."""
+    """Ten active devices, five for each worker; no certificate is used twice, and revoked ones are never used."""
     locust = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE)]
     port = str(_free_port())
     with FakeBroker(directory) as broker:
@@ -43,11 +43,11 @@ def test_a_master_and_two_workers_share_the_devices(directory: Path, tmp_path: P
             done = subprocess.run(
                 [*locust, *bind, *options, *fleet, *ends], cwd=tmp_path, capture_output=True, text=True, timeout=120
             )
-            said = [worker.communicate(timeout=60)[0].decode() for worker in workers]
+            outputs = [worker.communicate(timeout=60)[0].decode() for worker in workers]
         finally:
             for worker in workers:
                 worker.kill()
-    assert done.returncode == 0, (done.stdout, done.stderr, said)
+    assert done.returncode == 0, (done.stdout, done.stderr, outputs)
     assert broker.names == {f"APM{number:06d}": 1 for number in range(1, 11)}
     figures = {row["name"]: row for row in json.loads(done.stdout)}
     assert {name: figures[name]["num_requests"] for name in ("handshake", "connack", "suback")} == dict.fromkeys(

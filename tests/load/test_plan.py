@@ -1,4 +1,4 @@
-"""When the devices of a fleet begin."""
+"""The times at which the devices of a fleet begin."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def test_all_at_once_and_at_a_rate():
 
 @pytest.mark.parametrize(("at_s", "expected"), [(0, 0), (5, 125), (10, 500), (11, 600), (20, 1500)])
 def test_a_ramp_reaches_the_rate_evenly(at_s, expected):
-    """A hundred a second after ten seconds: 500 by then, a hundred more each second afterwards."""
+    """With 100 per second reached after ten seconds: 500 by then, and 100 more each second afterwards."""
     assert begun(Plan(rate_per_s=100, ramp_s=10), at_s) == pytest.approx(expected, abs=2)
 
 

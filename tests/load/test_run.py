@@ -1,4 +1,4 @@
-"""``authbackend-load run`` against a broker that does as it is told."""
+"""``authbackend-load run`` against a fake broker with configurable faults."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ REFUSED = dict.fromkeys(REVOKED, 0x86)
 
 
 def invoke(directory: Path, port: int, *options: str) -> Result:
-    """Run the command; ``--processes 2`` unless told otherwise."""
+    """Run the command, by default with ``--processes 2``."""
     command = ["run", str(directory), "--port", str(port), "--processes", "2", "--quiet", "--retry-delay", "0.05"]
     return CliRunner().invoke(main, [*command, *options])
 
 
 def result_of(done: Result) -> dict[str, Any]:
-    """The JSON that it printed."""
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    """Return the JSON that the command printed."""
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
 
 
 @pytest.mark.parametrize("mqtt", ["3.1.1", "5"])
@@ -77,7 +77,7 @@ def test_a_cycle_counts_from_its_planned_start_waiting_for_its_turn_included(dir
     with FakeBroker(directory) as broker:
         done = invoke(directory, broker.port, "--count", "10", "--processes", "1", "--in-flight", "1")
     result = result_of(done)
-    all_s = result["storms"][0]["duration_s"]  # one after the other, and all were planned for the beginning
+    all_s = result["storms"][0]["duration_s"]  # one after the other, although all were planned for the beginning
     assert result["latency_ms"]["cycle"]["max"] == pytest.approx(all_s * 1000, abs=1)
 
 
@@ -115,7 +115,7 @@ def test_a_revoked_device_that_gets_in_is_told(directory: Path) -> None:
     ],
 )
 def test_a_device_that_is_refused_wrongly_is_told(directory: Path, faults: dict[str, Any], cause: str) -> None:
-    """The others finish, it does not; every attempt is counted."""
+    """The other devices finish, this one does not; each attempt is counted."""
     with FakeBroker(directory, **faults) as broker:
         done = invoke(directory, broker.port, "--count", "3", "--time-limit", "2")
     assert done.exit_code == 1
@@ -206,7 +206,7 @@ def test_the_result_is_written_and_drawn(directory: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--count", "99"], "has only 12 of 99 devices"),
         (["--share", "4/3"], "write it as 2/3"),
@@ -214,10 +214,10 @@ def test_the_result_is_written_and_drawn(directory: Path, tmp_path: Path) -> Non
         (["--ca", "/no/such/file"], "/no/such/file is missing"),
     ],
 )
-def test_what_cannot_run_says_why(directory: Path, options: list[str], said: str) -> None:
+def test_what_cannot_run_says_why(directory: Path, options: list[str], message: str) -> None:
     done = invoke(directory, 1, *options)
     assert done.exit_code == 2
-    assert said in done.stderr
+    assert message in done.stderr
 
 
 def test_a_certificate_that_is_broken_is_named(directory: Path, tmp_path: Path) -> None:

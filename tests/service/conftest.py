@@ -1,4 +1,4 @@
-"""The service in this process, on free ports of loopback, with a database of the test's own."""
+"""Runs the service in this process, on free ports of loopback, with a separate database for each test."""
 
 import asyncio
 import contextlib
@@ -36,7 +36,7 @@ devices:
 accounts:
   - {name: ops, login: password, tags: [monitoring, management], vhosts: ["/"], password_hash: HASH}
 """
-# Of "correct horse", with little work: what is tested is not how slow argon2id is.
+# Of "correct horse", with low cost: the tests are not about the speed of argon2id.
 HASH = "$argon2id$v=19$m=64,t=1,p=1$ILOCj2QWgXeueD+AJ6035g$3iEr/r/DmyFDXcKU0O2MHtxAp8iWZzsl2J54aNKSTHE"
 
 
@@ -48,7 +48,7 @@ async def apply(dsn, text):
 
 
 async def until(condition, what, deadline_s=30.0):
-    """Wait until something is true; the deadline is a guard, not a measurement."""
+    """Wait until a condition holds; the deadline is only a safeguard."""
     end = time.monotonic() + deadline_s
     while True:
         result = await condition()
@@ -60,7 +60,7 @@ async def until(condition, what, deadline_s=30.0):
 
 @dataclass
 class Running:
-    """A running service and a client of its listeners."""
+    """A running service, and a client of its listeners."""
 
     broker: str
     admin: str
@@ -68,17 +68,17 @@ class Running:
     http: aiohttp.ClientSession
 
     async def ask(self, question, form, **kwargs):
-        """POST a form (a dict, or the raw body) to /auth/QUESTION; returns (status, text)."""
+        """POST a form (a dict, or the raw body) to /auth/QUESTION; return (status, text)."""
         headers = {"Content-Type": "application/x-www-form-urlencoded"}
         async with self.http.post(f"{self.broker}/auth/{question}", data=form, headers=headers, **kwargs) as response:
             return response.status, await response.text()
 
     async def login(self, username, **form):
-        """The answer to a login."""
+        """Return the answer to a login."""
         return (await self.ask("user", {"username": username, **form}))[1]
 
     async def publish(self, username, key, client_id=None):
-        """The answer to a publish."""
+        """Return the answer to a publish."""
         form = {
             "username": username,
             "vhost": "/",
@@ -91,37 +91,37 @@ class Running:
         return (await self.ask("topic", form))[1]
 
     async def get(self, url):
-        """GET a path, of the people's listener if it is one of /api; returns (status, text)."""
+        """GET a path, from the admin listener if it begins with /api; return (status, text)."""
         where = self.admin if url.startswith("/api/") else self.health
         async with self.http.get(where + url) as response:
             return response.status, await response.text()
 
     async def ready(self):
-        """Whether the service says that it is ready."""
+        """Return whether the service reports that it is ready."""
         return (await self.get("/health/ready"))[0] == 200
 
     async def metric(self, name, **labels):
-        """The value of one series, 0 when it is not there."""
+        """Return the value of one series; 0 if it does not exist."""
         _, text = await self.get("/metrics")
         for line in text.splitlines():
             head, _, value = line.rpartition(" ")
-            found, _, rest = head.partition("{")
+            series, _, rest = head.partition("{")
             pairs = dict(part.split("=", 1) for part in rest.rstrip("}").split(",") if part)
-            if found == name and all(json.loads(pairs.get(key, '""')) == wanted for key, wanted in labels.items()):
+            if series == name and all(json.loads(pairs.get(key, '""')) == expected for key, expected in labels.items()):
                 return float(value)
         return 0.0
 
 
 @contextlib.asynccontextmanager
 async def memory():
-    """An empty folder on a file system in memory."""
+    """Create an empty folder on a file system in memory."""
     with tempfile.TemporaryDirectory(prefix="authbackend-test-", dir="/dev/shm") as folder:
         yield Path(folder)
 
 
 @contextlib.asynccontextmanager
 async def running(dsn, *, wait=True, **environment):
-    """Run the service with further settings, for example ``BROKER__DENY_REASONS="true"``."""
+    """Run the service with additional settings, for example ``BROKER__DENY_REASONS="true"``."""
     variables = {f"AUTHBACKEND_{name}": value for name, value in {**PATIENT, **environment}.items()}
     settings = load(
         {
@@ -149,7 +149,7 @@ async def service(dsn):
 
 @pytest.fixture
 async def sql(dsn):
-    """Run a statement as a person with psql would."""
+    """Run a statement, as a person would with psql."""
     connection = await asyncpg.connect(dsn)
     try:
         yield connection.execute

@@ -1,4 +1,4 @@
-"""What RabbitMQ gets over HTTP: exact texts, never an exception page, own failures apart."""
+"""The HTTP answers to RabbitMQ: exact texts, never an error page, and failures of authbackend distinct from denials."""
 
 import asyncio
 import http.client
@@ -19,7 +19,7 @@ from tests.service.conftest import HASH, POLICY, apply, running, until
 
 
 def raw(service, data):
-    """Send bytes on a connection of its own and return everything that comes back."""
+    """Send bytes on a new connection and return everything that comes back."""
     where = urlsplit(service.broker)
     with socket.create_connection((where.hostname, where.port), timeout=5) as connection:
         connection.sendall(data)
@@ -106,11 +106,11 @@ async def test_what_is_not_rabbitmqs_is_denied_and_counted(service, cause, metho
     assert body_of(answer) == (b"" if method == b"HEAD" else b"deny")
 
     async def counted():
-        found = [
+        values = [
             await service.metric("authbackend_malformed_requests_total", endpoint=e, cause=cause)
             for e in ("user", "none")
         ]
-        return sum(found) == 1
+        return sum(values) == 1
 
     await until(counted, "the malformed request is counted by its cause")
 
@@ -144,7 +144,7 @@ async def test_decisions_are_counted_by_reason_and_type(service):
 
 
 async def test_the_number_of_series_does_not_grow_with_devices(service):
-    of_their_own = ("registry", "replica", "certificates", "crl", "authority")  # they come when the database has told
+    of_their_own = ("registry", "replica", "certificates", "crl", "authority")  # they exist once the database has been read
 
     async def series():
         _, text = await service.get("/metrics")
@@ -175,7 +175,7 @@ async def test_promtool_finds_the_metrics_clean(service):
 
 
 async def test_a_slow_sender_gets_no_more_than_its_time(dsn):
-    """The head came, the body does not: the request fails by itself and is our failure, not a denial."""
+    """The headers arrive, the body does not: only this request fails, and counts as a failure, not a denial."""
     await apply(dsn, POLICY.replace("HASH", f'"{HASH}"'))
     async with running(dsn, BROKER__REQUEST_TIMEOUT_S="0.2") as service:
         request = b"POST /auth/user HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nusername="
@@ -203,7 +203,7 @@ async def test_before_the_first_load_it_is_unavailable_and_not_ready(postgres):
 
 @pytest.fixture
 async def cut_off(postgres, database):
-    """Lets nobody connect to the database of this test, or lets them again."""
+    """Blocks connections to the database of this test, and allows them again."""
     admin = await asyncpg.connect(postgres.dsn("postgres"))
 
     async def switch(allowed):
@@ -221,7 +221,7 @@ async def test_an_outage_changes_no_verdict(service, cut_off):
     async def missed():
         return await service.metric("authbackend_registry_sync_failures_total") > 0
 
-    await until(missed, "a look at the database failed")
+    await until(missed, "a read of the database failed")
     assert await service.login("APM0001") == "allow"
     status, text = await service.get("/health/ready")
     assert status == 200
@@ -229,7 +229,7 @@ async def test_an_outage_changes_no_verdict(service, cut_off):
 
 
 async def test_a_stale_copy_denies_everything_and_says_so(dsn, cut_off):
-    """With 200 as usual."""
+    """The status is 200, as always."""
     await apply(dsn, POLICY.replace("HASH", f'"{HASH}"'))
     staleness = {"REGISTRY__MAX_STALENESS_S": "1.5", "REGISTRY__POLL_INTERVAL_S": "0.1", "BROKER__DENY_REASONS": "true"}
     async with running(dsn, **staleness) as service:
@@ -267,9 +267,9 @@ async def test_a_keep_alive_connection_serves_many_requests(service):
 async def test_explanations_are_for_this_host_only(service):
     path = "/api/explain?device=APM0001&action=publish&topic=fleet/APM0002/telemetry/x"
     status, text = await service.get(path)
-    found = json.loads(text)
-    assert (status, found["verdict"], found["reason"]) == (200, "deny", "no_rule_allows")
-    assert 'level 2 is "APM0002", the rule wants "APM0001"' in found["nearest"][0]["missing"]
+    explanation = json.loads(text)
+    assert (status, explanation["verdict"], explanation["reason"]) == (200, "deny", "no_rule_allows")
+    assert 'level 2 is "APM0002", the rule wants "APM0001"' in explanation["nearest"][0]["missing"]
     async with service.http.get(service.admin + path, headers={"Host": "evil.example"}) as response:
         assert response.status == 421
     assert (await service.get("/api/explain?device=nobody&action=publish&topic=x"))[0] == 404
@@ -317,12 +317,12 @@ async def test_a_wrong_path_is_logged_once_a_minute(service, monkeypatch):
             monkeypatch.setattr(server.time, "monotonic", lambda passed=passed: began + passed)
             async with service.http.post(f"{service.broker}/topic", data=b"") as response:
                 assert response.status == 404
-    found = [line for line in lines if line["event"] == "broker.unknown_path"]
-    assert [line["unlogged"] for line in found] == [0, 2]
+    logged = [line for line in lines if line["event"] == "broker.unknown_path"]
+    assert [line["unlogged"] for line in logged] == [0, 2]
 
 
 async def test_a_client_that_waits_to_be_told_may_send_its_body(service):
-    """curl asks so before a large body."""
+    """curl sends ``Expect: 100-continue`` before a large body."""
     where = urlsplit(service.broker)
     form = b"username=APM0001"
     reader, writer = await asyncio.open_connection(where.hostname, where.port)

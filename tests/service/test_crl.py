@@ -1,4 +1,4 @@
-"""Revocation lists on the listener for health: served from memory, signed by the replica that has the authority."""
+"""CRLs on the health listener: served from memory, and signed by the replica that has the authority."""
 
 import asyncio
 import contextlib
@@ -46,7 +46,7 @@ def authority(made):
 
 @contextlib.asynccontextmanager
 async def serving(dsn, made=None):
-    """A service; with the authority of a folder, it signs."""
+    """Run a service; if given the folder of an authority, it signs that authority's list."""
     environment = {
         "AUTHBACKEND_DATABASE__DSN": dsn,
         "AUTHBACKEND_BROKER__LISTEN": "127.0.0.1:0",
@@ -69,7 +69,7 @@ async def serving(dsn, made=None):
 
 @pytest.fixture
 async def revoked(connection, authority):
-    """The authority is known, and has revoked one certificate."""
+    """Record the authority and one revoked certificate."""
     await save_authority(connection, authority)
     await add(connection, authority, "a1", "revoked")
 
@@ -88,7 +88,7 @@ async def ask(asking, path="/crl/fleet.crl", **headers):
 
 
 async def published(asking):
-    """The list as soon as there is one."""
+    """Wait for a list and return it."""
 
     async def is_there():
         status, body, headers = await ask(asking)
@@ -135,11 +135,11 @@ async def test_who_waits_is_answered_when_nothing_changes_and_when_the_service_s
     async with contextlib.AsyncExitStack() as stack:
         async with serving(dsn, made) as asking:
             _, headers = await published(asking)
-            known = headers["ETag"]
-            assert (await ask(asking, **{"If-None-Match": known, "Prefer": "respond-async, wait=0"}))[0] == 304
+            etag = headers["ETag"]
+            assert (await ask(asking, **{"If-None-Match": etag, "Prefer": "respond-async, wait=0"}))[0] == 304
             patient = await stack.enter_async_context(aiohttp.ClientSession(asking._base_url))
             somebody_waits.clear()
-            waiting = asyncio.create_task(ask(patient, **{"If-None-Match": known, "Prefer": "wait=60"}))
+            waiting = asyncio.create_task(ask(patient, **{"If-None-Match": etag, "Prefer": "wait=60"}))
             await asyncio.wait_for(somebody_waits.wait(), 30)
         assert (await asyncio.wait_for(waiting, 30))[0] == 304
 
@@ -215,7 +215,7 @@ async def test_the_host_of_a_node_reports_what_it_has_installed_and_whoever_rest
             assert list((tmp_path / "crl").iterdir())
             assert await connection.fetchval("select role from crl_reporter where node = 'rabbit@one'") == "host"
             counts = await connection.fetchval("select counts_until - reported_at from crl_installed")
-            assert abs(counts - timedelta(seconds=220)) < timedelta(seconds=1)  # two looks at the clock
+            assert abs(counts - timedelta(seconds=220)) < timedelta(seconds=1)  # the clock is read twice
             await connection.execute("update crl_installed set number = $1", number + 10**9)
             await connection.execute("notify crl")
 
@@ -255,7 +255,7 @@ async def test_what_a_version_without_that_record_has_listed_is_put_on_record(ds
         async def on_record():
             return await connection.fetchval("select count(*) from crl_listed") == 1
 
-        await until(on_record, "what is on the list is known")
+        await until(on_record, "the entries of the list are recorded")
 
 
 async def test_a_list_from_a_clock_that_was_ahead_is_signed_again_at_once(dsn, made, revoked, connection):
@@ -330,11 +330,11 @@ async def test_metrics_tell_of_lists_and_of_what_ends(dsn, made, revoked, connec
     async with serving(dsn, made) as asking:
         await published(asking)
 
-        async def told():
+        async def counted():
             text = (await ask(asking, "/metrics"))[1].decode()
             return text if "authbackend_certificates_expired_active 0.0" in text else None
 
-        text = await until(told, "it has counted")
+        text = await until(counted, "it has counted")
     assert 'authbackend_certificates_expiring{days="7",device_type="unknown"} 1.0' in text
     assert 'authbackend_authority_not_after_timestamp_seconds{authority="fleet"}' in text
     assert 'authbackend_crl_next_update_timestamp_seconds{authority="fleet"}' in text
@@ -357,7 +357,7 @@ def test_an_authority_that_cannot_be_taken_up_is_told_before_anything_starts(mad
 
 
 async def test_the_authority_is_read_again_when_its_files_change(dsn, made, revoked, connection, authority, tmp_path):
-    """Half a file changes nothing: the list is signed as before. Whole ones of another key sign the next list."""
+    """A partly written file changes nothing; complete files with another key sign the next list."""
     shutil.copytree(made, tmp_path / "made")
     folder = tmp_path / "made" / "fleet"
     create_authority(

@@ -1,4 +1,4 @@
-"""Faults of the service itself: none leads to a wrong verdict."""
+"""Faults of the service itself: none of them causes a wrong verdict."""
 
 import asyncio
 import os
@@ -18,17 +18,17 @@ from tests.service.test_tls import bench  # noqa: F401 - a fixture
 
 
 def where_it_answers(descriptor):
-    """Read what a service prints until it says where it answers RabbitMQ."""
+    """Read the output of a service until it prints its URL for RabbitMQ; return the URL."""
     printed = b""
-    while not (found := re.search(rb"answering RabbitMQ on (\S+),", printed)):
+    while not (match := re.search(rb"answering RabbitMQ on (\S+),", printed)):
         part = os.read(descriptor, 65536)
         assert part, f"it ended: {printed.decode()}"
         printed += part
-    return found[1].decode()
+    return match[1].decode()
 
 
 async def test_a_log_that_cannot_be_written_loses_lines_and_no_decision(dsn, sql):
-    """Standard error is a pipe that nobody reads any more, as when a log collector died."""
+    """Standard error is a pipe without a reader, as after the crash of a log collector."""
     await apply(dsn, POLICY.replace("HASH", f'"{HASH}"'))
     read_end, write_end = os.pipe()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AUTHBACKEND_")}

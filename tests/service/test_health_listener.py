@@ -1,4 +1,4 @@
-"""The listener for balancers, brokers' hosts and Prometheus: TLS, the image's health check, clients that do not read."""
+"""The listener for load balancers, brokers' hosts and Prometheus: TLS, the image's health check, and slow readers."""
 
 import asyncio
 import contextlib
@@ -24,12 +24,12 @@ def bench(tmp_path):
 
 
 def tls(bench, *, client_ca=False):
-    """The settings of a listener with TLS."""
-    found = {
+    """Return the settings of a listener with TLS."""
+    settings = {
         "HEALTH__TLS__CERTIFICATE_FILE": str(bench.folder / "server.pem"),
         "HEALTH__TLS__KEY_FILE": str(bench.folder / "server.key"),
     }
-    return found | ({"HEALTH__TLS__CLIENT_CA_FILE": str(bench.folder / "client-ca.pem")} if client_ca else {})
+    return settings | ({"HEALTH__TLS__CLIENT_CA_FILE": str(bench.folder / "client-ca.pem")} if client_ca else {})
 
 
 async def live(service, context):
@@ -41,7 +41,7 @@ async def test_it_speaks_tls_and_reads_its_certificates_again(dsn, bench):
     async with running(dsn, wait=False, **tls(bench)) as service:
         assert service.health.startswith("https://")
         assert await live(service, bench.context()) == 200
-        renewed = bench.client_ca.issue_server(["localhost", "127.0.0.1"])  # by the other authority, to tell them apart
+        renewed = bench.client_ca.issue_server(["localhost", "127.0.0.1"])  # from the other authority, to distinguish them
         bench.write(renewed, "server")
         (bench.folder / "server-ca.pem").write_bytes((bench.folder / "client-ca.pem").read_bytes())
         context = bench.context()
@@ -56,20 +56,20 @@ async def test_it_speaks_tls_and_reads_its_certificates_again(dsn, bench):
 async def test_with_an_authority_of_clients_strangers_are_refused(dsn, bench):
     async with running(dsn, wait=False, **tls(bench, client_ca=True)) as service:
         assert await live(service, bench.context(bench.client_ca)) == 200
-        for stranger in (None, bench.server_ca):
+        for authority in (None, bench.server_ca):
             with pytest.raises(aiohttp.ClientError):
-                await live(service, bench.context(stranger))
+                await live(service, bench.context(authority))
 
 
 async def check(listen):
-    """Run the image's health check; its exit status and what it said."""
+    """Run the image's health check; return its exit status and output."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-I", "-S", HEALTHCHECK),
         env={"AUTHBACKEND_HEALTH__LISTEN": listen},
         stderr=subprocess.PIPE,
     )
-    _, told = await process.communicate()
-    return process.returncode, told.decode()
+    _, output = await process.communicate()
+    return process.returncode, output.decode()
 
 
 @pytest.mark.parametrize("kind", ["http", "tls", "mutual tls"])
@@ -82,12 +82,12 @@ async def test_the_images_health_check_finds_a_service_that_answers(dsn, bench, 
 
 
 async def test_the_images_health_check_finds_that_nothing_answers():
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and says nothing: a process that hangs
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, but never answers, like a process that hangs
         address = f"127.0.0.1:{silent.getsockname()[1]}"
-        status, told = await check(address)
-        assert (status, "timed out" in told) == (1, True)
-    status, told = await check(address)
-    assert (status, "Connection refused" in told) == (1, True)
+        status, output = await check(address)
+        assert (status, "timed out" in output) == (1, True)
+    status, output = await check(address)
+    assert (status, "Connection refused" in output) == (1, True)
 
 
 @pytest.mark.parametrize("authority", ["server-ca.pem", "client-ca.pem"])
@@ -134,7 +134,7 @@ async def test_crl_sync_fetches_from_a_replica_of_the_authority_it_was_given(
 
 
 async def test_clients_that_take_nothing_of_their_answers_are_cut_off(dsn, connection):
-    """Lists are large, and a client that reads none of them would keep its place for ever."""
+    """Lists are large, and a client that does not read them would occupy a connection forever."""
     await connection.execute(
         "insert into authority values ('big', 'CN=big', '-----BEGIN CERTIFICATE-----', now());"
         "insert into crl values ('big', 1, now(), now() + interval '1 day', convert_to(repeat('x', 16000000), 'UTF8'))"

@@ -1,4 +1,4 @@
-"""Whole requests are answered inline, in ``data_received``; others by a task of aiohttp, with the same answer."""
+"""Complete requests are answered inline, in ``data_received``, others by aiohttp's task, with the same answers."""
 
 import asyncio
 import dataclasses
@@ -19,7 +19,7 @@ HEAD = b"POST /auth/topic HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n" % len(F
 
 
 def exchange(service, *parts, answers=1):
-    """Send parts one by one and return everything that came back until so many answers, or the end."""
+    """Send parts one by one and return everything received up to this number of answers, or until the end."""
     where = urlsplit(service.broker)
     with socket.create_connection((where.hostname, where.port), timeout=10) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -132,7 +132,7 @@ async def test_a_fault_of_ours_is_503_and_the_connection_lives_on(service, monke
 
 
 def exchange_one(service):
-    """Send one request and return the first bytes of its answer."""
+    """Send one request and return the first bytes of the answer."""
     where = urlsplit(service.broker)
     with socket.create_connection((where.hostname, where.port), timeout=10) as connection:
         connection.sendall(HEAD + b"\r\n" + FORM)
@@ -140,11 +140,11 @@ def exchange_one(service):
 
 
 async def test_a_login_by_certificate_is_answered_inline_and_one_by_password_is_not(service, tasks):
-    """Only a password has to wait; what was read of it is used for that request and no other."""
+    """Only a password check has to wait; the parsed login is used for this request and no other."""
     head = "POST /auth/user HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n"
     certificate = b"username=APM0001&client_id=APM0001"
     password = b"username=ops&password=correct+horse"
-    nothing = head.format(0).replace("Host", "Connection: close\r\nHost").encode()  # is answered by a task
+    nothing = head.format(0).replace("Host", "Connection: close\r\nHost").encode()  # answered by a task
     requests = [head.format(len(form)).encode() + form for form in (certificate, password)]
     received = await asyncio.to_thread(exchange, service, requests[0])
     assert received.endswith(b"allow")

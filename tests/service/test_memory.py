@@ -1,4 +1,4 @@
-"""A file system in memory that the registry fills: nobody dies of it, what was served is served on, and it is told."""
+"""The file system in memory is full: no process dies, the old version is still served, and the fault is reported."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ MIB = 1024**2
 
 @contextlib.asynccontextmanager
 async def small(mebibytes):
-    """An empty file system in memory of so many MiB."""
+    """Mount an empty file system in memory of this size in MiB."""
     folder = Path(tempfile.mkdtemp(prefix="authbackend-test-"))
     await run("mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "authbackend-test", str(folder))
     try:
@@ -44,17 +44,17 @@ async def run(*command):
 
 @pytest.fixture
 async def folder():
-    async with small(4) as found:
-        yield found
+    async with small(4) as folder:
+        yield folder
 
 
 def free_bytes(folder):
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize
+    filesystem = os.statvfs(folder)
+    return filesystem.f_bavail * filesystem.f_frsize
 
 
 def fill(folder):
-    """Take all memory that is left."""
+    """Use up all free memory."""
     with (folder / "full").open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(bytes(4096)):
             pass
@@ -96,29 +96,29 @@ def test_a_change_that_does_not_fit_gives_back_what_it_took(folder):
         for _ in range(3):
             with pytest.raises(NoRoom):
                 store.apply(Patch({}, many, {}), MARK, 2.0)
-            assert free_bytes(folder) >= before - 64 * 1024  # the page of the list of free pages may have moved
+            assert free_bytes(folder) >= before - 64 * 1024  # the page with the list of free pages may have moved
             assert rows(store) == 100
-            with reader as here:
-                assert (b"d0000099", b"aT\t\t\t\t" + b"x" * 60) in here.rows()
+            with reader as version:
+                assert (b"d0000099", b"aT\t\t\t\t" + b"x" * 60) in version.rows()
         few = dict(list(many.items())[:100])
         store.apply(Patch({}, few, {}), MARK, 3.0)
         assert rows(store) == 200
 
 
 def worker_of(running, place):
-    """The process of a worker; the supervisor starts the follower first, then the two other listeners."""
+    """Return the process id of a worker; the supervisor starts the follower and the two other listeners first."""
     return children(running.process.pid)[3 + place]
 
 
 async def test_a_full_file_system_kills_no_worker_and_keeps_no_new_one_from_starting(dsn, sql):
     await apply(dsn, POLICY.replace("HASH", f'"{HASH}"'))
     async with small(16) as folder, replica(dsn, REGISTRY__MEMORY_DIR=str(folder)) as running:
-        assert await running.login("APM0001") == "allow"  # warm, with few series yet
+        assert await running.login("APM0001") == "allow"  # warmed up, with few series
         fill(folder)
         before = set(children(running.process.pid))
 
         async def every_answer():
-            """Ask what makes new series of all kinds, over new connections: both workers."""
+            """Send requests that create series of all kinds to both workers, over new connections."""
             for _ in range(8):
                 async with aiohttp.ClientSession() as running.http:
                     assert await running.login("APM0001") == "allow"
@@ -144,11 +144,11 @@ async def test_a_full_file_system_kills_no_worker_and_keeps_no_new_one_from_star
         assert len(running.logged("process.died")) == 1
         await sql("insert into device (device_id, type) select 'new' || g, 'APM' from generate_series(1, 20000) as g")
 
-        async def told():
+        async def reported():
             async with aiohttp.ClientSession() as running.http:
                 return "does not fit into the memory" in ((await running.status())[1]["fault"] or "")
 
-        await until(told, "the fault is told")
+        await until(reported, "the fault is reported")
         await every_answer()
         (folder / "full").unlink()
 
@@ -168,11 +168,11 @@ async def test_a_registry_that_outgrows_the_memory_is_not_taken_over_and_is_told
             "insert into device (device_id, type) select 'new-' || repeat('x', 50) || g, 'APM' from generate_series(1, 100000) as g"
         )
 
-        async def told():
+        async def reported():
             fault = (await running.status())[1]["fault"] or ""
             return "does not fit into the memory" in fault and running.logged("registry.refresh_failed")
 
-        await until(told, "the fault is told and logged")
+        await until(reported, "the fault is reported and logged")
         assert running.logged("registry.refresh_failed")[-1]["fault"].startswith("the registry does not fit")
         assert await running.metric("authbackend_registry_sync_failures_total") >= 1
         assert await running.metric("authbackend_registry_memory_available_bytes") > 0
@@ -194,7 +194,7 @@ async def test_the_files_of_metrics_have_all_their_memory_from_the_start(dsn):
     async with small(16) as folder, replica(dsn, REGISTRY__MEMORY_DIR=str(folder)) as running:
         assert await running.login("APM0001") == "allow"
         files = [*folder.glob("authbackend-*/metrics/*.db")]
-        assert len(files) == 15  # of three kinds, for five processes: none was made later
+        assert len(files) == 15  # three kinds for each of five processes: none was created later
         assert all(file.stat().st_blocks * 512 >= FILE_BYTES for file in files)
         (lock,) = folder.glob("authbackend-*/lock.mdb")
         assert lock.stat().st_blocks * 512 >= lock.stat().st_size
@@ -230,17 +230,17 @@ from tests.service.test_memory import fill
 folder = Path(sys.argv[1])
 metric_files.reserve(folder / "metrics", ["worker-0"])
 metric_files.share(folder / "metrics", "worker-0")
-counter = Counter("asked", "x", ["who"], registry=CollectorRegistry())
+counter = Counter("requests", "x", ["name"], registry=CollectorRegistry())
 fill(folder)
 for _ in range(2):
-    for who in range(2000):
-        counter.labels(f"{who:0100d}").inc()
-full = metrics.exposition(CollectorRegistry(), folder / "metrics").count(b"asked_total{")
+    for number in range(2000):
+        counter.labels(f"{number:0100d}").inc()
+full = metrics.exposition(CollectorRegistry(), folder / "metrics").count(b"requests_total{")
 (folder / "full").unlink()
-for who in range(2000):
-    counter.labels(f"{who:0100d}").inc()
+for number in range(2000):
+    counter.labels(f"{number:0100d}").inc()
 text = metrics.exposition(CollectorRegistry(), folder / "metrics")
-print(0 < full < 2000, text.count(b"asked_total{"), text.count(b" 3.0"))
+print(0 < full < 2000, text.count(b"requests_total{"), text.count(b" 3.0"))
 """
     done = subprocess.run([sys.executable, "-c", code, str(folder)], check=True, capture_output=True, text=True)
     assert done.stdout.split() == ["True", "2000", "2000"]

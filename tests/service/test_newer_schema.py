@@ -1,4 +1,4 @@
-"""A replica in service while its database gets a newer schema."""
+"""A running replica whose database gets a newer schema."""
 
 from authbackend import __version__
 from tests.service.conftest import HASH, POLICY, apply, until
@@ -18,10 +18,10 @@ async def test_a_replica_that_is_too_old_for_the_schema_says_why_and_is_stale_in
             return (await running.status())[0] == 503
 
         await until(stale, "the copy is stale")
-        told = (await running.status())[1]
-        assert told["status"] == "not ready: the copy of the registry is stale, everything is denied"
-        assert f"needs authbackend 99.0.0 or later, and this is {__version__}" in told["fault"]
-        assert [line["fault"] for line in running.logged("registry.refresh_failed")] == [told["fault"]]
+        health = (await running.status())[1]
+        assert health["status"] == "not ready: the copy of the registry is stale, everything is denied"
+        assert f"needs authbackend 99.0.0 or later, and this is {__version__}" in health["fault"]
+        assert [line["fault"] for line in running.logged("registry.refresh_failed")] == [health["fault"]]
         assert await running.login("APM0001") == "deny"
         await sql(oldest.format(__version__))
         await until(running.ready, "it follows again")

@@ -1,4 +1,4 @@
-"""Accounts: bounded work, memory of successes, a slot that guessing cannot take."""
+"""Password checks: bounded work, cached successes, and a reserved thread that guessing cannot block."""
 
 import asyncio
 import threading
@@ -85,7 +85,7 @@ async def test_a_broken_hash_never_passes(make):
 
 @pytest.fixture
 def held(monkeypatch):
-    """Hashing that waits until it is let go, as under an attack."""
+    """Makes hashing wait until it is released, as under an attack."""
     gate = threading.Event()
     real = PasswordChecker._verify
 
@@ -132,7 +132,7 @@ async def test_device_decisions_do_not_wait_for_passwords(service, held):
     logins = [asyncio.create_task(service.login("ops", password=f"guess{n}")) for n in range(30)]
 
     async def full():
-        return await service.metric("authbackend_password_checks_running") == 18  # two threads, a queue of sixteen
+        return await service.metric("authbackend_password_checks_running") == 18  # two threads and a queue of sixteen
 
     await until(full, "as many guesses as possible are being checked")
     assert await service.login("APM0001") == "allow"

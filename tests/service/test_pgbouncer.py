@@ -1,4 +1,4 @@
-"""A pooler for each transaction is refused at the start; one for sessions works."""
+"""The service refuses to start with a pooler in transaction mode; one in session mode works."""
 
 import asyncio
 import configparser
@@ -25,7 +25,7 @@ def pooled(folder, database):
 
 
 async def serve(dsn):
-    """Run the command until it ends; its exit status and what it said."""
+    """Run the command until it exits; return its exit status and output."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AUTHBACKEND_")}
     environment |= {f"AUTHBACKEND_{name}__LISTEN": "127.0.0.1:0" for name in ("BROKER", "ADMIN", "HEALTH")}
     environment |= {"AUTHBACKEND_DATABASE__DSN": dsn}
@@ -33,12 +33,12 @@ async def serve(dsn):
         *(sys.executable, "-m", "authbackend", "serve"), env=environment, stderr=asyncio.subprocess.PIPE
     )
     try:
-        _, told = await asyncio.wait_for(process.communicate(), 30)
+        _, output = await asyncio.wait_for(process.communicate(), 30)
     except TimeoutError:
         process.kill()
         await process.wait()
         raise AssertionError("it started") from None
-    return process.returncode, told.decode()
+    return process.returncode, output.decode()
 
 
 @pytest.fixture(autouse=True)
@@ -61,17 +61,17 @@ def nothing_remembered(monkeypatch):
 async def test_a_pooler_of_transactions_is_refused_at_the_start(postgres, database, dsn, settings):
     with pgbouncer(postgres, **settings) as folder:
         target = pooled(folder, database)
-        busy = [await asyncpg.connect(target, statement_cache_size=0) for _ in range(2)]  # idle servers in the pool
+        busy = [await asyncpg.connect(target, statement_cache_size=0) for _ in range(2)]  # idle server connections in the pool
         for other in busy:
             await other.execute("select 1")
         try:
-            code, told = await serve(target)
+            code, output = await serve(target)
         finally:
             for other in busy:
                 other.terminate()
     assert code == 2
-    assert "pooler with transaction or statement pooling" in told
-    assert "connect to PostgreSQL directly, or to a pool with pool_mode = session" in told
+    assert "pooler with transaction or statement pooling" in output
+    assert "connect to PostgreSQL directly, or to a pool with pool_mode = session" in output
 
 
 async def test_a_service_that_started_without_the_database_tells_it(postgres, database, dsn):
@@ -79,7 +79,7 @@ async def test_a_service_that_started_without_the_database_tells_it(postgres, da
     with pgbouncer(postgres, pool_mode="transaction") as folder:
         async with running(pooled(folder, database), wait=False) as service:
 
-            async def told():
+            async def reported():
                 return "pool_mode = session" in (await service.get("/health/ready"))[1]
 
             with pytest.raises(ConfigurationError, match="pool_mode = session"):
@@ -100,5 +100,5 @@ async def test_a_pooler_of_sessions_is_worked_with(postgres, database, dsn, conn
                 return await service.login("APM0001") == "deny"
 
             await until(denied, "the notification came through")
-        async with connected(Target(target, statement_timeout_s=7)) as found:
-            assert await found.fetchval("show statement_timeout") == "7s"
+        async with connected(Target(target, statement_timeout_s=7)) as pooled_connection:
+            assert await pooled_connection.fetchval("show statement_timeout") == "7s"

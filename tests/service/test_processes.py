@@ -1,4 +1,4 @@
-"""The processes of a replica, and what becomes of devices when one of them dies or the database is away."""
+"""The processes of a replica, and their answers when one of them dies or the database is unreachable."""
 
 import asyncio
 import contextlib
@@ -24,12 +24,12 @@ from tests.service.test_tls import Bench
 
 
 def children(process_id):
-    """The processes that a process has started."""
+    """Return the child processes of a process."""
     return [int(child) for child in Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()]
 
 
 class Replica(Running):
-    """`authbackend serve` as it is run."""
+    """A running ``authbackend serve``."""
 
     def __init__(self, process, http, lines):
         super().__init__("", "", "", http)
@@ -37,16 +37,16 @@ class Replica(Running):
         self.lines = lines
 
     def logged(self, event):
-        """The log lines of an event."""
+        """Return the log lines of an event."""
         return [line for line in self.lines if line.get("event") == event]
 
     async def status(self):
-        """What /health/ready says, as (status, document)."""
+        """Return the answer of /health/ready, as (status, document)."""
         status, text = await self.get("/health/ready")
         return status, json.loads(text)
 
     async def end(self):
-        """SIGTERM; the exit status."""
+        """Send SIGTERM and return the exit status."""
         self.process.send_signal(signal.SIGTERM)
         return await asyncio.wait_for(self.process.wait(), 30)
 
@@ -54,11 +54,11 @@ class Replica(Running):
 @contextlib.asynccontextmanager
 async def replica(dsn, *, workers=2, ready=True, files=None, patience_s=60, **environment):
     """
-    Run a replica for the time of the block.
+    Run a replica for the duration of the block.
 
     Args:
-        files: How many each of its processes may have open.
-        patience_s: How long a busy machine may take to start it.
+        files: Limit on open files of each of its processes.
+        patience_s: Time allowed for the start, for busy machines.
     """
     others = {name: value for name, value in os.environ.items() if not name.startswith("AUTHBACKEND")}
     process = await asyncio.create_subprocess_exec(
@@ -106,13 +106,13 @@ async def replica(dsn, *, workers=2, ready=True, files=None, patience_s=60, **en
 
 @pytest.fixture
 async def policy(dsn):
-    """The sample registry."""
+    """Load the sample registry."""
     await apply(dsn, POLICY.replace("HASH", f'"{HASH}"'))
 
 
 @contextlib.asynccontextmanager
 async def away(dsn):
-    """Nobody can connect to the database for the time of the block, and who was connected is not any more."""
+    """Close all connections to the database and block new ones for the duration of the block."""
     other = await asyncpg.connect(dsn, database="postgres")
     name = dsn.split("/")[3].partition("?")[0]
     try:
@@ -127,7 +127,7 @@ async def away(dsn):
 async def test_a_killed_worker_is_started_again_and_the_sums_do_not_go_back(dsn, policy):
     async with replica(dsn) as running:
         for _ in range(20):
-            async with aiohttp.ClientSession() as fresh:  # another connection: perhaps the other worker
+            async with aiohttp.ClientSession() as fresh:  # another connection, perhaps to the other worker
                 data = {"username": "APM0001"}
                 async with fresh.post(f"{running.broker}/auth/user", data=data) as response:
                     assert await response.text() == "allow"
@@ -169,7 +169,7 @@ async def test_a_killed_process_that_answers_people_or_balancers_is_started_agai
 ):
     async with replica(dsn) as running:
         everybody = children(running.process.pid)
-        await until(lambda: running.metric("authbackend_replicas", state="live"), "the replicas are told")
+        await until(lambda: running.metric("authbackend_replicas", state="live"), "the replicas are counted")
         killed = everybody.pop(["registry", "admin", "health"].index(name))
         os.kill(killed, signal.SIGKILL)
         assert await running.login("APM0001") == "allow"
@@ -193,7 +193,7 @@ async def test_a_killed_process_that_answers_people_or_balancers_is_started_agai
 
 
 def flood(stack, url, number):
-    """Open connections that each begin a request and never end it."""
+    """Open connections that each begin a request and never finish it."""
     where = urlsplit(url)
     for _ in range(number):
         opened = stack.enter_context(contextlib.closing(socket.create_connection((where.hostname, where.port))))
@@ -233,7 +233,7 @@ async def test_half_sent_requests_are_cut_off_and_changes_are_followed_meanwhile
 async def test_whatever_is_done_to_the_listener_for_people_balancers_and_brokers_hosts_are_answered(dsn, policy, sql):
     await sql("insert into authority values ('fleet', 'CN=fleet', '-----BEGIN CERTIFICATE-----', now())")
     await sql("insert into crl values ('fleet', 1, now(), now() + interval '1 day', '\\x01')")
-    patient = {"ADMIN__REQUEST_TIMEOUT_S": "60"}  # the flood lasts as long as this test
+    patient = {"ADMIN__REQUEST_TIMEOUT_S": "60"}  # the flood continues until the end of this test
     async with replica(dsn, workers=1, files=96, **patient) as running:
 
         async def served():
@@ -258,9 +258,9 @@ async def test_whatever_is_done_to_the_listener_for_people_balancers_and_brokers
 
 @pytest.fixture
 async def folder():
-    """An empty folder in memory where no other replica keeps anything."""
-    async with memory() as found:
-        yield found
+    """Create an empty folder in memory that no other replica uses."""
+    async with memory() as empty:
+        yield empty
 
 
 async def test_nothing_is_left_when_the_parent_is_killed(dsn, policy, folder):
@@ -275,7 +275,7 @@ async def test_nothing_is_left_when_the_parent_is_killed(dsn, policy, folder):
         await until(gone, "the children have ended")
     (left,) = folder.iterdir()
     async with replica(dsn, REGISTRY__MEMORY_DIR=str(folder)) as running:
-        (own,) = folder.iterdir()  # the new one swept what the killed one left
+        (own,) = folder.iterdir()  # the new replica removed what the killed one had left
         assert own != left
         assert await running.end() == 0
 
@@ -293,7 +293,7 @@ async def test_sigterm_ends_everything_and_leaves_nothing(dsn, policy, folder):
 
 
 def hears_hangups(process_id):
-    """Whether a process has a handler for SIGHUP."""
+    """Return whether a process has a handler for SIGHUP."""
     for line in Path(f"/proc/{process_id}/status").read_text().splitlines():
         if line.startswith("SigCgt:"):
             return int(line.split()[1], 16) >> (signal.SIGHUP - 1) & 1 == 1
@@ -301,7 +301,7 @@ def hears_hangups(process_id):
 
 
 async def hang_up(process_id):
-    """Send SIGHUP to a service and all its processes, as fast as that goes, until it has ended."""
+    """Send SIGHUP to a service and all its processes as fast as possible, until it has ended."""
     while not hears_hangups(process_id):  # the interpreter itself is still starting
         await asyncio.sleep(0)
     sent = 0
@@ -378,7 +378,7 @@ async def test_a_replica_that_starts_without_the_database_decides_by_its_disk(ds
     snapshot_folder = {"REGISTRY__SNAPSHOT_DIR": str(tmp_path / "disk")}
     async with replica(dsn, **snapshot_folder) as running:
         version = await registry_edits.set_device_status(Target(dsn), "ann", "APM0001", "revoked", "")
-        await replicas.wait(Target(dsn), version, 60)  # announced when it is on disk
+        await replicas.wait(Target(dsn), version, 60)  # announced once it is on disk
         assert await running.metric("authbackend_registry_on_disk") == 1
         running.process.kill()
         for child in children(running.process.pid):
@@ -388,10 +388,10 @@ async def test_a_replica_that_starts_without_the_database_decides_by_its_disk(ds
         async with replica(dsn, **snapshot_folder) as running:
             assert await running.login("APM0001") == "deny"
             assert await running.login("APM0002") == "allow"
-            status, told = await running.status()
+            status, health = await running.status()
             assert status == 200
-            assert told["sync_age_s"] > 0
-            assert "database" in told["fault"] or "PostgreSQL" in told["fault"]
+            assert health["sync_age_s"] > 0
+            assert "database" in health["fault"] or "PostgreSQL" in health["fault"]
             assert await running.end() == 0
         async with replica(dsn, ready=False, REGISTRY__MAX_STALENESS_S="0.001", **snapshot_folder) as running:
             assert await running.login("APM0002") == "deny"
@@ -400,7 +400,7 @@ async def test_a_replica_that_starts_without_the_database_decides_by_its_disk(ds
 
 
 def kill(running):
-    """SIGKILL to all processes of a replica at once, as when a machine's memory is full."""
+    """Send SIGKILL to all processes of a replica, as when a machine runs out of memory."""
     everybody = [running.process.pid, *children(running.process.pid)]
     for process_id in everybody:
         with contextlib.suppress(ProcessLookupError):
@@ -411,7 +411,7 @@ async def test_a_killed_replica_that_is_started_again_is_one_and_copies_of_its_f
     snapshot_folder = {"REGISTRY__SNAPSHOT_DIR": str(tmp_path / "disk")}
 
     async def serving():
-        """The replicas that confirm a change made now."""
+        """Make a change and return the replicas that confirm it."""
         version = await registry_edits.set_device_status(Target(dsn), "ann", "APM0001", "suspended", "")
         version = version or await registry_edits.set_device_status(Target(dsn), "ann", "APM0001", "active", "")
         return await replicas.wait(Target(dsn), version, 60)
@@ -459,10 +459,10 @@ async def test_an_outage_changes_no_verdict_and_its_age_is_told_from_the_first_m
     async with replica(dsn, REGISTRY__POLL_INTERVAL_S="0.1") as running:
         async with away(dsn):
 
-            async def told():
+            async def reported():
                 return (await running.status())[1]["fault"]
 
-            await until(told, "the fault is told")
+            await until(reported, "the fault is reported")
             assert await running.login("APM0001") == "allow"
             assert await running.login("GONE") == "deny"
             before = await running.metric("authbackend_registry_sync_age_seconds")
@@ -502,7 +502,7 @@ async def test_a_database_that_was_stopped_is_followed_again_by_every_part(postg
 
         await until(well, "the copy follows again", 60)
         attempts, lasted_s = await failures() - before, time.monotonic() - began
-        assert attempts <= lasted_s / 0.25 + 10  # the longest pause, shortened by half, and the first ones
+        assert attempts <= lasted_s / 0.25 + 10  # half of the longest pause, plus the first pauses
         version = await registry_edits.set_device_status(Target(dsn), "ann", "APM0001", "revoked", "")
         assert [one["serves"] for one in await replicas.wait(Target(dsn), version, 60)] == [True]  # it announces again
         assert await running.login("APM0001") == "deny"
@@ -537,14 +537,14 @@ async def test_a_type_with_a_limit_of_its_own_is_denied_earlier_than_others(dsn,
 
 
 async def test_a_database_that_accepts_and_hangs_is_noticed(dsn, policy):
-    with socket.create_server(("127.0.0.1", 0)) as server:  # the kernel accepts, and nobody ever says a word
+    with socket.create_server(("127.0.0.1", 0)) as server:  # the kernel accepts connections, and nobody ever answers
         hanging = f"postgresql://postgres@127.0.0.1:{server.getsockname()[1]}/registry"
         async with replica(hanging, ready=False, DATABASE__CONNECT_TIMEOUT_S="0.3") as running:
 
-            async def told():
+            async def reported():
                 return running.logged("registry.refresh_failed")
 
-            await until(told, "the fault is told")
+            await until(reported, "the fault is reported")
             assert (await running.status())[0] == 503
             assert await running.end() == 0
 

@@ -1,4 +1,4 @@
-"""A database that cannot be written is followed; what needs to write says so."""
+"""A replica follows a database that it cannot write; operations that must write report the fault."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ create trigger no_room before insert or update on replica execute function no_ro
 
 @pytest.fixture
 def read_only(postgres, database):
-    """Make the database of the test read-only, or not, for everybody but who says otherwise."""
+    """Make the database of the test read-only or writable by default, for sessions that do not set it themselves."""
 
     def change(to):
         postgres.psql(
@@ -49,7 +49,7 @@ async def health(service):
     return status, json.loads(text)["fault"] or ""
 
 
-def told(service, words):
+def reported(service, words):
     async def condition():
         status, fault = await health(service)
         return status == 200 and words in fault
@@ -64,15 +64,15 @@ async def test_a_read_only_database_is_followed(service, dsn, read_only):
     await until(live, "it has announced itself")
     with capture_logs() as logged:
         read_only("on")
-        await until(told(service, "the database is read-only"), "it is told, and the replica is ready")
+        await until(reported(service, "the database is read-only"), "it is reported, and the replica is ready")
         async with writing(dsn) as sql:
             await sql("update device set status = 'suspended' where device_id = 'APM0001'")
             await until(lambda: _is(service, "APM0001", "deny"), "the suspension is followed")
             await sql("update replica set introduced_at = '2020-01-01', confirmed_at = '2020-01-01'")
         (replica,) = await replicas.list_replicas(Target(dsn))
-        assert (replica["state"], replica["may_answer"]) == ("silent", True)  # it is waited for all the same
+        assert (replica["state"], replica["may_answer"]) == ("silent", True)  # waiting for it works nevertheless
         read_only("off")
-        await until(told(service, ""), "it is ready")
+        await until(reported(service, ""), "it is ready")
         await until(lambda: _fault_is_over(service), "the fault is over")
     events = [line["event"] for line in logged]
     assert events.count("database.not_writable") == 1
@@ -82,7 +82,7 @@ async def test_a_read_only_database_is_followed(service, dsn, read_only):
 
 async def test_a_full_disk_is_told_and_the_database_followed(service, sql):
     await sql(FULL)
-    await until(told(service, "the disk of the database is full (could not extend file"), "it is told")
+    await until(reported(service, "the disk of the database is full (could not extend file"), "it is reported")
     await sql("update device set status = 'suspended' where device_id = 'APM0001'")
     await until(lambda: _is(service, "APM0001", "deny"), "the suspension is followed")
     await sql("drop trigger no_room on replica")

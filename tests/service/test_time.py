@@ -1,4 +1,4 @@
-"""What becomes of decisions when a clock is set, or a machine or a process stands still."""
+"""Decisions when a clock is set, or a machine or process is suspended."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from tests.unit.test_snapshot import MARK
 
 
 def set_clock(monkeypatch, by_s):
-    """Somebody sets this machine's clock; the database's is right."""
+    """Set this machine's clock; the database's stays correct."""
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() + by_s)
 
@@ -59,7 +59,7 @@ def test_the_time_that_a_machine_was_suspended_counts_for_the_age_of_its_copy(mo
     with store.loading(MARK, clocks.uptime(), time.time()):
         pass
     boottime, now = time.clock_gettime, time.time()
-    # CLOCK_MONOTONIC stands still meanwhile, so that time.monotonic() is left as it is.
+    # CLOCK_MONOTONIC does not advance during a suspend, so time.monotonic() is not changed.
     monkeypatch.setattr(time, "clock_gettime", lambda clock: boottime(clock) + 3600)
     with store.reader() as registry:
         assert registry.stale(900)
@@ -69,7 +69,7 @@ def test_the_time_that_a_machine_was_suspended_counts_for_the_age_of_its_copy(mo
 
 @pytest.mark.parametrize("by_s", [-86400.0, 86400.0])
 def test_setting_the_databases_clock_makes_a_copy_neither_younger_nor_older(by_s):
-    """The last look before a replica was cut off; what the database says of the time is no part of how long ago that was."""
+    """The age of the last read before a replica was cut off does not depend on the database's clock."""
     store = new_store()
     with store.loading(MARK, clocks.uptime() - 600, time.time() - 600):
         pass

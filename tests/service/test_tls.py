@@ -1,4 +1,4 @@
-"""The listener's TLS: mutual, and its files can be exchanged while it runs."""
+"""TLS of the listener: mutual TLS, and files that are replaced while it runs."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ from tests.service.conftest import HASH, POLICY, apply, running, until
 
 
 class Bench:
-    """Files of a listener and clients of it."""
+    """The files of a listener, and its clients."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -67,9 +67,9 @@ async def test_mutual_tls(dsn, bench):
     async with running(dsn, **bench.environment) as service:
         form = {"username": "APM0001"}
         assert await service.ask("user", form, ssl=bench.context(bench.client_ca)) == (200, "allow")
-        for stranger in (None, bench.server_ca, Authority.create("somebody")):
+        for authority in (None, bench.server_ca, Authority.create("somebody")):
             with pytest.raises(aiohttp.ClientError):
-                await service.ask("user", form, ssl=bench.context(stranger))
+                await service.ask("user", form, ssl=bench.context(authority))
 
 
 async def test_connections_that_never_finish_a_handshake_count_as_connections(dsn, bench):
@@ -95,7 +95,7 @@ async def test_connections_that_never_finish_a_handshake_count_as_connections(ds
 
 
 async def test_files_are_read_again_while_it_runs(dsn, bench):
-    """A new authority lets its clients in and the old one's out; connections and process stay."""
+    """With a new authority, its clients are accepted and the old one's refused; connections and process stay."""
     await apply(dsn, POLICY.replace("HASH", f'"{HASH}"'))
     async with running(dsn, **bench.environment) as service:
         old = bench.client_ca
@@ -134,7 +134,7 @@ async def test_files_that_do_not_fit_are_refused_and_the_old_ones_stay(bench):
 
 
 def encrypted(key):
-    """The same key, with a passphrase."""
+    """Write the same key, encrypted with a passphrase."""
     loaded = serialization.load_pem_private_key(key, None)
     return loaded.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(b"hunter2")
@@ -142,7 +142,7 @@ def encrypted(key):
 
 
 def test_an_encrypted_key_is_refused_with_words_and_nobody_is_asked(bench):
-    """OpenSSL asks at the terminal of the process, if it has one, and everything waits for the answer."""
+    """OpenSSL prompts at the terminal of the process, if there is one, and everything waits for the answer."""
     key = bench.folder / "server.key"
     key.write_bytes(encrypted(key.read_bytes()))
     code = (
@@ -153,18 +153,18 @@ def test_an_encrypted_key_is_refused_with_words_and_nobody_is_asked(bench):
     process, terminal = pty.fork()
     if process == 0:
         os.execv(sys.executable, [sys.executable, "-c", code, str(bench.folder / "server.pem"), str(key)])
-    said = b""
+    output = b""
     with contextlib.suppress(OSError):  # the end of a terminal
-        while b"pass phrase" not in said and (data := os.read(terminal, 65536)):
-            said += data
-    if b"pass phrase" in said:
+        while b"pass phrase" not in output and (data := os.read(terminal, 65536)):
+            output += data
+    if b"pass phrase" in output:
         os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
     os.close(terminal)
-    assert b"pass phrase" not in said
-    assert said.startswith(b"ConfigurationError broker.tls: the key ")
-    assert b"is encrypted" in said
-    assert b"openssl pkey -in" in said
+    assert b"pass phrase" not in output
+    assert output.startswith(b"ConfigurationError broker.tls: the key ")
+    assert b"is encrypted" in output
+    assert b"openssl pkey -in" in output
 
 
 async def test_an_encrypted_key_that_is_rotated_in_is_refused_and_the_old_one_stays(dsn, bench):
@@ -174,10 +174,10 @@ async def test_an_encrypted_key_that_is_rotated_in_is_refused_and_the_old_one_st
             key = bench.folder / "server.key"
             key.write_bytes(encrypted(key.read_bytes()))
 
-            async def told():
+            async def reported():
                 return [line for line in lines if line["event"] == "certificates.not_reloaded"]
 
-            assert "is encrypted" in (await until(told, "the key is refused"))[0]["fault"]
+            assert "is encrypted" in (await until(reported, "the key is refused"))[0]["fault"]
             form = {"username": "APM0001"}
             assert await service.ask("user", form, ssl=bench.context(bench.client_ca)) == (200, "allow")
 
@@ -189,19 +189,19 @@ async def test_files_are_read_at_once_when_that_is_asked_for(bench, monkeypatch)
     watching = asyncio.create_task(tls.watch(files, asked))
     with structlog.testing.capture_logs() as lines:
         for number in (1, 2):
-            asked.set()  # whether they changed or not
+            asked.set()  # changed or not
 
-            async def told(number=number):
+            async def reported(number=number):
                 return len(lines) == number
 
-            await until(told, "they are read")
+            await until(reported, "they are read")
         (bench.folder / "server.key").unlink()
         asked.set()
 
         async def refused():
             return lines[-1]["event"] == "certificates.not_reloaded"
 
-        await until(refused, "the fault is told")
+        await until(refused, "the fault is reported")
     assert {line["event"] for line in lines[:2]} == {"certificates.reloaded"}
     watching.cancel()
 

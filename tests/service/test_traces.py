@@ -1,9 +1,9 @@
 """
-Requests recorded from real brokers, replayed over HTTP and answered as this file justifies, one by one.
+Requests recorded from real brokers, replayed over HTTP; each answer is checked against the expectation computed here.
 
-The expectations are computed here from the scenario alone, by rules written out below, not by the code under test.
-Client ids that the recorded clients chose freely (``tc``, ``a/b``) are moved into their device's pattern
-(``APM0001_tc``), except in the scenarios about theft and impersonation, where the raw bytes are kept.
+The expectations follow from the scenario alone, by the rules below, independent of the code under test. Client ids that
+the recorded clients chose freely (``tc``, ``a/b``) are moved into their device's pattern (``APM0001_tc``), except in the
+scenarios about theft and impersonation, which keep the raw bytes.
 """
 
 import json
@@ -47,21 +47,21 @@ AS_RECORDED = ("session-theft", "none-password", "cert-login-from", "cert-cn-odd
 
 
 def bound(form):
-    """Move a freely chosen client id of a device into its pattern."""
+    """Move a device's freely chosen client id into its pattern."""
     device = form.get("username")
     client_id = form.get("client_id") or form.get("variable_map.client_id")
     if device not in DEVICES or not client_id or client_id in DEVICES:
         return form
-    mine = f"{device}_{client_id}"
-    moved = {name: mine if name.endswith("client_id") else value for name, value in form.items()}
+    own = f"{device}_{client_id}"
+    moved = {name: own if name.endswith("client_id") else value for name, value in form.items()}
     for prefix in ("mqtt-subscription-", "mqtt-will-"):
         if form.get("name", "").startswith(prefix + client_id):
-            moved["name"] = prefix + mine + form["name"][len(prefix + client_id) :]
+            moved["name"] = prefix + own + form["name"][len(prefix + client_id) :]
     return moved
 
 
 def justified(path, form):
-    """The answer that each request must get, and the sentence that says why."""
+    """Return the answer that each request must get, and a sentence with the reason."""
     name = form["username"]
     client_id = form.get("client_id") or form.get("variable_map.client_id")
     if name in DEVICES:
@@ -150,17 +150,17 @@ async def service(dsn):
 
 
 async def decided(service, question, form):
-    """Ask until there is a decision: a request that waits too long for its turn, on a busy machine, is answered 503."""
+    """Repeat a request until there is a decision: on a busy machine, a request that waits too long is answered 503."""
 
     async def asked():
-        found = await service.ask(question, form)
-        return found if found[0] != 503 else None
+        answer = await service.ask(question, form)
+        return answer if answer[0] != 503 else None
 
     return await until(asked, f"{question} {form} is decided")
 
 
 async def replay(service, trace):
-    """Send each line; returns what was expected and answered, with its reason."""
+    """Send each line; return the expected answer, the answer, and the reason."""
     results = []
     for line in trace.read_text(encoding="utf-8").splitlines():
         recorded = json.loads(line)
@@ -169,7 +169,7 @@ async def replay(service, trace):
         if not any(part in trace.name for part in AS_RECORDED):
             form = bound(form)
             if form.get("username") in ("svc", "op") and form.get("password") in ("secret", "guest"):
-                form["password"] = "correct horse"  # what the recorded account's password is here
+                form["password"] = "correct horse"  # the password of the recorded account in this registry
             raw = urlencode(form)
         expected, why = justified(recorded["path"], form)
         status, answered = await decided(service, recorded["path"].rsplit("/", 1)[1], raw)
@@ -191,7 +191,7 @@ async def test_every_recorded_request_gets_its_justified_answer(service):
 
 
 async def test_a_device_that_may_everything_is_never_denied_what_its_connection_needs(dsn):
-    """The whole life of a connection, as 4.3 asks about it."""
+    """All requests of RabbitMQ 4.3 during a connection."""
     open_rules = POLICY.replace(
         'effect: deny, action: publish, topic: "secret/#"', 'effect: allow, action: subscribe, topic: "#"'
     )
