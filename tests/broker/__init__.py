@@ -1,3 +1,3 @@
 """
-Tests against a real RabbitMQ, with the very files of ``rabbitmq/``. Run them with ``tools/test-broker``.
+Tests against a real RabbitMQ with the files of ``rabbitmq/``; run them with ``tools/test-broker``.
 """

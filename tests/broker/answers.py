@@ -1,4 +1,4 @@
-"""What a client sees when the service says no, as it stands in ``docs/broker-answers.toml``, and what a broker logs."""
+"""Reads from ``docs/broker-answers.toml`` what a client sees and a broker logs when the service denies a request."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _ADDRESS = re.compile(r"(?:\[?::ffff:)?127\.0\.0\.1\]?:\d+|<[\d.]+>")
 
 
 def expected() -> dict[str, Any]:
-    """The whole file."""
+    """Return the content of the file."""
     return tomllib.loads(FILE.read_text(encoding="utf-8"))
 
 
 def connack(version: int, code: int) -> str:
-    """A CONNACK in the words of its MQTT version."""
+    """Describe a CONNACK in the terms of its MQTT version."""
     return f"CONNACK {RAW_CONNACK[code]}" if version == 4 else f"CONNACK 0x{code:02X}"
 
 
 async def publish(client: MQTTClient, topic: str, qos: int) -> str:
-    """Publish what is refused, and return what the client sees."""
+    """Make a publish that is refused, and return what the client sees."""
     try:
         code = await client.publish(topic, b"refused", qos=qos)
     except Disconnected as end:
@@ -37,7 +37,7 @@ async def publish(client: MQTTClient, topic: str, qos: int) -> str:
 
 
 async def subscribe(client: MQTTClient, topic: str) -> str:
-    """Subscribe to what is refused, and return what the client sees."""
+    """Make a subscription that is refused, and return what the client sees."""
     (code,) = await client.subscribe(topic)
     return f"SUBACK 0x{code:02X}, then {_closed(await client.disconnected())}"
 
@@ -48,7 +48,7 @@ def _closed(reason: int) -> str:
 
 @dataclass(slots=True)
 class BrokerLog:
-    """What a node logs from now on, by connection: a line counts as somebody's if its process ever named them."""
+    """The log of a node from now on, by connection: a line belongs to a name if its Erlang process has ever logged that name."""
 
     broker: Broker
     begin: int = field(init=False)
@@ -58,10 +58,10 @@ class BrokerLog:
 
     def lines(self, names: dict[str, str]) -> list[str]:
         """
-        The lines of notice and above of the processes that name one of these; of an entry of several lines, the first.
+        Return the lines of level notice and above from processes that log one of these names; only the first of a multi-line entry.
 
         Args:
-            names: what is replaced, by what: a user name, a client id, a topic.
+            names: User names, client ids and topics, each with its replacement.
         """
         text = self.broker.logs[0].read_bytes()[self.begin :].decode(errors="replace")
         entries: dict[tuple[str, str, str], str] = {}

@@ -18,7 +18,7 @@ _SECTIONS = ("global", "defaults", "listen authbackend")
 
 
 def start(directory: Path, replicas: Sequence[Service]) -> Process:
-    """Listen on 127.0.0.1:8080, where RabbitMQ asks, and pass on to the replicas."""
+    """Listen on 127.0.0.1:8080, where RabbitMQ sends its requests, and forward them to the replicas."""
     file = directory / "haproxy.cfg"
     commands = f"global\n    stats socket {directory / COMMANDS} mode 600\n"
     file.write_text(_configuration(replicas).replace("global\n", commands, 1))
@@ -26,7 +26,7 @@ def start(directory: Path, replicas: Sequence[Service]) -> Process:
 
 
 def servers_up(directory: Path) -> int:
-    """How many replicas it passes questions on to."""
+    """Return the number of replicas that it forwards requests to."""
     with socket.socket(socket.AF_UNIX) as asking:
         asking.connect(str(directory / COMMANDS))
         asking.sendall(b"show stat\n")
@@ -38,11 +38,11 @@ def servers_up(directory: Path) -> int:
 
 
 def _configuration(replicas: Sequence[Service]) -> str:
-    """What the deployment says about this service's door; only names and ports are those of the tests."""
+    """Return the deployment's configuration for the listener for RabbitMQ, with the names and ports of the tests."""
     sections = re.split(r"(?m)^(?=[a-z])", DEPLOYED.read_text())
     text = "".join(section for section in sections if section.startswith(_SECTIONS))
     for pattern, replacement in (
-        (r"(?m)^ *default-server resolvers .*$", ""),  # there is no name to look up
+        (r"(?m)^ *default-server resolvers .*$", ""),  # there is no name to resolve
         (r"bind :8080\b", "bind 127.0.0.1:8080"),
         *(
             (rf"server (\w+) authbackend{n}:8080", rf"server \1 127.0.0.1:{each.broker_port} port {each.health_port}")

@@ -1,4 +1,4 @@
-"""Clients besides :mod:`mqtt`: mosquitto's command line, AMQP, the management API."""
+"""Other clients than :mod:`mqtt`: mosquitto's command line, AMQP, and the management API."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .mqtt import ANSWER_TIMEOUT_S, HOST
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a command ended."""
+    """Exit status and output of a command."""
 
     status: int
     output: str
@@ -31,7 +31,7 @@ class Outcome:
 
 
 class Mosquitto:
-    """mosquitto_pub and mosquitto_sub with a device's certificate."""
+    """Runs mosquitto_pub and mosquitto_sub with a device's certificate."""
 
     def __init__(self, identity: Identity, port: int) -> None:
         files = [
@@ -45,11 +45,11 @@ class Mosquitto:
         self._options = ["-h", HOST, "-p", str(port), *map(str, files)]
 
     async def publish(self, *arguments: str, timeout_s: float = 15.0) -> Outcome:
-        """Run ``mosquitto_pub ... ARGUMENTS`` to its end."""
+        """Run ``mosquitto_pub ... ARGUMENTS`` until it exits."""
         return await self._run("mosquitto_pub", arguments, timeout_s)
 
     async def subscribe(self, *arguments: str, timeout_s: float = 15.0) -> Outcome:
-        """Run ``mosquitto_sub ... ARGUMENTS`` to its end; give it ``-C COUNT`` or ``-W SECONDS``."""
+        """Run ``mosquitto_sub ... ARGUMENTS`` until it exits; it needs ``-C COUNT`` or ``-W SECONDS``."""
         return await self._run("mosquitto_sub", arguments, timeout_s)
 
     async def _run(self, program: str, arguments: Sequence[str], timeout_s: float) -> Outcome:
@@ -70,10 +70,10 @@ async def connect_amqp(
     tls: ssl.SSLContext, *, port: int, username: str | None = None, password: str | None = None
 ) -> AbstractConnection:
     """
-    Connect by AMQP 0-9-1 over TLS: EXTERNAL (the certificate) without a user name, PLAIN with one.
+    Connect over AMQP 0-9-1 with TLS: EXTERNAL (by certificate) without a user name, PLAIN with one.
 
     Raises:
-        aio_pika.exceptions.AMQPConnectionError: refused, ProbableAuthenticationError at login.
+        aio_pika.exceptions.AMQPConnectionError: Refused; ProbableAuthenticationError at login.
     """
     login = "" if username is None else f"{quote(username, safe='')}:{quote(password or '', safe='')}@"
     mechanism = "EXTERNAL" if username is None else "PLAIN"
@@ -83,8 +83,8 @@ async def connect_amqp(
 
 class Management:
     """
-    The management API over TLS, by user name and password, without a client certificate. Use with ``async
-    with``.
+    A client of the management API over TLS, by user name and password, without a client certificate; use it with
+    ``async with``.
     """
 
     def __init__(self, ca_file: str, *, port: int, username: str, password: str) -> None:
@@ -110,8 +110,8 @@ class Management:
 
         Args:
             method: GET, PUT, POST or DELETE.
-            path: without ``/api/``; the caller quotes its parts (``%2F`` for the virtual host ``/``).
-            body: sent as JSON unless None.
+            path: Without ``/api/``; the caller quotes its parts (``%2F`` for the virtual host ``/``).
+            body: Sent as JSON unless None.
         """
         data = None if body is None else json.dumps(body)
         url = URL(self._url + path, encoded=True)
@@ -120,9 +120,9 @@ class Management:
             return answer.status, json.loads(text) if text else None
 
     async def get(self, path: str) -> tuple[int, Any]:
-        """GET ``/api/PATH``."""
+        """Send GET ``/api/PATH``."""
         return await self.request("GET", path)
 
     async def delete(self, path: str) -> tuple[int, Any]:
-        """DELETE ``/api/PATH``."""
+        """Send DELETE ``/api/PATH``."""
         return await self.request("DELETE", path)

@@ -16,12 +16,12 @@ NODES = 3
 
 class Cluster:
     """
-    Three nodes that find each other by ``conf.d-optional/cluster.conf``, with their own names, ports and no balancer.
+    Three nodes that form a cluster by ``conf.d-optional/cluster.conf``, with their own names and ports, without a balancer.
 
     Args:
-        root: as printed by ``tools/rabbitmq-root``.
-        workplace: an existing directory.
-        prepare: is called with each node before it is prepared, to give it other files.
+        root: Output of ``tools/rabbitmq-root``.
+        workplace: An existing directory.
+        prepare: Called with each node before it is prepared, to give it other files.
     """
 
     def __init__(
@@ -48,37 +48,37 @@ class Cluster:
 
     @property
     def management(self) -> str:
-        """The management URLs of all nodes, as ``enforcement.clusters`` wants them."""
+        """The management URLs of all nodes, in the format of ``enforcement.clusters``."""
         return " ".join(f"https://localhost:{node.doors.management_tls}" for node in self.nodes)
 
     def start(self) -> None:
         """
-        Start all nodes and wait until they are one cluster.
+        Start all nodes and wait until they form one cluster.
 
         Raises:
-            HarnessError: a node did not start, or they did not find each other.
+            HarnessError: A node did not start, or they did not form a cluster.
         """
         with ThreadPoolExecutor(NODES) as pool:
             list(pool.map(Broker.start, self.nodes))
         running = self.nodes[0].control("eval", "length(rabbit_nodes:list_running()).").strip()
         if running != str(NODES):
-            raise HarnessError(f"{running} of {NODES} nodes have found each other")
+            raise HarnessError(f"{running} of {NODES} nodes have joined the cluster")
 
     def close(self) -> None:
-        """Stop all nodes for good."""
+        """Stop and remove all nodes."""
         with ThreadPoolExecutor(NODES) as pool:
             list(pool.map(Broker.close, reversed(self.nodes)))
 
     def cut_off(self, node: Broker) -> None:
-        """Cut the links between a node and the others, as a network does; it goes on, and its clients stay."""
+        """Cut the links between a node and the others, like a network partition; it keeps running, and its clients stay connected."""
         self._links(node, "partitioned")
 
     def join_again(self, node: Broker) -> None:
-        """Mend the links."""
+        """Restore the links."""
         self._links(node, node.cookie)
 
     def _links(self, node: Broker, cookie: str) -> None:
-        # Two nodes that think of each other's cookie differently do not talk.
+        # Nodes with different ideas of each other's cookie cannot communicate.
         others = ", ".join(f"'{other.name}@localhost'" for other in self.nodes if other is not node)
         node.control(
             "eval", f"[begin erlang:set_cookie(N, '{cookie}'), erlang:disconnect_node(N) end || N <- [{others}]], ok."

@@ -1,7 +1,7 @@
 """
-Fixtures: one broker, one database and one service for all tests; clients for each test.
+Fixtures: one broker, one database and one service for all tests, and clients for each test.
 
-Every process is started once per session. A test that stops or changes one of them puts it back.
+Each process is started once per session. A test that stops or changes one restores it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _MARKS = pytest.StashKey[dict[str, int]]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Without the namespaces that tools/test-broker makes, these tests cannot run."""
+    """Refuse to run these tests without the namespaces that tools/test-broker creates."""
     if ROOT:
         return
     skip = pytest.mark.skip(reason="needs a RabbitMQ: run tools/test-broker, as root")
@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Remember how long each log was, to show a failing test's own part of it."""
+    """Record the size of each log, so that only a failing test's part of it is shown."""
     item.stash[_MARKS] = {name: path.stat().st_size for name, path in _LOGS.items() if path.exists()}
 
 
@@ -69,7 +69,7 @@ def pytest_runtest_makereport(
 @pytest.fixture(scope="session")
 def workplace() -> Iterator[Path]:
     """
-    A directory for everything; kept when AUTHBACKEND_TEST_KEEP is set. Others may enter it: PostgreSQL must.
+    Create the directory for all files; it is kept if AUTHBACKEND_TEST_KEEP is set. Others may enter it, as PostgreSQL must.
     """
     directory = Path(tempfile.mkdtemp(prefix="authbackend-broker-"))
     directory.chmod(0o755)
@@ -80,13 +80,13 @@ def workplace() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def certificates(workplace: Path) -> Certificates:
-    """Both authorities, the servers' certificates, and clients on demand."""
+    """Both authorities, server certificates, and client certificates on demand."""
     return Certificates(workplace / "certs")
 
 
 @pytest.fixture(scope="session")
 def booting(workplace: Path, certificates: Certificates) -> Iterator[Callable[[str], Broker]]:
-    """Start nodes by name; both can boot while other fixtures are being made."""
+    """Start nodes by name; both can boot while other fixtures are set up."""
     with ThreadPoolExecutor(1) as pool:
         strict = _broker(workplace, certificates, "rabbit")
         future = pool.submit(strict.start)
@@ -124,22 +124,22 @@ def _broker(workplace: Path, certificates: Certificates, name: str) -> Broker:
 
 @pytest.fixture(scope="session")
 def broker(booting: Callable[[str], Broker]) -> Broker:
-    """The node with the files of ``rabbitmq/`` as they are, but that it waits longer for an answer."""
+    """The node with the unchanged files of ``rabbitmq/``, except for a longer timeout."""
     return booting("rabbit")
 
 
 @pytest.fixture(scope="session")
 def lax_broker(booting: Callable[[str], Broker]) -> Broker:
     """
-    The second node: plain MQTT, TLS that takes clients without a certificate, MQTT over WebSocket, streams, and
-    certificates of another authority as well. Starts when asked for.
+    The second node: plain MQTT, TLS without a required client certificate, MQTT over WebSocket, streams, and certificates of
+    another authority as well. Started on demand.
     """
     return booting("lax")
 
 
 @pytest.fixture(scope="session")
 def policy_file() -> Path:
-    """What the registry contains when the tests begin."""
+    """The content of the registry when the tests begin."""
     return HERE / "policy.yaml"
 
 
@@ -153,10 +153,10 @@ def database(postgres_version: str) -> Iterator[Database]:
 
 @pytest.fixture(scope="session")
 def registry(workplace: Path, certificates: Certificates, database: Database, policy_file: Path) -> Service:
-    """The database migrated, the roles of sql/roles.sql made, the policy file applied; nothing is served yet."""
+    """The database with its schema, the roles of sql/roles.sql and the policy file; no service is running yet."""
     service = make_service(workplace, certificates, database)
     service.command("migrate", dsn=database.dsn_of())
-    database.sql("insert into brake (devices) values (1000000000)")  # what is not about the brake changes what it likes
+    database.sql("insert into brake (devices) values (1000000000)")  # tests of other things may change any number of devices
     database.sql((REPOSITORY / "sql/roles.sql").read_text())
     for role in ("authbackend_service", EDITOR, "authbackend_reader"):
         database.sql(f"alter role {role} login")
@@ -172,17 +172,17 @@ def make_service(
     broker_port: int = 8080,
     health_port: int = 8082,
 ) -> Service:
-    """This service with the least rights that do, not started."""
+    """Return a service with the least privileges that suffice, not started."""
     dsns = (database.dsn_of("authbackend_service"), database.dsn_of(EDITOR))
     process = Service(workplace, certificates, *dsns, broker_port=broker_port, health_port=health_port)
-    process.configure(BROKER__REQUEST_TIMEOUT_S="10")  # a busy machine makes a password wait; see overlay/patience.conf
+    process.configure(BROKER__REQUEST_TIMEOUT_S="10")  # password checks are slow on a busy machine; see overlay/patience.conf
     _LOGS[f"authbackend log {process.broker_port}"] = process.log
     return process
 
 
 @pytest.fixture(scope="session")
 def service(booting: Callable[[str], Broker], registry: Service) -> Iterator[Service]:
-    """This service, ready. The broker boots meanwhile."""
+    """The running service, ready; the broker boots at the same time."""
     registry.start()
     yield registry
     registry.stop()
@@ -190,7 +190,7 @@ def service(booting: Callable[[str], Broker], registry: Service) -> Iterator[Ser
 
 @pytest.fixture(scope="session")
 def fleet(database: Database, service: Service) -> Fleet:
-    """Devices that no other test has used, and changes of the registry."""
+    """Unused devices, and changes of the registry."""
     fleet = Fleet(database, service)
     fleet.register()
     return fleet
@@ -207,12 +207,10 @@ async def mqtt(
     broker: Broker, service: Service, certificates: Certificates
 ) -> AsyncIterator[Callable[..., MQTTClient]]:
     """
-    ``mqtt(identity, client_id=..., **options)`` makes a client that is not connected yet; closed after the
-    test.
+    ``mqtt(identity, client_id=..., **options)`` makes a client, not yet connected; it is closed after the test.
 
     ``identity`` is an Identity, the common name for a new one, or None for TLS without a certificate.
-    ``plain=True`` speaks TCP. ``port`` is the strict node's TLS door unless given. The client id is the
-    common name unless given.
+    ``plain=True`` means plain TCP. ``port`` is by default the strict node's TLS listener, and the client id the common name.
     """
     clients: list[MQTTClient] = []
 

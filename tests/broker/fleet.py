@@ -1,4 +1,4 @@
-"""The registry as the tests see it: devices nobody has used yet, and changes that the service has taken over."""
+"""Provides the tests with unused devices, and with changes of the registry that the service uses once they return."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ CONFIRMED_TIMEOUT_S = 30.0
 
 class Fleet:
     """
-    Devices of type APM that are registered and active, each handed out once, so that no test meets the
-    sessions, wills or counters of another.
+    Registered, active devices of type APM, each given to one test only, so that no test sees the sessions, wills or counters
+    of another.
     """
 
     def __init__(self, database: Database, service: Service) -> None:
@@ -29,33 +29,33 @@ class Fleet:
         self._numbers = itertools.count(FIRST)
 
     def register(self) -> None:
-        """Put the devices into the registry. Once."""
+        """Register the devices; called once."""
         self.database.sql(
             f"insert into device (device_id, type) select 'APM' || n, 'APM' from generate_series({FIRST}, {LAST}) n",
             EDITOR,
         )
 
     def device(self) -> str:
-        """The id and common name of a device that no test has used."""
+        """Return the id, which is also the common name, of an unused device."""
         number = next(self._numbers)
         if number > LAST:
             raise HarnessError("more devices are needed: raise LAST")
         return f"APM{number}"
 
     async def change(self, statement: str) -> None:
-        """Change the registry with psql and wait until every replica decides by it."""
+        """Change the registry with psql, and wait until every replica uses the change."""
         await self.served(self.database.sql(f"{statement}; select registry_version()", EDITOR).splitlines()[-1])
 
     async def command(self, *arguments: str, stdin: str | None = None) -> None:
-        """Change the registry with ``authbackend ARGUMENTS --json`` and wait as :meth:`change` does."""
+        """Change the registry with ``authbackend ARGUMENTS --json``, and wait like :meth:`change`."""
         version = json.loads(self.service.command(*arguments, "--json", stdin=stdin))["version"]
         if version is not None:
             await self.served(version)
 
     async def served(self, version: str) -> None:
         """
-        Wait until every replica decides by a registry version, as ``authbackend wait`` does.
+        Wait until every replica uses a registry version, like ``authbackend wait``.
 
-        The number alone would not do: a PostgreSQL that crashed gives out again what a replica has seen before.
+        The transaction id alone would not be enough: after a crash, PostgreSQL reuses ids that a replica has already seen.
         """
         await replicas.wait(Target(self.database.dsn_of(EDITOR)), version, CONFIRMED_TIMEOUT_S)

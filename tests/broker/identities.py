@@ -1,4 +1,4 @@
-"""Certificates for clients, and the TLS settings that go with them."""
+"""Client certificates for tests, and the TLS contexts to use them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from authbackend.pki.bench_certificates import make_certificates
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A client certificate in files, and the authority that the client trusts."""
+    """A client's certificate files, and the authority that it trusts."""
 
     name: str
     certificate_file: Path
@@ -28,19 +28,19 @@ class Identity:
     ca_file: Path
 
     def context(self) -> ssl.SSLContext:
-        """TLS for a client that shows this certificate and checks the server's name."""
+        """Return the TLS context of a client that presents this certificate and verifies the server."""
         context = anonymous_context(self.ca_file)
         context.load_cert_chain(self.certificate_file, self.key_file)
         return context
 
 
 def anonymous_context(ca_file: Path | str) -> ssl.SSLContext:
-    """TLS for a client that shows no certificate and checks the server's name."""
+    """Return the TLS context of a client without a certificate that verifies the server."""
     return ssl.create_default_context(cafile=str(ca_file))
 
 
 def with_serial(certificate: x509.Certificate, serial: int, key: ec.EllipticCurvePrivateKey) -> bytes:
-    """The same certificate (PEM) with any serial number, signed anew: the library makes none of zero and below."""
+    """Return the certificate (PEM) with another serial number, signed again: ``cryptography`` makes none of zero or below."""
     fields = list(der.elements(der.element(certificate.tbs_certificate_bytes)[1]))
     fields[1] = (0x02, der.integer(serial))
     body = der.encode(0x30, b"".join(der.encode(*field) for field in fields))
@@ -49,7 +49,7 @@ def with_serial(certificate: x509.Certificate, serial: int, key: ec.EllipticCurv
 
 
 class Certificates:
-    """The directory that ``authbackend certs`` makes, and clients made on demand."""
+    """The directory of ``authbackend certs``, and client certificates made on demand."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -68,18 +68,18 @@ class Certificates:
         not_before: datetime | None = None,
         not_after: datetime | None = None,
     ) -> Identity:
-        """A new client certificate of the devices' authority; any name, any validity."""
+        """Issue a client certificate of the devices' authority, with any name and validity."""
         issued = self._authority.issue_client(
             common_name, more_common_names=more_common_names, not_before=not_before, not_after=not_after
         )
         return self._write(common_name, issued)
 
     def stranger(self, common_name: str) -> Identity:
-        """A client certificate with that name, signed by an authority that the broker does not know."""
+        """Issue a client certificate with this name from an authority that the broker does not trust."""
         return self._write(common_name, Authority.create("somebody else's CA").issue_client(common_name))
 
     def named(self, name: str, subject: x509.Name, *, serial: int | None = None, by_rival: bool = False) -> Identity:
-        """A client certificate with any subject and serial number, of the devices' authority or of the other one."""
+        """Issue a client certificate with any subject and serial number, of the devices' authority or of its rival."""
         authority = self.rival if by_rival else self._authority
         issuer = x509.load_pem_x509_certificate(authority.certificate_pem)
         signing_key = serialization.load_pem_private_key(authority.key_pem, None)

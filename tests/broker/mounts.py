@@ -1,4 +1,4 @@
-"""Mounting in a namespace of the tests' own, and removing directories without what is mounted in them."""
+"""Mounts in the tests' own namespace, and safe removal of directories that contain mounts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .processes import HarnessError
 
 def mount(*arguments: str | Path) -> None:
     """
-    Mount something in this mount namespace, which must be the tests' own.
+    Mount something in this mount namespace, which must not be the machine's.
 
     Raises:
-        HarnessError: it failed, or would have been done to the machine.
+        HarnessError: The mount failed, or this is the machine's namespace.
     """
     outside = os.environ.get("AUTHBACKEND_TEST_OUTSIDE", "")
     if not outside or outside == str(Path("/proc/self/ns/mnt").readlink()):
@@ -26,7 +26,7 @@ def mount(*arguments: str | Path) -> None:
 
 
 def mounts_below(directory: Path) -> list[Path]:
-    """What is mounted on or below a directory, the innermost last-mounted first."""
+    """Return the mount points on or below a directory, the last mounted first."""
     base = directory.resolve()
     points = [Path(line.split()[4]) for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     return [point for point in reversed(points) if point == base or point.is_relative_to(base)]
@@ -34,11 +34,11 @@ def mounts_below(directory: Path) -> list[Path]:
 
 def remove_tree(directory: Path) -> None:
     """
-    Remove a directory, after unmounting everything below it.
+    Unmount everything below a directory, then remove it.
 
     Raises:
-        HarnessError: something is still mounted there. Then nothing is removed, because it would be removed
-            from what is mounted, wherever that is.
+        HarnessError: Something is still mounted there. Nothing is removed then, because files would be deleted from the mounted
+            file system, wherever it is.
     """
     for point in mounts_below(directory):
         subprocess.run(["umount", "--lazy", point], capture_output=True, check=False)

@@ -1,4 +1,4 @@
-"""One MQTT connection, with every answer of the broker visible."""
+"""An MQTT client that makes every answer of the broker visible to a test."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RAW_CONNACK = {0x00: 0, 0x84: 1, 0x85: 2, 0x88: 3, 0x86: 4, 0x87: 5}
 
 class Disconnected(Exception):
     """
-    The connection ended instead of the answer; ``reason`` is the code of DISCONNECT, or 0x80 without one.
+    The connection ended without the answer; ``reason`` is the code of DISCONNECT, or 0x80 without one.
     """
 
     def __init__(self, reason: int) -> None:
@@ -35,7 +35,7 @@ class Disconnected(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A message as it arrived."""
+    """A received message."""
 
     topic: str
     payload: bytes
@@ -45,7 +45,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Will:
-    """The message that the broker sends when the client is lost; ``delay_s`` needs MQTT 5."""
+    """A will; ``delay_s`` needs MQTT 5."""
 
     topic: str
     payload: bytes
@@ -55,7 +55,7 @@ class Will:
 
 
 class _Unchecked(paho.Client):
-    """RabbitMQ takes topics and filters that paho would not send; so does whoever attacks it."""
+    """Disables paho's checks of topics and filters: RabbitMQ accepts some that paho would not send, and attackers can send any."""
 
     @staticmethod
     def _raise_for_invalid_topic(topic: bytes) -> None:
@@ -68,22 +68,21 @@ class _Unchecked(paho.Client):
 
 class MQTTClient:
     """
-    One MQTT connection, MQTT 3.1.1 (``version=4``) or 5.0 (``version=5``).
+    A client for one connection, with MQTT 3.1.1 (``version=4``) or 5.0 (``version=5``).
 
-    It never reconnects by itself. Reason codes are numbers of MQTT 5; those of a 3.1.1 CONNACK are
-    translated (4 is 0x86, 5 is 0x87, 2 is 0x85; :data:`RAW_CONNACK` leads back), those of a SUBACK are as
-    sent (0x80).
+    It never reconnects by itself. Reason codes are those of MQTT 5; the codes of a 3.1.1 CONNACK are translated (4 is 0x86,
+    5 is 0x87, 2 is 0x85; :data:`RAW_CONNACK` reverses that), those of a SUBACK are as sent (0x80).
 
     Args:
-        tls: the client's TLS; None speaks plain TCP.
-        client_id: may be empty.
-        clean: clean session (3.1.1) or clean start (5.0).
-        session_expiry_s: how long the session outlives the connection (5.0 only).
-        username: None sends none; only then does the certificate decide.
-        password: None sends none; the empty text is sent as such.
-        will: the message for when the connection is lost.
-        user_properties: pairs for CONNECT (5.0 only).
-        websocket: speak MQTT over WebSocket.
+        tls: The client's TLS context; None: plain TCP.
+        client_id: May be empty.
+        clean: Clean session (3.1.1) or clean start (5.0).
+        session_expiry_s: How long the session outlives the connection (5.0 only).
+        username: None: send none; only then does the certificate identify the client.
+        password: None: send none; an empty text is sent as an empty password.
+        will: The will of the connection.
+        user_properties: Pairs for CONNECT (5.0 only).
+        websocket: Use MQTT over WebSocket.
     """
 
     def __init__(
@@ -154,7 +153,7 @@ class MQTTClient:
         self._client.will_set(will.topic, will.payload, will.qos, will.retain, properties)
 
     def _call(self, function: Callable[..., None], *arguments: Any) -> None:
-        # From paho's thread to the event loop, which may be closed when a test is over.
+        # From paho's thread to the event loop, which may be closed after a test.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(function, *arguments)
 
@@ -174,7 +173,7 @@ class MQTTClient:
         return self._pending.setdefault((kind, mid), self._loop.create_future())
 
     async def _first(self, future: asyncio.Future[Any]) -> Any:
-        """Wait for an answer or for the end of the connection, whichever is first."""
+        """Wait for an answer or for the end of the connection, whichever comes first."""
         await asyncio.wait({future, self._closed}, timeout=ANSWER_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
         if future.done():
             return future.result()
@@ -187,9 +186,9 @@ class MQTTClient:
         Connect and return the reason code of CONNACK: 0 is success.
 
         Raises:
-            Disconnected: closed before a CONNACK.
-            OSError: no TCP connection, or TLS refused (ssl.SSLError). With TLS 1.3 a refused certificate
-                shows up as Disconnected, because the server decides after the client's last word.
+            Disconnected: Closed before a CONNACK.
+            OSError: No TCP connection, or TLS refused (ssl.SSLError). With TLS 1.3, a refused certificate appears as
+                Disconnected, because the server checks it after the client's last message.
         """
         properties: dict[str, Any] = {}
         if self._version == 5:
@@ -201,11 +200,11 @@ class MQTTClient:
 
     async def publish(self, topic: str, payload: bytes | str = b"", *, qos: int = 1, retain: bool = False) -> int:
         """
-        Publish and return the reason code of PUBACK (0 success, 0x10 nobody subscribed); for QoS 0, 0 when
+        Publish and return the reason code of PUBACK (0: success, 0x10: no subscribers); for QoS 0, return 0 once it is
         sent.
 
         Raises:
-            Disconnected: RabbitMQ closed the connection, which is how it denies a publish.
+            Disconnected: RabbitMQ closed the connection, which is how it refuses a publish.
         """
         if self._closed.done():
             raise Disconnected(self._closed.result())
@@ -215,10 +214,10 @@ class MQTTClient:
 
     async def subscribe(self, *filters: str, qos: int = 1) -> list[int]:
         """
-        Subscribe and return the reason codes of SUBACK: the granted QoS, or 0x80 and above for refused.
+        Subscribe and return the reason codes of SUBACK: the granted QoS, or 0x80 and above for a refusal.
 
         Raises:
-            Disconnected: closed before a SUBACK.
+            Disconnected: Closed before a SUBACK.
         """
         if self._closed.done():
             raise Disconnected(self._closed.result())
@@ -233,10 +232,10 @@ class MQTTClient:
 
     async def unsubscribe(self, *filters: str) -> list[int]:
         """
-        Unsubscribe and return the reason codes of UNSUBACK; an empty list for 3.1.1.
+        Unsubscribe and return the reason codes of UNSUBACK; for 3.1.1, an empty list.
 
         Raises:
-            Disconnected: closed before an UNSUBACK.
+            Disconnected: Closed before an UNSUBACK.
         """
         _, mid = self._client.unsubscribe(list(filters))
         assert mid is not None
@@ -248,12 +247,12 @@ class MQTTClient:
         Wait for the next message.
 
         Raises:
-            TimeoutError: none came in time.
+            TimeoutError: None came in time.
         """
         return await asyncio.wait_for(self._messages.get(), timeout_s)
 
     def messages(self) -> list[Message]:
-        """Take the messages that have arrived already."""
+        """Return the messages that have arrived since the last call."""
         taken = []
         while not self._messages.empty():
             taken.append(self._messages.get_nowait())
@@ -261,23 +260,23 @@ class MQTTClient:
 
     async def disconnected(self, timeout_s: float = ANSWER_TIMEOUT_S) -> int:
         """
-        Wait until the broker ends the connection: the code of its DISCONNECT (5.0), or 0x80 for a bare close.
+        Wait until the broker ends the connection; return the code of its DISCONNECT (5.0), or 0x80 without one.
 
         Raises:
-            TimeoutError: it is still open.
+            TimeoutError: It is still open.
         """
         return await asyncio.wait_for(asyncio.shield(self._closed), timeout_s)
 
     @property
     def connected(self) -> bool:
         """
-        Whether CONNACK said success and nobody has closed the connection since, as far as this end knows.
+        Whether CONNACK was a success and the connection has not been closed since, as far as this end can tell.
         """
         return self._connack.done() and self._connack.result() == 0 and not self._closed.done()
 
     async def alive(self) -> bool:
         """
-        Ask: whether the broker still answers on this connection (an UNSUBSCRIBE of nothing is answered).
+        Return whether the broker still answers on this connection, by an UNSUBSCRIBE without effect.
         """
         try:
             await self.unsubscribe("authbackend/never/subscribed")
@@ -286,13 +285,13 @@ class MQTTClient:
         return True
 
     async def disconnect(self) -> None:
-        """End the connection in good order: no will is sent."""
+        """Send DISCONNECT and close the connection: no will is sent."""
         self._client.disconnect()
         await asyncio.wait({self._closed}, timeout=ANSWER_TIMEOUT_S)
         await asyncio.to_thread(self._client.loop_stop)
 
     async def drop(self) -> None:
-        """Lose the connection: close the socket without DISCONNECT, so that the will is due."""
+        """Close the socket without DISCONNECT, so that the will is sent."""
         connection = self._client.socket()
         if isinstance(connection, socket.socket):
             with contextlib.suppress(OSError):
@@ -301,7 +300,7 @@ class MQTTClient:
         await asyncio.to_thread(self._client.loop_stop)
 
     async def close(self) -> None:
-        """Whatever its state: end it."""
+        """Close the connection in any state."""
         if self.connected:
             await self.disconnect()
         else:
@@ -309,10 +308,10 @@ class MQTTClient:
 
 
 async def connect_all(*clients: MQTTClient) -> list[int]:
-    """Connect at the same time: RabbitMQ takes three seconds for each refusal. The reason codes, in order."""
+    """Connect clients at the same time, since RabbitMQ takes three seconds for each refusal; return the reason codes in order."""
     return list(await asyncio.gather(*(client.connect() for client in clients)))
 
 
 def _properties(packet: int) -> Properties:
-    made: Properties = Properties(packet)  # type: ignore[no-untyped-call]  # paho leaves this one untyped
+    made: Properties = Properties(packet)  # type: ignore[no-untyped-call]  # not typed in paho
     return made

@@ -1,4 +1,4 @@
-"""A RabbitMQ in a chroot, with the very files of ``rabbitmq/``."""
+"""Runs a RabbitMQ node in a chroot, with the files of ``rabbitmq/``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DEVICES = {"null": (1, 3), "zero": (1, 5), "random": (1, 8), "urandom": (1, 9),
 
 @dataclass(frozen=True, slots=True)
 class Doors:
-    """The ports of one node; 0 where there is no such door."""
+    """The ports of a node; 0 if it has no such listener."""
 
     amqp_tls: int = 5671
     mqtt_tls: int = 8883
@@ -52,21 +52,20 @@ LAX = Doors(
 @dataclass(slots=True)
 class Broker:
     """
-    One RabbitMQ node in a chroot, with the files of ``rabbitmq/`` in its /etc/rabbitmq.
+    A RabbitMQ node in a chroot, with the files of ``rabbitmq/`` in its /etc/rabbitmq.
 
-    The root is mounted read-only; what the node writes is in ``state`` (a tmpfs), and gone with the
-    namespaces.
+    The root is mounted read-only; the node writes to ``state`` (a tmpfs), which disappears with the namespaces.
 
     Attributes:
-        root: as printed by ``tools/rabbitmq-root``.
-        state: an existing empty directory.
-        certificates: what it finds in /etc/rabbitmq/certs.
-        name: the node's name before the @.
-        doors: its ports, for clients to know; the files decide.
-        overlays: further files for /etc/rabbitmq/conf.d.
-        advanced: what becomes /etc/rabbitmq/advanced.config.
-        plugins: plugins to enable besides those of ``rabbitmq/enabled_plugins``.
-        cookie: the Erlang cookie, the same for all nodes of a cluster; a new one by default.
+        root: Output of ``tools/rabbitmq-root``.
+        state: An existing empty directory.
+        certificates: The files for /etc/rabbitmq/certs.
+        name: The node's name before the @.
+        doors: Its ports, for clients; must match the configuration files.
+        overlays: Additional files for /etc/rabbitmq/conf.d.
+        advanced: The file for /etc/rabbitmq/advanced.config.
+        plugins: Plugins to enable in addition to those of ``rabbitmq/enabled_plugins``.
+        cookie: The Erlang cookie, the same for all nodes of a cluster; a new one by default.
     """
 
     root: Path
@@ -93,10 +92,10 @@ class Broker:
 
     def prepare(self) -> None:
         """
-        Mount the root and put the files in their places. Once, before the first start.
+        Mount the root and install the files; call it once, before the first start.
 
         Raises:
-            HarnessError: a mount failed, usually because ``tools/test-broker`` was not used.
+            HarnessError: A mount failed, usually because ``tools/test-broker`` was not used.
         """
         mount("-t", "tmpfs", "-o", "mode=755,size=2g", "authbackend-test", self.state)
         writable = {
@@ -114,8 +113,7 @@ class Broker:
             mount("--bind", self.state / name, target)
         mount("--bind", self.state / "etc/hosts", self.chroot / "etc/hosts")
         mount("-t", "proc", "proc", self.chroot / "proc")
-        # Never the machine's own /dev: whatever is mounted below a directory that is removed later is
-        # removed with it.
+        # Never the machine's /dev: the directory is removed later, with everything that is mounted below it.
         mount("-t", "tmpfs", "-o", "mode=755,size=1m", "authbackend-test-dev", self.chroot / "dev")
         for name, (major, minor) in _DEVICES.items():
             node = self.chroot / "dev" / name
@@ -164,7 +162,7 @@ class Broker:
             "LANG": "C.UTF-8",
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "RABBITMQ_NODENAME": f"{self.name}@localhost",
-            # Added to what rabbitmq-env.conf says. Schedulers that spin while they wait take the cores from the other nodes, and from the service.
+            # In addition to rabbitmq-env.conf: schedulers that busy-wait take CPU time from the other nodes and the service.
             "ERL_ZFLAGS": "+sbwt none +sbwtdcpu none +sbwtdio none",
             "RABBITMQ_DIST_PORT": str(self.doors.distribution),
         }
@@ -177,53 +175,52 @@ class Broker:
 
     def start(self) -> None:
         """
-        Start the node and wait until it says that all of its plugins have started.
+        Start the node and wait until it logs that all plugins have started.
 
         Raises:
-            HarnessError: it did not within 90 s; the message ends with its last output.
+            HarnessError: It did not within 90 s; the message ends with its last output.
         """
         if self._epmd is None or not self._epmd.running:
-            # Started by itself, a node leaves an epmd behind. One serves all nodes; a second one ends at
-            # once.
+            # A node that starts epmd itself leaves it running. One epmd serves all nodes; a second one exits immediately.
             self._epmd = Process(self._command("epmd"), self.state / "epmd.log", self._environment())
         self._process = Process(self._command("rabbitmq-server"), self.state / "console.log", self._environment())
         self._process.wait_for_line("completed with", BOOT_TIMEOUT_S)
 
     def stop(self) -> None:
-        """Stop the node in good order; what it stored stays for the next start."""
+        """Stop the node cleanly; its data stays for the next start."""
         if self._process is not None:
             self._process.stop()
             self._process = None
 
     @property
     def pid(self) -> int:
-        """The process id of what started the node; all of its processes are of this one's session."""
+        """The process id of the command that started the node, in whose session all of its processes are."""
         assert self._process is not None
         return self._process.pid
 
     def kill(self) -> None:
-        """Stop the node as a crash would."""
+        """Kill the node, as in a crash."""
         if self._process is not None:
             self._process.kill()
             self._process = None
 
     def close(self) -> None:
-        """Stop the node and its epmd for good."""
+        """Stop the node and its epmd."""
         self.stop()
         if self._epmd is not None:
             self._epmd.stop()
             self._epmd = None
 
     def remove(self) -> None:
-        """Unmount and remove everything of a node that is closed, so that another can be prepared in its place."""
+        """Unmount and remove all files of a closed node, so that another can be prepared in its place."""
         remove_tree(self.state)
 
     def control(self, *arguments: str) -> str:
         """
-        Run ``rabbitmqctl`` on the node (about a second) and return what it prints.
+        Run ``rabbitmqctl`` on the node, which takes about a second, and return its output.
 
         Raises:
-            HarnessError: it failed; the message has its output.
+            HarnessError: It failed; the message contains its output.
         """
         command = self._command("rabbitmqctl", "--quiet", *arguments)
         done = subprocess.run(command, env=self._environment(), capture_output=True, text=True, check=False)

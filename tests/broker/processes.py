@@ -1,4 +1,4 @@
-"""Child processes: their output, waiting for a line of it, and their end."""
+"""Runs child processes, waits for lines of their output, and stops them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ STOP_TIMEOUT_S = 30.0
 
 
 class HarnessError(Exception):
-    """One of the real parts did not start, or did not do what every test takes for granted."""
+    """A part of the test environment did not start, or did not behave as every test requires."""
 
 
 class Process:
-    """A child process whose output goes to a file and, line by line, to whoever waits for a certain one."""
+    """A child process; its output goes to a file, and tests can wait for a line of it."""
 
     def __init__(
         self, command: Sequence[str | Path], log: Path, environment: dict[str, str], cwd: Path | None = None
@@ -58,7 +58,7 @@ class Process:
 
     @property
     def running(self) -> bool:
-        """Whether the child has not ended yet."""
+        """Whether the child is still running."""
         return self._child.poll() is None
 
     def wait_for_line(self, text: str, timeout_s: float) -> None:
@@ -66,7 +66,7 @@ class Process:
         Wait until a line that contains ``text`` is printed.
 
         Raises:
-            HarnessError: the process ended or the time was up first; the message ends with its last output.
+            HarnessError: The process ended first, or the time was up; the message ends with its last output.
         """
         deadline = time.monotonic() + timeout_s
         while True:
@@ -80,7 +80,7 @@ class Process:
                 return
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
-        """Ask it to end (SIGTERM), insist after ``timeout_s`` (SIGKILL), and return its exit status."""
+        """Send SIGTERM, after ``timeout_s`` SIGKILL, and return the exit status."""
         if self.running:
             self._child.terminate()
         try:
@@ -91,14 +91,14 @@ class Process:
         return self._child.wait()
 
     def kill(self) -> None:
-        """End it and its children at once, as a crash would (SIGKILL)."""
+        """Kill the process and its children (SIGKILL), as in a crash."""
         os.killpg(self._child.pid, signal.SIGKILL)
         self._child.wait()
         self._reader.join(STOP_TIMEOUT_S)
 
 
 def tail(file: Path, lines: int = 40) -> str:
-    """The last lines of a log; empty if there is none."""
+    """Return the last lines of a log; empty if there is none."""
     if not file.exists():
         return ""
     return "\n".join(file.read_text(errors="replace").splitlines()[-lines:])
@@ -106,10 +106,10 @@ def tail(file: Path, lines: int = 40) -> str:
 
 async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
     """
-    Wait until something is true of a process that tells nobody when it becomes so.
+    Poll until a condition holds, for a process that does not report it.
 
     Raises:
-        HarnessError: it did not within ``timeout_s``.
+        HarnessError: It does not within ``timeout_s``.
     """
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -1,4 +1,4 @@
-"""A node that checks revocation lists, the authority whose certificates it trusts, and TLS clients that save sessions."""
+"""A node that checks CRLs, the authority that it trusts, and TLS clients that resume sessions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ VERSIONS = {"TLS 1.2": ssl.TLSVersion.TLSv1_2, "TLS 1.3": ssl.TLSVersion.TLSv1_3
 
 @dataclass(slots=True)
 class Directory:
-    """A folder with the files that a node needs, as :class:`Certificates` has one."""
+    """A folder with the certificate files that a node needs, like that of :class:`Certificates`."""
 
     directory: Path
 
@@ -45,8 +45,8 @@ class Revocable:
     An authority of ``authbackend ca``, the node that trusts it, the replica that signs its list, and ``crl sync``.
 
     Args:
-        replica: not started; gets the authority and is asked for the list.
-        name: of the authority, and of the node before the @.
+        replica: Not started; it gets the authority, and serves the list.
+        name: Name of the authority, and of the node before the @.
     """
 
     def __init__(self, workplace: Path, root: Path, bench: Certificates, replica: Service, name: str = "fleet") -> None:
@@ -82,26 +82,26 @@ class Revocable:
 
     @property
     def node_name(self) -> str:
-        """The node as RabbitMQ writes it."""
+        """RabbitMQ's name for the node."""
         return f"{self.name}@localhost"
 
     @property
     def lists(self) -> Path:
-        """What the node sees as /etc/rabbitmq/crl."""
+        """The directory that the node has as /etc/rabbitmq/crl."""
         return self.node.state / "etc/crl"
 
     @property
     def file(self) -> Path:
-        """The one list in it."""
-        (found,) = self.lists.glob("*.r0")
-        return found
+        """The only list in that directory."""
+        (file,) = self.lists.glob("*.r0")
+        return file
 
     def sign(self, *arguments: str | Path) -> str:
         """Run a command that needs the authority's passphrase."""
         return self.replica.command(*arguments, "--passphrase-file", self.secret)
 
     def start(self) -> None:
-        """Publish a first list, bring it to the node's folder, and start replica, sync and node."""
+        """Publish a first list, copy it to the node's folder, and start replica, sync and node."""
         self.sign("crl", "sign", self.ca)
         self.replica.start()
         self.replica.command(*self._sync_command(), "--once")
@@ -114,10 +114,10 @@ class Revocable:
 
     def start_sync(self, reports_to: str | None = None) -> Process:
         """
-        Keep the list up to date from now on.
+        Start ``crl sync``.
 
         Args:
-            reports_to: The database, with the role that reports for the node; None: nothing is reported.
+            reports_to: The database, with the role that reports for the node; None: do not report.
         """
         command = [sys.executable, "-m", "authbackend", *self._sync_command()]
         environment = {"PATH": "/usr/bin:/bin"}
@@ -128,7 +128,7 @@ class Revocable:
         return self._sync
 
     def stop_sync(self) -> None:
-        """Leave the list as it is from now on."""
+        """Stop ``crl sync``: the list stays as it is."""
         if self._sync is not None:
             self._sync.stop()
             self._sync = None
@@ -140,14 +140,14 @@ class Revocable:
         self.node.close()
 
     def enroll(self, device_id: str) -> Identity:
-        """A certificate for a registered device, with its key."""
+        """Enroll a registered device and return its certificate with the key."""
         self._count += 1
         path = self.place / f"device-{self._count}"
         self.sign("device", "enroll", device_id, "--ca", self.ca, "--generate", "--out", path)
         return Identity(device_id, path.with_suffix(".pem"), path.with_suffix(".key"), self.ca / "ca.pem")
 
     def certificate(self, name: str, *, serial: int | None = None, point: str | None = None) -> Identity:
-        """A certificate that is not on record, with any serial number and, if wanted, a CRL distribution point."""
+        """Issue a certificate that is not on record, with any serial number and optionally a CRL distribution point."""
         self._count += 1
         key = ec.generate_private_key(ec.SECP256R1())
         builder = (
@@ -178,7 +178,7 @@ class Revocable:
 
     @property
     def key(self) -> ec.EllipticCurvePrivateKey:
-        """The key of the authority."""
+        """Return the key of the authority."""
         key = self.authority._key
         assert isinstance(key, ec.EllipticCurvePrivateKey)
         return key
@@ -187,10 +187,10 @@ class Revocable:
 @dataclass(slots=True)
 class Tls:
     """
-    A client that speaks one TLS version and offers the session of its last connection again.
+    A client with one TLS version that tries to resume the session of its last connection.
 
     Attributes:
-        reused: whether the last connection resumed a session.
+        reused: Whether the last connection resumed a session.
     """
 
     identity: Identity
@@ -206,9 +206,9 @@ class Tls:
 
     def login(self) -> str:
         """
-        Connect and log in over MQTT: "accepted", or the TLS alert or other end of the connection.
+        Connect and log in over MQTT; return "accepted", or the TLS alert or other end of the connection.
 
-        TLS 1.3 tells a client of a refused certificate only when it reads.
+        With TLS 1.3, a client learns only when it reads that its certificate was refused.
         """
         name = self.identity.name.encode()
         body = b"\x00\x04MQTT\x04\x02\x00\x3c" + len(name).to_bytes(2, "big") + name
@@ -224,7 +224,7 @@ class Tls:
         return "accepted" if answer == b"\x20\x02\x00\x00" else f"refused by MQTT: {answer.hex()}"
 
     def handshake(self) -> str:
-        """As login, without MQTT: the alert, or "accepted" when the door waits for what follows the handshake."""
+        """Do only the TLS handshake; return the alert, or "accepted" if the listener waits for data."""
         try:
             with socket.create_connection((HOST, self.port), timeout=10) as plain:
                 with self.context.wrap_socket(plain, server_hostname="localhost") as tls:
@@ -236,7 +236,7 @@ class Tls:
             return getattr(error, "reason", None) or type(error).__name__
 
     def seconds_until(self, refused: str, begin: float) -> float:
-        """Log in again and again until that alert comes: seconds since ``begin`` (monotonic)."""
+        """Log in repeatedly until this alert comes; return the seconds since ``begin`` (monotonic)."""
         while time.monotonic() < begin + 20:
             answer = self.login()
             if answer == refused:

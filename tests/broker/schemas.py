@@ -1,4 +1,4 @@
-"""Which keys of ``rabbitmq.conf`` a broker knows, read from its own cuttlefish schemas, and which keys a file has."""
+"""Reads the keys of ``rabbitmq.conf`` that a broker supports, from its cuttlefish schemas, and the keys that a file sets."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _KEY = re.compile(r"^([A-Za-z][\w.-]*)\s*=")
 
 class KnownKeys:
     """
-    The keys of all schemas in a RabbitMQ, those of plugins that are not enabled among them.
+    The keys of all schemas of a RabbitMQ, including those of plugins that are not enabled.
 
     Args:
-        root: as printed by ``tools/rabbitmq-root``.
+        root: Output of ``tools/rabbitmq-root``.
     """
 
     def __init__(self, root: Path) -> None:
@@ -35,17 +35,17 @@ class KnownKeys:
 
 
 def _names(schema: str, plugins: Path) -> list[str]:
-    """The names of a schema, with ``$`` words for those that are free, and of the parts that it includes."""
-    found = _MAPPING.findall(schema)
+    """Return the keys of a schema and of the parts that it includes; words that begin with ``$`` are placeholders."""
+    names = _MAPPING.findall(schema)
     for plugin, part, prefix, rest in _INCLUDE.findall(schema):
         (file,) = plugins.glob(f"{plugin}-*/priv/schema/{part}.partial")
-        found += [f"{prefix}.{name}" for name in _MAPPING.findall(file.read_text(encoding="utf-8"))]
+        names += [f"{prefix}.{name}" for name in _MAPPING.findall(file.read_text(encoding="utf-8"))]
         if "{disable_with, none}" in rest:
-            found.append(prefix)
-    return found
+            names.append(prefix)
+    return names
 
 
 def keys_of(file: Path) -> list[str]:
-    """The keys that a file in the format of ``rabbitmq.conf`` sets, in order."""
+    """Return the keys that a file in the format of ``rabbitmq.conf`` sets, in order."""
     lines = file.read_text(encoding="utf-8").splitlines()
-    return [found[1] for line in lines if (found := _KEY.match(line))]
+    return [match[1] for line in lines if (match := _KEY.match(line))]

@@ -1,4 +1,4 @@
-"""This service as a process of its own, and its database."""
+"""Runs the service as a separate process, and its database."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ READY_TIMEOUT_S = 30.0
 
 
 class Database:
-    """A PostgreSQL of the tests' own, on a Unix socket."""
+    """A PostgreSQL server for the tests, on a Unix socket."""
 
     NAME = "postgres"
 
@@ -32,15 +32,15 @@ class Database:
         self.server.start()
 
     def dsn_of(self, role: str = SUPERUSER) -> str:
-        """The connection URI for a role."""
+        """Return the connection URI for a role."""
         return self.server.dsn(self.NAME, role)
 
     def sql(self, statement: str, role: str = SUPERUSER) -> str:
         """
-        Run SQL with psql, as a security team would, in one transaction, and return what it prints.
+        Run SQL with psql, as a security team would, in one transaction; return its output.
 
         Raises:
-            HarnessError: PostgreSQL refused it; the message is PostgreSQL's own.
+            HarnessError: PostgreSQL refused it; the message is PostgreSQL's.
         """
         options = ["-XAtq", "-v", "ON_ERROR_STOP=1", "-d", self.NAME, "-U", role]
         try:
@@ -51,14 +51,14 @@ class Database:
 
 class Service:
     """
-    ``authbackend serve`` as a process.
+    A process of ``authbackend serve``.
 
-    The command is ``python -m authbackend``, or what AUTHBACKEND_TEST_COMMAND says.
+    The command is ``python -m authbackend``, or that in AUTHBACKEND_TEST_COMMAND.
 
     Args:
-        dsn: the connection URI of the service's own role.
-        admin_dsn: that of the role that edits the registry, for every command but ``serve``.
-        broker_port: where RabbitMQ asks; 8080, unless there is a balancer in front.
+        dsn: Connection URI of the service's role.
+        admin_dsn: Connection URI of the role that edits the registry, for all commands but ``serve``.
+        broker_port: Port for RabbitMQ; 8080 unless there is a balancer in front.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Service:
 
     @property
     def url(self) -> str:
-        """Where health, metrics and revocation lists are."""
+        """The URL of health, metrics and CRLs."""
         return f"http://127.0.0.1:{self.health_port}"
 
     def _environment_for(self, dsn: str) -> dict[str, str]:
@@ -101,10 +101,10 @@ class Service:
 
     def command(self, *arguments: str | Path, stdin: str | None = None, dsn: str | None = None) -> str:
         """
-        Run ``authbackend ARGUMENTS`` as the role that edits, or as ``dsn`` says; return its standard output.
+        Run ``authbackend ARGUMENTS`` as the role that edits, or with ``dsn``; return its standard output.
 
         Raises:
-            HarnessError: exit status other than 0; the message has its output.
+            HarnessError: The exit status is not 0; the message contains the output.
         """
         command = [*self._command, *arguments]
         done = subprocess.run(
@@ -123,14 +123,14 @@ class Service:
         return done.stdout
 
     def configure(self, **settings: str) -> None:
-        """Set settings for the next start, named as in the environment without ``AUTHBACKEND_``; empty: the default."""
+        """Change settings for the next start, named as in the environment without ``AUTHBACKEND_``; empty: the default."""
         for name, value in settings.items():
             self._environment.pop(f"AUTHBACKEND_{name}", None)
             if value:
                 self._environment[f"AUTHBACKEND_{name}"] = value
 
     def enforce(self, clusters: str, sweep_interval_s: str = "") -> None:
-        """Let it end what is connected on these clusters, from the next start on; none: no more."""
+        """Enforce on these clusters from the next start; on none if empty."""
         password = self.log.with_name("enforcer-password")
         password.write_text("enforcer-password\n")
         self.configure(
@@ -145,7 +145,7 @@ class Service:
         Start the service and wait until it is ready.
 
         Raises:
-            HarnessError: it ended, or was not ready within 30 s; the message has its last output.
+            HarnessError: It ended, or was not ready within 30 s; the message contains its last output.
         """
         environment = self._environment_for(self._dsns[0])
         self._process = Process([*self._command, "serve"], self.log, environment, REPOSITORY)
@@ -155,18 +155,18 @@ class Service:
             why = _get(f"{self.url}/health/ready")
             if why == "":
                 return
-            time.sleep(0.02)  # Between two questions; there is no event to wait for from outside.
+            time.sleep(0.02)  # Between two polls; there is no event to wait for from outside.
         self._process.stop()
         raise HarnessError(f"authbackend serve is not ready: {why}\n{tail(self.log)}")
 
     def stop(self) -> None:
-        """Stop the service in good order."""
+        """Stop the service cleanly."""
         if self._process is not None:
             self._process.stop()
             self._process = None
 
     def kill(self) -> None:
-        """Stop the service as a crash would, and tell those who wait for replicas that it never answers again."""
+        """Kill the service, as in a crash, and record that this replica never answers again."""
         if self._process is not None:
             self._process.kill()
             self._process = None
@@ -179,10 +179,10 @@ class Service:
 
     def metrics(self) -> str:
         """
-        What Prometheus would read.
+        Return the metrics as Prometheus reads them.
 
         Raises:
-            HarnessError: it is not answered with 200; the message has the answer and the end of the log.
+            HarnessError: The status is not 200; the message contains the answer and the end of the log.
         """
         try:
             with urllib.request.urlopen(f"{self.url}/metrics", timeout=5) as answer:
@@ -192,7 +192,7 @@ class Service:
             raise HarnessError(f"{error}: {error.read().decode()}\n{tail(self.log)}") from None
 
     def count(self, name: str, **labels: str) -> int:
-        """The sum of a counter's series that carry these labels; 0 without any."""
+        """Return the sum of a counter's series with these labels; 0 if there are none."""
         return int(
             sum(
                 sample.value
@@ -203,12 +203,12 @@ class Service:
         )
 
     def denials(self, **labels: str) -> int:
-        """How often the service said no, for these labels (``endpoint``, ``reason``, ``device_type``)."""
+        """Return the number of denials with these labels (``endpoint``, ``reason``, ``device_type``)."""
         return self.count("authbackend_decisions", verdict="deny", **labels)
 
 
 def _get(url: str) -> str:
-    """Ask for 200: the empty text, or why not."""
+    """Return an empty text if the status is 200, otherwise the cause."""
     try:
         with urllib.request.urlopen(url, timeout=2):
             return ""

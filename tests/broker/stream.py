@@ -1,4 +1,4 @@
-"""As much of RabbitMQ's stream protocol as it takes to be connected."""
+"""A client for RabbitMQ's stream protocol that can only connect."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OK = 1
 
 
 class StreamConnection:
-    """A connection that logged in by certificate."""
+    """A connection that has logged in by certificate."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -28,13 +28,13 @@ class StreamConnection:
         Connect to the virtual host ``/``.
 
         Raises:
-            ConnectionRefusedError: The broker does not let it.
+            ConnectionRefusedError: The broker refuses it.
         """
         connection = cls(*await asyncio.open_connection(HOST, port, ssl=tls))
         await connection._ask(PEER_PROPERTIES, struct.pack(">i", 0))
         await connection._ask(HANDSHAKE)
         await connection._ask(AUTHENTICATE, _text("EXTERNAL") + struct.pack(">i", -1))
-        await connection._frame()  # what the broker wants tuned
+        await connection._frame()  # the broker's Tune request
         connection._send(struct.pack(">HHII", TUNE, 1, 1 << 20, 60))
         await connection._ask(OPEN, _text("/"))
         return connection
@@ -48,11 +48,11 @@ class StreamConnection:
 
     @property
     def open_still(self) -> bool:
-        """Whether the broker has not ended it, as far as this end knows."""
+        """Whether the connection is still open, as far as this end can tell."""
         return not self._reader.at_eof()
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the connection."""
         self._writer.close()
 
     async def _ask(self, key: int, body: bytes = b"") -> None:

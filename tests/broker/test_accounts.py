@@ -1,4 +1,4 @@
-"""Accounts: people and services, by password or certificate, on the management API and by MQTT."""
+"""Accounts of people and services, by password or certificate, on the management API and over MQTT."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ async def _status(management: Managements, name: str, password: str, path: str =
 
 
 async def test_the_tag_of_an_account_works(management: Managements, fleet: Fleet) -> None:
-    """``monitoring`` sees everything; it may not do what needs ``administrator``."""
+    """``monitoring`` can see everything, but not do what needs ``administrator``."""
     async with management("monitoring", "monitoring") as api:
         assert (await api.get("overview"))[0] == 200
-        status, who = await api.get("whoami")
-        assert (status, who["name"], who["tags"]) == (200, "monitoring", ["monitoring"])
+        status, user = await api.get("whoami")
+        assert (status, user["name"], user["tags"]) == (200, "monitoring", ["monitoring"])
         assert (await api.request("PUT", "vhosts/new"))[0] == 401
         assert (await api.delete("connections/username/nobody"))[0] == 401
 
 
 async def test_who_may_not_use_the_management_api(management: Managements, fleet: Fleet) -> None:
-    """A wrong password, an account without tags, nobody, a device; each is counted for what it is."""
+    """A wrong password, an account without tags, an unknown name and a device; each is counted by its reason."""
     me = fleet.device()
     attempts = {
         ("monitoring", "wrong"): "password_wrong",
@@ -54,7 +54,7 @@ async def test_who_may_not_use_the_management_api(management: Managements, fleet
 
 
 async def test_a_password_is_changed(management: Managements, fleet: Fleet) -> None:
-    """By the command line: the old one ends at once, although a login by it is remembered for a minute."""
+    """With the command: the old one is refused immediately, although successful logins are cached for a minute."""
     add = ("account", "add", "operator", "--tag", "monitoring", "--vhost", "/", "--password-file", "-")
     await fleet.command(*add, stdin="first password\n")
     assert await _status(management, "operator", "first password") == 200
@@ -67,7 +67,7 @@ async def test_a_password_is_changed(management: Managements, fleet: Fleet) -> N
 
 
 async def test_an_account_uses_mqtt_with_its_own_client_id(mqtt: Clients, fleet: Fleet) -> None:
-    """The door needs some certificate of the devices' authority; the account is who its name and password say."""
+    """The listener needs a certificate of the devices' authority; name and password identify the account."""
     me, carrier = fleet.device(), fleet.device()
     dashboard, device = mqtt(carrier, **DASHBOARD), mqtt(me)
     assert await connect_all(dashboard, device) == [0, 0]
@@ -82,7 +82,7 @@ async def test_an_account_uses_mqtt_with_its_own_client_id(mqtt: Clients, fleet:
 
 
 async def test_an_account_with_a_devices_client_id_is_refused(mqtt: Clients, fleet: Fleet) -> None:
-    """Right name, right password: but the client id would take the device's session. The device is not kicked."""
+    """Name and password are correct, but the client id would take over the device's session. The device stays connected."""
     victim, carrier = fleet.device(), fleet.device()
     session = {"clean": False, "session_expiry_s": 60}
     online, asleep = mqtt(victim, **session), mqtt(victim, client_id=f"{victim}_asleep", **session)
@@ -98,7 +98,7 @@ async def test_an_account_with_a_devices_client_id_is_refused(mqtt: Clients, fle
         for client_id in (victim, f"{victim}_asleep", "dashboard-2", "")
         for version, clean in ((4, True), (5, True), (5, False))
     ]
-    # An account whose certificate is its login, too.
+    # Also an account that logs in by certificate.
     attempts += [mqtt("collector", client_id=client_id) for client_id in (victim, "collector")]
     assert await connect_all(*attempts) == [LOGIN_REFUSED] * len(attempts)
     after = fleet.service.denials(endpoint="user", reason="client_id_not_bound", device_type="account")
@@ -112,7 +112,7 @@ async def test_an_account_with_a_devices_client_id_is_refused(mqtt: Clients, fle
 
 
 async def test_an_accounts_client_id_is_taken_to_the_letter(mqtt: Clients, fleet: Fleet) -> None:
-    """What a form must escape, and what a wrong decoder would make of it."""
+    """Characters that a form must escape, and what a wrong decoder would turn them into."""
     carrier = fleet.device()
     others = ["dash+board 100%ü", "dash%20board 100%ü", "dash board 100%25ü", "dash board 100%Ü", "dash board 100"]
     clients = [mqtt(carrier, **(DASHBOARD | {"client_id": name})) for name in ["dash board 100%ü", *others]]
@@ -120,7 +120,7 @@ async def test_an_accounts_client_id_is_taken_to_the_letter(mqtt: Clients, fleet
 
 
 async def test_wrong_passwords_do_not_disturb_devices(mqtt: Clients, fleet: Fleet) -> None:
-    """Thirty guesses at once; devices are let in meanwhile as ever, and the account afterwards."""
+    """During thirty concurrent guesses, devices log in as usual; afterwards, so does the account."""
     carrier = fleet.device()
     guesses = [
         mqtt(carrier, **(DASHBOARD | {"password": f"guess {number}", "client_id": "dashboard-1"}))

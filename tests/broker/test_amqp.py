@@ -1,4 +1,4 @@
-"""AMQP: for services. Devices are refused, and nobody reaches the devices' sessions by the queues behind them."""
+"""AMQP: services can use it, devices cannot, and the queues of devices' sessions cannot be reached."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ACCESS_REFUSED = "ACCESS_REFUSED"
 
 @pytest_asyncio.fixture
 async def amqp(broker: Broker, certificates: Certificates, fleet: Fleet) -> AsyncIterator[Connections]:
-    """``await amqp("collector")`` connects as a service that logs in by certificate; closed after the test."""
+    """``await amqp("collector")`` connects as a service that logs in by certificate; it is closed after the test."""
     opened: list[AbstractConnection] = []
 
     async def connect(name: str) -> AbstractConnection:
@@ -37,7 +37,7 @@ async def amqp(broker: Broker, certificates: Certificates, fleet: Fleet) -> Asyn
 
 
 async def _queue_of_a_sleeping_device(mqtt: Clients, device: str) -> str:
-    """A device with a persistent session and one message in it; the name of the queue behind it."""
+    """Make a device's persistent session with one message; return the name of its queue."""
     sleeper = mqtt(device, clean=False, session_expiry_s=60)
     assert await sleeper.connect() == 0
     assert await sleeper.subscribe(f"fleet/{device}/telemetry/#", f"fleet/{device}/commands/#") == [1, 1]
@@ -56,7 +56,7 @@ async def _messages_of(mqtt: Clients, device: str, count: int) -> list[bytes]:
 
 
 async def test_a_devices_certificate_does_not_open_amqp(amqp: Connections, fleet: Fleet) -> None:
-    """Its login is good; the virtual host is refused, because AMQP carries no client id."""
+    """The login is allowed; the virtual host is denied, because AMQP has no client id."""
     me = fleet.device()
     before = fleet.service.denials(endpoint="vhost", reason="client_id_missing")
     with pytest.raises(AMQPError):
@@ -68,7 +68,7 @@ async def test_a_devices_certificate_does_not_open_amqp(amqp: Connections, fleet
 async def test_a_devices_name_and_a_password_do_not_open_amqp(
     broker: Broker, certificates: Certificates, fleet: Fleet, password: str
 ) -> None:
-    """PLAIN with the name of a device, over another device's certificate."""
+    """PLAIN with the name of a device, over a connection with another device's certificate."""
     victim, tls = fleet.device(), certificates.device(fleet.device()).context()
     before = fleet.service.denials(endpoint="user", reason="password_on_certificate_identity")
     with pytest.raises(AMQPConnectionError):
@@ -77,7 +77,7 @@ async def test_a_devices_name_and_a_password_do_not_open_amqp(
 
 
 async def test_a_service_collects_what_devices_publish(amqp: Connections, mqtt: Clients, fleet: Fleet) -> None:
-    """By certificate, with a queue of its own name, bound to what its rules allow and nothing else."""
+    """By certificate, with a queue of its own, which it can bind only to topics that its rules allow."""
     me = fleet.device()
     connection = await amqp("collector")
     channel = await connection.channel()
@@ -98,7 +98,7 @@ async def test_a_service_collects_what_devices_publish(amqp: Connections, mqtt: 
 
 
 async def test_wildcards_do_not_reach_the_devices_sessions(amqp: Connections, mqtt: Clients, fleet: Fleet) -> None:
-    """``collector`` may read "*". A session's queue is not among that: not to read, purge, bind or delete."""
+    """``collector`` may read "*", which does not include queues of sessions: no read, purge, bind or delete."""
     victim = fleet.device()
     name = await _queue_of_a_sleeping_device(mqtt, victim)
     connection = await amqp("collector")
@@ -125,8 +125,8 @@ async def test_wildcards_do_not_reach_the_devices_sessions(amqp: Connections, mq
 
 async def test_a_service_publishes_to_devices_inside_its_rules(amqp: Connections, mqtt: Clients, fleet: Fleet) -> None:
     """
-    ``dispatcher`` may write "*", and publish commands. Other topics are refused, also as a second key in the ``CC``
-    header; so is the default exchange, which would put a message into a device's session past every rule.
+    ``dispatcher`` may write "*" and publish commands. Other topics are refused, also as a second key in the ``CC`` header,
+    and so is the default exchange, which would put a message into a device's session without any topic rule.
     """
     victim = fleet.device()
     name = await _queue_of_a_sleeping_device(mqtt, victim)

@@ -1,8 +1,8 @@
 """
-Every reason for which the service says no: what the client sees, in MQTT 3.1.1 and 5, and what RabbitMQ logs.
+Each denial reason: what the client sees, in MQTT 3.1.1 and 5, and what RabbitMQ logs.
 
-``docs/broker-answers.toml`` says what is expected, and docs/reasons.md is made from it. What a client sees depends on
-the question that is answered with no, and never on the reason.
+The expectations are in ``docs/broker-answers.toml``, from which docs/reasons.md is generated. What a client sees depends
+on the endpoint that denies, never on the reason.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ insert into account (name, login, password_hash, vhosts, client_ids)
 
 @dataclass(slots=True)
 class Walk:
-    """The clients of one MQTT version, the counts of reasons, and what was seen."""
+    """The clients of one MQTT version, the counts by reason, and the observations."""
 
     mqtt: Clients
     fleet: Fleet
@@ -70,20 +70,20 @@ class Walk:
     version: int
 
     def client(self, identity: Any, **options: Any) -> MQTTClient:
-        """A client of this version."""
+        """Return a client of this MQTT version."""
         return self.mqtt(identity, version=self.version, **options)
 
     def expected(self, question: str) -> str:
-        """What the file says that a client of this version sees."""
-        found: str = EXPECTED["question"][question][VERSIONS[self.version]]
-        return found
+        """Return what a client of this version must see."""
+        answer: str = EXPECTED["question"][question][VERSIONS[self.version]]
+        return answer
 
     def denied(self) -> Counter[str]:
-        """How often each reason has been given, at whichever question."""
+        """Return how often each reason has been given, on all endpoints."""
         return Counter({reason: self.fleet.service.denials(reason=reason) for reason in Reason})
 
     async def logged(self, log: BrokerLog, question: str, names: dict[str, str]) -> None:
-        """Wait until the broker has logged what the file says, and nothing else."""
+        """Wait until the broker has logged exactly the expected lines."""
         lines = EXPECTED["question"][question]["log"]
         try:
             await until(lambda: log.lines(names) == lines, 5)
@@ -91,18 +91,18 @@ class Walk:
             assert log.lines(names) == lines
 
     async def login(self, client: MQTTClient) -> str:
-        """Connect, and return what comes."""
+        """Connect, and return what the client sees."""
         return connack(self.version, await client.connect())
 
 
 @pytest.fixture(params=VERSIONS)
 def walk(mqtt: Clients, fleet: Fleet, broker: Broker, request: pytest.FixtureRequest) -> Walk:
-    """For MQTT 3.1.1, and for 5."""
+    """Run for MQTT 3.1.1 and for 5."""
     return Walk(mqtt, fleet, broker, request.param)
 
 
 def test_every_reason_is_in_the_file() -> None:
-    """With the questions at which a test sees it, or why no MQTT client meets it."""
+    """With the endpoints at which a test shows it, or why MQTT clients never get it."""
     assert set(EXPECTED["reason"]) | set(EXPECTED["not_over_mqtt"]) == set(Reason) - {Reason.ALLOWED}
     assert not set(EXPECTED["reason"]) & set(EXPECTED["not_over_mqtt"])
     met = {question for questions in EXPECTED["reason"].values() for question in questions}
@@ -110,7 +110,7 @@ def test_every_reason_is_in_the_file() -> None:
 
 
 def reasons_of(question: str) -> set[str]:
-    """The reasons that this question meets, as the file says."""
+    """Return the reasons of an endpoint, according to the file."""
     return {reason for reason, questions in EXPECTED["reason"].items() if question in questions}
 
 
@@ -120,7 +120,7 @@ async def _hold(fleet: Fleet, device: str) -> None:
 
 
 async def test_logins(walk: Walk, fleet: Fleet) -> None:
-    """One client for each reason, all at the same time; RabbitMQ takes three seconds for each refusal."""
+    """One client for each reason, concurrently, since RabbitMQ takes three seconds for each refusal."""
     await fleet.change(TYPES)
     device = {name: fleet.device() for name in ("held", "stale", "victim", "short", "not_bound", "carrier")}
     long = f"{device['short']}_2"
@@ -157,7 +157,7 @@ async def test_logins(walk: Walk, fleet: Fleet) -> None:
 
 
 async def test_too_many_passwords_at_once(walk: Walk, fleet: Fleet) -> None:
-    """What is not checked for lack of time is refused like a wrong password."""
+    """A password that cannot be checked in time is refused like a wrong one."""
     await fleet.change(NARROW)
     fleet.service.configure(ACCOUNTS__HASHING_THREADS="1", ACCOUNTS__HASHING_QUEUE="0")
     await asyncio.to_thread(fleet.service.restart)
@@ -174,7 +174,7 @@ async def test_too_many_passwords_at_once(walk: Walk, fleet: Fleet) -> None:
 
 
 async def test_virtual_hosts(walk: Walk, fleet: Fleet) -> None:
-    """The login is good, the place is not."""
+    """The login is allowed, the virtual host is not."""
     clients = {"address_not_in_networks": walk.client("FAR0001"), "vhost_not_listed": walk.client("ELSE001")}
     assert reasons_of("virtual host") == set(clients)
     log, before = BrokerLog(walk.broker), walk.denied()
@@ -194,7 +194,7 @@ ATTEMPTS: dict[str, SnapshotRefused] = {
 
 @pytest.mark.parametrize("question", ATTEMPTS)
 async def test_what_is_already_connected(walk: Walk, fleet: Fleet, question: str) -> None:
-    """A device for each reason is let in, and then something changes. Enforcement, which would close it, is off."""
+    """A device for each reason logs in, then the registry changes; enforcement, which would close its connection, is off."""
     devices = {reason: fleet.device() for reason in CHANGES}
     clients = {reason: walk.client(device) for reason, device in devices.items()}
     if question == "subscribe":
@@ -216,7 +216,7 @@ async def test_what_is_already_connected(walk: Walk, fleet: Fleet, question: str
 
 
 async def test_wills(walk: Walk, fleet: Fleet) -> None:
-    """Nothing is refused at the login; the will is dropped when the client is lost."""
+    """The login is allowed; the will is dropped when the connection is lost."""
     devices = {reason: fleet.device() for reason in CHANGES}
     topics = {reason: f"fleet/{device}/telemetry/will" for reason, device in devices.items()}
     topics["no_rule_allows"] = "fleet/nobody/telemetry/will"
@@ -235,7 +235,7 @@ async def test_wills(walk: Walk, fleet: Fleet) -> None:
 
 
 async def test_the_exchange(walk: Walk, fleet: Fleet) -> None:
-    """Of a type without any rule for publishing, refused one question earlier than the topic."""
+    """A type without publish rules is refused at the exchange, one request before the topic."""
     client, before = walk.client("READER1"), walk.denied()
     assert await client.connect() == 0
     log = BrokerLog(walk.broker)
@@ -245,7 +245,7 @@ async def test_the_exchange(walk: Walk, fleet: Fleet) -> None:
 
 
 async def test_the_queue_of_a_session(walk: Walk, fleet: Fleet) -> None:
-    """An account whose permissions do not cover the queue behind its subscription."""
+    """An account without permission for the queue of its subscription."""
     await fleet.change(NARROW)
     client = walk.client(fleet.device(), username="narrow", password="enforcer-password", client_id="narrow-1")
     assert await client.connect() == 0
@@ -256,7 +256,7 @@ async def test_the_queue_of_a_session(walk: Walk, fleet: Fleet) -> None:
 
 
 async def test_no_replica_answers(walk: Walk, fleet: Fleet) -> None:
-    """An outage looks like a refusal, with another line in the broker's log."""
+    """To the client, an outage looks like a denial; the broker's log differs."""
     client = walk.client(fleet.device())
     assert await client.connect() == 0
     await asyncio.to_thread(fleet.service.stop)

@@ -1,4 +1,4 @@
-"""What RabbitMQ's own cache in front of authbackend would do to a revocation: why rabbitmq/README.md says not to use it."""
+"""RabbitMQ's own cache in front of authbackend delays revocations, which is why rabbitmq/README.md advises against it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ management.ssl.port = {PORTS.management_tls}
 
 @pytest.fixture(scope="module")
 def caching(workplace: Path, certificates: Certificates) -> Iterator[Broker]:
-    """A node that remembers what it was allowed for ten minutes."""
+    """A node that caches allowed requests for ten minutes."""
     conf = workplace / "cache.conf"
     conf.write_text(CONF)
     state = workplace / "caching"
@@ -42,7 +42,7 @@ def caching(workplace: Path, certificates: Certificates) -> Iterator[Broker]:
 
 
 async def test_a_revoked_device_is_let_in_until_the_cache_forgets(mqtt: Clients, fleet: Fleet, caching: Broker) -> None:
-    """With the same client id; nobody is asked. Forgetting one device is not possible, only all."""
+    """With the same client id, no request is sent. The cache can only be cleared for all devices, not for one."""
     me = fleet.device()
     client = mqtt(me, port=PORTS.mqtt_tls)
     assert await client.connect() == 0

@@ -1,6 +1,6 @@
 """
-Operators get into the management API while no replica answers, by the commands of docs/operations.md; nobody else gets
-more by it.
+Break-glass access: by the commands of docs/operations.md, operators can use the management API while no replica answers,
+and nobody else gains access.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ DEFAULT = ("guest", "guest")
 
 
 def commands(heading: str) -> list[list[str]]:
-    """The rabbitmqctl commands below a heading of the page."""
+    """Return the rabbitmqctl commands below a heading of the page."""
     page = (REPOSITORY / "docs/operations.md").read_text(encoding="utf-8")
     section = page.split(f"\n#### {heading}\n")[1].split("\n#")[0]
     return [shlex.split(line) for line in re.findall(r"^\$ rabbitmqctl (.+)$", section, re.MULTILINE)]
 
 
 def run(broker: Broker, heading: str) -> None:
-    """Do what the page says, with a password of our own."""
-    found = commands(heading)
-    assert found
+    """Run the commands of the page, with the password of this test."""
+    listed = commands(heading)
+    assert listed
     users = broker.control("list_users", "--no-table-headers").split()
-    for arguments in found:
+    for arguments in listed:
         if arguments == ["delete_user", "guest"] and "guest" not in users:
             continue
         broker.control(*(PASSWORD if word == "PASSWORD" else word for word in arguments))
 
 
 async def status(management: Managements, name: str, password: str, path: str = "overview") -> int:
-    """What the management API answers to somebody."""
+    """Return the management API's status for a user."""
     async with management(name, password) as api:
         return (await api.get(path))[0]
 
 
 @pytest_asyncio.fixture
 async def outage(fleet: Fleet, broker: Broker) -> AsyncIterator[None]:
-    """No replica answers; afterwards the broker is as it was, and the service back."""
+    """Stop all replicas; afterwards restore the broker's settings and start the service."""
     await asyncio.to_thread(fleet.service.stop)
     yield
     await asyncio.to_thread(fleet.service.start)
@@ -65,7 +65,7 @@ async def outage(fleet: Fleet, broker: Broker) -> AsyncIterator[None]:
 async def test_an_operator_gets_in_and_nobody_else(
     mqtt: Clients, management: Managements, broker: Broker, certificates: Certificates, fleet: Fleet
 ) -> None:
-    """From the first command to the last one; the default user is what the page warns of."""
+    """From the first command to the last; the default user is the risk that the page warns about."""
     me, other, victim = fleet.device(), fleet.device(), fleet.device()
     sleeper, online = mqtt(victim, clean=False, session_expiry_s=600), mqtt(me)
     assert await connect_all(sleeper, online) == [0, 0]
@@ -77,8 +77,8 @@ async def test_an_operator_gets_in_and_nobody_else(
         run(broker, "Open")
         assert await status(management, *DEFAULT) == 401
         async with management(NAME, PASSWORD) as api:
-            code, who = await api.get("whoami")
-            assert (code, who["tags"]) == (200, ["administrator"])
+            code, user = await api.get("whoami")
+            assert (code, user["tags"]) == (200, ["administrator"])
             assert (await api.get("overview"))[0] == 200
             assert (await api.delete(f"connections/username/{victim}"))[0] == 204
             await sleeper.disconnected()
@@ -111,7 +111,7 @@ async def _nobody_gets_more(
     other: str,
     online: MQTTClient,
 ) -> None:
-    """Not a device, not by the operator's password, and not by a local user that has a device's name."""
+    """Check that a device gains nothing, neither with the operator's password nor by a local user with a device's name."""
     broker.control("add_user", other, "local")
     broker.control("set_permissions", other, ".*", ".*", ".*")
     attempts = [
@@ -128,13 +128,13 @@ async def _nobody_gets_more(
             await connect_amqp(
                 certificates.device(me).context(), port=broker.doors.amqp_tls, username=name, password=password
             )
-    assert await status(management, other, "local") == 401  # no tag
+    assert await status(management, other, "local") == 401  # without a tag
     assert await status(management, me, "none") == 401
     broker.control("delete_user", other)
 
 
 async def test_the_default_user_is_the_danger(management: Managements, broker: Broker, outage: None) -> None:
-    """Who opens the door without the first command lets in guest, with the password that everybody knows."""
+    """Without the first command, anybody can log in as guest with its well-known password."""
     broker.control("add_user", *DEFAULT)
     broker.control("set_user_tags", "guest", "administrator")
     (opening,) = (each for each in commands("Open") if each[0] == "eval")
@@ -143,5 +143,5 @@ async def test_the_default_user_is_the_danger(management: Managements, broker: B
 
 
 def test_a_node_has_the_default_user_from_its_first_start(lax_broker: Broker) -> None:
-    """Although no login asks for it, as long as auth_backends is authbackend alone."""
+    """It is not used for logins as long as auth_backends contains only authbackend."""
     assert lax_broker.control("list_users", "--no-table-headers").split() == ["guest", "[administrator]"]

@@ -1,7 +1,7 @@
 """
-The files that people copy: this broker knows every key of them, their versions are told, and a node starts with each.
+The files for users: this broker supports every key in them, README.md lists the versions, and a node starts with each.
 
-A node does not start with a key that it does not know, so a wrong one is found by whoever copies the file.
+A node does not start with an unknown key, so users would notice a wrong one.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ OTHER_PORTS = {"15676": str(PORTS.web_mqtt_tls), "[1883]": "[2883]"}
 
 
 @pytest.fixture(scope="module")
-def known() -> KnownKeys:
-    """The keys of the broker that is there."""
+def supported() -> KnownKeys:
+    """The keys that the tested broker supports."""
     return KnownKeys(Path(ROOT))
 
 
-def test_the_schemas_are_read_as_the_broker_reads_them(known: KnownKeys) -> None:
-    """Plain keys, free words, included parts, keys that switch a block off; and what is none of them is not known."""
-    assert len(known) > 500
+def test_the_schemas_are_read_as_the_broker_reads_them(supported: KnownKeys) -> None:
+    """Plain keys, placeholders, included parts, and keys that disable a block are supported; all others are not."""
+    assert len(supported) > 500
     for key in ("mqtt.durable_queue_type", "ssl_options.versions.1", "web_mqtt.ssl.verify", "listeners.ssl.default"):
-        assert key in known, key
-    assert "ssl_options" in known
+        assert key in supported, key
+    assert "ssl_options" in supported
     for key in ("mqtt.durable_queue_types", "ssl_options.versions", "web_mqtt.ssl", "verify", "mqtt.listeners.ssl.a.b"):
-        assert key not in known, key
+        assert key not in supported, key
 
 
 @pytest.mark.parametrize("file", CONF, ids=lambda file: file.name)
-def test_the_broker_knows_every_key(known: KnownKeys, file: Path) -> None:
-    """Of each file that is shipped."""
+def test_the_broker_knows_every_key(supported: KnownKeys, file: Path) -> None:
+    """In each file of ``rabbitmq/``."""
     keys = keys_of(file)
     assert keys
-    assert [key for key in keys if key not in known] == [], f"RabbitMQ {known.version} does not start with these"
+    assert [key for key in keys if key not in supported] == [], f"RabbitMQ {supported.version} does not start with these"
     assert len(keys) == len(set(keys))
 
 
 def _table() -> dict[str, str]:
-    """The keys of the table in README.md, and from which version on there are."""
+    """Return the keys of the table in README.md, with the version that introduced them."""
     text = (RABBITMQ_FILES / "README.md").read_text(encoding="utf-8")
     section = text.split("## Which setting exists from which version\n")[1].split("\n## ")[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
@@ -65,27 +65,27 @@ def _table() -> dict[str, str]:
 
 @pytest.mark.parametrize("file", CONF, ids=lambda file: file.name)
 def test_the_version_of_every_key_is_told(file: Path) -> None:
-    """In the table of README.md, by name or as one of a family (``auth_http.ssl_options.*``)."""
+    """In the table of README.md, by name or as part of a family (``auth_http.ssl_options.*``)."""
     patterns = [re.compile(re.escape(name).replace(r"\*", ".+")) for name in _table()]
     assert [key for key in keys_of(file) if not any(p.fullmatch(key) for p in patterns)] == []
 
 
-def test_the_table_tells_of_keys_that_there_are(known: KnownKeys) -> None:
-    """Each name of it is a key of this broker, or a family of keys that are set somewhere here."""
+def test_the_table_tells_of_keys_that_there_are(supported: KnownKeys) -> None:
+    """Each of its names is a key of this broker, or a family of keys that one of the files sets."""
     shipped = {key for file in CONF for key in keys_of(file)}
     families = {name: re.compile(re.escape(name).replace(r"\*", ".+")) for name in _table()}
     assert families
     wrong = [
         name
         for name, pattern in families.items()
-        if not (name in known or any(pattern.fullmatch(key) for key in shipped))
+        if not (name in supported or any(pattern.fullmatch(key) for key in shipped))
     ]
     assert wrong == []
 
 
 @pytest.fixture
 def spare(workplace: Path, certificates: Certificates) -> Iterator[Broker]:
-    """A node of its own, on ports of its own, not prepared yet."""
+    """A separate node on separate ports, not prepared yet."""
     state = workplace / "spare"
     state.mkdir()
     ports = workplace / "90-ports.conf"
@@ -101,7 +101,7 @@ def spare(workplace: Path, certificates: Certificates) -> Iterator[Broker]:
 
 
 def _with(node: Broker, file: Path) -> None:
-    """Put a file where README.md says, with the plugin that it says, and ports that are free."""
+    """Install a file as described in README.md, with its plugin, and with free ports."""
     text = file.read_text(encoding="utf-8")
     for port, other in OTHER_PORTS.items():
         text = text.replace(port, other)
@@ -118,7 +118,7 @@ def _with(node: Broker, file: Path) -> None:
 
 @pytest.mark.parametrize("file", [f for f in OPTIONAL if f.name != "cluster.conf"], ids=lambda file: file.name)
 def test_a_node_starts_with_each_optional_file(spare: Broker, file: Path) -> None:
-    """Alone, as it is. (test_cluster starts three nodes with cluster.conf.)"""
+    """Each file alone and unchanged. (test_cluster starts three nodes with cluster.conf.)"""
     _with(spare, file)
     spare.start()
     listeners = spare.control("eval", "[element(3, L) || L <- rabbit_networking:node_listeners(node())].")
@@ -128,18 +128,18 @@ def test_a_node_starts_with_each_optional_file(spare: Broker, file: Path) -> Non
 
 
 def test_a_node_does_not_start_with_a_key_that_it_does_not_know(spare: Broker, workplace: Path) -> None:
-    """And names it: what somebody sees who gives an older node a newer key."""
+    """The log names the key, as it does on an older node with a newer key."""
     newer = workplace / "newer.conf"
     newer.write_text("web_mqtt.ssl.not_yet = true\n")
     _with(spare, newer)
     with pytest.raises(HarnessError, match="failed_to_prepare_configuration"):
         spare.start()
-    told = "".join(log.read_text(errors="replace") for log in spare.logs if log.exists())
-    assert "web_mqtt.ssl.not_yet" in told
+    text = "".join(log.read_text(errors="replace") for log in spare.logs if log.exists())
+    assert "web_mqtt.ssl.not_yet" in text
 
 
 def test_the_form_for_older_nodes_asks_for_a_certificate(spare: Broker, certificates: Certificates) -> None:
-    """``web-mqtt.advanced.config`` has no key that is newer than the plugin, and shuts the same doors."""
+    """``web-mqtt.advanced.config`` has no key newer than the plugin, and closes the same listeners."""
     _with(spare, RABBITMQ_FILES / "conf.d-optional/web-mqtt.advanced.config")
     spare.start()
     request = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"

@@ -1,4 +1,4 @@
-"""Who a certificate is: its common name to the letter, and nobody else, whatever is written in it."""
+"""A certificate identifies exactly the device with its common name, whatever else it contains."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REFUSED = 0x86
 
 
 async def test_names_that_look_like_a_device_are_nobody(mqtt: Clients, fleet: Fleet) -> None:
-    """All of these are signed by the devices' authority; none may end up as the device it resembles."""
+    """All of these are signed by the devices' authority; none may log in as the device it resembles."""
     victim = fleet.device()
     names = [
         f"/:{victim}",  # RabbitMQ would take the part before the colon for the virtual host
@@ -45,7 +45,7 @@ async def test_names_that_look_like_a_device_are_nobody(mqtt: Clients, fleet: Fl
 
 
 async def test_a_certificate_with_two_names_is_neither(mqtt: Clients, certificates: Certificates, fleet: Fleet) -> None:
-    """RabbitMQ joins them with a comma, and no device can be called that."""
+    """RabbitMQ joins them with a comma, which no device name can contain."""
     one, other = fleet.device(), fleet.device()
     unknown = fleet.service.denials(endpoint="user", reason="unknown_identity")
     attempts = []
@@ -60,7 +60,7 @@ async def test_a_certificate_with_two_names_is_neither(mqtt: Clients, certificat
 async def test_a_certificate_out_of_its_time_does_not_reach_the_service(
     mqtt: Clients, certificates: Certificates, fleet: Fleet, begins: int, ends: int
 ) -> None:
-    """Expired, or not valid yet: refused by TLS."""
+    """Expired or not valid yet, it is refused by TLS."""
     now, me = datetime.now(UTC), fleet.device()
     identity = certificates.device(me, not_before=now + timedelta(days=begins), not_after=now + timedelta(days=ends))
     asked = fleet.service.count("authbackend_decisions", endpoint="user")
@@ -72,27 +72,27 @@ async def test_a_certificate_out_of_its_time_does_not_reach_the_service(
 async def test_monitoring_sees_the_certificate_of_a_connection(
     mqtt: Clients, management: Callable[..., Management], fleet: Fleet
 ) -> None:
-    """The management API shows who is connected, by user name and certificate."""
+    """The management API shows the user name and certificate of each connection."""
     me = fleet.device()
     client = mqtt(me, user_properties=[("client_type", "APM")])
     assert await client.connect() == 0
     async with management("monitoring", "monitoring") as api:
         status, listed = await api.get(f"connections/username/{me}")
         assert (status, [connection["user"] for connection in listed]) == (200, [me])
-        # The full list reads statistics, which a new connection sends within five seconds.
+        # The full list comes from statistics, which a new connection reports within five seconds.
         async with asyncio.timeout(15):
-            while not (found := [c for c in (await api.get("connections"))[1] if c.get("user") == me]):
+            while not (connections := [c for c in (await api.get("connections"))[1] if c.get("user") == me]):
                 await asyncio.sleep(0.1)
-        assert found[0]["peer_cert_subject"] == f"CN={me}"
+        assert connections[0]["peer_cert_subject"] == f"CN={me}"
 
 
 @pytest.mark.parametrize("version", [4, 5])
 async def test_a_device_logs_in_over_websocket(mqtt: Clients, lax_broker: Broker, fleet: Fleet, version: int) -> None:
-    """The optional listener takes the certificate, too, and the rules are the same."""
+    """The optional listener accepts the certificate too, and the same rules apply."""
     me, other = fleet.device(), fleet.device()
     options = {"websocket": True, "port": lax_broker.doors.web_mqtt_tls, "version": version}
-    client, stranger = mqtt(me, **options), mqtt("APM9999", **options)
-    assert await connect_all(client, stranger) == [0, REFUSED]
+    client, unknown = mqtt(me, **options), mqtt("APM9999", **options)
+    assert await connect_all(client, unknown) == [0, REFUSED]
     assert await client.subscribe(f"fleet/{me}/telemetry/#") == [1]
     assert await client.publish(f"fleet/{me}/telemetry/speed", b"x") == 0
     assert (await client.message()).payload == b"x"

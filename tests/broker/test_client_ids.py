@@ -1,4 +1,4 @@
-"""A client id is bound to its device: RabbitMQ hands the session of a client id to whoever it lets in with it."""
+"""Client ids are bound to devices: RabbitMQ gives the session of a client id to any client that may log in with it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REFUSED, TAKEN_OVER = 0x86, 0x8E
 async def test_another_devices_client_id_is_refused_before_the_takeover(
     mqtt: Clients, fleet: Fleet, version: int
 ) -> None:
-    """The device stays connected, and what is queued for it arrives at it; nobody else has seen or deleted it."""
+    """The device stays connected and gets its queued messages; nobody else has received or deleted them."""
     victim, thief = fleet.device(), fleet.device()
     session: dict[str, Any] = {"version": version, "clean": False, "session_expiry_s": 60 if version == 5 else 0}
     online, asleep = mqtt(victim, **session), mqtt(victim, client_id=f"{victim}_asleep", **session)
@@ -50,7 +50,7 @@ async def test_another_devices_client_id_is_refused_before_the_takeover(
 
 
 async def test_the_longest_device_id_owns_a_client_id(mqtt: Clients, fleet: Fleet) -> None:
-    """Devices A and A_2: ``A_2_pub`` fits a pattern of both, and is A_2's alone, whatever its status."""
+    """With devices A and A_2, ``A_2_pub`` fits patterns of both, but belongs only to A_2, whatever the status of A_2."""
     short = fleet.device()
     long = f"{short}_2"
     await fleet.change(f"insert into device (device_id, type, status) values ('{long}', 'APM', 'active')")
@@ -67,7 +67,7 @@ async def test_the_longest_device_id_owns_a_client_id(mqtt: Clients, fleet: Flee
 
 
 async def test_client_ids_that_only_look_bound_are_refused(mqtt: Clients, fleet: Fleet) -> None:
-    """None at all (the broker invents one), a longer one without separator, wildcards, other cases."""
+    """An empty one (the broker generates one), a longer one without a separator, wildcards, and other letter cases."""
     me = fleet.device()
     client_ids = ["", f"{me}x", f"x{me}", me.lower(), f"{me} ", f"{me}-pub", "#", "*", f"+_{me}", "{device_id}"]
     before = fleet.service.denials(endpoint="user", reason="client_id_not_bound")
@@ -78,7 +78,7 @@ async def test_client_ids_that_only_look_bound_are_refused(mqtt: Clients, fleet:
 
 @pytest.mark.parametrize("ending", ["a b", "a+b", "a%20b", "a&username=x", "a=b;c", "ünï/日本", "#", "\U0001f4e6"])
 async def test_odd_client_ids_work(mqtt: Clients, fleet: Fleet, ending: str) -> None:
-    """The id is in every question, and part of the queues' names; login, subscription and a resumed session work."""
+    """The client id is in every request and in queue names; login, subscription and a resumed session work."""
     me = fleet.device()
     denied = fleet.service.denials()
     options: dict[str, Any] = {"client_id": f"{me}_{ending}", "clean": False, "session_expiry_s": 60}
@@ -95,7 +95,7 @@ async def test_odd_client_ids_work(mqtt: Clients, fleet: Fleet, ending: str) -> 
 
 
 async def test_a_device_takes_over_from_itself(mqtt: Clients, fleet: Fleet) -> None:
-    """A device that lost its line and comes back with its own client id gets its session, and the old line ends."""
+    """A device that reconnects with its client id gets its session, and its old connection ends."""
     me = fleet.device()
     first, second = (mqtt(me, clean=False, session_expiry_s=60) for _ in range(2))
     assert await first.connect() == 0

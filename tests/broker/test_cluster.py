@@ -1,4 +1,4 @@
-"""Enforcement on a cluster of three nodes, with two replicas of the service; nodes and replicas that are lost."""
+"""Enforcement on a cluster of three nodes with two replicas, when nodes and replicas fail."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ SESSION = {"clean": False, "session_expiry_s": 600}
 
 @pytest.fixture(scope="module")
 def cluster(workplace: Path, certificates: Certificates, service: Service) -> Iterator[Cluster]:
-    """Three nodes."""
-    found = Cluster(Path(ROOT), workplace, certificates)
+    """A running cluster of three nodes."""
+    nodes = Cluster(Path(ROOT), workplace, certificates)
     try:
-        found.start()
-        yield found
+        nodes.start()
+        yield nodes
     finally:
-        found.close()
+        nodes.close()
 
 
 @pytest.fixture(scope="module")
 def replicas(
     cluster: Cluster, workplace: Path, certificates: Certificates, database: Database, service: Service
 ) -> Iterator[list[Service]]:
-    """Two replicas that enforce on the cluster: the one that the brokers ask, and a second one."""
+    """Two replicas that enforce on the cluster: the one that the brokers use, and another."""
     second = make_service(workplace, certificates, database, broker_port=8083, health_port=8084)
     service.stop()
     for each in (service, second):
         each.enforce(cluster.management, sweep_interval_s="5")
-        # One that is killed might still be answering for so long; until then nothing is confirmed.
+        # A killed replica might still be answering for this long; until then, nothing is confirmed.
         each.configure(REGISTRY__MAX_STALENESS_S="10")
         each.start()
     yield [service, second]
@@ -59,17 +59,17 @@ def replicas(
 
 
 def tasks(service: Service, *arguments: str) -> list[dict[str, Any]]:
-    """What ``enforcement list`` says."""
-    found: list[dict[str, Any]] = json.loads(
+    """Return the output of ``enforcement list``."""
+    listed: list[dict[str, Any]] = json.loads(
         service.command("enforcement", "list", "--limit", "1000", *arguments, "--json")
     )
-    return found
+    return listed
 
 
 async def test_a_session_outlives_its_node_and_a_denial_stays_one(
     mqtt: Clients, fleet: Fleet, cluster: Cluster, replicas: list[Service]
 ) -> None:
-    """After a node is lost, its device goes on elsewhere within seconds; who is revoked is refused there too."""
+    """After a node fails, its device continues on another one within seconds; a revoked device is refused there too."""
     me, revoked = fleet.device(), fleet.device()
     first, second = cluster.nodes[0], cluster.nodes[1]
     client = mqtt(me, port=first.doors.mqtt_tls, **SESSION)
@@ -94,7 +94,7 @@ async def test_a_session_outlives_its_node_and_a_denial_stays_one(
 async def test_a_replica_that_dies_in_the_middle_of_two_hundred_revocations(
     certificates: Certificates, fleet: Fleet, cluster: Cluster, replicas: list[Service]
 ) -> None:
-    """Another one finishes: nobody is forgotten, nothing is left half done."""
+    """The other replica finishes all revocations completely."""
     names = [fleet.device() for _ in range(200)]
     ports = [node.doors.mqtt_tls for node in cluster.nodes]
     connections: list[Connection] = []
@@ -109,7 +109,7 @@ async def test_a_replica_that_dies_in_the_middle_of_two_hundred_revocations(
     await asyncio.to_thread(enforcing.kill)
     left = [each for each in connections if not each.lost.done()]
     if enforcing is replicas[0]:
-        await asyncio.to_thread(enforcing.start)  # the brokers ask this one
+        await asyncio.to_thread(enforcing.start)  # the brokers use this one
     async with asyncio.timeout(60):
         await asyncio.gather(*(each.lost for each in connections))
     assert left, "all were closed before the replica was killed: it proves nothing"
@@ -127,7 +127,7 @@ async def test_a_replica_that_dies_in_the_middle_of_two_hundred_revocations(
 async def test_a_node_that_is_cut_off_is_named_until_it_has_been_seen(
     mqtt: Clients, fleet: Fleet, cluster: Cluster, replicas: list[Service]
 ) -> None:
-    """What is connected there is not known, and nobody claims it is; when it is back, the device is thrown out."""
+    """Its connections are unknown, and the output says so; when it is back, the device is disconnected."""
     me = fleet.device()
     last = cluster.nodes[2]
     client = mqtt(me, port=last.doors.mqtt_tls)

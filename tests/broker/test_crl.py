@@ -1,4 +1,4 @@
-"""Revoked certificates are refused at the TLS handshake, at once, on every door, whatever the client saved."""
+"""Revoked certificates are refused immediately at the TLS handshake, on every listener, whatever session a client has saved."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ REVOKED = "SSLV3_ALERT_CERTIFICATE_REVOKED"
 
 @pytest.fixture(scope="module")
 def revocable(workplace: Path, certificates: Certificates, database: Database, fleet: Fleet) -> Iterator[Revocable]:
-    """The node, started, with a list that is kept up to date."""
+    """A running node, with a list that is kept up to date."""
     replica = make_service(workplace, certificates, database, broker_port=8090, health_port=8091)
     root = Path(os.environ["AUTHBACKEND_TEST_RABBITMQ_ROOT"])
-    found = Revocable(workplace, root, certificates, replica)
-    replica.configure(PKI__AUTHORITY_DIR=str(found.ca), PKI__PASSPHRASE_FILE=str(found.secret))
+    node = Revocable(workplace, root, certificates, replica)
+    replica.configure(PKI__AUTHORITY_DIR=str(node.ca), PKI__PASSPHRASE_FILE=str(node.secret))
     try:
-        found.start()
-        yield found
+        node.start()
+        yield node
     finally:
-        found.close()
+        node.close()
 
 
 @pytest.fixture
 def without_sync(revocable: Revocable) -> Iterator[Revocable]:
-    """Nobody keeps the list up to date for the time of a test."""
+    """Stop ``crl sync`` during a test."""
     revocable.stop_sync()
     content = revocable.file.read_bytes()
     path = revocable.file
@@ -53,14 +53,14 @@ def without_sync(revocable: Revocable) -> Iterator[Revocable]:
 
 
 def serial_of(revocable: Revocable, device_id: str) -> str:
-    """The serial number of a device's first certificate."""
+    """Return the serial number of a device's first certificate."""
     return revocable.replica.command("cert", "list", "--device", device_id).splitlines()[1].split()[0]
 
 
 async def test_a_revoked_certificate_is_refused_at_once_and_the_new_one_goes_on(
     mqtt: Clients, revocable: Revocable, fleet: Fleet
 ) -> None:
-    """The device rotates: its new certificate stays connected while the old one is revoked."""
+    """After a rotation, the connection with the new certificate stays when the old one is revoked."""
     me = fleet.device()
     old = revocable.enroll(me)
     serial = serial_of(revocable, me)
@@ -72,9 +72,9 @@ async def test_a_revoked_certificate_is_refused_at_once_and_the_new_one_goes_on(
     asked = fleet.service.count("authbackend_decisions", endpoint="user")
     begin = time.monotonic()
     revocable.sign("cert", "revoke", serial, "--ca", revocable.ca, "--reason", "superseded")
-    told = time.monotonic()
-    seconds = client.seconds_until(REVOKED, told)
-    print(f"refused {seconds:.3f} s after the command ended, {seconds + told - begin:.3f} s after its start")
+    ended = time.monotonic()
+    seconds = client.seconds_until(REVOKED, ended)
+    print(f"refused {seconds:.3f} s after the command ended, {seconds + ended - begin:.3f} s after its start")
     asked_meanwhile = fleet.service.count("authbackend_decisions", endpoint="user")
     assert [Tls(old, version).login() for version in VERSIONS] == [REVOKED] * 2
     assert fleet.service.count("authbackend_decisions", endpoint="user") == asked_meanwhile >= asked
@@ -86,7 +86,7 @@ async def test_a_revoked_certificate_is_refused_at_once_and_the_new_one_goes_on(
 async def test_a_saved_session_does_not_carry_a_revoked_certificate_past_the_check(
     revocable: Revocable, fleet: Fleet, version: str
 ) -> None:
-    """A client offers what it saved: it is not resumed, neither before nor after the revocation."""
+    """A client offers its saved session: it is not resumed, neither before nor after the revocation."""
     me = fleet.device()
     client = Tls(revocable.enroll(me), version)
     assert client.login() == "accepted"
@@ -101,7 +101,7 @@ async def test_a_saved_session_does_not_carry_a_revoked_certificate_past_the_che
 async def test_a_revocation_with_psql_is_signed_by_the_service(
     revocable: Revocable, fleet: Fleet, database: Database
 ) -> None:
-    """A row is enough: the replica that has the authority signs, the sync hears of it."""
+    """Changing the row is enough: the replica with the authority signs a list, and the sync fetches it."""
     me = fleet.device()
     client = Tls(revocable.enroll(me))
     assert client.login() == "accepted"
@@ -113,7 +113,7 @@ async def test_a_revocation_with_psql_is_signed_by_the_service(
 
 @pytest.mark.parametrize("door", ["amqp_tls", "mqtt_tls", "web_mqtt_tls"])
 async def test_every_door_checks(revocable: Revocable, fleet: Fleet, door: str) -> None:
-    """MQTT, AMQP and MQTT over WebSocket; the last has TLS options of its own."""
+    """MQTT, AMQP and MQTT over WebSocket, which has separate TLS options."""
     me = fleet.device()
     identity = revocable.enroll(me)
     port = getattr(DOORS, door)
@@ -124,7 +124,7 @@ async def test_every_door_checks(revocable: Revocable, fleet: Fleet, door: str) 
 
 
 async def test_nobody_gets_in_without_a_certificate(revocable: Revocable, fleet: Fleet) -> None:
-    """The options of advanced.config, fail_if_no_peer_cert among them, are those in force."""
+    """The options of advanced.config, including fail_if_no_peer_cert, are in effect."""
     client = Tls(revocable.enroll(fleet.device()))
     client.context = anonymous_context(revocable.ca / "ca.pem")
     assert client.login() == "TLSV13_ALERT_CERTIFICATE_REQUIRED"
@@ -133,7 +133,7 @@ async def test_nobody_gets_in_without_a_certificate(revocable: Revocable, fleet:
 async def test_without_a_list_in_order_everybody_is_refused_and_a_new_list_is_in_force_at_once(
     without_sync: Revocable, fleet: Fleet
 ) -> None:
-    """Missing, past nextUpdate, half written: fail closed. Replaced: the next handshake succeeds."""
+    """Missing, expired or truncated, it refuses everybody; after it is replaced, the next handshake succeeds."""
     client = Tls(without_sync.enroll(fleet.device()))
     file = without_sync.file
     good = file.read_bytes()
@@ -159,7 +159,7 @@ async def test_without_a_list_in_order_everybody_is_refused_and_a_new_list_is_in
 
 
 async def test_the_sync_says_that_a_list_is_too_old(without_sync: Revocable) -> None:
-    """The node then refuses everybody, so somebody must hear of it."""
+    """The node then refuses everybody, so the log must say so."""
     then = datetime.now(UTC) - timedelta(hours=1)
     late = without_sync.authority.sign_list([], 10**14, then, timedelta(minutes=59))
     without_sync.file.write_bytes(list_pem(late.der))
@@ -177,7 +177,7 @@ async def test_the_sync_says_that_a_list_is_too_old(without_sync: Revocable) -> 
 async def test_whatever_the_serial_number_a_certificate_is_recorded_and_revoked(
     revocable: Revocable, fleet: Fleet, serial: int
 ) -> None:
-    """The node lets it in like any other, so it must be possible to put it on record and on a list."""
+    """The node accepts it like any other, so it must be possible to record it and put it on a list."""
     identity = revocable.certificate(fleet.device(), serial=serial)
     assert [Tls(identity, version).login() for version in VERSIONS] == ["accepted"] * 2
     revocable.replica.command("cert", "import", identity.certificate_file)
@@ -203,7 +203,7 @@ def scope(
     reasons: frozenset[x509.ReasonFlags] | None = None,
     indirect: bool = False,
 ) -> x509.IssuingDistributionPoint:
-    """An issuing distribution point."""
+    """Return an issuing distribution point."""
     names = [x509.UniformResourceIdentifier(name)] if name else None
     return x509.IssuingDistributionPoint(names, None, user, ca, reasons, indirect, attribute)
 
@@ -230,7 +230,7 @@ SCOPES = {
 
 
 def list_of(revocable: Revocable, listed: int, point: x509.IssuingDistributionPoint | None, *, critical: bool) -> bytes:
-    """A list of the authority with one entry, DER."""
+    """Return a list of the authority with one entry, DER."""
     now = datetime.now(UTC)
     entry = x509.RevokedCertificateBuilder().serial_number(listed).revocation_date(now).build()
     builder = (
@@ -248,7 +248,7 @@ def list_of(revocable: Revocable, listed: int, point: x509.IssuingDistributionPo
 async def test_a_list_that_is_taken_lets_in_who_is_not_on_it_and_nobody_else(
     without_sync: Revocable, fleet: Fleet, name: str, critical: bool
 ) -> None:
-    """What the service takes is right on the node: with the distribution point it asks for, or without one."""
+    """A list that the service accepts works on the node: with the required distribution point, or without one."""
     me = fleet.device()
     point_of_list, expected = SCOPES[name]
     answers = {}

@@ -1,8 +1,8 @@
 """
-What RabbitMQ makes of each form in which somebody may switch revocation lists on: docs/certificates.md has the table.
+The effect of each way to configure CRL checks in RabbitMQ; docs/certificates.md has the table.
 
-One form does what is wanted (tests of it are in test_crl). The others are traps: two let revoked certificates in, the
-others refuse everybody, or learn of a revocation too late.
+One way works as intended (tested in test_crl). The others are traps: two accept revoked certificates, the others refuse
+everybody or notice a revocation too late.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ HASH_DIR = '{crl_cache, {ssl_crl_hash_dir, {internal, [{dir, "/etc/rabbitmq/crl"
 
 class Lists:
     """
-    An authority, its list in a folder and on a web server, and clients: in order, revoked, without a distribution point.
+    An authority with its list in a folder and on a web server, and clients: valid, revoked, without a distribution point.
 
     Attributes:
-        fetched: how often the list was fetched from the web server.
+        fetched: How often the list was fetched from the web server.
     """
 
     def __init__(self, place: Path, bench: Certificates) -> None:
@@ -64,12 +64,12 @@ class Lists:
 
     @property
     def file(self) -> str:
-        """The name by which Erlang looks for the list in a folder."""
+        """The file name that Erlang looks for in the folder."""
         return f"{issuer_hash(self._ca)}.r0"
 
     @property
     def pem(self) -> bytes:
-        """The list as it is now."""
+        """Return the current list, PEM."""
         return list_pem(self._der)
 
     def _handler(self) -> type[http.server.BaseHTTPRequestHandler]:
@@ -89,7 +89,7 @@ class Lists:
         return Handler
 
     def publish(self, lifetime: timedelta = timedelta(days=1)) -> None:
-        """Sign the list anew."""
+        """Sign a new list."""
         self._count += 1
         now = datetime.now(UTC) - timedelta(minutes=1)
         signed = sign_list(
@@ -98,7 +98,7 @@ class Lists:
         self._der = signed.der
 
     def client(self, name: str, *, point: bool = True) -> tuple[Identity, str]:
-        """A certificate, with or without the address of the list in it, and its serial number."""
+        """Issue a certificate, with or without a distribution point; return it with its serial number."""
         key = ec.generate_private_key(ec.SECP256R1())
         serial = x509.random_serial_number()
         now = datetime.now(UTC)
@@ -141,15 +141,15 @@ class Lists:
 @dataclass(frozen=True, slots=True)
 class Form:
     """
-    How somebody switches lists on, and what happens then.
+    A way to configure CRL checks, and its effect.
 
     Attributes:
-        conf: lines for a file in conf.d.
-        options: for ``rabbit.ssl_options`` in ``advanced.config``, in place of the two that we recommend.
-        good: what a certificate in order meets.
-        revoked: what a revoked one meets.
-        listed: whether the list is in the folder.
-        point: whether the certificates name the list's address.
+        conf: Lines for a file in conf.d.
+        options: For ``rabbit.ssl_options`` in ``advanced.config``, instead of the two recommended ones.
+        good: The result for a valid certificate.
+        revoked: The result for a revoked one.
+        listed: Whether the list is in the folder.
+        point: Whether the certificates have a distribution point.
     """
 
     good: str
@@ -194,7 +194,7 @@ FORMS = {
 
 @pytest.fixture(scope="module")
 def lists(workplace: Path, certificates: Certificates) -> Iterator[Lists]:
-    """The bench's authority and its list."""
+    """The bench authority and its list."""
     place = workplace / "lists"
     place.mkdir()
     made = Lists(place, certificates)
@@ -203,7 +203,7 @@ def lists(workplace: Path, certificates: Certificates) -> Iterator[Lists]:
 
 
 class Node:
-    """A node that is started anew with each form, on ports of its own."""
+    """A node on separate ports that is restarted with each form."""
 
     def __init__(self, workplace: Path, certificates: Certificates, lists: Lists) -> None:
         self._lists = lists
@@ -221,7 +221,7 @@ class Node:
         self._advanced = (self._etc / "advanced.config").read_text()
 
     def start(self, form: Form) -> None:
-        """Stop, and start with the files of a form."""
+        """Restart the node with the files of a form."""
         self._broker.stop()
         (self._etc / "conf.d/99-form.conf").write_text(form.conf)
         text = self._advanced
@@ -234,31 +234,31 @@ class Node:
         self._broker.start()
 
     def list(self, content: bytes | None) -> None:
-        """Put the list into the node's folder, or take it away."""
+        """Put the list into the node's folder, or remove it."""
         file = self._etc / "crl" / self._lists.file
         file.unlink(missing_ok=True)
         if content is not None:
             file.write_bytes(content)
 
     def forget(self) -> str:
-        """Let the node forget the list that it fetched."""
+        """Make the node drop the list that it has fetched."""
         return self._broker.control("eval", f'ssl_crl_cache:delete("http://127.0.0.1:{LIST_PORT}/ca.crl").')
 
     def close(self) -> None:
-        """Stop for good."""
+        """Stop and remove the node."""
         self._broker.close()
 
 
 @pytest.fixture(scope="module")
 def node(workplace: Path, certificates: Certificates, lists: Lists) -> Iterator[Node]:
-    """Not started yet."""
+    """The node, not started yet."""
     made = Node(workplace, certificates, lists)
     yield made
     made.close()
 
 
 def meets(identity: Identity, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> str:
-    """What a client meets that begins to speak AMQP: the broker's answer, or the TLS alert."""
+    """Begin AMQP as a client; return the broker's answer, or the TLS alert."""
     context = identity.context()
     context.minimum_version = context.maximum_version = version
     try:
@@ -272,7 +272,7 @@ def meets(identity: Identity, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_what_a_form_does(node: Node, lists: Lists, name: str) -> None:
-    """A certificate in order and a revoked one, in TLS 1.2 and 1.3."""
+    """For a valid and a revoked certificate, with TLS 1.2 and 1.3."""
     form = FORMS[name]
     good, _ = lists.client("good", point=form.point)
     revoked, serial = lists.client("revoked", point=form.point)
@@ -283,7 +283,7 @@ def test_what_a_form_does(node: Node, lists: Lists, name: str) -> None:
 
 
 def test_a_list_that_was_fetched_is_not_fetched_again(node: Node, lists: Lists) -> None:
-    """So with HTTP a certificate that is revoked later goes on, until somebody makes the node forget the list."""
+    """So with HTTP, a certificate that is revoked later still works until the node drops the list."""
     node.start(FORMS["advanced, http, allowed host"])
     client, serial = lists.client("later")
     fetched = lists.fetched

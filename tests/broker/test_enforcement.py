@@ -1,4 +1,4 @@
-"""What the registry stops allowing ends for who is connected, on the wire and in stored sessions."""
+"""Connections and stored sessions end when the registry no longer allows them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ SESSION = {"clean": False, "session_expiry_s": 600}
 
 @pytest.fixture(scope="module")
 def enforcing(broker: Broker, service: Service) -> Iterator[Service]:
-    """The service, enforcing on the node."""
+    """The service, with enforcement on the node."""
     service.stop()
     service.enforce(f"https://localhost:{broker.doors.management_tls}", sweep_interval_s="2")
-    # One that is killed might still be answering for so long; until then nothing is confirmed.
+    # A killed replica might still be answering for this long; until then, nothing is confirmed.
     service.configure(REGISTRY__MAX_STALENESS_S="10")
     service.start()
     yield service
@@ -43,7 +43,7 @@ def enforcing(broker: Broker, service: Service) -> Iterator[Service]:
 
 @pytest.fixture
 def wait(enforcing: Service) -> Callable[..., Any]:
-    """``wait("device", "revoke", NAME)`` runs a command with ``--wait`` and returns what it says."""
+    """``wait("device", "revoke", NAME)`` runs a command with ``--wait`` and returns its output."""
 
     async def run(*arguments: str) -> Any:
         return json.loads(await asyncio.to_thread(enforcing.command, *arguments, "--wait", "--json"))
@@ -61,17 +61,17 @@ async def api(management: Callable[..., Management], enforcing: Service) -> Asyn
 async def test_a_revoked_device_is_thrown_out_and_its_session_is_gone(
     mqtt: Clients, fleet: Fleet, api: Management, wait: Callable[..., Any]
 ) -> None:
-    """Its connections end, nothing of its session is left, and the receipt says so; a neighbour notices nothing."""
+    """Its connections end, its session is deleted, and the receipt lists both; another device is not affected."""
     me, other = fleet.device(), fleet.device()
     client, second, neighbour = mqtt(me, **SESSION), mqtt(me, client_id=f"{me}_pub"), mqtt(other, **SESSION)
     for each in (client, second, neighbour):
         assert await each.connect() == 0
     await client.subscribe(f"fleet/{me}/commands/#")
     await neighbour.subscribe(f"fleet/{other}/commands/#")
-    said = await wait("device", "revoke", me, "--reason", "stolen")
+    output = await wait("device", "revoke", me, "--reason", "stolen")
     assert await client.disconnected() is not None
     assert await second.disconnected() is not None
-    (task,) = said["enforcement"]
+    (task,) = output["enforcement"]
     assert task["state"] == "done"
     assert task["causes"] == ["revoked"]
     assert task["receipt"]["closed"] == {"rabbit@localhost": 2}
@@ -86,7 +86,7 @@ async def test_a_revoked_device_is_thrown_out_and_its_session_is_gone(
 
 
 async def test_by_psql_with_nobody_waiting(mqtt: Clients, fleet: Fleet, enforcing: Service) -> None:
-    """A row changed with psql is enough."""
+    """Changing the row with psql is enough."""
     me = fleet.device()
     client = mqtt(me)
     assert await client.connect() == 0
@@ -97,7 +97,7 @@ async def test_by_psql_with_nobody_waiting(mqtt: Clients, fleet: Fleet, enforcin
 async def test_a_narrowed_device_keeps_what_it_may_still_subscribe_to(
     mqtt: Clients, fleet: Fleet, api: Management, enforcing: Service
 ) -> None:
-    """Its login waits while the session is put right; then the rest of the session is still there."""
+    """It may not log in while its session is repaired; afterwards, the rest of the session is still there."""
     me = fleet.device()
     client = mqtt(me, **SESSION)
     assert await client.connect() == 0
@@ -128,7 +128,7 @@ async def test_a_narrowed_device_keeps_what_it_may_still_subscribe_to(
 
 
 async def done(service: Service, name: str, kind: str = "device") -> Any:
-    """Wait until the newest task about something is done, and return it."""
+    """Wait until the newest task for this name is done, and return it."""
 
     def newest() -> Any:
         return json.loads(service.command("enforcement", "list", "--kind", kind, "--name", name, "--json"))[0]
@@ -142,7 +142,7 @@ async def done(service: Service, name: str, kind: str = "device") -> Any:
 async def test_messages_of_a_forbidden_subscription_go_with_the_session(
     mqtt: Clients, fleet: Fleet, enforcing: Service
 ) -> None:
-    """What is queued cannot be told apart: the device, offline, loses the session, and the receipt says so."""
+    """Queued messages cannot be separated by subscription: the offline device loses its session, and the receipt says so."""
     me = fleet.device()
     client = mqtt(me, **SESSION)
     assert await client.connect() == 0
@@ -167,7 +167,7 @@ async def test_messages_of_a_forbidden_subscription_go_with_the_session(
 async def test_a_rule_of_a_type_touches_those_whom_it_takes_something_from(
     mqtt: Clients, fleet: Fleet, enforcing: Service
 ) -> None:
-    """A publisher of the type starts anew, a device of another type goes on."""
+    """A publisher of the type must reconnect; a device of another type is not affected."""
     me = fleet.device()
     client, reader = mqtt(me), mqtt("READER1")
     assert await client.connect() == 0
@@ -191,7 +191,7 @@ async def test_a_rule_of_a_type_touches_those_whom_it_takes_something_from(
 async def test_a_rule_that_is_replaced_by_a_wider_one_disturbs_nobody(
     mqtt: Clients, fleet: Fleet, enforcing: Service
 ) -> None:
-    """What went is still allowed by what came."""
+    """The new rule allows everything that the removed one did."""
     me = fleet.device()
     await fleet.change(
         f"insert into topic_rule (device_id, effect, action, topic) values ('{me}', 'allow', 'publish', 'own/a')"
@@ -222,7 +222,7 @@ async def test_a_rule_that_is_replaced_by_a_wider_one_disturbs_nobody(
 async def test_whatever_narrows_a_device_ends_its_connection(
     mqtt: Clients, fleet: Fleet, enforcing: Service, change: str, cause: str
 ) -> None:
-    """Also what is to happen later, on time; a sweep of just that moment may be quicker than the task."""
+    """Also scheduled changes, on time; a sweep at that moment may be faster than the task."""
     me = fleet.device()
     client = mqtt(me)
     assert await client.connect() == 0
@@ -238,7 +238,7 @@ async def test_whatever_narrows_a_device_ends_its_connection(
 
 
 async def test_an_attribute_that_a_rule_uses(mqtt: Clients, fleet: Fleet, enforcing: Service) -> None:
-    """Another attribute disturbs nobody."""
+    """A change of an attribute that no rule uses affects nobody."""
     me = fleet.device()
     await fleet.change(
         f'update device set attributes = \'{{"site": "a", "line": "1"}}\' where device_id = \'{me}\';'
@@ -255,7 +255,7 @@ async def test_an_attribute_that_a_rule_uses(mqtt: Clients, fleet: Fleet, enforc
 async def test_a_new_device_takes_its_client_ids_from_who_had_them(
     mqtt: Clients, fleet: Fleet, enforcing: Service
 ) -> None:
-    """Who was connected by such an id ends, and the new device does not find the old one's session."""
+    """Connections with such an id end, and the new device does not get the old one's session."""
     me = fleet.device()
     old = mqtt(me, client_id=f"{me}_1", **SESSION)
     assert await old.connect() == 0
@@ -272,7 +272,7 @@ async def test_a_new_device_takes_its_client_ids_from_who_had_them(
 async def test_an_account_whose_rights_changed(
     certificates: Certificates, broker: Broker, fleet: Fleet, enforcing: Service
 ) -> None:
-    """Its AMQP connection ends; it may come back."""
+    """Its AMQP connection ends; it may reconnect."""
     identity = certificates.device("dispatcher")
     connection = await connect_amqp(identity.context(), port=broker.doors.amqp_tls)
     closed = asyncio.Event()
@@ -288,7 +288,7 @@ async def test_an_account_whose_rights_changed(
 async def test_a_sweep_finds_what_was_missed_and_what_contradicts(
     mqtt: Clients, fleet: Fleet, enforcing: Service, database: Any
 ) -> None:
-    """A device whose revocation nobody noted is thrown out; another type claimed by MQTT 5 is reported."""
+    """A device whose revocation created no task is disconnected; a wrong type claimed with MQTT 5 is reported."""
     me, liar = fleet.device(), fleet.device()
     client = mqtt(me)
     claims = mqtt(liar, user_properties=[("client_type", "AGV"), ("client_name", liar)])
@@ -301,17 +301,17 @@ async def test_a_sweep_finds_what_was_missed_and_what_contradicts(
     assert await client.disconnected(30) is not None
     await until(lambda: enforcing.count("authbackend_sweep_ended", cause="device_not_permitted") >= 1)
 
-    def found() -> str:
+    def violations() -> str:
         return enforcing.command("enforcement", "sweeps")
 
-    await until(lambda: "client_type 'AGV', registered: 'APM'" in found(), 30)
+    await until(lambda: "client_type 'AGV', registered: 'APM'" in violations(), 30)
     assert await claims.alive()
 
 
 async def test_a_broker_that_is_down_is_not_forgotten(
     mqtt: Clients, fleet: Fleet, broker: Broker, enforcing: Service
 ) -> None:
-    """``--wait`` does not claim what is not so; when the broker is back, the work is done."""
+    """``--wait`` does not report success too early; when the broker is back, the tasks are finished."""
     me = fleet.device()
     client = mqtt(me, **SESSION)
     assert await client.connect() == 0
@@ -332,7 +332,7 @@ async def test_a_broker_that_is_down_is_not_forgotten(
 
 
 async def test_a_crash_in_the_middle_loses_nothing(mqtt: Clients, fleet: Fleet, enforcing: Service) -> None:
-    """Killed while it works off twenty revocations, the service finishes them after its start."""
+    """Killed during twenty revocations, the service finishes them after its restart."""
     names = [fleet.device() for _ in range(20)]
     clients = [mqtt(name) for name in names]
     for client in clients:
@@ -350,7 +350,7 @@ async def test_a_crash_in_the_middle_loses_nothing(mqtt: Clients, fleet: Fleet, 
 async def test_a_revoked_certificate_ends_the_connection_that_uses_it_and_no_other(
     mqtt: Clients, fleet: Fleet, certificates: Certificates, enforcing: Service, tmp_path: Path
 ) -> None:
-    """The device lives on with its new one; what is not on record is ended where the type demands it."""
+    """The device stays connected with its new one; unrecorded certificates are disconnected if the type requires it."""
     me = fleet.device()
     old, new = certificates.device(me), certificates.device(me)
     for each in (old, new):

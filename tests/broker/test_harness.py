@@ -1,4 +1,4 @@
-"""The harness itself, where a mistake would reach beyond the tests."""
+"""The test harness itself, where a mistake could damage the machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .processes import HarnessError
 
 
 def test_removing_a_directory_spares_what_is_mounted_in_it(tmp_path: Path) -> None:
-    """Mounts are undone first, nested ones and stacked ones too; the files behind them stay."""
+    """Mounts are unmounted first, including nested and stacked ones; the files behind them stay."""
     precious, workplace = tmp_path / "precious", tmp_path / "workplace"
     (precious / "inner").mkdir(parents=True)
     (precious / "file").write_text("kept")
@@ -27,7 +27,7 @@ def test_removing_a_directory_spares_what_is_mounted_in_it(tmp_path: Path) -> No
 
 
 def test_nothing_is_mounted_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever runs these tests without the runner gets an error, not mounts."""
+    """Without the runner, these tests fail with an error and mount nothing."""
     monkeypatch.setenv("AUTHBACKEND_TEST_OUTSIDE", str(Path("/proc/self/ns/mnt").readlink()))
     with pytest.raises(HarnessError, match="tools/test-broker"):
         mount("-t", "tmpfs", "test", tmp_path)
@@ -35,7 +35,7 @@ def test_nothing_is_mounted_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_node_has_nothing_of_the_machine_mounted_writable(broker: Broker) -> None:
-    """Only the read-only root, and file systems of the tests' own: /dev is not the machine's."""
+    """Only the read-only root and the tests' own file systems are mounted; /dev is not the machine's."""
     lines = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     inside = [fields for fields in lines if Path(fields[4]).is_relative_to(broker.state)]
     assert {Path(fields[4]) for fields in inside} == set(mounts_below(broker.state))

@@ -1,4 +1,4 @@
-"""A client that says it is a device, without the device's certificate, is refused at every door, unheard by the device."""
+"""A client that claims to be a device without its certificate is refused on every listener, and the device is not affected."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REASON = "password_on_certificate_identity"
 
 @dataclass(frozen=True, slots=True)
 class Door:
-    """Where somebody knocks, and what RabbitMQ itself does with the password that it would not ask about."""
+    """A listener, and what RabbitMQ itself does there with a password before it sends a request."""
 
     lax: bool
     certificate: bool
@@ -41,7 +41,7 @@ ASKED_ABOUT = ("none", "x")
 async def test_a_devices_name_with_a_password_is_refused(
     mqtt: Clients, broker: Broker, lax_broker: Broker, fleet: Fleet, name: str
 ) -> None:
-    """With the device's client id and with others; its connection, subscriptions and queued messages are untouched."""
+    """With the device's client id and with others; its connection, subscriptions and queued messages are not affected."""
     victim, thief = fleet.device(), fleet.device()
     door = DOORS[name]
     port = (lax_broker if door.lax else broker).doors.mqtt_tls
@@ -82,7 +82,7 @@ async def test_a_devices_name_with_a_password_is_refused(
 
 
 async def test_without_name_and_certificate_nobody_gets_in(mqtt: Clients, lax_broker: Broker, fleet: Fleet) -> None:
-    """Anonymous, or with a password for no name: RabbitMQ refuses without asking, or the service does."""
+    """Anonymously, or with a password and no name: RabbitMQ refuses without a request, or the service denies."""
     doors = ({"plain": True, "port": lax_broker.doors.mqtt_plain}, {"port": lax_broker.doors.mqtt_tls})
     victim = fleet.device()
     attempts = [
@@ -95,7 +95,7 @@ async def test_without_name_and_certificate_nobody_gets_in(mqtt: Clients, lax_br
 
 
 async def test_the_owners_certificate_with_its_name_and_a_password_is_refused(mqtt: Clients, fleet: Fleet) -> None:
-    """Devices have no password. Who sends one is not logged in by certificate, whatever certificate it shows."""
+    """Devices have no password. A client that sends one is never logged in by certificate."""
     me = fleet.device()
     before = fleet.service.denials(endpoint="user", reason=REASON)
     assert await mqtt(me, username=me, password="none").connect() == REFUSED
@@ -103,7 +103,7 @@ async def test_the_owners_certificate_with_its_name_and_a_password_is_refused(mq
 
 
 async def test_a_certificate_account_has_no_password_either(mqtt: Clients, fleet: Fleet) -> None:
-    """The same trick with the name of a service that logs in by certificate."""
+    """The same attack with the name of a service that logs in by certificate."""
     before = fleet.service.denials(endpoint="user", reason=REASON, device_type="account")
     attempts = [mqtt(fleet.device(), username="collector", password=password) for password in ("none", "x")]
     assert await connect_all(*attempts) == [REFUSED] * 2

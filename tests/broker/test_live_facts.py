@@ -1,4 +1,4 @@
-"""What a broker tells of live connections, by protocol and certificate, and what is made of it: the lax node."""
+"""What the management API reports about connections of each protocol and certificate, and how sweeps use it, on the lax node."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STREAM_VHOST_DENIED = "0x15 was answered with 12"
 
 @pytest.fixture(scope="module")
 def enforcing(lax_broker: Broker, service: Service) -> Iterator[Service]:
-    """The service, enforcing on the lax node."""
+    """The service, with enforcement on the lax node."""
     service.stop()
     service.enforce(f"https://localhost:{lax_broker.doors.management_tls}", sweep_interval_s="1")
     service.configure(REGISTRY__MAX_STALENESS_S="10")
@@ -46,7 +46,7 @@ def enforcing(lax_broker: Broker, service: Service) -> Iterator[Service]:
 
 @pytest.fixture
 def web(mqtt: Clients, lax_broker: Broker, enforcing: Service) -> Clients:
-    """MQTT over WebSocket with a certificate."""
+    """Makes clients of MQTT over WebSocket with a certificate."""
     return lambda identity, **options: mqtt(identity, port=lax_broker.doors.web_mqtt_tls, websocket=True, **options)
 
 
@@ -59,7 +59,7 @@ async def api(management: Callable[..., Management], lax_broker: Broker) -> Asyn
 
 @pytest.fixture
 def swept(enforcing: Service, api: Management) -> Sweeps:
-    """``await swept(3)`` waits until three connections are in the statistics, and returns the next whole sweep."""
+    """``await swept(3)`` waits until three connections are in the statistics, and returns the next complete sweep."""
 
     def last() -> Any:
         return json.loads(enforcing.command("enforcement", "sweeps", "--json"))
@@ -69,7 +69,7 @@ def swept(enforcing: Service, api: Management) -> Sweeps:
             while len((await api.get("connections"))[1]) < connections:
                 await asyncio.sleep(0.2)
             seen = {sweep["at"] for sweep in await asyncio.to_thread(last)}
-            while len(seen) < 3:  # the second one from here on began after the statistics were complete
+            while len(seen) < 3:  # the second one from now on began after the statistics were complete
                 sweep = next(each for each in await asyncio.to_thread(last) if each["cluster"] == "localhost")
                 seen.add(sweep["at"])
                 await asyncio.sleep(0.2)
@@ -79,7 +79,7 @@ def swept(enforcing: Service, api: Management) -> Sweeps:
 
 
 async def connected(*clients: MQTTClient) -> None:
-    """Connect them, one after the other."""
+    """Connect clients, one after the other."""
     for client in clients:
         assert await client.connect() == 0
 
@@ -87,7 +87,7 @@ async def connected(*clients: MQTTClient) -> None:
 async def test_devices_over_websocket_are_no_clients_without_an_id(
     web: Clients, mqtt: Clients, fleet: Fleet, swept: Sweeps
 ) -> None:
-    """Old and new MQTT: a sweep finds nothing wrong with them, and what they claim is compared."""
+    """With MQTT 3.1.1 and 5: a sweep reports no violation, and compares the properties that they claim."""
     me, liar = fleet.device(), fleet.device()
     old, new = web(me, version=4), web(me, client_id=f"{me}_5")
     claims = web(liar, user_properties=[("client_type", "AGV")])
@@ -100,13 +100,13 @@ async def test_devices_over_websocket_are_no_clients_without_an_id(
 async def test_a_revoked_device_is_thrown_out_over_websocket(
     web: Clients, fleet: Fleet, api: Management, enforcing: Service
 ) -> None:
-    """Its connections are closed, its session is deleted; a neighbour notices nothing."""
+    """Its connections are closed and its session is deleted; another device is not affected."""
     me, other = fleet.device(), fleet.device()
     client, second, neighbour = web(me, **SESSION), web(me, version=4, client_id=f"{me}_2"), web(other, **SESSION)
     await connected(client, second, neighbour)
     assert await client.subscribe(f"fleet/{me}/commands/#") == [1]
-    said = json.loads(await asyncio.to_thread(enforcing.command, "device", "revoke", me, "--wait", "--json"))
-    (task,) = said["enforcement"]
+    output = json.loads(await asyncio.to_thread(enforcing.command, "device", "revoke", me, "--wait", "--json"))
+    (task,) = output["enforcement"]
     assert task["receipt"]["closed"] == {"lax@localhost": 2}
     assert [queue["queue"] for queue in task["receipt"]["queues_deleted"]] == [f"mqtt-subscription-{me}qos1"]
     assert await client.disconnected() is not None
@@ -118,7 +118,7 @@ async def test_a_revoked_device_is_thrown_out_over_websocket(
 async def test_a_sweep_closes_over_websocket_whom_nobody_noted(
     web: Clients, fleet: Fleet, database: Database, enforcing: Service
 ) -> None:
-    """As over MQTT."""
+    """Like connections over MQTT."""
     me = fleet.device()
     client = web(me)
     await connected(client)
@@ -132,7 +132,7 @@ async def test_a_sweep_closes_over_websocket_whom_nobody_noted(
 async def test_a_revoked_certificate_over_websocket(
     web: Clients, certificates: Certificates, fleet: Fleet, enforcing: Service
 ) -> None:
-    """The connection with it is closed, the one with the device's other certificate is not."""
+    """Its connection is closed; that with the device's other certificate is not."""
     me = fleet.device()
     old, new = certificates.device(me), certificates.device(me)
     for each in (old, new):
@@ -145,7 +145,7 @@ async def test_a_revoked_certificate_over_websocket(
 
 
 def serial_of(identity: Identity) -> int:
-    """The serial number of a certificate."""
+    """Return the serial number of a certificate."""
     return x509.load_pem_x509_certificate(identity.certificate_file.read_bytes()).serial_number
 
 
@@ -182,9 +182,8 @@ async def test_a_certificate_is_compared_with_the_record_whatever_its_names(
     mqtt: Clients, lax_broker: Broker, certificates: Certificates, fleet: Fleet, swept: Sweeps, enforcing: Service
 ) -> None:
     """
-    All that are on record stay; one with the serial number of one on record, of another authority, is closed.
-
-    What cannot be read is reported and stays.
+    Certificates on record stay; one from another authority with a recorded serial number is closed. Unreadable ones are
+    reported and stay.
     """
     identities = {}
     for kind, parts in (NAMES | {"unreadable": UNREADABLE}).items():
@@ -193,16 +192,16 @@ async def test_a_certificate_is_compared_with_the_record_whatever_its_names(
         subject = x509.Name(map(x509.RelativeDistinguishedName, [*parts, first]))
         identities[kind] = certificates.named(me, subject)
         enforcing.command("cert", "import", str(identities[kind].certificate_file))
-    whose = identities["escaped"]
-    recorded = x509.load_pem_x509_certificate(whose.certificate_file.read_bytes())
-    forged = certificates.named(whose.name, recorded.subject, serial=recorded.serial_number, by_rival=True)
+    owner = identities["escaped"]
+    recorded = x509.load_pem_x509_certificate(owner.certificate_file.read_bytes())
+    forged = certificates.named(owner.name, recorded.subject, serial=recorded.serial_number, by_rival=True)
     port = lax_broker.doors.mqtt_tls
     clients = {kind: mqtt(identity, port=port) for kind, identity in identities.items()}
-    false_one = mqtt(forged, port=port, client_id=f"{whose.name}_2")
-    await connected(*clients.values(), false_one)
+    impostor = mqtt(forged, port=port, client_id=f"{owner.name}_2")
+    await connected(*clients.values(), impostor)
     await fleet.change("update device_type set require_known_certificate = true where name = 'APM'")
     try:
-        assert await false_one.disconnected(30) is not None
+        assert await impostor.disconnected(30) is not None
         report = await swept(len(clients))
         assert [(each["cause"], each["user"], each["why"]) for each in report["entries"]] == [
             (
@@ -219,7 +218,7 @@ async def test_a_certificate_is_compared_with_the_record_whatever_its_names(
 async def test_a_forged_certificate_does_not_share_the_fate_of_a_revoked_one(
     mqtt: Clients, lax_broker: Broker, certificates: Certificates, fleet: Fleet, swept: Sweeps, enforcing: Service
 ) -> None:
-    """The same serial number of another authority is another certificate."""
+    """The same serial number from another authority is a different certificate."""
     me, other = fleet.device(), fleet.device()
     revoked = certificates.device(me)
     enforcing.command("cert", "import", str(revoked.certificate_file))
@@ -227,7 +226,7 @@ async def test_a_forged_certificate_does_not_share_the_fate_of_a_revoked_one(
     same_number = certificates.named(other, subject, serial=serial_of(revoked), by_rival=True)
     enforcing.command("cert", "revoke", f"{serial_of(revoked):x}")
     port = lax_broker.doors.mqtt_tls
-    client, namesake = mqtt(revoked, port=port), mqtt(same_number, port=port)  # the lax node looks at no list
+    client, namesake = mqtt(revoked, port=port), mqtt(same_number, port=port)  # the lax node checks no list
     await connected(client, namesake)
     assert await client.disconnected(30) is not None
     assert (await swept(1))["found"] == {}
@@ -238,13 +237,13 @@ async def test_a_forged_certificate_does_not_share_the_fate_of_a_revoked_one(
 async def test_whatever_its_serial_number_a_revoked_certificate_is_closed(
     mqtt: Clients, lax_broker: Broker, certificates: Certificates, fleet: Fleet, enforcing: Service, serial: int
 ) -> None:
-    """The node tells numbers that RFC 5280 forbids as it tells others."""
+    """The node reports serial numbers that RFC 5280 forbids like any others."""
     me = fleet.device()
     identity = certificates.named(me, x509.Name([_attribute(NameOID.COMMON_NAME, me)]), serial=serial)
     enforcing.command("cert", "import", str(identity.certificate_file))
-    client = mqtt(identity, port=lax_broker.doors.mqtt_tls)  # the lax node looks at no list
+    client = mqtt(identity, port=lax_broker.doors.mqtt_tls)  # the lax node checks no list
     await connected(client)
-    # By the fingerprint: other tests have put the same numbers of other authorities on record.
+    # By fingerprint: other tests have recorded the same serial numbers of other authorities.
     der = ssl.PEM_cert_to_DER_cert(
         identity.certificate_file.read_text().partition("-----END CERTIFICATE-----")[0] + "-----END CERTIFICATE-----"
     )
@@ -255,7 +254,7 @@ async def test_whatever_its_serial_number_a_revoked_certificate_is_closed(
 async def test_a_device_gets_no_stream(
     lax_broker: Broker, certificates: Certificates, fleet: Fleet, enforcing: Service
 ) -> None:
-    """Its certificate logs in, and the virtual host is denied: streams have no client id."""
+    """The login by certificate is allowed, the virtual host is denied: streams have no client id."""
     identity = certificates.device(fleet.device())
     with pytest.raises(ConnectionRefusedError, match=STREAM_VHOST_DENIED):
         await StreamConnection.open(identity.context(), lax_broker.doors.stream_tls)
@@ -270,7 +269,7 @@ async def test_the_stream_of_an_account_that_is_gone_is_closed(
     swept: Sweeps,
     noted: bool,
 ) -> None:
-    """By the change, or by the next sweep if nobody noted it; a sweep leaves it alone before."""
+    """By the task, or without one by the next sweep; earlier sweeps leave it open."""
     name = f"streamer-{noted}"
     await fleet.change(f"insert into account (name, login, vhosts) values ('{name}', 'certificate', '{{/}}')")
     connection = await StreamConnection.open(certificates.device(name).context(), lax_broker.doors.stream_tls)

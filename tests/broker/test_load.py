@@ -1,4 +1,4 @@
-"""The load generator against the real broker and the real service: verdicts as they should be, and counted."""
+"""The load generator with a real broker and service: the verdicts are correct and counted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COUNT, REVOKED = 20, 2
 
 @pytest.fixture
 async def devices(certificates: Certificates, fleet: Registry, tmp_path: Path) -> list[Identity]:
-    """Certificates and a registration as users make them: 18 devices that may, and two that are revoked."""
+    """Make certificates and register devices as users do: 18 active ones and two revoked."""
     for name in ("ca.pem", "ca.key"):
         (tmp_path / name).write_bytes((certificates.directory / name).read_bytes())
     load.make(tmp_path, load.device_ids("LOAD", COUNT), device_type="LOAD", revoked=REVOKED)

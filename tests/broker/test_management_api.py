@@ -1,4 +1,4 @@
-"""The management API of a real broker does what enforcement relies on."""
+"""The management API of a real broker behaves as enforcement expects."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Real:
 async def environment(
     broker: Broker, certificates: Certificates, fleet: Fleet, mqtt: Callable[..., MQTTClient]
 ) -> AsyncIterator[Real]:
-    """A real node, and devices of the fleet."""
+    """A real node, with devices of the fleet."""
     real = Real(broker, certificates, fleet, mqtt)
     yield real
     await real.cluster.aclose()

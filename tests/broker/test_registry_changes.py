@@ -1,4 +1,4 @@
-"""The security team changes the registry with psql; RabbitMQ's next question is answered by it."""
+"""Changes of the registry with psql take effect at RabbitMQ's next request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SERVICE, READER = "authbackend_service", "authbackend_reader"
 
 
 async def test_a_revoked_device(mqtt: Clients, fleet: Fleet) -> None:
-    """Its next login and its next publish to a new topic are refused; a neighbour notices nothing."""
+    """Its next login and its next publish to a new topic are refused; another device is not affected."""
     me, neighbour = fleet.device(), fleet.device()
     client, other = mqtt(me), mqtt(neighbour)
     assert await client.connect() == 0
@@ -33,7 +33,7 @@ async def test_a_revoked_device(mqtt: Clients, fleet: Fleet) -> None:
 
 @pytest.mark.parametrize("owner", ["device", "type"])
 async def test_a_deny_rule(mqtt: Clients, fleet: Fleet, owner: str) -> None:
-    """Of one device or of its whole type: the next publish there is refused, elsewhere not; and back again."""
+    """For one device or its whole type: the next publish to that topic is refused, others are not, until the rule is removed."""
     me = fleet.device()
     topic = f"fleet/{me}/telemetry/secret"
     column, value = ("device_id", me) if owner == "device" else ("device_type", "APM")
@@ -55,7 +55,7 @@ async def test_a_deny_rule(mqtt: Clients, fleet: Fleet, owner: str) -> None:
 
 
 async def test_a_new_rule_for_a_connected_device(mqtt: Clients, fleet: Fleet) -> None:
-    """No reconnect is needed for a right that is added."""
+    """A new allow rule takes effect without a reconnect."""
     me = fleet.device()
     client = mqtt(me)
     assert await client.connect() == 0
@@ -66,7 +66,7 @@ async def test_a_new_rule_for_a_connected_device(mqtt: Clients, fleet: Fleet) ->
 
 
 async def test_a_new_device_logs_in(mqtt: Clients, fleet: Fleet) -> None:
-    """One INSERT is all it takes; the common name is the device id unless given."""
+    """One INSERT is enough; the common name defaults to the device id."""
     await fleet.change("insert into device (device_id, type) values ('PSQL-1', 'APM')")
     assert await mqtt("PSQL-1").connect() == 0
 
@@ -83,7 +83,7 @@ async def test_a_new_device_logs_in(mqtt: Clients, fleet: Fleet) -> None:
     ],
 )
 async def test_a_broken_rule_is_refused_with_its_fault(mqtt: Clients, fleet: Fleet, topic: str, fault: str) -> None:
-    """Whoever writes it is told what is wrong; nothing is stored, and the device works on by its old rules."""
+    """The error says what is wrong; nothing is stored, and the device's old rules stay in effect."""
     me = fleet.device()
     statement = (
         f"insert into topic_rule (device_id, effect, action, topic) values ('{me}', 'deny', 'publish', '{topic}')"
@@ -114,7 +114,7 @@ async def test_a_broken_rule_is_refused_with_its_fault(mqtt: Clients, fleet: Fle
     ],
 )
 async def test_a_row_that_would_let_one_be_another_is_refused(fleet: Fleet, statement: str, fault: str) -> None:
-    """Names and client ids never mean two."""
+    """No name or client id can belong to two devices or accounts."""
     with pytest.raises(HarnessError) as refusal:
         fleet.database.sql(statement, EDITOR)
     assert fault in str(refusal.value)
@@ -143,7 +143,7 @@ async def test_a_row_that_would_let_one_be_another_is_refused(fleet: Fleet, stat
     ],
 )
 async def test_what_a_role_may_not(fleet: Fleet, role: str, statement: str) -> None:
-    """The roles of sql/roles.sql: no way around the rules of the registry, nor around its trail."""
+    """The roles of sql/roles.sql can bypass neither the registry's constraints nor the audit trail."""
     before = fleet.database.sql("select count(*), max(id) from audit")
     with pytest.raises(HarnessError, match=r"permission denied|must be owner|append-only"):
         fleet.database.sql(statement, role)
@@ -151,13 +151,13 @@ async def test_what_a_role_may_not(fleet: Fleet, role: str, statement: str) -> N
 
 
 async def test_even_the_owner_cannot_edit_the_trail(fleet: Fleet) -> None:
-    """As long as the trigger is there, an UPDATE of the trail is refused whoever sends it."""
+    """As long as the trigger exists, an UPDATE of the trail is refused for every role."""
     with pytest.raises(HarnessError, match="append-only"):
         fleet.database.sql("update audit set actor = 'somebody else'")
 
 
 async def test_who_changed_what_is_on_record(fleet: Fleet) -> None:
-    """By psql and by the command line: the role that logged in; by the command line, the reason and who the client says it is."""
+    """With psql and the command, the role that logged in; with the command also the reason and the actor that the client claims."""
     me = fleet.device()
     await fleet.change(f"update device set status = 'suspended' where device_id = '{me}'")
     await fleet.command("device", "revoke", me, "--reason", "stolen")

@@ -1,4 +1,4 @@
-"""Parts that are stopped and started while devices are connected: this service, the broker, PostgreSQL."""
+"""Restarts of the service, the broker and PostgreSQL while devices are connected."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REFUSED, NOBODY_SUBSCRIBED = 0x86, 0x10
 
 @asynccontextmanager
 async def background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Something that goes on for the time of the block; if it fails, the block ends with its error."""
+    """Run a coroutine for the duration of the block; if it fails, the block ends with its error."""
     async with asyncio.TaskGroup() as group:
         task = group.create_task(work)
         yield
@@ -37,8 +37,8 @@ async def background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 
 async def test_the_service_is_restarted(mqtt: Clients, fleet: Fleet) -> None:
     """
-    Who is subscribed stays, and who publishes where it published a moment ago. A publish to a new topic meets the gap:
-    RabbitMQ ends that connection, refuses the next login, and lets it in when the service is back.
+    Subscribers stay connected, and so do publishers to recently used topics. On a publish to a new topic during the restart,
+    RabbitMQ ends the connection, refuses the next login, and allows it when the service is back.
     """
     me = fleet.device()
     reader, steady, unlucky = (mqtt(me, client_id=f"{me}_{name}") for name in ("reader", "steady", "unlucky"))
@@ -68,7 +68,7 @@ async def test_the_service_is_restarted(mqtt: Clients, fleet: Fleet) -> None:
 
 
 async def test_the_broker_is_restarted(mqtt: Clients, broker: Broker, fleet: Fleet) -> None:
-    """Devices come back as who they are, and what was queued for them has survived."""
+    """Devices reconnect to their sessions, and their queued messages have survived."""
     me = fleet.device()
     sleeper = mqtt(me, clean=False, session_expiry_s=600)
     writer = mqtt(me, client_id=f"{me}_pub")
@@ -88,7 +88,7 @@ async def test_the_broker_is_restarted(mqtt: Clients, broker: Broker, fleet: Fle
 
 
 async def test_the_database_is_down(mqtt: Clients, fleet: Fleet) -> None:
-    """Everything is decided from memory as before; a change made afterwards arrives."""
+    """Decisions continue from memory; a change made afterwards takes effect."""
     me, revoked = fleet.device(), fleet.device()
     await fleet.change(f"update device set status = 'revoked' where device_id = '{revoked}'")
     await asyncio.to_thread(fleet.database.server.stop, "immediate")
@@ -105,7 +105,7 @@ async def test_the_database_is_down(mqtt: Clients, fleet: Fleet) -> None:
 
 
 async def test_the_service_starts_without_its_database(mqtt: Clients, fleet: Fleet) -> None:
-    """It answers no question until it has the registry, so nobody gets in; then everybody does."""
+    """It cannot decide until it has loaded the registry, so nobody can log in; afterwards, everybody can."""
     me = fleet.device()
     await asyncio.to_thread(fleet.service.stop)
     await asyncio.to_thread(fleet.database.server.stop)
@@ -132,7 +132,7 @@ def _accepts(port: int) -> bool:
 async def replicas(
     workplace: Path, certificates: Certificates, database: Database, service: Service
 ) -> AsyncIterator[list[Service]]:
-    """Two replicas behind haproxy instead of the one service, which is back afterwards."""
+    """Replace the service by two replicas behind haproxy for the duration of a test."""
     pair = [make_service(workplace, certificates, database, broker_port=8090 + n, health_port=8190 + n) for n in (1, 2)]
     await asyncio.to_thread(service.stop)
     haproxy: Process | None = None
@@ -149,7 +149,7 @@ async def replicas(
 
 
 class Traffic:
-    """Three devices that publish to ever new topics, and one that logs in all the time; each begins anew if refused."""
+    """Three devices that keep publishing to new topics, and one that keeps logging in; each starts again after a refusal."""
 
     DEVICES = 4
 
@@ -159,7 +159,7 @@ class Traffic:
         self.publishes = self.logins = self.refusals = 0
 
     async def run(self) -> None:
-        """Go on until cancelled."""
+        """Run until cancelled."""
         first, *others = self._devices
         async with asyncio.TaskGroup() as group:
             group.create_task(self._log_in(first))
@@ -167,7 +167,7 @@ class Traffic:
                 group.create_task(self._publish(device))
 
     async def went_on(self) -> None:
-        """Wait for some more of everything."""
+        """Wait until each device has made progress."""
         publishes, logins = self.publishes + 50, self.logins + 3
         await until(lambda: self.publishes > publishes and self.logins > logins)
 
@@ -196,7 +196,7 @@ class Traffic:
 
 
 async def _busy_one(replicas: list[Service]) -> Service:
-    """RabbitMQ keeps its connections, so that all questions may go to one replica: that is the one to stop."""
+    """Return the replica that RabbitMQ uses: it keeps connections open, so all requests may go to one replica."""
 
     def asked() -> list[int]:
         return [replica.count("authbackend_decisions", verdict="allow") for replica in replicas]
@@ -210,7 +210,7 @@ async def _busy_one(replicas: list[Service]) -> Service:
 async def test_one_of_two_replicas_is_restarted_and_nobody_notices(
     mqtt: Clients, fleet: Fleet, replicas: list[Service], workplace: Path
 ) -> None:
-    """The one that is asked, twice, which is each in turn: publishes and logins go on without one refusal."""
+    """The replica in use is restarted twice, so each one once: publishes and logins continue without a refusal."""
     traffic = Traffic(mqtt, fleet)
     async with background(traffic.run()):
         await traffic.went_on()
@@ -220,13 +220,13 @@ async def test_one_of_two_replicas_is_restarted_and_nobody_notices(
             await asyncio.to_thread(busy.stop)
             await traffic.went_on()
             await asyncio.to_thread(busy.start)
-            await until(lambda: balancer.servers_up(workplace) == 2)  # ready, and the balancer has seen it
+            await until(lambda: balancer.servers_up(workplace) == 2)  # ready, and the balancer has noticed
         assert stopped[0] is not stopped[1]
     assert traffic.refusals == 0
 
 
 async def test_one_of_two_replicas_crashes(mqtt: Clients, fleet: Fleet, replicas: list[Service]) -> None:
-    """Only who had a question under way can be refused, once; the other replica answers from then on."""
+    """Only requests in flight can be refused, once; afterwards the other replica answers."""
     traffic = Traffic(mqtt, fleet)
     async with background(traffic.run()):
         await traffic.went_on()

@@ -21,7 +21,7 @@ def _persistent(version: int) -> dict[str, Any]:
 @pytest.mark.parametrize("lost", [True, False])
 async def test_a_session_is_resumed_without_a_denial(mqtt: Clients, fleet: Fleet, version: int, lost: bool) -> None:
     """
-    With subscriptions of QoS 0 and 1, after a lost connection and after a good end. What was sent meanwhile arrives.
+    With subscriptions of QoS 0 and 1, after a lost connection and after DISCONNECT. Messages sent meanwhile arrive.
     """
     me = fleet.device()
     denied = fleet.service.denials()
@@ -48,7 +48,7 @@ async def test_a_session_is_resumed_without_a_denial(mqtt: Clients, fleet: Fleet
 
 @pytest.mark.parametrize("version", [4, 5])
 async def test_a_clean_start_forgets_the_old_session(mqtt: Clients, fleet: Fleet, version: int) -> None:
-    """RabbitMQ deletes its queues, for which it asks; what was queued is gone."""
+    """RabbitMQ deletes its queues, which needs permission; queued messages are deleted."""
     me = fleet.device()
     denied = fleet.service.denials()
     old = mqtt(me, **_persistent(version))
@@ -66,7 +66,7 @@ async def test_a_clean_start_forgets_the_old_session(mqtt: Clients, fleet: Fleet
 
 
 async def test_a_revoked_devices_session_stays_closed_to_it(mqtt: Clients, fleet: Fleet) -> None:
-    """What is queued for a revoked device is not handed out, and is there when it is reinstated."""
+    """Messages queued for a revoked device are not delivered, and are still there when it is reinstated."""
     me = fleet.device()
     session = _persistent(5)
     first = mqtt(me, **session)

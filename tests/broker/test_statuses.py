@@ -1,4 +1,5 @@
-"""A valid certificate is not enough: the device must be registered, active and not expired, in the right place."""
+"""A valid certificate is not enough: the device must be registered, active, not expired, and on an allowed network and
+virtual host."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ INACTIVE = {
 
 @pytest.mark.parametrize("version", [4, 5])
 async def test_inactive_devices_are_refused_at_login(mqtt: Clients, fleet: Fleet, version: int) -> None:
-    """Each for its own reason, which is counted."""
+    """Each for its own reason, under which it is counted."""
 
     def counted() -> dict[str, int]:
         return {reason: fleet.service.denials(endpoint="user", reason=reason) for reason in INACTIVE.values()}
@@ -35,7 +36,7 @@ async def test_inactive_devices_are_refused_at_login(mqtt: Clients, fleet: Fleet
 
 
 async def test_a_device_in_the_wrong_place_is_refused(mqtt: Clients, fleet: Fleet) -> None:
-    """Its login is good; its type is for another network, or another virtual host."""
+    """The login is allowed, but the type only allows another network or another virtual host."""
     reasons = ("address_not_in_networks", "vhost_not_listed")
     before = [fleet.service.denials(endpoint="vhost", reason=reason) for reason in reasons]
     answers = await connect_all(mqtt("FAR0001"), mqtt("ELSE001"))
@@ -55,7 +56,7 @@ async def test_the_devices_networks_are_those_of_its_connection(mqtt: Clients, f
 
 
 async def test_suspending_and_reinstating(mqtt: Clients, fleet: Fleet) -> None:
-    """By the command line; the next login is decided by it, in both directions."""
+    """With the command; both take effect at the next login."""
     me = fleet.device()
     await fleet.command("device", "suspend", me, "--reason", "in repair")
     assert await mqtt(me).connect() == LOGIN_REFUSED
@@ -64,7 +65,7 @@ async def test_suspending_and_reinstating(mqtt: Clients, fleet: Fleet) -> None:
 
 
 async def test_a_new_device_works_once_it_is_activated(mqtt: Clients, fleet: Fleet) -> None:
-    """Registered as pending, refused, activated, in."""
+    """It is registered as pending and refused, then activated and allowed."""
     await fleet.command("device", "add", "NEW-1", "--type", "APM", "--status", "pending", "--common-name", "new one")
     assert await mqtt("new one", client_id="NEW-1").connect() == LOGIN_REFUSED
     await fleet.command("device", "reinstate", "NEW-1")
@@ -74,14 +75,14 @@ async def test_a_new_device_works_once_it_is_activated(mqtt: Clients, fleet: Fle
 
 
 async def test_a_device_expires_while_it_is_connected(mqtt: Clients, fleet: Fleet) -> None:
-    """Nobody has to do anything: from that second on its questions are answered with no."""
+    """Without any action: from that second on, its requests are denied."""
     me = fleet.device()
     client = mqtt(me)
     assert await client.connect() == 0
     await fleet.change(f"update device set expires_at = now() + interval '2 seconds' where device_id = '{me}'")
     with pytest.raises(Disconnected):
         async with asyncio.timeout(30):
-            # A new topic each time: RabbitMQ remembers what it was allowed.
+            # A new topic each time: RabbitMQ caches what is allowed.
             for number in range(1000):
                 assert await client.publish(f"fleet/{me}/telemetry/{number}", b"x") == 0x10
                 await asyncio.sleep(0.1)

@@ -1,4 +1,4 @@
-"""What devices publish and subscribe to: inside their rules it works, outside nothing arrives."""
+"""Publishing and subscribing: topics allowed by the rules work, and nothing passes on others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OUTSIDE_TO_PUBLISH = (
     "fleet/{victim}/telemetry/speed",
     "fleet/{victim}/commands/stop",
     "fleet/{own}/commands/stop",  # only subscribing is allowed there
-    "fleet/+/telemetry/speed",  # RabbitMQ takes wildcards in a publish
+    "fleet/+/telemetry/speed",  # RabbitMQ accepts wildcards in a publish
     "fleet/*/telemetry/speed",
     "+/{victim}/telemetry/speed",
     "fleet/#",
@@ -44,7 +44,7 @@ OUTSIDE_TO_SUBSCRIBE = (
     "fleet/+/commands/#",
     "fleet/{own}/#",
     "fleet/{victim}/commands/#",
-    "fleet.{victim}.commands.#",  # a dot is a slash to RabbitMQ
+    "fleet.{victim}.commands.#",  # RabbitMQ treats a dot like a slash
     "fleet/#/{own}/commands/#",
     "$SYS/#",
     "$share/group/fleet/{victim}/commands/#",
@@ -53,7 +53,7 @@ OUTSIDE_TO_SUBSCRIBE = (
 
 @pytest.mark.parametrize("version", [4, 5])
 async def test_a_device_publishes_and_subscribes(mqtt: Clients, fleet: Fleet, version: int) -> None:
-    """Two connections of one device with its own client ids; both qualities of service arrive."""
+    """Two connections of one device with its own client ids; messages of both QoS levels arrive."""
     me = fleet.device()
     reader, writer = mqtt(me, version=version), mqtt(me, version=version, client_id=f"{me}_pub")
     assert await connect_all(reader, writer) == [0, 0]
@@ -71,7 +71,7 @@ async def test_mosquittos_command_line(mosquitto: Callable[[str], Mosquitto], fl
     device = mosquitto(me)
     options = ["-V", "mqttv5", "-t", "test", "-q", "1"]
     user = ["--property", "CONNECT", "user-property", "client_type", "APM"]
-    # A persistent session made first, so that the message waits for the subscriber and nothing has to be timed.
+    # A persistent session is made first, so that the message waits for the subscriber and timing does not matter.
     session = ["-i", me, "-c", "-x", "60"]
     assert (await device.subscribe(*options, *session, *user, "-E")).status == 0
     sent = await device.publish(*options, "-i", f"{me}_pub", "-m", "hello")
@@ -81,7 +81,7 @@ async def test_mosquittos_command_line(mosquitto: Callable[[str], Mosquitto], fl
 
 
 async def test_mosquittos_command_line_outside_the_rules(mosquitto: Callable[[str], Mosquitto], fleet: Fleet) -> None:
-    """What somebody sees who mistypes: the publish does not succeed, the subscription is refused by name."""
+    """The output after a typing mistake: the publish fails, and the refused subscription is named."""
     me, other = fleet.device(), fleet.device()
     device = mosquitto(me)
     sent = await device.publish("-V", "mqttv311", "-t", f"fleet/{other}/telemetry/x", "-q", "1", "-i", me, "-m", "x")
@@ -92,7 +92,7 @@ async def test_mosquittos_command_line_outside_the_rules(mosquitto: Callable[[st
 
 
 async def test_aiomqtt(broker: Broker, service: Service, device: Callable[..., Identity], fleet: Fleet) -> None:
-    """The other common client of Python, as its manual uses it."""
+    """Another common Python client, used as in its manual."""
     me = fleet.device()
     tls = device(me).context()
     async with aiomqtt.Client(HOST, broker.doors.mqtt_tls, identifier=me, tls_context=tls) as client:
@@ -105,7 +105,7 @@ async def test_aiomqtt(broker: Broker, service: Service, device: Callable[..., I
 
 @pytest.mark.parametrize("version", [4, 5])
 async def test_a_publish_outside_the_rules_ends_the_connection(mqtt: Clients, fleet: Fleet, version: int) -> None:
-    """RabbitMQ denies a publish by closing. What is denied reaches nobody: the first to arrive is allowed."""
+    """RabbitMQ refuses a publish by closing the connection. Refused messages reach nobody: the first to arrive is an allowed one."""
     me, victim = fleet.device(), fleet.device()
     reader, owner = mqtt(victim), mqtt(victim, client_id=f"{victim}_pub")
     assert await connect_all(reader, owner) == [0, 0]
@@ -125,7 +125,7 @@ async def test_a_publish_outside_the_rules_ends_the_connection(mqtt: Clients, fl
 
 
 async def test_a_denied_publish_without_acknowledgement_ends_the_connection(mqtt: Clients, fleet: Fleet) -> None:
-    """QoS 0 promises nothing, and is refused all the same."""
+    """QoS 0 has no acknowledgement, but is refused in the same way."""
     me, victim = fleet.device(), fleet.device()
     client = mqtt(me)
     assert await client.connect() == 0
@@ -137,7 +137,7 @@ async def test_a_denied_publish_without_acknowledgement_ends_the_connection(mqtt
 async def test_a_subscription_outside_the_rules_is_refused(
     mqtt: Clients, fleet: Fleet, version: int, refused: int
 ) -> None:
-    """The refusal is told, the connection ends, and the session has not kept what was refused."""
+    """SUBACK reports the refusal, the connection ends, and the session does not contain the refused subscription."""
     me, victim = fleet.device(), fleet.device()
     session = {"version": version, "clean": False, "session_expiry_s": 60 if version == 5 else 0}
     denied = fleet.service.denials(endpoint="topic", reason="no_rule_allows")
@@ -165,7 +165,7 @@ async def test_a_subscription_outside_the_rules_is_refused(
 
 
 async def test_of_several_subscriptions_the_allowed_ones_are_not_lost(mqtt: Clients, fleet: Fleet) -> None:
-    """One SUBSCRIBE with both kinds: every filter has its own answer."""
+    """One SUBSCRIBE with both kinds: each filter has its own reason code."""
     me = fleet.device()
     client = mqtt(me)
     assert await client.connect() == 0
@@ -174,7 +174,7 @@ async def test_of_several_subscriptions_the_allowed_ones_are_not_lost(mqtt: Clie
 
 
 async def test_dots_are_slashes(mqtt: Clients, fleet: Fleet) -> None:
-    """To RabbitMQ ``a.b`` and ``a/b`` are one topic; so they are to the rules, in both directions."""
+    """To RabbitMQ, ``a.b`` and ``a/b`` are the same topic, and so they are in rules, for publishing and subscribing."""
     me = fleet.device()
     client = mqtt(me)
     assert await client.connect() == 0
@@ -185,7 +185,7 @@ async def test_dots_are_slashes(mqtt: Clients, fleet: Fleet) -> None:
 
 async def test_odd_names_reach_the_service_to_the_letter(mqtt: Clients, fleet: Fleet) -> None:
     """
-    What a form must escape is allowed where a rule says exactly that; what a wrong decoder would make of it is not.
+    Characters that a form must escape match rules exactly; what a wrong decoder would turn them into does not.
     """
     topics = ["sp ace", "100%", "a%2Fb", "a&b=c;d", "ünï/日本", "\U0001f4e6", "quote\"'\\$?"]
     others = [
@@ -219,7 +219,7 @@ async def test_odd_names_reach_the_service_to_the_letter(mqtt: Clients, fleet: F
 
 @pytest.mark.parametrize("letter", ["x", "日"])
 async def test_the_longest_topic(mqtt: Clients, fleet: Fleet, letter: str) -> None:
-    """65,535 bytes, in a form up to three times as many: answered by the rules, within the device and outside."""
+    """65,535 bytes, up to three times as many in a form: the rules decide, for the device's own topics and others."""
     me, other = fleet.device(), fleet.device()
     denied = fleet.service.denials(endpoint="topic", reason="no_rule_allows")
     malformed = fleet.service.count("authbackend_malformed_requests")
@@ -240,14 +240,14 @@ def _longest(begin: str, letter: str) -> str:
 
 @pytest.mark.parametrize("version", [4, 5])
 async def test_a_retained_message_waits_for_its_reader(mqtt: Clients, fleet: Fleet, version: int) -> None:
-    """Retaining needs no more rights than publishing."""
+    """A retained message needs no other permission than a publish."""
     me = fleet.device()
     writer = mqtt(me, client_id=f"{me}_pub", version=version)
     assert await writer.connect() == 0
     assert await writer.publish(f"fleet/{me}/telemetry/state", b"parked", retain=True) in (0, NOBODY_SUBSCRIBED)
     reader = mqtt(me, version=version)
     assert await reader.connect() == 0
-    # RabbitMQ keeps one for subscriptions to the very topic, and stores it after it has acknowledged it.
+    # RabbitMQ delivers it to subscriptions of exactly this topic, and stores it after it has acknowledged it.
     async with asyncio.timeout(10):
         while not (messages := reader.messages()):
             assert await reader.subscribe(f"fleet/{me}/telemetry/state") == [1]
@@ -256,13 +256,13 @@ async def test_a_retained_message_waits_for_its_reader(mqtt: Clients, fleet: Fle
 
 
 async def test_unsubscribing_works_after_idleness(mqtt: Clients, fleet: Fleet) -> None:
-    """RabbitMQ forgets what it was allowed after a second without traffic, and asks again for an UNSUBSCRIBE."""
+    """RabbitMQ drops its cache after a second without traffic, and sends a request for an UNSUBSCRIBE."""
     me = fleet.device()
     client = mqtt(me)
     assert await client.connect() == 0
     assert await client.subscribe(f"fleet/{me}/telemetry/#") == [1]
     asked, denied = fleet.service.count("authbackend_decisions", endpoint="topic"), fleet.service.denials()
-    await asyncio.sleep(2)  # The broker's own idleness, of which nobody is told.
+    await asyncio.sleep(2)  # There is no event for the broker's idle timer.
     assert await client.unsubscribe(f"fleet/{me}/telemetry/#") == [0]
     assert fleet.service.count("authbackend_decisions", endpoint="topic") == asked + 1
     assert fleet.service.denials() == denied
@@ -270,7 +270,7 @@ async def test_unsubscribing_works_after_idleness(mqtt: Clients, fleet: Fleet) -
 
 
 async def test_a_type_without_publish_rules_cannot_reach_the_exchange(mqtt: Clients, fleet: Fleet) -> None:
-    """No rule of the type could allow a publish: refused one question earlier, and it may subscribe."""
+    """No rule of the type could allow a publish, so it is refused one request earlier; subscribing is allowed."""
     client = mqtt("READER1")
     assert await client.connect() == 0
     assert await client.subscribe("fleet/+/telemetry/#") == [1]
@@ -283,22 +283,22 @@ async def test_a_type_without_publish_rules_cannot_reach_the_exchange(mqtt: Clie
 async def test_who_stays_connected_after_a_refused_publish_is_told_only_in_mqtt_5(
     mqtt: Clients, fleet: Fleet, broker: Broker
 ) -> None:
-    """Why ``conf.d-optional/stay-connected.conf`` is optional: in 3.1.1 the message is lost with a PUBACK."""
+    """Why ``conf.d-optional/stay-connected.conf`` is optional: in 3.1.1, the message is lost in spite of a PUBACK."""
     broker.control("eval", "application:set_env(rabbitmq_mqtt, disconnect_on_unauthorized, false).")
     try:
-        found = {}
+        codes = {}
         for version in (4, 5):
             client = mqtt(fleet.device(), version=version)
             assert await client.connect() == 0
-            found[version] = await client.publish("forbidden/x", b"x")
+            codes[version] = await client.publish("forbidden/x", b"x")
             assert await client.alive()
-        assert found == {4: 0, 5: 0x87}
+        assert codes == {4: 0, 5: 0x87}
     finally:
         broker.control("eval", "application:set_env(rabbitmq_mqtt, disconnect_on_unauthorized, true).")
 
 
 async def test_a_shared_subscription_is_a_topic_of_that_name(mqtt: Clients, fleet: Fleet) -> None:
-    """RabbitMQ has none. With a rule for it, the filter is granted, and gets nothing of what it was meant for."""
+    """RabbitMQ does not support them. With a rule for it, the filter is granted, but receives nothing from the intended topic."""
     me = fleet.device()
     own, shared = f"fleet/{me}/telemetry/x", f"$share/group/fleet/{me}/telemetry/#"
     asked = fleet.service.denials(endpoint="topic", reason="no_rule_allows")
@@ -324,7 +324,7 @@ async def test_a_shared_subscription_is_a_topic_of_that_name(mqtt: Clients, flee
 async def test_sparkplug(
     mqtt: Clients, fleet: Fleet, broker: Broker, sparkplug: bool, topic: str, refused: str
 ) -> None:
-    """Rules are written as RabbitMQ asks: with ``mqtt.sparkplug`` the dot of ``spBv1.0`` arrives as ``___``."""
+    """Rules must match RabbitMQ's requests: with ``mqtt.sparkplug``, the dot of ``spBv1.0`` becomes ``___``."""
     me, other = fleet.device(), fleet.device()
     await fleet.change(
         "insert into topic_rule (device_id, effect, action, topic) values"
@@ -353,7 +353,7 @@ async def test_sparkplug(
 
 
 async def test_who_may_have_and_end_a_retained_message(mqtt: Clients, fleet: Fleet) -> None:
-    """It goes to who subscribes to its very topic, not to wildcards; who may publish there ends it, with an empty one."""
+    """Subscribers to exactly its topic get it, wildcards do not; who may publish there can delete it with an empty one."""
     me = fleet.device()
     topic = f"fleet/{me}/telemetry/retained"
     writer, reader = mqtt(me, client_id=f"{me}_pub"), mqtt(me)
@@ -367,11 +367,11 @@ async def test_who_may_have_and_end_a_retained_message(mqtt: Clients, fleet: Fle
         assert await probe.connect() == 0
         assert await probe.subscribe(topic_filter) == [1]
         assert await probe.alive()
-        found = [message.payload for message in probe.messages() if message.retain]
+        payloads = [message.payload for message in probe.messages() if message.retain]
         await probe.disconnect()
-        return found
+        return payloads
 
-    # RabbitMQ stores it after it has acknowledged it.
+    # RabbitMQ stores it only after it has acknowledged it.
     async with asyncio.timeout(10):
         while await kept(topic) != [b"parked"]:
             pass
@@ -391,7 +391,7 @@ async def test_who_may_have_and_end_a_retained_message(mqtt: Clients, fleet: Fle
 
 
 async def _end_retained(mqtt: Clients, device: str, topic: str) -> int:
-    """Publish an empty retained message as a device."""
+    """Delete a retained message as a device, by publishing an empty one."""
     client = mqtt(device)
     assert await client.connect() == 0
     return await client.publish(topic, b"", retain=True)

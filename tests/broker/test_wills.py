@@ -1,4 +1,4 @@
-"""Wills: asked about when they fire. A good one causes no denial at any point of its life."""
+"""Wills are decided when they are sent; an allowed one causes no denial at any time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ async def _reader(mqtt: Clients, device: str) -> MQTTClient:
 @pytest.mark.parametrize("version", [4, 5])
 @pytest.mark.parametrize("qos", [0, 1])
 async def test_a_will_inside_the_rules_is_sent(mqtt: Clients, fleet: Fleet, version: int, qos: int) -> None:
-    """When the connection is lost, and not when it is ended."""
+    """It is sent when the connection is lost, and not after DISCONNECT."""
     me = fleet.device()
     denied = fleet.service.denials()
     reader = await _reader(mqtt, me)
@@ -40,7 +40,7 @@ async def test_a_will_inside_the_rules_is_sent(mqtt: Clients, fleet: Fleet, vers
 
 @pytest.mark.parametrize("version", [4, 5])
 async def test_a_will_outside_the_rules_is_dropped(mqtt: Clients, fleet: Fleet, version: int) -> None:
-    """The login is not refused for it; the will is, when it fires."""
+    """The login is allowed; the will is denied when it is due."""
     me, victim = fleet.device(), fleet.device()
     reader = await _reader(mqtt, victim)
     denied = fleet.service.denials(endpoint="topic", reason="no_rule_allows")
@@ -54,9 +54,9 @@ async def test_a_will_outside_the_rules_is_dropped(mqtt: Clients, fleet: Fleet, 
 
 async def test_delayed_wills(mqtt: Clients, fleet: Fleet) -> None:
     """
-    One fires; one is cancelled by a reconnect; one is outside the rules. Only the first arrives.
+    One is sent, one is cancelled by a reconnect, one is denied by the rules; only the first arrives.
 
-    The one that arrives fires a second after the others would have, so that their absence needs no waiting.
+    It is due a second after the others, so that when it arrives, the others would have arrived.
     """
     me, victim = fleet.device(), fleet.device()
     own, others = await _reader(mqtt, me), await _reader(mqtt, victim)
@@ -89,7 +89,7 @@ async def test_delayed_wills(mqtt: Clients, fleet: Fleet) -> None:
 
 
 async def test_the_delayed_will_of_a_session_that_ends_earlier(mqtt: Clients, fleet: Fleet) -> None:
-    """The will is sent when the session ends, if that is before its delay."""
+    """The will is sent when the session ends, if that is before the delay is over."""
     me = fleet.device()
     reader = await _reader(mqtt, me)
     denied = fleet.service.denials()
@@ -107,7 +107,7 @@ async def test_the_delayed_will_of_a_session_that_ends_earlier(mqtt: Clients, fl
 
 
 async def test_a_revoked_device_has_no_will(mqtt: Clients, fleet: Fleet) -> None:
-    """It is asked about when it fires, and by then the answer has changed."""
+    """It is decided when it is due, and by then the device is revoked."""
     me, neighbour = fleet.device(), fleet.device()
     await fleet.change(
         f"insert into topic_rule (device_id, effect, action, topic) values"

@@ -1,4 +1,4 @@
-"""MQTT connections by the hundred: those of ``authbackend_load``."""
+"""Lightweight MQTT connections, for hundreds of them: those of ``authbackend_load``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .processes import HarnessError
 
 async def connected(identity: Identity, port: int, *, client_id: str = "", clean: bool = True) -> Connection:
     """
-    Return a connection of a device that is logged in, MQTT 5; the client id is the common name unless given.
+    Return a device's connection after login, with MQTT 5; the client id defaults to the common name.
 
     Raises:
-        HarnessError: it was refused.
+        HarnessError: It was refused.
     """
     tls = TLS(identity.context(), "localhost")
     _, connection = await asyncio.get_running_loop().create_connection(lambda: Connection(tls, 5), "127.0.0.1", port)
