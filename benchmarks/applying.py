@@ -1,4 +1,4 @@
-"""Measures revocations during a ``policy apply`` that changes the whole fleet: how long they wait, and if any is undone."""
+"""Measures how long revocations wait during a ``policy apply`` that changes the whole fleet, and if any is undone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DATABASE = "applied"
 BYSTANDERS = 1000
 """Number of devices that are not in the policy."""
 BURST = 10
-"""Revocations of each kind in a round; those of devices in the policy run concurrently: the first one ends the apply."""
+"""Revocations of each kind in a round; those of devices in the policy are concurrent: the first ends the apply."""
 
 Say = Callable[[str], None]
 

@@ -28,7 +28,7 @@ STATEMENTS = {
 
 
 def measure(server: Server, devices: int, rounds: int, say: Say) -> dict[str, Any]:
-    """Change every device of a fleet with each statement, rolled back each time, and apply a policy that changes all."""
+    """Change a whole fleet with each statement, rolled back each time, and by applying a policy."""
     dsn = fixtures.registry(server, devices)
     took: dict[str, dict[str, list[float]]] = {}
     for number in range(rounds + 1):

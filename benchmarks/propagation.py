@@ -67,7 +67,7 @@ class Watcher:
         return took
 
     async def mass(self, number: int, say: Callable[[str], None]) -> dict[str, Any]:
-        """Update many devices in one statement; measure until all workers use it, and the latency of requests meanwhile."""
+        """Update many devices in one statement; measure until all workers use it, and the latency meanwhile."""
         connections = await self._connections()
         database = await asyncpg.connect(self._dsn, command_timeout=600)
         quiet: list[float] = []

@@ -31,7 +31,7 @@ class Peers:
 
     Args:
         states: The number that are ``live``, ``silent`` and ``stopped``.
-        ages_s: How long ago each was up to date, by name and by the database's clock; the longest of those with one name.
+        ages_s: How long ago each was up to date, by name and by the database's clock; the longest if names are equal.
         twins: The number that share their folder with another running replica.
     """
 

@@ -282,7 +282,7 @@ class RegistryFollower:
         self._observer.refreshed(feed_read, refreshed, lasting=lasting)
 
     async def _write_to_disk(self, entry: JournalEntry, *, new_image: bool) -> bool:
-        """Write a refresh to disk where needed; return False if that failed, since a crash could then lose the change."""
+        """Write a refresh to disk where needed; return False if that failed: a crash could then lose the change."""
         snapshot_folder = self._snapshot_folder
         if snapshot_folder is None:
             return True

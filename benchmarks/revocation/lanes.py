@@ -96,7 +96,7 @@ class Lanes:
                 return
 
     async def singles(self, number: int) -> list[float]:
-        """Revoke ``number`` devices at :data:`RATE`; return the seconds from each commit until the connection was lost."""
+        """Revoke devices at :data:`RATE`; return the seconds from each commit until the connection was lost."""
 
         async def one(device: Device) -> float:
             assert device.connection is not None
@@ -132,7 +132,7 @@ class Lanes:
         return latency
 
     async def mass_change(self, per_second: int, singles: int) -> dict[str, Any]:
-        """Revoke 10,000 of 100,000 devices, of which 1,000 are connected, and meanwhile ``singles`` others one by one."""
+        """Revoke 10,000 of 100,000 devices, 1,000 of them connected, and meanwhile ``singles`` others one by one."""
         await self.restart(self.environment.cluster.management, per_second)
         await self.reset([*self.mass, *self.single[:singles]])
         names = [device.name for device in self.mass]
@@ -203,7 +203,7 @@ class Lanes:
             for _ in range(3):
                 for name, clusters in (("without", one), ("with", f"{one},https://127.0.0.2:15671")):
                     await self.restart(clusters, 100)
-                    if rounds["with"] and name == "without":  # not before: a replica that still has it could add it again
+                    if rounds["with"] and name == "without":  # not before: a replica that has it could add it
                         await asyncio.to_thread(self.environment.service.command, "enforcement", "forget", "127.0.0.2")
                     await self.reset(self.single[:200])
                     rounds[name].append(quantiles(await self.singles(200)))
@@ -241,7 +241,7 @@ async def decisions(environment: Environment) -> AsyncIterator[dict[str, float]]
 
 
 def _measure_p99(port: int, over: Any, p99_s: Any) -> None:
-    """Put the p99 of two seconds into a queue, once or until ``over``; at real-time priority, so that it never waits."""
+    """Put the p99 of two seconds into a queue, once or until ``over``, at real-time priority."""
     os.setsid()
     os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     forms = [load_client.topic_form(SENDER, f"fleet.{SENDER}.telemetry.x")]

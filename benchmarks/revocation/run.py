@@ -1,4 +1,4 @@
-"""Measures revocations inside the namespaces: ``python -m benchmarks.revocation.run OPTIONS RESULT``, both JSON files."""
+"""Measures revocations: ``python -m benchmarks.revocation.run OPTIONS RESULT``, JSON files, inside the namespaces."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ class Measurements:
         return {"sessions": len(devices), "kept": kept, "illegitimate_left": illegitimate, "took_s": round(took_s, 2)}
 
     async def mass(self) -> dict[str, Any]:
-        """Revoke many devices in one statement; measure how long it takes, and the latency of other devices' decisions."""
+        """Revoke many devices in one statement; measure the duration, and the latency of other devices' decisions."""
         options = self.environment.options
         connected = self.environment.devices[1 : options.fleet - _SUBSCRIBERS - _NARROWED]
         await self.set_status([device.name for device in connected], "active")

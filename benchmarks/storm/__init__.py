@@ -1,5 +1,5 @@
 """
-Measures connection storms: a whole fleet reconnects to a real RabbitMQ 4.3, with several authorization backends in turn.
+Measures connection storms: a whole fleet reconnects to a real RabbitMQ 4.3, with different authorization backends.
 
 Run ``python -m benchmarks.storm --help``, or call :func:`run`.
 """

@@ -1,7 +1,7 @@
 """
-The minimal HTTP backend: answers ``allow`` to every request. Run as ``python -m benchmarks.storm.always_allow PORT [DIR]``.
+The minimal HTTP backend, which always answers ``allow``: ``python -m benchmarks.storm.always_allow PORT [DIR]``.
 
-With DIR, it uses mutual TLS with the certificates that ``authbackend certs`` made there. Prints ``ready`` when it listens.
+With DIR, it uses mutual TLS with certificates made by ``authbackend certs``. Prints ``ready`` when it listens.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class Options:
         processes: Processes of the load generator.
         in_flight: Limit of unfinished cycles; 0: none, the whole fleet connects at the same time.
         tls: Mutual TLS between the broker and the HTTP backends, as in ``rabbitmq/``; otherwise plain HTTP.
-        max_sessions: Connections to the backend that the broker keeps (httpc); 64 as in ``rabbitmq/``, its default is 2.
+        max_sessions: Connections to the backend that httpc keeps; 64 as in ``rabbitmq/``, its default is 2.
         workers: Workers of ``authbackend serve``.
         steps: Also run storms that stop after the handshake, the login and the subscription, for the cost of each step.
         refusals: Also measure refused publishes, with ``mqtt.disconnect_on_unauthorized`` on and off.

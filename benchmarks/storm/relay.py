@@ -1,5 +1,5 @@
 """
-A TCP relay that cuts all its connections at an interval. Run as ``python -m benchmarks.storm.relay PORT TARGET SECONDS``.
+A TCP relay that cuts all connections at an interval: ``python -m benchmarks.storm.relay PORT TARGET SECONDS``.
 
 Prints ``ready`` when it listens, and at the end how many connections it has cut.
 """

@@ -1,4 +1,4 @@
-"""The admin and health listeners in this process, with a registry that the test writes: no database, no other process."""
+"""The admin and health listeners in this process, with a registry written by the test, without a database."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def _closed(reason: int) -> str:
 
 @dataclass(slots=True)
 class BrokerLog:
-    """The log of a node from now on, by connection: a line belongs to a name if its Erlang process has ever logged that name."""
+    """The log of a node from now on: a line belongs to a name if its Erlang process has ever logged that name."""
 
     broker: Broker
     begin: int = field(init=False)
@@ -58,7 +58,7 @@ class BrokerLog:
 
     def lines(self, names: dict[str, str]) -> list[str]:
         """
-        Return the lines of level notice and above from processes that log one of these names; only the first of a multi-line entry.
+        Return the first line of each entry, of level notice and above, from processes that log one of these names.
 
         Args:
             names: User names, client ids and topics, each with its replacement.

@@ -16,7 +16,7 @@ NODES = 3
 
 class Cluster:
     """
-    Three nodes that form a cluster by ``conf.d-optional/cluster.conf``, with their own names and ports, without a balancer.
+    Three nodes that form a cluster by ``conf.d-optional/cluster.conf``, with separate names and ports, no balancer.
 
     Args:
         root: Output of ``tools/rabbitmq-root``.
@@ -70,7 +70,7 @@ class Cluster:
             list(pool.map(Broker.close, reversed(self.nodes)))
 
     def cut_off(self, node: Broker) -> None:
-        """Cut the links between a node and the others, like a network partition; it keeps running, and its clients stay connected."""
+        """Cut the links between a node and the others, like a network partition; it and its clients stay up."""
         self._links(node, "partitioned")
 
     def join_again(self, node: Broker) -> None:

@@ -69,7 +69,7 @@ def pytest_runtest_makereport(
 @pytest.fixture(scope="session")
 def workplace() -> Iterator[Path]:
     """
-    Create the directory for all files; it is kept if AUTHBACKEND_TEST_KEEP is set. Others may enter it, as PostgreSQL must.
+    Create the directory for all files, kept if AUTHBACKEND_TEST_KEEP is set. PostgreSQL must be able to enter it.
     """
     directory = Path(tempfile.mkdtemp(prefix="authbackend-broker-"))
     directory.chmod(0o755)
@@ -131,8 +131,8 @@ def broker(booting: Callable[[str], Broker]) -> Broker:
 @pytest.fixture(scope="session")
 def lax_broker(booting: Callable[[str], Broker]) -> Broker:
     """
-    The second node: plain MQTT, TLS without a required client certificate, MQTT over WebSocket, streams, and certificates of
-    another authority as well. Started on demand.
+    The second node: plain MQTT, TLS without a required client certificate, MQTT over WebSocket, streams, and
+    certificates of another authority as well. Started on demand.
     """
     return booting("lax")
 
@@ -156,7 +156,7 @@ def registry(workplace: Path, certificates: Certificates, database: Database, po
     """The database with its schema, the roles of sql/roles.sql and the policy file; no service is running yet."""
     service = make_service(workplace, certificates, database)
     service.command("migrate", dsn=database.dsn_of())
-    database.sql("insert into brake (devices) values (1000000000)")  # tests of other things may change any number of devices
+    database.sql("insert into brake (devices) values (1000000000)")  # only tests of the brake need it
     database.sql((REPOSITORY / "sql/roles.sql").read_text())
     for role in ("authbackend_service", EDITOR, "authbackend_reader"):
         database.sql(f"alter role {role} login")
@@ -175,7 +175,7 @@ def make_service(
     """Return a service with the least privileges that suffice, not started."""
     dsns = (database.dsn_of("authbackend_service"), database.dsn_of(EDITOR))
     process = Service(workplace, certificates, *dsns, broker_port=broker_port, health_port=health_port)
-    process.configure(BROKER__REQUEST_TIMEOUT_S="10")  # password checks are slow on a busy machine; see overlay/patience.conf
+    process.configure(BROKER__REQUEST_TIMEOUT_S="10")  # for busy machines; see overlay/patience.conf
     _LOGS[f"authbackend log {process.broker_port}"] = process.log
     return process
 
@@ -210,7 +210,7 @@ async def mqtt(
     ``mqtt(identity, client_id=..., **options)`` makes a client, not yet connected; it is closed after the test.
 
     ``identity`` is an Identity, the common name for a new one, or None for TLS without a certificate.
-    ``plain=True`` means plain TCP. ``port`` is by default the strict node's TLS listener, and the client id the common name.
+    ``plain=True`` means plain TCP. ``port`` defaults to the strict node's TLS listener, the client id to the common name.
     """
     clients: list[MQTTClient] = []
 

@@ -19,8 +19,8 @@ CONFIRMED_TIMEOUT_S = 30.0
 
 class Fleet:
     """
-    Registered, active devices of type APM, each given to one test only, so that no test sees the sessions, wills or counters
-    of another.
+    Registered, active devices of type APM, each given to one test only, so that no test sees the sessions, wills or
+    counters of another.
     """
 
     def __init__(self, database: Database, service: Service) -> None:
@@ -56,6 +56,6 @@ class Fleet:
         """
         Wait until every replica uses a registry version, like ``authbackend wait``.
 
-        The transaction id alone would not be enough: after a crash, PostgreSQL reuses ids that a replica has already seen.
+        The transaction id alone is not enough: after a crash, PostgreSQL reuses ids that a replica has seen.
         """
         await replicas.wait(Target(self.database.dsn_of(EDITOR)), version, CONFIRMED_TIMEOUT_S)

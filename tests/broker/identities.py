@@ -40,7 +40,7 @@ def anonymous_context(ca_file: Path | str) -> ssl.SSLContext:
 
 
 def with_serial(certificate: x509.Certificate, serial: int, key: ec.EllipticCurvePrivateKey) -> bytes:
-    """Return the certificate (PEM) with another serial number, signed again: ``cryptography`` makes none of zero or below."""
+    """Return the certificate (PEM) with any other serial number: ``cryptography`` makes none of zero or below."""
     fields = list(der.elements(der.element(certificate.tbs_certificate_bytes)[1]))
     fields[1] = (0x02, der.integer(serial))
     body = der.encode(0x30, b"".join(der.encode(*field) for field in fields))

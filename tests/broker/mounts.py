@@ -37,8 +37,8 @@ def remove_tree(directory: Path) -> None:
     Unmount everything below a directory, then remove it.
 
     Raises:
-        HarnessError: Something is still mounted there. Nothing is removed then, because files would be deleted from the mounted
-            file system, wherever it is.
+        HarnessError: Something is still mounted there. Nothing is removed then, because files would be deleted from
+            the mounted file system, wherever it is.
     """
     for point in mounts_below(directory):
         subprocess.run(["umount", "--lazy", point], capture_output=True, check=False)

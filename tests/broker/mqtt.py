@@ -55,7 +55,7 @@ class Will:
 
 
 class _Unchecked(paho.Client):
-    """Disables paho's checks of topics and filters: RabbitMQ accepts some that paho would not send, and attackers can send any."""
+    """Disables paho's checks of topics and filters: RabbitMQ accepts more, and attackers can send any."""
 
     @staticmethod
     def _raise_for_invalid_topic(topic: bytes) -> None:
@@ -70,8 +70,8 @@ class MQTTClient:
     """
     A client for one connection, with MQTT 3.1.1 (``version=4``) or 5.0 (``version=5``).
 
-    It never reconnects by itself. Reason codes are those of MQTT 5; the codes of a 3.1.1 CONNACK are translated (4 is 0x86,
-    5 is 0x87, 2 is 0x85; :data:`RAW_CONNACK` reverses that), those of a SUBACK are as sent (0x80).
+    It never reconnects by itself. Reason codes are those of MQTT 5; the codes of a 3.1.1 CONNACK are translated (4 is
+    0x86, 5 is 0x87, 2 is 0x85; :data:`RAW_CONNACK` reverses that), those of a SUBACK are as sent (0x80).
 
     Args:
         tls: The client's TLS context; None: plain TCP.
@@ -308,7 +308,7 @@ class MQTTClient:
 
 
 async def connect_all(*clients: MQTTClient) -> list[int]:
-    """Connect clients at the same time, since RabbitMQ takes three seconds for each refusal; return the reason codes in order."""
+    """Connect clients concurrently, as RabbitMQ takes three seconds for each refusal; return the reason codes in order."""
     return list(await asyncio.gather(*(client.connect() for client in clients)))
 
 

@@ -162,7 +162,7 @@ class Broker:
             "LANG": "C.UTF-8",
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "RABBITMQ_NODENAME": f"{self.name}@localhost",
-            # In addition to rabbitmq-env.conf: schedulers that busy-wait take CPU time from the other nodes and the service.
+            # In addition to rabbitmq-env.conf: schedulers that busy-wait take CPU time from other processes.
             "ERL_ZFLAGS": "+sbwt none +sbwtdcpu none +sbwtdio none",
             "RABBITMQ_DIST_PORT": str(self.doors.distribution),
         }
@@ -181,7 +181,7 @@ class Broker:
             HarnessError: It did not within 90 s; the message ends with its last output.
         """
         if self._epmd is None or not self._epmd.running:
-            # A node that starts epmd itself leaves it running. One epmd serves all nodes; a second one exits immediately.
+            # A node that starts epmd itself leaves it running. One serves all nodes; a second one exits.
             self._epmd = Process(self._command("epmd"), self.state / "epmd.log", self._environment())
         self._process = Process(self._command("rabbitmq-server"), self.state / "console.log", self._environment())
         self._process.wait_for_line("completed with", BOOT_TIMEOUT_S)

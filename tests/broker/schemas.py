@@ -1,4 +1,4 @@
-"""Reads the keys of ``rabbitmq.conf`` that a broker supports, from its cuttlefish schemas, and the keys that a file sets."""
+"""Reads the keys of ``rabbitmq.conf`` that a broker supports from its cuttlefish schemas, and those that a file sets."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ class Service:
         return done.stdout
 
     def configure(self, **settings: str) -> None:
-        """Change settings for the next start, named as in the environment without ``AUTHBACKEND_``; empty: the default."""
+        """Change settings for the next start, named as environment variables without ``AUTHBACKEND_``; empty: default."""
         for name, value in settings.items():
             self._environment.pop(f"AUTHBACKEND_{name}", None)
             if value:

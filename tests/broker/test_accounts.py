@@ -82,7 +82,7 @@ async def test_an_account_uses_mqtt_with_its_own_client_id(mqtt: Clients, fleet:
 
 
 async def test_an_account_with_a_devices_client_id_is_refused(mqtt: Clients, fleet: Fleet) -> None:
-    """Name and password are correct, but the client id would take over the device's session. The device stays connected."""
+    """Name and password are correct, but the client id would take over the device's session, which stays."""
     victim, carrier = fleet.device(), fleet.device()
     session = {"clean": False, "session_expiry_s": 60}
     online, asleep = mqtt(victim, **session), mqtt(victim, client_id=f"{victim}_asleep", **session)

@@ -1,8 +1,8 @@
 """
 Each denial reason: what the client sees, in MQTT 3.1.1 and 5, and what RabbitMQ logs.
 
-The expectations are in ``docs/broker-answers.toml``, from which docs/reasons.md is generated. What a client sees depends
-on the endpoint that denies, never on the reason.
+The expectations are in ``docs/broker-answers.toml``, from which docs/reasons.md is generated. What a client sees
+depends on the endpoint that denies, never on the reason.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ ATTEMPTS: dict[str, SnapshotRefused] = {
 
 @pytest.mark.parametrize("question", ATTEMPTS)
 async def test_what_is_already_connected(walk: Walk, fleet: Fleet, question: str) -> None:
-    """A device for each reason logs in, then the registry changes; enforcement, which would close its connection, is off."""
+    """A device for each reason logs in, then the registry changes; enforcement, which would disconnect it, is off."""
     devices = {reason: fleet.device() for reason in CHANGES}
     clients = {reason: walk.client(device) for reason, device in devices.items()}
     if question == "subscribe":

@@ -1,4 +1,4 @@
-"""RabbitMQ's own cache in front of authbackend delays revocations, which is why rabbitmq/README.md advises against it."""
+"""RabbitMQ's cache in front of authbackend delays revocations, which is why rabbitmq/README.md advises against it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """
-Break-glass access: by the commands of docs/operations.md, operators can use the management API while no replica answers,
-and nobody else gains access.
+Break-glass access: with the commands of docs/operations.md, operators can use the management API while no replica
+answers, and nobody else gains access.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ async def _nobody_gets_more(
     other: str,
     online: MQTTClient,
 ) -> None:
-    """Check that a device gains nothing, neither with the operator's password nor by a local user with a device's name."""
+    """Check that devices gain nothing, neither with the operator's password nor by a local user with their name."""
     broker.control("add_user", other, "local")
     broker.control("set_permissions", other, ".*", ".*", ".*")
     attempts = [

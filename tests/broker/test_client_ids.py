@@ -50,7 +50,7 @@ async def test_another_devices_client_id_is_refused_before_the_takeover(
 
 
 async def test_the_longest_device_id_owns_a_client_id(mqtt: Clients, fleet: Fleet) -> None:
-    """With devices A and A_2, ``A_2_pub`` fits patterns of both, but belongs only to A_2, whatever the status of A_2."""
+    """With devices A and A_2, ``A_2_pub`` fits patterns of both, but belongs only to A_2, whatever its status."""
     short = fleet.device()
     long = f"{short}_2"
     await fleet.change(f"insert into device (device_id, type, status) values ('{long}', 'APM', 'active')")

@@ -1,4 +1,4 @@
-"""Revoked certificates are refused immediately at the TLS handshake, on every listener, whatever session a client has saved."""
+"""Revoked certificates are refused at the TLS handshake, immediately, on all listeners, and with saved sessions."""
 
 from __future__ import annotations
 

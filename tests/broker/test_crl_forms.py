@@ -41,7 +41,8 @@ HASH_DIR = '{crl_cache, {ssl_crl_hash_dir, {internal, [{dir, "/etc/rabbitmq/crl"
 
 class Lists:
     """
-    An authority with its list in a folder and on a web server, and clients: valid, revoked, without a distribution point.
+    An authority, its list in a folder and on a web server, and valid or revoked clients with or without a distribution
+    point.
 
     Attributes:
         fetched: How often the list was fetched from the web server.

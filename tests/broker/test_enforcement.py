@@ -142,7 +142,7 @@ async def done(service: Service, name: str, kind: str = "device") -> Any:
 async def test_messages_of_a_forbidden_subscription_go_with_the_session(
     mqtt: Clients, fleet: Fleet, enforcing: Service
 ) -> None:
-    """Queued messages cannot be separated by subscription: the offline device loses its session, and the receipt says so."""
+    """Queued messages cannot be separated by subscription: the device loses its session, and the receipt says so."""
     me = fleet.device()
     client = mqtt(me, **SESSION)
     assert await client.connect() == 0

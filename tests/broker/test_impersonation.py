@@ -1,4 +1,4 @@
-"""A client that claims to be a device without its certificate is refused on every listener, and the device is not affected."""
+"""A client that claims to be a device without its certificate is refused everywhere; the device is not affected."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ASKED_ABOUT = ("none", "x")
 async def test_a_devices_name_with_a_password_is_refused(
     mqtt: Clients, broker: Broker, lax_broker: Broker, fleet: Fleet, name: str
 ) -> None:
-    """With the device's client id and with others; its connection, subscriptions and queued messages are not affected."""
+    """With the device's client id and others; its connection, subscriptions and queued messages are not affected."""
     victim, thief = fleet.device(), fleet.device()
     door = DOORS[name]
     port = (lax_broker if door.lax else broker).doors.mqtt_tls

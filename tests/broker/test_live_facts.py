@@ -1,4 +1,4 @@
-"""What the management API reports about connections of each protocol and certificate, and how sweeps use it, on the lax node."""
+"""What the management API reports about connections of each protocol and certificate, and how sweeps use it."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ async def test_a_revoked_device(mqtt: Clients, fleet: Fleet) -> None:
 
 @pytest.mark.parametrize("owner", ["device", "type"])
 async def test_a_deny_rule(mqtt: Clients, fleet: Fleet, owner: str) -> None:
-    """For one device or its whole type: the next publish to that topic is refused, others are not, until the rule is removed."""
+    """For one device or its type: the next publish to that topic is refused, others are not, until it is removed."""
     me = fleet.device()
     topic = f"fleet/{me}/telemetry/secret"
     column, value = ("device_id", me) if owner == "device" else ("device_type", "APM")
@@ -157,7 +157,7 @@ async def test_even_the_owner_cannot_edit_the_trail(fleet: Fleet) -> None:
 
 
 async def test_who_changed_what_is_on_record(fleet: Fleet) -> None:
-    """With psql and the command, the role that logged in; with the command also the reason and the actor that the client claims."""
+    """The role that logged in; with the command also the reason, and the actor that the client claims."""
     me = fleet.device()
     await fleet.change(f"update device set status = 'suspended' where device_id = '{me}'")
     await fleet.command("device", "revoke", me, "--reason", "stolen")

@@ -1,4 +1,4 @@
-"""The life of a certificate: enrolled, used, revoked, on the list, on the list installed on the node, and never accepted again."""
+"""The life of a certificate: enrolled, used, revoked, listed, on the list of the node, and never accepted again."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ async def test_without_a_report_the_receipt_says_that_the_node_is_not_known_to_c
 async def test_a_revocation_is_done_when_the_node_has_the_list_and_the_device_stays_out(
     mqtt: Clients, chain: Revocable, reporting: Process, fleet: Fleet
 ) -> None:
-    """While the sync is stopped, the device can reconnect with the revoked certificate, and no output claims otherwise."""
+    """While the sync is stopped, the device can reconnect with the certificate, and no output claims otherwise."""
     identity = chain.enroll(fleet.device())
     await until(lambda: chain.node_name in chain.replica.command("crl", "hosts"))
     client = mqtt(identity, port=DOORS.mqtt_tls)

@@ -37,8 +37,8 @@ async def background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 
 async def test_the_service_is_restarted(mqtt: Clients, fleet: Fleet) -> None:
     """
-    Subscribers stay connected, and so do publishers to recently used topics. On a publish to a new topic during the restart,
-    RabbitMQ ends the connection, refuses the next login, and allows it when the service is back.
+    Subscribers stay connected, and so do publishers to recently used topics. On a publish to a new topic during the
+    restart, RabbitMQ ends the connection, refuses the next login, and allows it when the service is back.
     """
     me = fleet.device()
     reader, steady, unlucky = (mqtt(me, client_id=f"{me}_{name}") for name in ("reader", "steady", "unlucky"))
@@ -149,7 +149,7 @@ async def replicas(
 
 
 class Traffic:
-    """Three devices that keep publishing to new topics, and one that keeps logging in; each starts again after a refusal."""
+    """Three devices keep publishing to new topics, and one keeps logging in; each starts again after a refusal."""
 
     DEVICES = 4
 

@@ -105,7 +105,7 @@ async def test_aiomqtt(broker: Broker, service: Service, device: Callable[..., I
 
 @pytest.mark.parametrize("version", [4, 5])
 async def test_a_publish_outside_the_rules_ends_the_connection(mqtt: Clients, fleet: Fleet, version: int) -> None:
-    """RabbitMQ refuses a publish by closing the connection. Refused messages reach nobody: the first to arrive is an allowed one."""
+    """RabbitMQ refuses it by closing the connection. Refused messages reach nobody: the first to arrive is allowed."""
     me, victim = fleet.device(), fleet.device()
     reader, owner = mqtt(victim), mqtt(victim, client_id=f"{victim}_pub")
     assert await connect_all(reader, owner) == [0, 0]
@@ -298,7 +298,7 @@ async def test_who_stays_connected_after_a_refused_publish_is_told_only_in_mqtt_
 
 
 async def test_a_shared_subscription_is_a_topic_of_that_name(mqtt: Clients, fleet: Fleet) -> None:
-    """RabbitMQ does not support them. With a rule for it, the filter is granted, but receives nothing from the intended topic."""
+    """RabbitMQ does not support them: even if a rule allows the filter, nothing from the intended topic arrives."""
     me = fleet.device()
     own, shared = f"fleet/{me}/telemetry/x", f"$share/group/fleet/{me}/telemetry/#"
     asked = fleet.service.denials(endpoint="topic", reason="no_rule_allows")
@@ -353,7 +353,7 @@ async def test_sparkplug(
 
 
 async def test_who_may_have_and_end_a_retained_message(mqtt: Clients, fleet: Fleet) -> None:
-    """Subscribers to exactly its topic get it, wildcards do not; who may publish there can delete it with an empty one."""
+    """Only subscribers to exactly its topic get it; whoever may publish there can delete it with an empty one."""
     me = fleet.device()
     topic = f"fleet/{me}/telemetry/retained"
     writer, reader = mqtt(me, client_id=f"{me}_pub"), mqtt(me)

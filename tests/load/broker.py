@@ -1,4 +1,4 @@
-"""A fake broker with configurable faults, on a separate thread, for faults that a real RabbitMQ shows only on a bad day."""
+"""A fake broker on a separate thread, for faults that cannot be caused in a real RabbitMQ."""
 
 from __future__ import annotations
 

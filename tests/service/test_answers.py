@@ -144,7 +144,7 @@ async def test_decisions_are_counted_by_reason_and_type(service):
 
 
 async def test_the_number_of_series_does_not_grow_with_devices(service):
-    of_their_own = ("registry", "replica", "certificates", "crl", "authority")  # they exist once the database has been read
+    of_their_own = ("registry", "replica", "certificates", "crl", "authority")  # after the first read
 
     async def series():
         _, text = await service.get("/metrics")

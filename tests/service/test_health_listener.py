@@ -41,7 +41,7 @@ async def test_it_speaks_tls_and_reads_its_certificates_again(dsn, bench):
     async with running(dsn, wait=False, **tls(bench)) as service:
         assert service.health.startswith("https://")
         assert await live(service, bench.context()) == 200
-        renewed = bench.client_ca.issue_server(["localhost", "127.0.0.1"])  # from the other authority, to distinguish them
+        renewed = bench.client_ca.issue_server(["localhost", "127.0.0.1"])  # by the other authority
         bench.write(renewed, "server")
         (bench.folder / "server-ca.pem").write_bytes((bench.folder / "client-ca.pem").read_bytes())
         context = bench.context()

@@ -61,7 +61,7 @@ def nothing_remembered(monkeypatch):
 async def test_a_pooler_of_transactions_is_refused_at_the_start(postgres, database, dsn, settings):
     with pgbouncer(postgres, **settings) as folder:
         target = pooled(folder, database)
-        busy = [await asyncpg.connect(target, statement_cache_size=0) for _ in range(2)]  # idle server connections in the pool
+        busy = [await asyncpg.connect(target, statement_cache_size=0) for _ in range(2)]  # fill the pool
         for other in busy:
             await other.execute("select 1")
         try:

@@ -2,8 +2,8 @@
 Requests recorded from real brokers, replayed over HTTP; each answer is checked against the expectation computed here.
 
 The expectations follow from the scenario alone, by the rules below, independent of the code under test. Client ids that
-the recorded clients chose freely (``tc``, ``a/b``) are moved into their device's pattern (``APM0001_tc``), except in the
-scenarios about theft and impersonation, which keep the raw bytes.
+the recorded clients chose freely (``tc``, ``a/b``) are moved into their device's pattern (``APM0001_tc``), except in
+the scenarios about theft and impersonation, which keep the raw bytes.
 """
 
 import json

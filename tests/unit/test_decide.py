@@ -177,7 +177,7 @@ def test_a_device_that_is_not_active_is_denied_at_every_question(question, name,
 
 
 def test_an_account_cannot_forward_past_its_topic_rules_by_binding_exchanges():
-    """If bound to amq.topic, amq.fanout would carry any topic there. RabbitMQ asks for write on one and read on the other."""
+    """If bound to amq.topic, amq.fanout would carry any topic there; a binding needs write on one, read on the other."""
     everything = account("wide", login=Login.CERTIFICATE, password_hash=None, write=("*",), read=("*",))
     split_rights = account("split", login=Login.CERTIFICATE, password_hash=None, write=("amq.topic",), read=("*",))
     own_exchange = account(

@@ -28,7 +28,7 @@ def another(folder, role):
 
 
 def test_who_opens_the_store_later_leaves_alone_who_reads_it_already(tmp_path):
-    """LMDB clears the reader table for the first process that opens the store; any process that has it open holds a lock."""
+    """LMDB clears the reader table for the first process that opens the store; those that have it open hold a lock."""
     with contextlib.closing(Store(tmp_path)) as writer:
         with writer.loading(FeedPosition("epoch", "incarnation", "10:10:"), 7.0):
             pass

@@ -95,8 +95,8 @@ def test_overlaps_is_a_common_key(one, other):
 
 def test_every_pair_of_short_patterns_is_answered_by_the_keys_that_both_match():
     """
-    For patterns of up to 3 words, keys of up to 6 words, including a word in neither pattern, decide everything: a shortest
-    common key, or one that distinguishes two patterns, has no more words than both together.
+    For patterns of up to 3 words, keys of up to 6 words, including a word in neither pattern, decide everything: a
+    shortest common key, or one that distinguishes two patterns, has no more words than both together.
     """
     short = [list(one) for length in range(4) for one in itertools.product(("x", "y", "*", "#"), repeat=length)]
     every = [list(key) for length in range(7) for key in itertools.product(("x", "y", "fresh"), repeat=length)]
