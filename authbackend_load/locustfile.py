@@ -45,7 +45,7 @@ def _arguments(parser: Any) -> None:
     add("--subscribe", default=SUBSCRIBE, help="topic filters, separated by spaces")
     add("--publish", default=PUBLISH, help="topics, separated by spaces; {device_id} and {n} are filled in")
     add("--interval", type=float, default=10.0, help="seconds between two publishes of a device")
-    add("--reconnect-every", type=float, default=0.0, help="seconds; cuts all devices at each multiple of the clock")
+    add("--reconnect-every", type=float, default=0.0, help="cut all devices at each multiple of this time, in seconds")
 
 
 class ToLocust(Record):
