@@ -47,15 +47,15 @@ async def test_a_revoked_device_is_let_in_until_the_cache_forgets(mqtt: Clients,
     client = mqtt(me, port=PORTS.mqtt_tls)
     assert await client.connect() == 0
     await client.disconnect()
-    asked = fleet.service.count("authbackend_decisions")
+    requests = fleet.service.count("authbackend_decisions")
     again = mqtt(me, port=PORTS.mqtt_tls)
     assert await again.connect() == 0
     await again.disconnect()
-    assert fleet.service.count("authbackend_decisions") == asked
+    assert fleet.service.count("authbackend_decisions") == requests
     await fleet.command("device", "revoke", me, "--reason", "stolen")
     revoked = mqtt(me, port=PORTS.mqtt_tls)
     assert await revoked.connect() == 0
-    assert fleet.service.count("authbackend_decisions") == asked
+    assert fleet.service.count("authbackend_decisions") == requests
     assert await mqtt(me, client_id=f"{me}_2", port=PORTS.mqtt_tls).connect() == REFUSED
     caching.control("eval", "rabbit_auth_backend_cache:clear_cache_cluster_wide().")
     assert await mqtt(me, port=PORTS.mqtt_tls).connect() == REFUSED

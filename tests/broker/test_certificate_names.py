@@ -63,10 +63,10 @@ async def test_a_certificate_out_of_its_time_does_not_reach_the_service(
     """Expired or not valid yet, it is refused by TLS."""
     now, me = datetime.now(UTC), fleet.device()
     identity = certificates.device(me, not_before=now + timedelta(days=begins), not_after=now + timedelta(days=ends))
-    asked = fleet.service.count("authbackend_decisions", endpoint="user")
+    requests = fleet.service.count("authbackend_decisions", endpoint="user")
     with pytest.raises((Disconnected, OSError)):
         await mqtt(identity).connect()
-    assert fleet.service.count("authbackend_decisions", endpoint="user") == asked
+    assert fleet.service.count("authbackend_decisions", endpoint="user") == requests
 
 
 async def test_monitoring_sees_the_certificate_of_a_connection(

@@ -69,15 +69,15 @@ async def test_a_revoked_certificate_is_refused_at_once_and_the_new_one_goes_on(
     assert await in_use.connect() == 0
     client = Tls(old)
     assert client.login() == "accepted"
-    asked = fleet.service.count("authbackend_decisions", endpoint="user")
+    requests = fleet.service.count("authbackend_decisions", endpoint="user")
     begin = time.monotonic()
     revocable.sign("cert", "revoke", serial, "--ca", revocable.ca, "--reason", "superseded")
     ended = time.monotonic()
     seconds = client.seconds_until(REVOKED, ended)
     print(f"refused {seconds:.3f} s after the command ended, {seconds + ended - begin:.3f} s after its start")
-    asked_meanwhile = fleet.service.count("authbackend_decisions", endpoint="user")
+    requests_meanwhile = fleet.service.count("authbackend_decisions", endpoint="user")
     assert [Tls(old, version).login() for version in VERSIONS] == [REVOKED] * 2
-    assert fleet.service.count("authbackend_decisions", endpoint="user") == asked_meanwhile >= asked
+    assert fleet.service.count("authbackend_decisions", endpoint="user") == requests_meanwhile >= requests
     assert await in_use.alive()
     assert Tls(new).login() == "accepted"
 

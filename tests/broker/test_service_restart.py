@@ -198,12 +198,12 @@ class Traffic:
 async def _busy_one(replicas: list[Service]) -> Service:
     """Return the replica that RabbitMQ uses: it keeps connections open, so all requests may go to one replica."""
 
-    def asked() -> list[int]:
+    def requests() -> list[int]:
         return [replica.count("authbackend_decisions", verdict="allow") for replica in replicas]
 
-    before = asked()
-    await until(lambda: asked() != before)
-    more = [after - old for after, old in zip(asked(), before, strict=True)]
+    before = requests()
+    await until(lambda: requests() != before)
+    more = [after - old for after, old in zip(requests(), before, strict=True)]
     return replicas[more.index(max(more))]
 
 

@@ -261,10 +261,10 @@ async def test_unsubscribing_works_after_idleness(mqtt: Clients, fleet: Fleet) -
     client = mqtt(me)
     assert await client.connect() == 0
     assert await client.subscribe(f"fleet/{me}/telemetry/#") == [1]
-    asked, denied = fleet.service.count("authbackend_decisions", endpoint="topic"), fleet.service.denials()
+    requests, denied = fleet.service.count("authbackend_decisions", endpoint="topic"), fleet.service.denials()
     await asyncio.sleep(2)  # There is no event for the broker's idle timer.
     assert await client.unsubscribe(f"fleet/{me}/telemetry/#") == [0]
-    assert fleet.service.count("authbackend_decisions", endpoint="topic") == asked + 1
+    assert fleet.service.count("authbackend_decisions", endpoint="topic") == requests + 1
     assert fleet.service.denials() == denied
     assert await client.publish(f"fleet/{me}/telemetry/speed", b"x") == NOBODY_SUBSCRIBED
 
@@ -301,11 +301,11 @@ async def test_a_shared_subscription_is_a_topic_of_that_name(mqtt: Clients, flee
     """RabbitMQ does not support them: even if a rule allows the filter, nothing from the intended topic arrives."""
     me = fleet.device()
     own, shared = f"fleet/{me}/telemetry/x", f"$share/group/fleet/{me}/telemetry/#"
-    asked = fleet.service.denials(endpoint="topic", reason="no_rule_allows")
+    denied = fleet.service.denials(endpoint="topic", reason="no_rule_allows")
     refused = mqtt(me)
     assert await refused.connect() == 0
     assert await refused.subscribe(shared) == [0x87]
-    assert fleet.service.denials(endpoint="topic", reason="no_rule_allows") == asked + 1
+    assert fleet.service.denials(endpoint="topic", reason="no_rule_allows") == denied + 1
     await fleet.change(
         "insert into topic_rule (device_id, effect, action, topic) values"
         f" ('{me}', 'allow', 'subscribe', '$share/+/fleet/{me}/#'), ('{me}', 'allow', 'publish', '$share/+/fleet/{me}/#')"

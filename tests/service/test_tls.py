@@ -185,18 +185,18 @@ async def test_an_encrypted_key_that_is_rotated_in_is_refused_and_the_old_one_st
 async def test_files_are_read_at_once_when_that_is_asked_for(bench, monkeypatch):
     monkeypatch.setattr(tls, "_CHECK_INTERVAL_S", 3600.0)
     files = TLSFiles("broker", *(bench.folder / name for name in ("server.pem", "server.key", "client-ca.pem")))
-    asked = asyncio.Event()
-    watching = asyncio.create_task(tls.watch(files, asked))
+    reload = asyncio.Event()
+    watching = asyncio.create_task(tls.watch(files, reload))
     with structlog.testing.capture_logs() as lines:
         for number in (1, 2):
-            asked.set()  # changed or not
+            reload.set()  # changed or not
 
             async def reported(number=number):
                 return len(lines) == number
 
             await until(reported, "they are read")
         (bench.folder / "server.key").unlink()
-        asked.set()
+        reload.set()
 
         async def refused():
             return lines[-1]["event"] == "certificates.not_reloaded"

@@ -152,11 +152,11 @@ async def service(dsn):
 async def decided(service, question, form):
     """Repeat a request until there is a decision: on a busy machine, a request that waits too long is answered 503."""
 
-    async def asked():
+    async def answered():
         answer = await service.ask(question, form)
         return answer if answer[0] != 503 else None
 
-    return await until(asked, f"{question} {form} is decided")
+    return await until(answered, f"{question} {form} is decided")
 
 
 async def replay(service, trace):
@@ -201,7 +201,7 @@ async def test_a_device_that_may_everything_is_never_denied_what_its_connection_
             'effect: deny, action: subscribe, topic: "fleet/secret/#"', 'effect: allow, action: publish, topic: "b"'
         ),
     )
-    asked = 0
+    requests = 0
     async with running(dsn) as service:
         for name in (
             "4.3.6-mqtt5-will",
@@ -215,7 +215,7 @@ async def test_a_device_that_may_everything_is_never_denied_what_its_connection_
                 recorded = json.loads(line)
                 form = bound(dict(parse_qsl(recorded["raw"], keep_blank_values=True)))
                 if form["username"] in DEVICES and "password" not in form:
-                    asked += 1
+                    requests += 1
                     question = recorded["path"].rsplit("/", 1)[1]
                     assert await decided(service, question, urlencode(form)) == (200, "allow"), recorded
-    assert asked == 125
+    assert requests == 125

@@ -21,7 +21,7 @@ def fleet(held=None, until=NOW + 1, former=("{device_id}",)):
     return registry(device("APM"), device("APM_1", "WIDE"), types=(APM, wide))
 
 
-def asked(user, client_id, registry_copy):
+def reason_for(user, client_id, registry_copy):
     login = decide.login(registry_copy, LoginRequest(user, None, client_id), NOW)
     vhost = decide.vhost(registry_copy, VhostRequest(user, "/", "127.0.0.1", client_id), NOW)
     assert login.reason == vhost.reason
@@ -43,12 +43,12 @@ def asked(user, client_id, registry_copy):
     ],
 )
 def test_what_moves_is_held_and_nothing_else(user, client_id, registry_copy, reason):
-    assert asked(user, client_id, registry_copy) is reason
+    assert reason_for(user, client_id, registry_copy) is reason
 
 
 def test_what_nobody_had_is_not_held():
     registry_copy = registry(device("APM_1", "WIDE"), types=(replace(APM, name="WIDE", move=fleet().device_type("WIDE").move),))
-    assert asked("APM_1", "APM_1_x", registry_copy) is Reason.ALLOWED
+    assert reason_for("APM_1", "APM_1_x", registry_copy) is Reason.ALLOWED
 
 
 def test_what_is_connected_is_not_asked_for_the_hold():

@@ -454,11 +454,11 @@ class Source:
     def __init__(self):
         self.lists = PublishedCrls()
         self.body = None
-        self.asked = asyncio.Event()
+        self.requested = asyncio.Event()
         self.url = ""
 
     async def answer(self, request):
-        self.asked.set()
+        self.requested.set()
         if self.body is not None:
             return web.Response(body=self.body)
         return await self.lists.show(request)
@@ -558,13 +558,13 @@ async def test_a_new_list_is_fetched_at_once_and_a_lost_file_again(source, sync,
     following = asyncio.create_task(sync.run(0.1))
     try:
         await _until(lambda: file.exists())
-        source.asked.clear()
-        await source.asked.wait()  # the request is now waiting for the next list
+        source.requested.clear()
+        await source.requested.wait()  # the request is now waiting for the next list
         later = signed([CrlEntry("a1", "", NOW)], number=2)
         source.publish(later)
         await _until(lambda: file.read_bytes() == list_pem(later.der))
-        source.asked.clear()
-        await source.asked.wait()
+        source.requested.clear()
+        await source.requested.wait()
         file.unlink()
         last = signed(number=3)
         source.publish(last)
@@ -579,7 +579,7 @@ async def test_following_outlives_what_is_wrong(source, sync, file):
     source.body = b"garbage"
     following = asyncio.create_task(sync.run(0.1))
     try:
-        await source.asked.wait()
+        await source.requested.wait()
         source.body = None
         source.publish(signed())
         await _until(lambda: file.exists())

@@ -40,7 +40,7 @@ class Cluster:
         return name != "gone"
 
 
-class Told:
+class StoreWithoutCertificates:
     async def certificates_on_record(self, serials, names):
         return []
 
@@ -53,7 +53,7 @@ class Told:
 
 def sweep(age_s, cluster, store=None):
     settings = SweepSettings(60.0, frozenset({"device_not_permitted"}))
-    return Sweep(store or Told(), ClusterActions(cluster, 1000, 1), Reader(age_s), Told(), DecisionSettings(), settings)
+    return Sweep(store or StoreWithoutCertificates(), ClusterActions(cluster, 1000, 1), Reader(age_s), StoreWithoutCertificates(), DecisionSettings(), settings)
 
 
 async def test_a_revoked_device_that_is_connected_is_found_and_closed():
@@ -82,7 +82,7 @@ async def test_what_is_not_told_closes_nobody_and_leaves_room_for_what_is_certai
 async def test_a_broker_that_tells_no_serial_number_is_asked_about_by_name():
     asked = []
 
-    class Store(Told):
+    class Store(StoreWithoutCertificates):
         async def certificates_on_record(self, serials, names):
             asked.append((serials, names))
             return []
