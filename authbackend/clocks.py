@@ -1,5 +1,5 @@
 """
-Clocks for measuring ages that nobody can shorten by setting a clock.
+Measures ages by clocks that cannot be set, so that setting a clock cannot make stale data fresh.
 
 Ages are measured with ``CLOCK_BOOTTIME``, the time since the machine started: nobody can set that clock, and unlike
 ``CLOCK_MONOTONIC`` it keeps running while the machine is suspended. Events at a time of day (expiry, holds) use the

@@ -1,5 +1,6 @@
 """
-Memory-mapped files through which a replica's processes share metrics (prometheus_client's multiprocess mode).
+Allocates the memory-mapped files through which a replica's processes share metrics (prometheus_client's multiprocess
+mode).
 
 They are on the same file system as the registry, which may fill it. A write to a mapped page that cannot be allocated
 kills the process (SIGBUS), so the files are allocated in full at the start, and memory is allocated before they grow.

@@ -1,1 +1,5 @@
-"""The HTTP endpoints that RabbitMQ's HTTP auth backend calls; no database and no disk on the request path."""
+"""
+The HTTP endpoints that RabbitMQ's HTTP auth backend calls.
+
+They decide from ``registry`` by ``policy``, without the database and without the disk.
+"""

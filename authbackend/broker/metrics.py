@@ -1,4 +1,4 @@
-"""Metrics of RabbitMQ's requests."""
+"""Prometheus metrics of RabbitMQ's requests, of their connections, and of password checks."""
 
 from __future__ import annotations
 

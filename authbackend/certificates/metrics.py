@@ -1,4 +1,4 @@
-"""Metrics of certificates, authorities and revocation lists."""
+"""Prometheus metrics of certificates, authorities and CRLs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """
-All certificates of a bench set-up in one directory: two authorities, both servers, the broker's client
-certificate, devices.
+Makes all certificates of a bench set-up in one directory: two authorities, both servers, the broker's client
+certificate, and devices.
 
 There are two authorities on purpose. One signs the certificates of the broker's listeners and of devices; the
 other signs those used between the broker and this service. So a device's certificate does not give access to

@@ -1,4 +1,4 @@
-"""TLS of the client that fetches revocation lists on a broker's host, and explanations of its errors."""
+"""TLS for ``crl sync``, the client that fetches CRLs on a broker's host, and explanations of its errors."""
 
 from __future__ import annotations
 

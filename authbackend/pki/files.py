@@ -1,4 +1,4 @@
-"""Atomic file replacement."""
+"""Replaces files atomically, and keys without ever being readable by others."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The processes of a replica: build, start, watch and stop them."""
+"""The processes of a replica: builds, starts, watches and stops them. May import every package but ``cli``."""
