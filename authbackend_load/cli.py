@@ -91,14 +91,24 @@ def _fleet_options(function: Any) -> Any:
             click.option("--share", "part", metavar="K/N", help="Use only the K-th of N shares, one for each machine."),
             click.option("--processes", type=click.IntRange(1), default=_CORES, help="Run in this many processes."),
             click.option("--host", default="localhost", help="Host of the broker."),
-            click.option("--port", type=click.IntRange(1, 65_535), default=8883, help="The broker's port for MQTT over TLS."),
+            click.option(
+                "--port", type=click.IntRange(1, 65_535), default=8883, help="The broker's port for MQTT over TLS."
+            ),
             click.option("--ca", type=_file, help="Authority of the broker's certificate; default: DIR/ca.pem."),
             click.option(
                 "--server-name", metavar="NAME", default="", help="Name in the broker's certificate; default: host."
             ),
             click.option("--insecure", is_flag=True, help="Accept any certificate of the broker."),
-            click.option("--tls", "tls_version", type=click.Choice(["1.2", "1.3"]), help="Use only this version of TLS."),
-            click.option("--source", "sources", metavar="ADDRESS", multiple=True, help="Local address to connect from; repeatable."),
+            click.option(
+                "--tls", "tls_version", type=click.Choice(["1.2", "1.3"]), help="Use only this version of TLS."
+            ),
+            click.option(
+                "--source",
+                "sources",
+                metavar="ADDRESS",
+                multiple=True,
+                help="Local address to connect from; repeatable.",
+            ),
         )
     ):
         function = option(function)
@@ -109,7 +119,9 @@ def _mqtt_options(function: Any) -> Any:
     for option in reversed(
         (
             click.option("--mqtt", type=click.Choice(["3.1.1", "5"]), default="5", help="MQTT version."),
-            click.option("--keep-alive", type=click.IntRange(0, 65_535), default=60, help="Keep-alive in seconds; 0: none."),
+            click.option(
+                "--keep-alive", type=click.IntRange(0, 65_535), default=60, help="Keep-alive in seconds; 0: none."
+            ),
             click.option(
                 "--persistent", type=click.IntRange(0), default=0, metavar="S", help="Keep sessions for S seconds."
             ),
@@ -120,7 +132,9 @@ def _mqtt_options(function: Any) -> Any:
             click.option("--publish-qos", type=click.IntRange(0, 1), default=1),
             click.option("--publishes", type=click.IntRange(0), default=1, help="Publishes in each cycle."),
             click.option("--interval", type=click.FloatRange(0), default=0.0, help="Seconds between later publishes."),
-            click.option("--payload", type=click.IntRange(0, 1_000_000), default=64, help="Size of a message in bytes."),
+            click.option(
+                "--payload", type=click.IntRange(0, 1_000_000), default=64, help="Size of a message in bytes."
+            ),
             click.option("--until", type=click.Choice(STEPS), default="publish", help="Last step of a cycle."),
         )
     ):
@@ -137,10 +151,19 @@ def _time_options(function: Any) -> Any:
             click.option("--ramp", type=click.FloatRange(0), default=0.0, help="Seconds until --rate is reached."),
             click.option("--in-flight", type=click.IntRange(0), default=0, help="Limit of unfinished cycles; 0: none."),
             click.option("--duration", type=click.FloatRange(0), default=0.0, help="Seconds to stay connected."),
-            click.option("--reconnect-all", type=click.IntRange(0), default=0, metavar="N", help="Cut all connections N times."),
-            click.option("--retry-delay", type=click.FloatRange(0.01), default=1.0, help="Seconds before a retry; doubles up to 30."),
+            click.option(
+                "--reconnect-all", type=click.IntRange(0), default=0, metavar="N", help="Cut all connections N times."
+            ),
+            click.option(
+                "--retry-delay",
+                type=click.FloatRange(0.01),
+                default=1.0,
+                help="Seconds before a retry; doubles up to 30.",
+            ),
             click.option("--timeout", type=click.FloatRange(0.1), default=30.0, help="Seconds to wait for an answer."),
-            click.option("--time-limit", type=click.FloatRange(1), default=300.0, help="Seconds for the fleet to connect."),
+            click.option(
+                "--time-limit", type=click.FloatRange(1), default=300.0, help="Seconds for the fleet to connect."
+            ),
         )
     ):
         function = option(function)

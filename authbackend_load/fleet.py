@@ -250,7 +250,9 @@ class Fleet:
     def _receive(self, pipe: Pipe, timeout_s: float = 0.0) -> dict[str, Any]:
         each = next(one for one in self._processes if one.pipe is pipe)
         if not pipe.poll(max(0.0, timeout_s)):
-            raise LoadError(f"process {each.process.pid} of the load generator does not answer in time; use fewer devices here (--share)")
+            raise LoadError(
+                f"process {each.process.pid} of the load generator does not answer in time; use fewer devices here (--share)"
+            )
         try:
             message: dict[str, Any] = pipe.recv()
         except EOFError:

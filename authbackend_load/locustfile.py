@@ -105,7 +105,7 @@ class Engine:
 
 
 class Share:
-    """This process's share of the fleet."""
+    """The share of the fleet that this process runs."""
 
     def __init__(self) -> None:
         self.index, self.count = 0, 1
@@ -213,9 +213,7 @@ class MQTTDevice(User):
         """Take a device that no other user has."""
         self.device = FLEET_SHARE.device()
         if self.device is None:
-            self._report(
-                "certificate", 0.0, "all in use on this worker: make more with authbackend-load certificates"
-            )
+            self._report("certificate", 0.0, "all in use on this worker: make more with authbackend-load certificates")
             raise StopUser
 
     @task

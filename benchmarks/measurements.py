@@ -127,7 +127,9 @@ def workers(environment: Environment) -> dict[str, Any]:
             environment,
             {
                 "1 worker": lambda: load_client.throughput(one.port, forms, environment.extent.seconds, connections=64),
-                "2 workers": lambda: load_client.throughput(two.port, forms, environment.extent.seconds, connections=64),
+                "2 workers": lambda: load_client.throughput(
+                    two.port, forms, environment.extent.seconds, connections=64
+                ),
             },
         )
     return {"requests_per_s": rates, "two_to_one": ratio(rates["2 workers"], rates["1 worker"])}
@@ -230,13 +232,18 @@ def changes(environment: Environment) -> dict[str, Any]:
     """Measure from a commit until the last worker of two replicas uses it in decisions, under load."""
     extent = environment.extent
     forms = load_client.publishes(extent.devices)
-    with fixtures.service("north", environment.large, 2) as north, fixtures.service("south", environment.large, 2) as south:
+    with (
+        fixtures.service("north", environment.large, 2) as north,
+        fixtures.service("south", environment.large, 2) as south,
+    ):
         with _load((north, south), forms, environment.capacity * THIRD / 2):
             single = uvloop.run(Watcher(environment.large, (north, south)).changes(extent.changes, environment.say))
             mass = uvloop.run(Watcher(environment.large, (north, south)).mass(extent.mass, environment.say))
         stalls = [_stalls(running.metrics()) for running in (north, south)]
         with _load((north, south), forms, None):
-            busy = sorted(uvloop.run(Watcher(environment.large, (north, south)).changes(extent.changes, environment.say)))
+            busy = sorted(
+                uvloop.run(Watcher(environment.large, (north, south)).changes(extent.changes, environment.say))
+            )
     ordered = sorted(single)
     return {
         "milliseconds": [round(1000 * took, 2) for took in single],
@@ -355,7 +362,9 @@ async def _revoke(dsn: str, number: int) -> None:
 def apply(environment: Environment) -> dict[str, Any]:
     """Apply a policy that changes the whole fleet while devices are revoked."""
     extent = environment.extent
-    return applying.measure(environment.server, f"fleet_{extent.devices}", extent.devices, extent.applies, environment.say)
+    return applying.measure(
+        environment.server, f"fleet_{extent.devices}", extent.devices, extent.applies, environment.say
+    )
 
 
 ALL: dict[str, Callable[[Environment], dict[str, Any]]] = {

@@ -158,13 +158,23 @@ def _rows(results: dict[str, Any]) -> Iterator[Row]:
             ratio["median"] >= 4.5,
         )
     if part := results.get("workers"):
-        yield "throughput of two workers, relative to one", "1.6", _span(part["two_to_one"]), part["two_to_one"]["median"] >= 1.6
+        yield (
+            "throughput of two workers, relative to one",
+            "1.6",
+            _span(part["two_to_one"]),
+            part["two_to_one"]["median"] >= 1.6,
+        )
     if part := results.get("sizes"):
         p99 = {name: statistics.median(values) for name, values in part["p99_ms"].items()}
         ratio = p99["large"] / p99["small"]
         text = f"{ratio:.2f} ({p99['large']:.2f} and {p99['small']:.2f} ms)"
         yield "p99 with 1,000,000 devices, relative to a few thousand", "within 10 %", text, ratio <= 1.1
-        yield "throughput with 500 rules, relative to 5 rules", "0.8", _span(part["500_to_5"]), part["500_to_5"]["median"] >= 0.8
+        yield (
+            "throughput with 500 rules, relative to 5 rules",
+            "0.8",
+            _span(part["500_to_5"]),
+            part["500_to_5"]["median"] >= 0.8,
+        )
         yield "40 topic levels, 64 KiB keys, 50 `#`", "linear in size", "see the plot", None
     if part := results.get("memory"):
         values = {n: part[f"bytes_per_device, {n} workers"] for n in (1, 2, 4)}
@@ -233,7 +243,12 @@ def _change_rows(results: dict[str, Any]) -> Iterator[Row]:
         ratio = p99["attacked"] / p99["quiet"]
         good = ratio <= 1.5 and part["good_not_allowed"] == 0
         text = f"{ratio:.2f} ({p99['attacked']:.2f} and {p99['quiet']:.2f} ms), {part['good_not_allowed']} shed"
-        yield "p99 of other devices while 10,000 revoked ones retry at a third of the capacity", "1.5 times, none shed", text, good
+        yield (
+            "p99 of other devices while 10,000 revoked ones retry at a third of the capacity",
+            "1.5 times, none shed",
+            text,
+            good,
+        )
 
 
 def _apply_rows(part: dict[str, Any]) -> Iterator[Row]:
@@ -352,7 +367,12 @@ def _topic_rows(part: dict[str, Any]) -> Iterator[Row]:
     for name, values in part["ms"].items():
         yield name, "reported", f"{statistics.median(values):.2f} ms", None
     first, later = (statistics.median(part["own_rules_ms"][name]) for name in ("first question", "later"))
-    yield "a device with 2,000 rules of its own: first decision after a change, and later ones", "reported", f"{first:.1f} ms, {later:.3f} ms", None
+    yield (
+        "a device with 2,000 rules of its own: first decision after a change, and later ones",
+        "reported",
+        f"{first:.1f} ms, {later:.3f} ms",
+        None,
+    )
 
 
 def _lane_rows(part: dict[str, Any]) -> Iterator[Row]:
@@ -372,7 +392,12 @@ def _lane_rows(part: dict[str, Any]) -> Iterator[Row]:
     ):
         one = part[name]["single"]
         text = f"p50 {one['p50_ms']:.0f} ms, p99 {one['p99_ms']:.0f} ms ({one['number']} at 20 per second; without it: p99 {part['quiet']['closed']['p99_ms']:.0f} ms)"
-        yield f"single revocations during {title}, until the connection is closed", "p99 1 s", text, one["p99_ms"] <= 1000
+        yield (
+            f"single revocations during {title}, until the connection is closed",
+            "p99 1 s",
+            text,
+            one["p99_ms"] <= 1000,
+        )
         yield _meanwhile(part, name)
     down = part["cluster_down"]
     yield (

@@ -73,7 +73,9 @@ async def _measure(revocable: Revocable, number: int) -> dict[str, Any]:
         for client in saved.values():
             assert await asyncio.to_thread(client.login) == "accepted"
         begin = time.monotonic()
-        await asyncio.to_thread(revocable.sign, "cert", "revoke", serial, "--ca", revocable.ca, "--reason", "superseded")
+        await asyncio.to_thread(
+            revocable.sign, "cert", "revoke", serial, "--ca", revocable.ca, "--reason", "superseded"
+        )
         signed_at = time.monotonic()
         refused.append(await asyncio.to_thread(saved["TLS 1.3"].seconds_until, _REVOKED, signed_at))
         assert await asyncio.to_thread(saved["TLS 1.2"].login) == _REVOKED

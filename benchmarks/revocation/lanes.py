@@ -30,7 +30,7 @@ from authbackend.enforcement.management_api import Access, ManagementAPI
 from authbackend_load.fleet import Fleet
 from authbackend_load.plan import Plan
 from benchmarks import load_client
-from benchmarks.revocation.environment import SENDER, Device, Options, Environment, running_environment
+from benchmarks.revocation.environment import SENDER, Device, Environment, Options, running_environment
 from benchmarks.revocation.run import keep_connected, quantiles, say
 from tests.broker.processes import HarnessError
 

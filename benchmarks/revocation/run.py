@@ -20,7 +20,7 @@ from authbackend_load.fleet import Fleet
 from authbackend_load.plan import Plan
 from benchmarks import load_client
 from benchmarks.revocation.certificates import certificates
-from benchmarks.revocation.environment import SENDER, Device, Options, Environment, running_environment
+from benchmarks.revocation.environment import SENDER, Device, Environment, Options, running_environment
 from benchmarks.storm.processes import cpu_s
 from tests.broker.clients import Management
 from tests.broker.processes import HarnessError
@@ -131,7 +131,9 @@ class Measurements:
     async def node_stopped(self) -> dict[str, Any]:
         """Measure revocations right after a node was killed, of devices on the other two."""
         node = self.environment.cluster.nodes[2]
-        devices = [d for d in self.environment.devices[1:] if d.port != node.doors.mqtt_tls and d.connection is not None]
+        devices = [
+            d for d in self.environment.devices[1:] if d.port != node.doors.mqtt_tls and d.connection is not None
+        ]
         alive = [d for d in devices if d.connection and not d.connection.lost.done()][:_NODE_DOWN]
         await asyncio.to_thread(node.kill)
         accepted = []

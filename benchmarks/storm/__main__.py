@@ -32,11 +32,18 @@ def _choice(context: click.Context, parameter: click.Parameter, value: str) -> t
 @click.option("--devices", type=click.IntRange(1, 19_000), default=_DEFAULT.devices, help="Devices in the fleet.")
 @click.option("--rounds", type=click.IntRange(0), default=_DEFAULT.rounds, help="Storms for each backend.")
 @click.option("--backends", callback=_choice, default=",".join(BACKENDS), help="Backends, separated by commas.")
-@click.option("--processes", type=click.IntRange(1), default=_DEFAULT.processes, help="Processes of the load generator.")
-@click.option("--in-flight", type=click.IntRange(0), default=_DEFAULT.in_flight, help="Limit of unfinished cycles; 0: none.")
+@click.option(
+    "--processes", type=click.IntRange(1), default=_DEFAULT.processes, help="Processes of the load generator."
+)
+@click.option(
+    "--in-flight", type=click.IntRange(0), default=_DEFAULT.in_flight, help="Limit of unfinished cycles; 0: none."
+)
 @click.option("--tls/--no-tls", default=True, help="Mutual TLS between broker and HTTP backends.")
 @click.option(
-    "--max-sessions", type=click.IntRange(1), default=_DEFAULT.max_sessions, help="httpc's max_sessions; its default is 2."
+    "--max-sessions",
+    type=click.IntRange(1),
+    default=_DEFAULT.max_sessions,
+    help="httpc's max_sessions; its default is 2.",
 )
 @click.option("--workers", type=click.IntRange(1), default=_DEFAULT.workers, help="Workers of authbackend serve.")
 @click.option("--steps/--no-steps", default=True, help="Also run storms that end after each step.")
@@ -47,7 +54,9 @@ def _choice(context: click.Context, parameter: click.Parameter, value: str) -> t
 @click.option("--outage", "outage_s", type=float, default=_DEFAULT.outage_s, help="Seconds that PostgreSQL is stopped.")
 @click.option("--revoked", type=click.IntRange(0), default=_DEFAULT.revoked, help="Devices that must be refused.")
 @click.option("--time-limit", "time_limit_s", type=float, default=_DEFAULT.time_limit_s, help="Seconds for each storm.")
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the JSON here; default: standard output.")
+@click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the JSON here; default: standard output."
+)
 @click.option("--plots", type=click.Path(file_okay=False, path_type=Path), help="Write PNG files here.")
 def main(output: Path | None, plots: Path | None, **values: Any) -> None:
     """

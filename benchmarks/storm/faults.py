@@ -214,7 +214,9 @@ def refusals(environment: Environment, say: Say) -> dict[str, Any]:
     results = {}
     environment.use("authbackend")
     for disconnect in (True, False):
-        environment.control(f"application:set_env(rabbitmq_mqtt, disconnect_on_unauthorized, {str(disconnect).lower()})")
+        environment.control(
+            f"application:set_env(rabbitmq_mqtt, disconnect_on_unauthorized, {str(disconnect).lower()})"
+        )
         plan = make_plan(environment, publish=("fleet/somebody/else",), retry_delay_s=1.0)
         before = environment.service.count("authbackend_decisions")
         with Fleet(plan, environment.fleet[:REFUSALS], environment.options.processes) as fleet:

@@ -24,7 +24,11 @@ async def test_an_allowed_publish_names_its_rule(client):
     explanation = await explained(client)
     assert (explanation["verdict"], explanation["device"], explanation["device_type"]) == ("allow", "APM0001", "APM")
     assert explanation["routing_key"] == "fleet.APM0001.telemetry.speed"
-    assert (explanation["rule"]["id"], explanation["rule"]["effect"], explanation["rule"]["action"]) == (1, "allow", "publish")
+    assert (explanation["rule"]["id"], explanation["rule"]["effect"], explanation["rule"]["action"]) == (
+        1,
+        "allow",
+        "publish",
+    )
 
 
 async def test_a_deny_rule_is_named_as_the_one_that_decided(client):
@@ -42,7 +46,11 @@ async def test_a_device_is_found_by_its_id_and_by_its_common_name(client):
     for name in ("APM0009", "gone"):
         explanation = await explained(client, device=name)
         assert (explanation["device"], explanation["status"]) == ("APM0009", "revoked")
-        assert (explanation["verdict"], explanation["reason"], explanation["decided_at"]) == ("deny", "device_revoked", "login")
+        assert (explanation["verdict"], explanation["reason"], explanation["decided_at"]) == (
+            "deny",
+            "device_revoked",
+            "login",
+        )
 
 
 async def test_a_subscription_is_judged_by_the_rules_for_subscriptions(client):

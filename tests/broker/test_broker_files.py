@@ -51,7 +51,9 @@ def test_the_broker_knows_every_key(supported: KnownKeys, file: Path) -> None:
     """In each file of ``rabbitmq/``."""
     keys = keys_of(file)
     assert keys
-    assert [key for key in keys if key not in supported] == [], f"RabbitMQ {supported.version} does not start with these"
+    assert [key for key in keys if key not in supported] == [], (
+        f"RabbitMQ {supported.version} does not start with these"
+    )
     assert len(keys) == len(set(keys))
 
 

@@ -47,7 +47,9 @@ def test_what_moves_is_held_and_nothing_else(user, client_id, registry_copy, rea
 
 
 def test_what_nobody_had_is_not_held():
-    registry_copy = registry(device("APM_1", "WIDE"), types=(replace(APM, name="WIDE", move=fleet().device_type("WIDE").move),))
+    registry_copy = registry(
+        device("APM_1", "WIDE"), types=(replace(APM, name="WIDE", move=fleet().device_type("WIDE").move),)
+    )
     assert reason_for("APM_1", "APM_1_x", registry_copy) is Reason.ALLOWED
 
 

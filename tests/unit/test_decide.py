@@ -310,7 +310,8 @@ def test_another_mqtt_exchange_is_a_setting():
     other_exchange = DecisionSettings(mqtt_exchange="fleet")
     assert resource("APM0001", C, "exchange", "fleet", "write", settings=other_exchange).allowed
     assert (
-        resource("APM0001", C, "exchange", "amq.topic", "write", settings=other_exchange).reason is Reason.RESOURCE_NOT_PERMITTED
+        resource("APM0001", C, "exchange", "amq.topic", "write", settings=other_exchange).reason
+        is Reason.RESOURCE_NOT_PERMITTED
     )
 
 

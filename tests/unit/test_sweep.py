@@ -53,7 +53,14 @@ class StoreWithoutCertificates:
 
 def sweep(age_s, cluster, store=None):
     settings = SweepSettings(60.0, frozenset({"device_not_permitted"}))
-    return Sweep(store or StoreWithoutCertificates(), ClusterActions(cluster, 1000, 1), Reader(age_s), StoreWithoutCertificates(), DecisionSettings(), settings)
+    return Sweep(
+        store or StoreWithoutCertificates(),
+        ClusterActions(cluster, 1000, 1),
+        Reader(age_s),
+        StoreWithoutCertificates(),
+        DecisionSettings(),
+        settings,
+    )
 
 
 async def test_a_revoked_device_that_is_connected_is_found_and_closed():
@@ -87,7 +94,9 @@ async def test_a_broker_that_tells_no_serial_number_is_asked_about_by_name():
             asked.append((serials, names))
             return []
 
-    with_serial, without_serial = (live("A", "A", certificate_subject="CN=A", certificate_serial=text) for text in ("00:AB", None))
+    with_serial, without_serial = (
+        live("A", "A", certificate_subject="CN=A", certificate_serial=text) for text in ("00:AB", None)
+    )
     cluster = Cluster([with_serial], [without_serial], [live("A", "A")])
     await sweep(1.0, cluster, Store()).once()
     assert asked == [(["ab"], []), ([], ["A"]), ([], [])]
