@@ -126,7 +126,7 @@ class FollowerObserver(Protocol):
             lasting: False if the change could not be written to disk: a restart could lose it.
         """
 
-    def refresh_failed(self) -> None:
+    def refresh_failed(self, fault: str) -> None:
         """A refresh failed; the copy is unchanged."""
 
     def compared(self, differences: int) -> None:
@@ -353,7 +353,7 @@ class RegistryFollower:
         self.fault = detail
         with contextlib.suppress(AuthbackendError):
             self.store.note(fault=detail)
-        self._observer.refresh_failed()
+        self._observer.refresh_failed(detail)
         await self._feed.close()
 
     def _age_s(self) -> float | None:

@@ -71,14 +71,15 @@ class RegistryMetrics:
     def refreshed(self, _: FeedRead, refreshed: RefreshResult, *, lasting: bool) -> None:
         """Record a successful refresh."""
         self._sync_duration.labels("full" if refreshed.full else "changes").observe(refreshed.duration_s)
-        state = {**self._state, "lasting": lasting}
+        state = {**self._state, "lasting": lasting, "fault": None}
         if refreshed.changed or refreshed.full:
             state["changed_at"] = time.time()
         self._update(state)
 
-    def refresh_failed(self) -> None:
-        """Count a failed refresh."""
+    def refresh_failed(self, fault: str) -> None:
+        """Count a failed refresh, and publish why: before the first load the registry itself cannot say it."""
         self._sync_failures.inc()
+        self._update({**self._state, "fault": fault})
 
     def compared(self, differences: int) -> None:
         """Count a comparison with the database, and the rows that differed."""

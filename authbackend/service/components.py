@@ -226,7 +226,7 @@ async def run_health(
     crls = PublishedCrls()
     app = health_application(
         lambda: metrics.exposition(collector_registry, resources.metrics, replica, certificates),
-        Health(store.reader(), heartbeats, settings.registry.max_staleness_s),
+        Health(store.reader(), resources.replica_state.read, heartbeats, settings.registry.max_staleness_s),
         crls,
     )
     bounds = Bounds(KEEPALIVE_S, settings.health.request_timeout_s, settings.health.max_connections)
@@ -395,7 +395,9 @@ def _broker_server(
     passwords: PasswordChecker,
 ) -> BrokerServer:
     broker = settings.broker
-    health = Health(store.reader(), resources.heartbeats, settings.registry.max_staleness_s)
+    health = Health(
+        store.reader(), resources.replica_state.read, resources.heartbeats, settings.registry.max_staleness_s
+    )
     handlers = Handlers(
         store.reader(),
         passwords,

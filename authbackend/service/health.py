@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -20,10 +21,20 @@ class Health:
 
     Not ready before the first load, when the copy is older than ``registry.max_staleness_s``, when no worker serves, or
     when one hangs, since the kernel still assigns connections to it.
+
+    Args:
+        published: Returns what the follower process last published, None if it is not running.
     """
 
-    def __init__(self, registry: Reader, heartbeats: WorkerHeartbeats, max_staleness_s: float) -> None:
+    def __init__(
+        self,
+        registry: Reader,
+        published: Callable[[], dict[str, Any] | None],
+        heartbeats: WorkerHeartbeats,
+        max_staleness_s: float,
+    ) -> None:
         self._registry = registry
+        self._published = published
         self._heartbeats = heartbeats
         self._max_staleness_s = max_staleness_s
 
@@ -46,7 +57,10 @@ class Health:
         workers = self._heartbeats.states()
         with self._registry as registry:
             version, age_s, stale = registry.state, registry.age_s, registry.stale(self._max_staleness_s)
-        fault = "the registry has not been loaded yet" if version is None else version.fault
+        if version is None:
+            fault = (self._published() or {}).get("fault") or "the registry has not been loaded yet"
+        else:
+            fault = version.fault
         state: dict[str, Any] = {
             "status": "ready",
             "sync_age_s": None if version is None else round(age_s, 3),

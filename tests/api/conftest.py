@@ -76,7 +76,7 @@ class Replica:
 
     def health_application(self):
         """Return the application of the health listener."""
-        health = Health(self.store.reader(), self.heartbeats, MAX_STALENESS_S)
+        health = Health(self.store.reader(), lambda: self.published, self.heartbeats, MAX_STALENESS_S)
         return health_application(lambda: self.exposition(), health, self.lists)
 
     def load(self, *devices, age_s=0.0):

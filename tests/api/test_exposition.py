@@ -19,7 +19,7 @@ async def counting(aiohttp_client, replica):
         rendered.append(replica.published)
         return f"published {replica.published}\n".encode()
 
-    health = Health(replica.store.reader(), replica.heartbeats, MAX_STALENESS_S)
+    health = Health(replica.store.reader(), lambda: replica.published, replica.heartbeats, MAX_STALENESS_S)
     return await aiohttp_client(health_application(render, health, replica.lists)), rendered
 
 
@@ -73,7 +73,7 @@ async def test_a_rendering_that_fails_is_tried_again_for_the_next(aiohttp_client
             raise faults.pop()
         return b"well\n"
 
-    health = Health(replica.store.reader(), replica.heartbeats, MAX_STALENESS_S)
+    health = Health(replica.store.reader(), lambda: replica.published, replica.heartbeats, MAX_STALENESS_S)
     client = await aiohttp_client(health_application(render, health, replica.lists))
     async with client.get("/metrics") as answer:
         assert answer.status == 500

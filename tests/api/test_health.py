@@ -39,6 +39,13 @@ async def test_before_the_first_load_it_is_not_ready(aiohttp_client, empty):
     assert (health["sync_age_s"], health["fault"]) == (None, "the registry has not been loaded yet")
 
 
+async def test_before_the_first_load_it_says_what_is_in_the_way(aiohttp_client, empty):
+    empty.counted.refresh_failed("PostgreSQL cannot be reached: TimeoutError")
+    assert (await ready(await aiohttp_client(empty.health_application())))[1]["fault"] == (
+        "PostgreSQL cannot be reached: TimeoutError"
+    )
+
+
 async def test_a_copy_that_grows_old_is_ready_and_says_why_it_does(client, replica):
     replica.store.note(synced_at=clocks.uptime() - 600)
     replica.store.note(fault="PostgreSQL cannot be reached: TimeoutError")

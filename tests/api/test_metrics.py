@@ -25,7 +25,7 @@ async def test_the_registry_and_its_age_are_told(client, replica):
 
 
 async def test_failed_looks_and_workers_that_were_started_again_are_counted(client, replica):
-    replica.counted.refresh_failed()
+    replica.counted.refresh_failed("PostgreSQL cannot be reached")
     replica.heartbeats.gone(0)
     metrics = await series(client)
     assert metrics["authbackend_registry_sync_failures_total",] == 1

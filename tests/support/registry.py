@@ -52,7 +52,8 @@ class Observed:
         self.refreshes.append(refreshed)
         self.lasting.append(lasting)
 
-    def refresh_failed(self) -> None:
+    def refresh_failed(self, fault: str) -> None:
+        del fault
         self.failures += 1
 
     def compared(self, differences: int) -> None:
