@@ -65,6 +65,7 @@ check-lint:
 
 check-types:
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file= --ignore-missing-imports --follow-imports=silent --scripts-are-modules $$(grep -lE '^#!.*python3' tools/*)
 
 check-layers:
 	$(BIN)/lint-imports
