@@ -1,10 +1,10 @@
 """
 The command line: one module per noun, thin.
 
-Exit codes: 0 done (``explain``: allowed), 1 unexpected failure, 2 wrong usage, input or configuration, 3 not found,
-4 conflict, 5 the database cannot be reached or a needed lock is held: try again, 6 ``explain``: denied,
-7 the database role lacks the right, 8 committed, but not confirmed in time: that every replica decides
-by it, nothing that it takes away is connected or stored, and every node has the revocation list.
+Exit status: 0 done (``explain``: allowed), 1 unexpected failure, 2 wrong usage, input or configuration, 3 not found,
+4 conflict, 5 the database cannot be reached or a lock is held: try again, 6 ``explain``: denied, 7 the database role
+lacks the privilege, 8 committed, but not confirmed in time: a replica may still decide by an older version, something
+that was taken away may still be connected or stored, or a node may lack the revocation list.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = ["main"]
     "--config",
     type=click.Path(dir_okay=False),
     metavar="FILE",
-    help="TOML file with settings; default: $AUTHBACKEND_CONFIG. AUTHBACKEND_... variables win over it.",
+    help="Read settings from this TOML file. Default: $AUTHBACKEND_CONFIG. AUTHBACKEND_... variables override it.",
 )
 @click.pass_context
 def main(context: click.Context, config: str | None) -> None:

@@ -17,13 +17,13 @@ _password_file = click.option(
     "--password-file",
     type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
     metavar="FILE",
-    help="Read the password from FILE (- is standard input) instead of asking; the last newline is dropped.",
+    help="Read the password from FILE (-: standard input) instead of prompting. A newline at its end is dropped.",
 )
 
 
 @click.group()
 def account() -> None:
-    """Accounts: services, people, and machines that speak AMQP."""
+    """Manage accounts: services, people, and machines that speak AMQP."""
 
 
 def _password(file: Path | None) -> str:
@@ -35,7 +35,7 @@ def _password(file: Path | None) -> str:
                 password = stream.read().removesuffix("\n")
         except OSError as error:
             raise InvalidInput(f"cannot read {file}: {error.strerror}") from error
-        except UnicodeDecodeError:  # its text holds the bytes
+        except UnicodeDecodeError:  # its message quotes bytes of the password
             raise InvalidInput(f"{file} is not UTF-8; nothing was changed") from None
     if len(password) < _SHORTEST_PASSWORD:
         raise InvalidInput(f"the password is shorter than {_SHORTEST_PASSWORD} characters; nothing was changed")
@@ -44,20 +44,32 @@ def _password(file: Path | None) -> str:
 
 @account.command()
 @click.argument("name")
-@click.option("--login", type=click.Choice(["password", "certificate"]), default="password", show_default=True)
 @click.option(
-    "--tag", "tags", multiple=True, type=click.Choice(RABBITMQ_TAGS), help="A RabbitMQ user tag; may be repeated."
+    "--login",
+    type=click.Choice(["password", "certificate"]),
+    default="password",
+    show_default=True,
+    help="How the account logs in.",
 )
-@click.option("--vhost", "vhosts", multiple=True, help="A virtual host it may use; may be repeated.")
-@click.option("--client-id", "client_ids", multiple=True, help="An exact MQTT client id it may use; may be repeated.")
+@click.option(
+    "--tag",
+    "tags",
+    multiple=True,
+    type=click.Choice(RABBITMQ_TAGS),
+    help="Give it this RabbitMQ user tag; may be repeated.",
+)
+@click.option("--vhost", "vhosts", multiple=True, help="Let it use this virtual host; may be repeated.")
+@click.option(
+    "--client-id", "client_ids", multiple=True, help="Let it use exactly this MQTT client id; may be repeated."
+)
 @click.option(
     "--configure",
     multiple=True,
     metavar="NAME",
-    help="Queues and exchanges it may configure; * stands for any run of characters.",
+    help="Let it configure queues and exchanges of this name, in which * stands for any characters; may be repeated.",
 )
-@click.option("--write", multiple=True, metavar="NAME", help="The same for writing.")
-@click.option("--read", multiple=True, metavar="NAME", help="The same for reading.")
+@click.option("--write", multiple=True, metavar="NAME", help="The same, to write to.")
+@click.option("--read", multiple=True, metavar="NAME", help="The same, to read from.")
 @_password_file
 @wait_options
 @json_option
@@ -72,7 +84,7 @@ def add(
     wait_s: float | None,
     **lists: tuple[str, ...],
 ) -> None:
-    """Register an account; asks for its password, which is never an argument."""
+    """Register an account; prompts for its password, which is never an argument."""
     if login == "certificate" and password_file is not None:
         raise InvalidInput("an account that logs in by certificate has no password")
     password_hash = hash_password(_password(password_file)) if login == "password" else None
@@ -94,8 +106,8 @@ def passwd(context: click.Context, name: str, password_file: Path | None, as_jso
     """
     Set the password of an account.
 
-    Replicas that decide by the change (--wait) refuse the old password; existing connections are closed by a replica with
-    enforcement.clusters.
+    A replica refuses the old password as soon as it decides by the change; --wait waits for that. Existing connections
+    are closed if enforcement is on (enforcement.clusters).
     """
     target = target_of(context)
     version = run(registry_edits.set_password(target, actor(), name, hash_password(_password(password_file))))
@@ -107,8 +119,8 @@ def passwd(context: click.Context, name: str, password_file: Path | None, as_jso
 @json_option
 @click.pass_context
 def list_(context: click.Context, as_json: bool) -> None:
-    """List accounts; for passwords, only whether one is set."""
-    found = run(registry_edits.list_accounts(target_of(context)))
+    """List accounts. Of a password, only whether it is set is shown."""
+    accounts = run(registry_edits.list_accounts(target_of(context)))
     columns = (
         "name",
         "login",
@@ -121,4 +133,4 @@ def list_(context: click.Context, as_json: bool) -> None:
         "write",
         "read",
     )
-    show(found, as_json, lambda: table(found, columns))
+    show(accounts, as_json, lambda: table(accounts, columns))

@@ -22,16 +22,16 @@ from authbackend.postgres.connection import Target
 
 @click.group()
 def audit() -> None:
-    """The audit trail: who changed what in the registry, and from what to what."""
+    """Export the audit trail: who changed what, with the values before and after."""
 
 
 @audit.command()
-@click.option("--since", metavar="TIME", help="Only rows written then or later. ISO 8601; UTC without a zone.")
-@click.option("--until", metavar="TIME", help="Only rows written before then.")
+@click.option("--since", metavar="TIME", help="Only rows written at TIME or later: ISO 8601, UTC if it names no zone.")
+@click.option("--until", metavar="TIME", help="Only rows written before TIME.")
 @click.option("--table", "entities", metavar="NAME", multiple=True, help="Only rows about this table; may be repeated.")
 @click.option("--key", metavar="KEY", help="Only rows about this key, for example a device id.")
 @click.option("--who", metavar="NAME", help="Only rows of this person or role (columns actor and role).")
-@click.option("--claimed-by", metavar="NAME", help="Only rows of clients that claimed this name.")
+@click.option("--claimed-by", metavar="NAME", help="Only rows whose client claimed this name (column claimed_by).")
 @click.option(
     "--operation",
     type=click.Choice(["INSERT", "UPDATE", "DELETE", "TRUNCATE", "ACCEPT", "ENABLE TRIGGER"]),
@@ -41,9 +41,14 @@ def audit() -> None:
     "--from-version",
     type=click.IntRange(0, 2**64 - 1),
     metavar="TRANSACTION",
-    help="Only rows of this transaction or later ones: next_version of the export before.",
+    help="Only rows of this transaction or later ones. To continue an export, give its next_version.",
 )
-@click.option("--out", type=file_type, metavar="FILE", help="Write FILE (mode 600), which appears when it is whole.")
+@click.option(
+    "--out",
+    type=file_type,
+    metavar="FILE",
+    help="Write to FILE, mode 600, instead of standard output. It appears only when it is complete.",
+)
 @click.pass_context
 def export(
     context: click.Context,
@@ -58,15 +63,15 @@ def export(
     out: Path | None,
 ) -> None:
     """
-    Write the audit trail to standard output or a file: a line of JSON for each row, by id.
+    Write the audit trail to standard output or a file: one line of JSON for each row, by id.
 
-    The export is whole if the exit status is 0 and the last line has "end": true; that line gives the number of
-    rows. Anything else is truncated. All rows are from one snapshot, and memory use is constant. The trail has no password
+    The export is complete if the exit status is 0 and the last line has "end": true; that line gives the number of
+    rows. Otherwise it is truncated. All rows are from one snapshot, and memory use is constant. The trail has no password
     hashes: only whether one is set, and that it changed.
 
-    To go on from an export, give its next_version as --from-version: rows of transactions that were open then come in
-    the next one. Some rows may come twice; their id tells. --since would miss those that were written before it and
-    committed after.
+    To continue an export, give its next_version as --from-version: rows of transactions that were still open are in the
+    next export. Some rows may come twice, with the same id. --since would miss rows that were written before TIME and
+    committed later.
     """
     wanted = TrailFilter(
         since=_time("--since", since),
@@ -87,7 +92,7 @@ def export(
             with replacing(out, 0o600) as file:
                 end = _export(target, wanted, file, str(out))
         except OSError as error:
-            raise InvalidInput(f"{error.filename or out}: {error.strerror}; there is no export") from error
+            raise InvalidInput(f"{error.filename or out}: {error.strerror}; nothing was exported") from error
     for name in end.absent:
         click.echo(f"authbackend: the trail has no row about a table {printable(name)}", err=True)
 
@@ -101,10 +106,10 @@ def _time(option: str, text: str | None) -> datetime | None:
 
 def _export(target: Target, wanted: TrailFilter, file: BinaryIO, name: str) -> TrailEnd:
     """
-    Write rows and the last line.
+    Write the rows and the last line, which says that the export is complete.
 
     Raises:
-        AuthbackendError: The rows or the room in the file ended too early; the last line is not there then.
+        AuthbackendError: The database or the file failed before the end; the last line is then missing.
     """
     written = 0
 
@@ -112,7 +117,7 @@ def _export(target: Target, wanted: TrailFilter, file: BinaryIO, name: str) -> T
         nonlocal written
         try:
             file.write(line)
-        except OSError as error:  # not the database's
+        except OSError as error:  # the file's, not the database's
             raise AuthbackendError(f"{name}: {error.strerror}") from error
         written += 1
 
@@ -121,9 +126,9 @@ def _export(target: Target, wanted: TrailFilter, file: BinaryIO, name: str) -> T
         write(json.dumps(_last_line(end, wanted), ensure_ascii=False).encode() + b"\n")
         file.flush()
     except OSError as error:
-        raise AuthbackendError(f"{name}: {error.strerror}; the export is cut") from error
+        raise AuthbackendError(f"{name}: {error.strerror}; the export is truncated") from error
     except AuthbackendError as error:
-        error.detail = f"{error.detail}; the export is cut after {written} rows"
+        error.detail = f"{error.detail}; the export is truncated after {written} rows"
         raise
     return end
 

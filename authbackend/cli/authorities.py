@@ -23,7 +23,7 @@ file_type = click.Path(dir_okay=False, path_type=Path)
 class KeyOwner(NamedTuple):
     """The key a passphrase belongs to, and where the passphrase may come from."""
 
-    whose: str
+    name: str
     option: str
     variable: str
 
@@ -40,15 +40,15 @@ passphrase_option = click.option(
     SIGNING_KEY.option,
     type=file_type,
     metavar="FILE",
-    help=f"Holds the passphrase of {SIGNING_KEY.whose}; else ${SIGNING_KEY.variable}, else the file ${SIGNING_KEY.file_variable}, "
-    "else it is asked for.",
+    help=f"Read the passphrase of {SIGNING_KEY.name} from FILE. Without it: ${SIGNING_KEY.variable}, then the file named by "
+    f"${SIGNING_KEY.file_variable}, then a prompt.",
 )
 root_passphrase_option = click.option(
     ROOT_KEY.option,
     type=file_type,
     metavar="FILE",
-    help=f"Holds the passphrase of {ROOT_KEY.whose}, which is another one; else ${ROOT_KEY.variable}, else the file "
-    f"${ROOT_KEY.file_variable}, else it is asked for.",
+    help=f"Read the passphrase of {ROOT_KEY.name}, which must be another one, from FILE. Without it: ${ROOT_KEY.variable}, then "
+    f"the file named by ${ROOT_KEY.file_variable}, then a prompt.",
 )
 
 
@@ -57,19 +57,19 @@ def passphrase_of(file: Path | None, *, new: bool = False, key: KeyOwner = SIGNI
     Return a passphrase from a file, the environment or the terminal.
 
     Raises:
-        ConfigurationError: There is none.
+        ConfigurationError: None of them has one.
     """
-    found = given_passphrase(file, new=new, key=key)
-    if found is None:
+    passphrase = given_passphrase(file, new=new, key=key)
+    if passphrase is None:
         raise ConfigurationError(
-            f"no passphrase of {key.whose}: give {key.option} FILE or set {key.variable} or {key.file_variable}"
+            f"no passphrase of {key.name}: give {key.option} FILE or set {key.variable} or {key.file_variable}"
         )
-    return found
+    return passphrase
 
 
 def given_passphrase(file: Path | None, *, new: bool = False, key: KeyOwner = SIGNING_KEY) -> bytes | None:
     """
-    Return a passphrase as :func:`passphrase_of` does, None if there is none and nobody to ask.
+    Return a passphrase as :func:`passphrase_of` does, or None if there is none and no terminal to prompt at.
 
     Raises:
         ConfigurationError: The file cannot be read or is empty.
@@ -82,11 +82,11 @@ def given_passphrase(file: Path | None, *, new: bool = False, key: KeyOwner = SI
         return read_passphrase(Path(path))
     if not sys.stdin.isatty():
         return None
-    return str(click.prompt(f"passphrase of {key.whose}", hide_input=True, confirmation_prompt=new, err=True)).encode()
+    return str(click.prompt(f"passphrase of {key.name}", hide_input=True, confirmation_prompt=new, err=True)).encode()
 
 
 def authority_argument(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the argument DIR and ``--passphrase-file`` as an ``authority`` that is ready to sign."""
+    """Add the argument DIR and ``--passphrase-file`` to a command, which gets an ``authority`` that is ready to sign."""
 
     @click.argument("directory", metavar="DIR", type=folder_type)
     @passphrase_option
@@ -119,18 +119,18 @@ def new_files(*paths: Path) -> None:
     """
     for path in paths:
         if path.exists():
-            raise InvalidInput(f"{path} is there already; move it away or choose another place with --out")
+            raise InvalidInput(f"{path} already exists; move it away or choose another place with --out")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InvalidInput(f"{path.parent}: {error.strerror}") from error
         if not os.access(path.parent, os.W_OK):
-            raise InvalidInput(f"{path.parent} cannot be written")
+            raise InvalidInput(f"cannot write to {path.parent}")
 
 
 def write_pair(path: Path, chain_pem: bytes, key_pem: bytes | None) -> list[str]:
     """
-    Write a certificate with its chain and, if it was made here, its key (mode 600); return the files.
+    Write a certificate with its chain and, if it was generated here, its key (mode 600); return the file names.
 
     Raises:
         InvalidInput: A file cannot be written; the certificate is on record all the same.

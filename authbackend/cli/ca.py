@@ -47,25 +47,25 @@ from authbackend.postgres.registry_edits import editing
 offline_option = click.option(
     "--offline",
     is_flag=True,
-    help="Without a database, by the clock of this machine; put it on record later with: authbackend cert import FILE.",
+    help="Issue without a database, by the clock of this machine. Put it on record later: authbackend cert import FILE.",
 )
 
 
 keep_option = click.option(
     "--keep",
     is_flag=True,
-    help="Keep PATH.pem and PATH.key if they are of this authority, for the same names, and last for 30 days more; "
-    "replace them if not. Files of another authority are never replaced.",
+    help="Keep PATH.pem and PATH.key if this authority issued them for the same names and they are valid for at least 30 "
+    "more days; otherwise replace them. Files of another authority are never replaced.",
 )
 
 
 @click.group()
 def ca() -> None:
-    """A small certificate authority, if you have none of your own."""
+    """Run a small certificate authority, if you have none of your own."""
 
 
 _ONE_PASSPHRASE = """\
-authbackend: the keys of root and intermediate have the same passphrase. Give the root's another one:
+authbackend: the root's key and the intermediate's have the same passphrase. Give the root's key another one:
   openssl pkcs8 -topk8 -v2 aes-256-cbc -in {root} -out NEW && chmod 600 NEW && mv NEW {root}"""
 
 _WHERE = """
@@ -85,14 +85,16 @@ Next:
 @ca.command("init")
 @click.argument("directory", metavar="DIR", type=folder_type)
 @click.option(
-    "--name", metavar="NAME", help="Also that of its revocation list, /crl/NAME.crl; default: DIR's own name."
+    "--name",
+    metavar="NAME",
+    help="Name of the authority and of its list, /crl/NAME.crl. Default: the last part of DIR.",
 )
 @click.option(
     "--root-out",
     "root_folder",
     type=folder_type,
     metavar="DIR",
-    help="Where the root's key goes; default: DIR/offline.",
+    help="Write the root's key to this folder. Default: DIR/offline.",
 )
 @click.option(
     "--key",
@@ -100,7 +102,7 @@ Next:
     type=click.Choice(KEY_KINDS),
     default=KEY_KINDS[0],
     show_default=True,
-    help="Of both authorities.",
+    help="Kind of both keys.",
 )
 @passphrase_option
 @root_passphrase_option
@@ -117,8 +119,8 @@ def init(
     """
     Create an authority in DIR: a root, and an intermediate that signs.
 
-    Each key is encrypted with a passphrase of its own (at least 12 characters); equal ones are refused. No database is
-    needed: the validity goes by the clock of this machine, so have it set right.
+    Each key is encrypted with a passphrase of its own, of at least 12 characters; equal ones are refused. No database is
+    needed: validity goes by the clock of this machine, so make sure that it is right.
     """
     passphrase = passphrase_of(passphrase_file, new=True)
     root_passphrase = passphrase_of(root_passphrase_file, new=True, key=ROOT_KEY)
@@ -143,7 +145,7 @@ def init(
 @authority_argument
 @json_option
 def show_(authority: AuthorityFolder, as_json: bool) -> None:
-    """Show an authority and its profiles; also a check that its files fit and the passphrase is right."""
+    """Show an authority and its profiles. Fails if its files do not belong together or the passphrase is wrong."""
     profiles = {
         name: {"purpose": profile.purpose, "lifetime_days": profile.lifetime.days, "key": profile.key}
         for name, profile in sorted(authority.profiles.items())
@@ -166,11 +168,30 @@ def show_(authority: AuthorityFolder, as_json: bool) -> None:
 @ca.command("issue-server")
 @authority_argument
 @click.option(
-    "--name", "names", metavar="HOST", multiple=True, required=True, help="Host name or address; may be repeated."
+    "--name",
+    "names",
+    metavar="HOST",
+    multiple=True,
+    required=True,
+    help="Host name or address of the server; may be repeated.",
 )
-@click.option("--csr", type=file_type, metavar="FILE", help="The server's own request; else a key is made here.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="PATH", help="PATH.pem and PATH.key; default: HOST.")
-@click.option("--profile", "profile_name", default="server", show_default=True, metavar="NAME")
+@click.option(
+    "--csr",
+    type=file_type,
+    metavar="FILE",
+    help="The server's request (PKCS #10). Without it, a key is generated here.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="PATH", help="Write PATH.pem and PATH.key. Default: HOST."
+)
+@click.option(
+    "--profile",
+    "profile_name",
+    default="server",
+    show_default=True,
+    metavar="NAME",
+    help="Profile of DIR/authority.toml.",
+)
 @keep_option
 @offline_option
 @json_option
@@ -187,9 +208,9 @@ def issue_server(
     as_json: bool,
 ) -> None:
     """
-    Issue a certificate for a server, for example the broker.
+    Issue a certificate for a server, for example a broker.
 
-    Of a request, only the key is taken; names are those given here.
+    Only the key is taken from a request; the names are those given here.
     """
     profile = authority.profile(profile_name, "server")
     common_name = next((name.lower() for name in names if ":" not in name and len(name) <= 64), "server")
@@ -201,10 +222,24 @@ def issue_server(
 
 @ca.command("issue-client")
 @authority_argument
-@click.option("--name", required=True, metavar="ACCOUNT", help="Common name: that of the account.")
-@click.option("--csr", type=file_type, metavar="FILE", help="The client's own request; else a key is made here.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="PATH", help="PATH.pem and PATH.key; default: ACCOUNT.")
-@click.option("--profile", "profile_name", default="service", show_default=True, metavar="NAME")
+@click.option("--name", required=True, metavar="ACCOUNT", help="Common name: the name of the account.")
+@click.option(
+    "--csr",
+    type=file_type,
+    metavar="FILE",
+    help="The client's request (PKCS #10). Without it, a key is generated here.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="PATH", help="Write PATH.pem and PATH.key. Default: ACCOUNT."
+)
+@click.option(
+    "--profile",
+    "profile_name",
+    default="service",
+    show_default=True,
+    metavar="NAME",
+    help="Profile of DIR/authority.toml.",
+)
 @keep_option
 @offline_option
 @json_option
@@ -220,7 +255,7 @@ def issue_client(
     offline: bool,
     as_json: bool,
 ) -> None:
-    """Issue a certificate for the client of an account; devices get theirs with: authbackend device enroll."""
+    """Issue a certificate for the client of an account. For a device, use: authbackend device enroll."""
     profile = authority.profile(profile_name, "client")
     out = out or Path(name)
     if keep and _kept(authority, name, (), csr, out, as_json):
@@ -258,7 +293,7 @@ _ToSign = tuple[str, PublicKey, Profile, Sequence[str]]
 def _signed(
     context: click.Context, authority: AuthorityFolder, what: _ToSign, offline: bool, not_of: str = ""
 ) -> Signed:
-    """Sign and put on record, by the database's clock; offline, by that of this machine."""
+    """Sign by the database's clock and put on record; offline, only sign, by the clock of this machine."""
     if offline:
         return authority.sign(*what, now=datetime.now(UTC))
     return run(_sign_and_record(_recording_target(context), authority, what, not_of))
@@ -268,37 +303,37 @@ def _kept(
     authority: AuthorityFolder, common_name: str, names: tuple[str, ...], csr: Path | None, out: Path, as_json: bool
 ) -> bool:
     """
-    Show the certificate that is there and return True, if it serves; False if it is to be made.
+    Show the existing certificate and return True if it can be kept; return False if one must be issued.
 
     Raises:
-        InvalidInput: What is there is another authority's.
-        PKIError: What is there cannot be read, or does not belong together.
+        InvalidInput: Another authority issued the existing one.
+        PKIError: The existing files cannot be read, or do not belong together.
     """
     if csr is not None:
-        raise InvalidInput("--keep makes the key itself: leave --csr out")
-    present = read_pair(out.parent, out.name)
-    if present is None:
+        raise InvalidInput("--keep generates the key itself: leave --csr out")
+    pair = read_pair(out.parent, out.name)
+    if pair is None:
         return False
     files = [str(out.with_name(f"{out.name}{suffix}")) for suffix in (".key", ".pem")]
-    certificate = read_certificate(present.certificate_pem)
+    certificate = read_certificate(pair.certificate_pem)
     if not authority.has_signed(certificate):
         raise InvalidInput(
-            f"{files[1]} is not of authority {authority.name}, and stays as it is: to have it made, move it and {files[0]} away"
+            f"{files[1]} was not issued by authority {authority.name} and is left as it is: to issue a new one, move it and {files[0]} away"
         )
-    found = record_of(certificate)
+    existing = record_of(certificate)
     wanted = frozenset(map(normal_server_name, names))
-    if found.common_name != common_name or (names and server_names(present.certificate_pem) != wanted):
+    if existing.common_name != common_name or (names and server_names(pair.certificate_pem) != wanted):
         return False
-    if found.not_after - datetime.now(UTC) < RENEW_WITHIN:
+    if existing.not_after - datetime.now(UTC) < RENEW_WITHIN:
         return False
     result = {
-        "serial": found.serial,
-        "fingerprint": found.fingerprint,
-        "common_name": found.common_name,
-        "not_after": found.not_after.isoformat(),
+        "serial": existing.serial,
+        "fingerprint": existing.fingerprint,
+        "common_name": existing.common_name,
+        "not_after": existing.not_after.isoformat(),
         "files": [],
     }
-    show(result, as_json, lambda: [f"kept {' '.join(files)}: {found.subject}, until {found.not_after:%Y-%m-%d}"])
+    show(result, as_json, lambda: [f"kept {' '.join(files)}: {existing.subject}, until {existing.not_after:%Y-%m-%d}"])
     return True
 
 
@@ -322,12 +357,12 @@ async def _sign_and_record(target: Target, authority: AuthorityFolder, what: _To
 
 def result_of(signed: Signed, files: list[str]) -> dict[str, Any]:
     """Return an issued certificate's details as JSON values."""
-    found = signed.record
+    issued = signed.record
     return {
-        "serial": found.serial,
-        "fingerprint": found.fingerprint,
-        "common_name": found.common_name,
-        "not_after": found.not_after.isoformat(),
+        "serial": issued.serial,
+        "fingerprint": issued.fingerprint,
+        "common_name": issued.common_name,
+        "not_after": issued.not_after.isoformat(),
         "files": files,
     }
 
@@ -336,14 +371,14 @@ def lines_of(signed: Signed, files: list[str]) -> list[str]:
     """Return an issued certificate's details as lines for people."""
     lines = [f"wrote {' '.join(files)}: {signed.record.subject}, until {signed.record.not_after:%Y-%m-%d}"]
     if signed.shortened:
-        lines.append("it ends earlier than its profile says, with the authority; see: authbackend ca renew")
+        lines.append("it ends with the authority, earlier than its profile says; see: authbackend ca renew")
     return lines
 
 
 @ca.command()
 @click.argument("directory", metavar="DIR", type=folder_type)
 @passphrase_option
-@click.option("--root-key", type=file_type, metavar="FILE", help="Renew the intermediate, with the root's key.")
+@click.option("--root-key", type=file_type, metavar="FILE", help="Renew the intermediate with this root's key.")
 @root_passphrase_option
 @click.option(
     "--server",
@@ -351,7 +386,7 @@ def lines_of(signed: Signed, files: list[str]) -> list[str]:
     type=file_type,
     metavar="FILE.pem",
     multiple=True,
-    help="Renew a server's certificate: same names, new key.",
+    help="Renew this server's certificate: same names, new key; may be repeated.",
 )
 @offline_option
 @json_option
@@ -370,12 +405,13 @@ def renew(
     Renew the intermediate authority, or certificates of servers.
 
     The intermediate keeps its name and key, so what it signed stays valid: bring the new ca.pem to brokers and devices
-    before the old one ends. A server's files are replaced; its old certificate stays valid until it ends. An authority of
-    an older version may have one passphrase for both keys: that is tried if none is given for the root's, and you are told.
+    before the old one expires. A server's files are replaced; its old certificate stays valid until it expires. An
+    authority made by an older version may have one passphrase for both keys: it is tried if none is given for the root's
+    key, and a message says how to change it.
     """
     if root_key is None and not servers:
         raise InvalidInput(
-            "what is to be renewed? Give --root-key FILE for the intermediate, --server FILE.pem for a server"
+            "nothing to renew: give --root-key FILE for the intermediate, or --server FILE.pem for a server"
         )
     passphrase = passphrase_of(passphrase_file)
     lines, result = [], {}
@@ -412,11 +448,11 @@ def _renew_intermediate(
 def _renew_server(
     context: click.Context, authority: AuthorityFolder, server: Path, offline: bool
 ) -> tuple[Signed, list[str]]:
-    present = read_input(server)
-    names = sorted(server_names(present))
-    old = record_of(read_certificate(present))
+    pem = read_input(server)
+    names = sorted(server_names(pem))
+    old = record_of(read_certificate(pem))
     if old.issuer != authority.subject or not names:
-        raise InvalidInput(f"{server} is no server's certificate of authority {authority.name}")
+        raise InvalidInput(f"{server} is not a server's certificate of authority {authority.name}")
     profile = authority.profile("server", "server")
     key = new_key(profile.key)
     signed = _signed(context, authority, (old.common_name, key.public_key(), profile, names), offline)

@@ -41,41 +41,45 @@ _LIST = ("serial", "common_name", "device_id", "type", "not_after", "state", "re
 
 @click.group()
 def cert() -> None:
-    """Certificates on record: issued, expiring and revoked ones."""
+    """List, import and revoke certificates on record."""
 
 
 def duration(value: str) -> timedelta:
     """
-    Return a duration such as 30d, 12h or 2w.
+    Parse a duration such as 30d, 12h or 2w.
 
     Raises:
         InvalidInput: It is written in another way.
     """
-    found = _DURATION.fullmatch(value)
-    if found is None:
-        raise InvalidInput(f"{value!r} is no duration; write it as 30d, 12h or 2w")
-    return int(found[1]) * _UNITS[found[2]]
+    match = _DURATION.fullmatch(value)
+    if match is None:
+        raise InvalidInput(f"{value!r} is not a duration; write it as 30d, 12h or 2w")
+    return int(match[1]) * _UNITS[match[2]]
 
 
 @cert.command("list")
-@click.option("--device", "device_id", metavar="DEVICE", help="Only those of this device.")
-@click.option("--state", type=click.Choice(["active", "revoked"]), help="Only those in this state.")
-@click.option("--expiring", metavar="DURATION", help="Only active ones that end within this time, for example 30d.")
-@click.option("--limit", type=click.IntRange(1), default=1000, show_default=True, help="At most this many.")
+@click.option("--device", "device_id", metavar="DEVICE", help="Only certificates of this device.")
+@click.option("--state", type=click.Choice(["active", "revoked"]), help="Only certificates in this state.")
+@click.option(
+    "--expiring",
+    metavar="DURATION",
+    help="Only active certificates that expire within this time, such as 30d, 12h or 2w.",
+)
+@click.option("--limit", type=click.IntRange(1), default=1000, show_default=True, help="Show at most this many.")
 @json_option
 @click.pass_context
 def list_(
     context: click.Context, device_id: str | None, state: str | None, expiring: str | None, limit: int, as_json: bool
 ) -> None:
     """
-    List certificates by the end of their validity.
+    List certificates in order of expiry.
 
-    RENEWED: the device has another active one that ends later. With --expiring, days on which many end are named. Now is
-    the database's time.
+    RENEWED: the device has another active certificate that expires later. With --expiring, days on which many expire
+    are named. The time is that of the database.
     """
     target = target_of(context)
     within = duration(expiring) if expiring else None
-    found = run(
+    certificates = run(
         store.list_certificates(
             target,
             device_id=device_id,
@@ -87,16 +91,16 @@ def list_(
     days = run(store.expiring_by_day(target, within)) if within and device_id is None else []
 
     def lines() -> Iterator[str]:
-        yield from table([_shown(row) for row in found], _LIST)
-        if len(found) == limit:
+        yield from table([_shown(row) for row in certificates], _LIST)
+        if len(certificates) == limit:
             yield f"only the first {limit}; see --limit"
-        yield from (f"many end on one day: {number} without a successor on {day}" for day, number in _crowded(days))
+        yield from (f"many expire on one day: {number} without a successor on {day}" for day, number in _crowded(days))
 
-    show([_plain(row) for row in found], as_json, lines)
+    show([_plain(row) for row in certificates], as_json, lines)
 
 
 def _crowded(days: list[tuple[Any, int]]) -> list[tuple[Any, int]]:
-    """Return the days on which at least 50 end, and a fifth of all of them or more."""
+    """Return the days on which at least 50 expire, and at least a fifth of all."""
     total = sum(number for _, number in days)
     return [(day, number) for day, number in days if number >= _MANY_ON_A_DAY and number * 5 >= total]
 
@@ -114,35 +118,44 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
 @json_option
 @click.pass_context
 def show_(context: click.Context, name: str, as_json: bool) -> None:
-    """Show a certificate."""
+    """Show a certificate, by serial number or fingerprint."""
 
     async def get() -> dict[str, Any]:
         async with connected(target_of(context)) as connection:
             return await store.get_certificate(connection, name)
 
-    found = _plain(run(get()))
-    show(found, as_json, lambda: (f"{key:12} {printable(value)}" for key, value in found.items()))
+    certificate = _plain(run(get()))
+    show(certificate, as_json, lambda: (f"{key:12} {printable(value)}" for key, value in certificate.items()))
 
 
 @cert.command()
 @click.argument("name", metavar="[SERIAL|FINGERPRINT]", required=False)
-@click.option("--device", "device_id", metavar="DEVICE", help="Those of a device, with --all-but-newest or --all.")
-@click.option("--all-but-newest", is_flag=True, help="All active ones except the one that was issued last.")
-@click.option("--all", "every", is_flag=True, help="All active ones.")
+@click.option(
+    "--device",
+    "device_id",
+    metavar="DEVICE",
+    help="Revoke certificates of this device, with --all-but-newest or --all.",
+)
+@click.option("--all-but-newest", is_flag=True, help="Revoke all active ones except the one that was issued last.")
+@click.option("--all", "every", is_flag=True, help="Revoke all active ones.")
 @click.option(
     "--reason",
     default="unspecified",
     show_default=True,
-    help=f"A reason of RFC 5280 ({', '.join(name for name in REASONS if name != HOLD)}), or any text, which is listed as unspecified.",
+    help=f"A reason of RFC 5280 ({', '.join(name for name in REASONS if name != HOLD)}), or any other text, which is unspecified on the list.",
 )
 @click.option(
-    "--ca", "directory", type=folder_type, metavar="DIR", help="Sign the new list immediately, with this authority."
+    "--ca",
+    "directory",
+    type=folder_type,
+    metavar="DIR",
+    help="Sign the new revocation list immediately, with the authority in DIR.",
 )
 @passphrase_option
 @click.option(
     "--wait",
     is_flag=True,
-    help="Return when every broker's node is reported to have the list that refuses them and a last look found nothing connected with them; exit status 8 if that is not known in time.",
+    help="Wait until every node is reported to have the list that refuses them and a last check has found nothing connected with them. Exit status 8 if that is not known in time.",
 )
 @click.option(
     "--timeout",
@@ -150,7 +163,7 @@ def show_(context: click.Context, name: str, as_json: bool) -> None:
     metavar="SECONDS",
     default=30.0,
     show_default=True,
-    help="How long --wait waits.",
+    help="Longest time that --wait waits, in seconds.",
 )
 @json_option
 @click.pass_context
@@ -170,8 +183,9 @@ def revoke(
     """
     Revoke certificates for good; the device keeps its other ones.
 
-    With --ca, revocation and new list are one transaction. Else the service signs the list if it has the authority
-    (pki.authority_dir), or: authbackend crl sign DIR. To deny the device itself: authbackend device revoke.
+    With --ca, the revocation and the new list are one transaction. Otherwise the service signs the list if it has the
+    authority (pki.authority_dir); if not, run: authbackend crl sign DIR. To deny the device itself, use: authbackend
+    device revoke.
     """
     if (name is None) == (device_id is None) or (device_id is not None) != (all_but_newest != every):
         raise InvalidInput("name one certificate, or give --device DEVICE with either --all-but-newest or --all")
@@ -193,9 +207,9 @@ def revoke(
         if not revoked:
             yield "revoked already, or nothing to revoke; no certificate was changed"
         if revoked and authority is None:
-            yield "nodes that check a list refuse it once it is on one: signed by the service (pki.authority_dir), else by: authbackend crl sign DIR"
+            yield "nodes refuse it once they have a revocation list that names it: the service signs one if it has the authority (pki.authority_dir); if not, run: authbackend crl sign DIR"
         if signed is not None and authority is not None:
-            yield f"list number {signed.number} of authority {authority.name} is in the database, until {signed.next_update:%Y-%m-%d %H:%M} UTC; who checks it: authbackend crl hosts"
+            yield f"revocation list {signed.number} of authority {authority.name} is in the database, valid until {signed.next_update:%Y-%m-%d %H:%M} UTC; which nodes have it: authbackend crl hosts"
 
     if not wait:
         show(result, as_json, lines)
@@ -215,17 +229,17 @@ def _show_former(
     lines: Callable[[], Iterator[str]],
 ) -> None:
     """
-    Wait for what was revoked before, and print it with its receipts.
+    Wait for certificates that were revoked before, and print their receipts.
 
     Raises:
-        Unconfirmed: As :func:`show_enforced`; also if no receipt is kept.
+        Unconfirmed: As in :func:`show_enforced`, or there is no receipt.
     """
 
     async def revoked_before() -> list[str]:
         async with connected(target) as connection:
-            found = await store.find_certificates(connection, name) if name else []
-        found += await store.list_certificates(target, device_id=device_id, state="revoked") if device_id else []
-        return [row["serial"] for row in found if row["state"] == "revoked"]
+            chosen = await store.find_certificates(connection, name) if name else []
+        chosen += await store.list_certificates(target, device_id=device_id, state="revoked") if device_id else []
+        return [row["serial"] for row in chosen if row["state"] == "revoked"]
 
     serials = run(revoked_before())
     if not serials:
@@ -235,7 +249,7 @@ def _show_former(
     show_enforced(target, tasks, result, as_json, lines)
     if unreceipted := sorted(set(serials) - {task["name"] for task in tasks or ()}):
         raise Unconfirmed(
-            f"no receipt is kept of the revocation of {', '.join(unreceipted[:5])}{' ...' if unreceipted[5:] else ''}: it was made long ago, had ended already, or nobody enforced"
+            f"there is no receipt of the revocation of {', '.join(unreceipted[:5])}{' ...' if unreceipted[5:] else ''}: it was long ago, the certificate had already expired, or enforcement was off"
         )
 
 
@@ -249,16 +263,16 @@ async def _revoke(
     name, device_id, kept = chosen
     async with editing(target, actor()) as connection:
         if device_id is not None:
-            found = (await store.certificates_of(connection, device_id))[kept:]
+            certificates = (await store.certificates_of(connection, device_id))[kept:]
         else:
             assert name is not None
-            found = [await store.get_certificate(connection, name)]
-        others = {row["issuer"] for row in found} - {authority.subject if authority else ""}
+            certificates = [await store.get_certificate(connection, name)]
+        others = {row["issuer"] for row in certificates} - {authority.subject if authority else ""}
         if authority is not None and others:
             raise InvalidInput(
-                f"issued by {', '.join(map(repr, sorted(others)))}, not by {authority.subject!r}: that authority revokes it"
+                f"issued by {', '.join(map(repr, sorted(others)))}, not by {authority.subject!r}: revoke it with the authority that issued it"
             )
-        revoked = await store.revoke_certificates(connection, [row["fingerprint"] for row in found], reason)
+        revoked = await store.revoke_certificates(connection, [row["fingerprint"] for row in certificates], reason)
         version = str(await connection.fetchval("select pg_current_xact_id()::text"))
         if authority is None:
             return revoked, None, version
@@ -273,10 +287,10 @@ async def _revoke(
     "index",
     type=file_type,
     metavar="index.txt",
-    help="Revocations from the database of `openssl ca`.",
+    help="Import revocations from the database of `openssl ca`.",
 )
 @click.option(
-    "--issuer", type=file_type, metavar="CA.pem", help="With --openssl-index: the authority whose index it is."
+    "--issuer", type=file_type, metavar="CA.pem", help="With --openssl-index: the authority that the index belongs to."
 )
 @json_option
 @click.pass_context
@@ -284,11 +298,11 @@ def import_(
     context: click.Context, paths: tuple[Path, ...], index: Path | None, issuer: Path | None, as_json: bool
 ) -> None:
     """
-    Put certificates of another authority on record: PEM or DER files, chains, folders, or a stream.
+    Put certificates of another authority on record: PEM or DER files, chains, folders, or standard input.
 
-    Can be repeated: what is on record stays as it is. Certificates of authorities are skipped; devices are found by the
-    common name. Written in batches; what of a file or a folder is not taken is named, the rest imported, and the exit
-    status is 2. Of a folder, files named *.pem, *.crt, *.cer and *.der are taken.
+    Can be repeated: certificates that are on record stay as they are. Certificates of authorities are skipped; devices
+    are found by the common name. In folders, files named *.pem, *.crt, *.cer and *.der are read. If something cannot be
+    imported, it is named, the rest is imported (in batches), and the exit status is 2.
     """
     if not paths and index is None:
         raise InvalidInput("name files, folders or - for standard input")

@@ -1,4 +1,4 @@
-"""Imports of certificates in constant memory, and of revocations from an openssl CA."""
+"""Import of certificates in constant memory, and of revocations from the database of ``openssl ca``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SUFFIXES = {".pem", ".crt", ".cer", ".der"}
 
 @dataclass(slots=True)
 class Report:
-    """The result of an import. Only the first 20 names and faults are kept."""
+    """The result of an import. Of names and faults, only the first 20 are kept."""
 
     new: int = 0
     present: int = 0
@@ -45,7 +45,7 @@ class Report:
     revoked_unknown: int = 0
 
     def fault(self, text: str) -> None:
-        """Note something that was not imported."""
+        """Count something that was not imported, and keep why."""
         self.faults += 1
         if len(self.fault_texts) < _SHOWN:
             self.fault_texts.append(text)
@@ -56,16 +56,16 @@ class Report:
 
     def lines(self) -> Iterator[str]:
         """Yield the result as lines for people."""
-        yield f"{self.new} new, {self.present} on record already, {self.authorities} of authorities skipped"
+        yield f"{self.new} new, {self.present} already on record, {self.authorities} of authorities skipped"
         if self.keys:
-            yield f"{self.keys} keys beside them are not read"
+            yield f"{self.keys} private keys were not read"
         if self.unknown:
             names = ", ".join(map(printable, self.unknown_names))
-            yield f"{self.unknown} of no registered device: {names}{' ...' if self.unknown > _SHOWN else ''}"
+            yield f"{self.unknown} belong to no registered device: {names}{' ...' if self.unknown > _SHOWN else ''}"
         if self.linked:
-            yield f"{self.linked} given to devices that were registered since"
+            yield f"{self.linked} now belong to devices that were registered since"
         if self.revoked or self.revoked_unknown:
-            yield f"{self.revoked} revoked, {self.revoked_unknown} revoked ones are not on record"
+            yield f"{self.revoked} revoked; {self.revoked_unknown} more are revoked in the index, but not on record"
         yield from (f"not imported: {text}" for text in self.fault_texts)
         if self.faults > _SHOWN:
             yield f"and {self.faults - _SHOWN} more not imported"
@@ -73,10 +73,10 @@ class Report:
 
 async def import_paths(target: Target, actor: str, paths: Iterable[Path], report: Report) -> None:
     """
-    Import PEM certificates in batches, each in a transaction of its own; progress goes to standard error.
+    Import certificates in batches, each in its own transaction; progress goes to standard error.
 
     Raises:
-        AuthbackendError: The database refuses or goes away; the batches before are imported.
+        AuthbackendError: The database refuses a batch or goes away; earlier batches are imported.
     """
     reported_at = time.monotonic()
     async with connected(target) as connection:
@@ -103,7 +103,7 @@ async def _insert(connection: Connection, actor: str, rows: list[CertificateRow]
     report.unknown += len(inserted.unknown)
     report.unknown_names += inserted.unknown[: _SHOWN - len(report.unknown_names)]
     for serial in inserted.collided:
-        report.fault(f"serial number {serial}: its issuer used it for another certificate that is on record")
+        report.fault(f"serial number {serial}: another certificate of its issuer, which is on record, has the same")
 
 
 def _rows(paths: Iterable[Path], report: Report) -> Iterator[CertificateRow]:
@@ -118,7 +118,7 @@ def _rows(paths: Iterable[Path], report: Report) -> Iterator[CertificateRow]:
 
 
 def _files(folder: Path, report: Report) -> Iterator[Path]:
-    """Yield the files of a folder that may hold certificates, and note everything else that is in it."""
+    """Yield the files in a folder that may hold certificates, and report everything else in it."""
     unreadable: list[OSError] = []
     for parent, folders, names in os.walk(folder, onerror=unreadable.append):
         folders.sort()
@@ -158,7 +158,7 @@ def _stream(name: str, lines: Iterable[bytes], report: Report) -> Iterator[Certi
         else:
             number += 1
             try:
-                found, is_authority = read_record(block.der)
+                certificate, is_authority = read_record(block.der)
             except PKIError as error:
                 report.fault(f"{name}:{block.line}: certificate {number}: {error.detail}")
                 continue
@@ -166,14 +166,14 @@ def _stream(name: str, lines: Iterable[bytes], report: Report) -> Iterator[Certi
                 report.authorities += 1
                 continue
             yield CertificateRow(
-                found.fingerprint,
-                found.serial,
-                found.issuer,
-                found.subject,
-                found.common_name,
-                found.not_before,
-                found.not_after,
-                key_fingerprint=found.key_fingerprint,
+                certificate.fingerprint,
+                certificate.serial,
+                certificate.issuer,
+                certificate.subject,
+                certificate.common_name,
+                certificate.not_before,
+                certificate.not_after,
+                key_fingerprint=certificate.key_fingerprint,
             )
     if number == 0 and report.faults == before:
         report.fault(f"{name}: no certificate in it")
@@ -181,27 +181,29 @@ def _stream(name: str, lines: Iterable[bytes], report: Report) -> Iterator[Certi
 
 async def import_index(target: Target, actor: str, index: Path, issuer: Path, report: Report) -> None:
     """
-    Revoke what an openssl CA's database says is revoked.
+    Revoke the certificates that the database of ``openssl ca`` says are revoked.
 
     Raises:
-        InvalidInput: A file cannot be read, or is no such database; nothing was changed.
+        InvalidInput: A file cannot be read or is not such a database; nothing was changed.
     """
     text = read_input(index).decode("utf-8-sig", "replace")
-    found = list(index_of(text, str(index)))
-    revoked = [entry for _, entry in found if entry is not None]
+    entries = list(index_of(text, str(index)))
+    revoked = [entry for _, entry in entries if entry is not None]
     for entry in revoked:
         if entry.reason == HOLD:
-            report.fault(f"serial number {entry.serial} is on hold: a revocation is final here, so it is left as it is")
+            report.fault(
+                f"serial number {entry.serial} is on hold: it stays active, because a revocation is final here"
+            )
     try:
         subject = read_certificate(read_input(issuer)).subject.rfc4514_string()
     except PKIError as error:
         raise PKIError(f"{issuer}: {error.detail}") from error
-    serials = {serial for serial, _ in found}
+    serials = {serial for serial, _ in entries}
     async with connected(target) as connection, connection.transaction():
         await name_actor(connection, actor)
         listed = [(entry.serial, entry.reason, entry.revoked_at) for entry in revoked if entry.reason != HOLD]
         report.revoked, report.revoked_unknown = await store.revoke_listed(connection, subject, listed)
         if not await store.count_on_record(connection, subject, serials):
             report.fault(
-                f"{index}: none of its {len(serials)} certificates is on record as issued by {subject!r}: --issuer is another authority, or they must be imported first"
+                f"{index}: none of its {len(serials)} certificates is on record as issued by {subject!r}: name the right authority with --issuer, or import the certificates first"
             )

@@ -1,4 +1,4 @@
-"""``authbackend certs``: the certificates of a bench set-up, by one command."""
+"""``certs``: all certificates of a test set-up in one command."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PURPOSE = {
     "ca": "authority of devices and broker; ca.pem goes to every device and to the broker",
     "internal-ca": "authority of the channel between broker and authbackend; internal-ca.pem goes to both",
     "rabbitmq": "the broker's listeners",
-    "authbackend": "this service's listener for the broker",
+    "authbackend": "authbackend's listener for the broker",
     "broker-client": "the broker's login to authbackend",
 }
 _WHERE = """
@@ -27,7 +27,7 @@ What goes where (NAME.pem is public; NAME.key is secret, mode 600, owned by who 
                AUTHBACKEND_BROKER__TLS__CLIENT_CA_FILE={directory}/internal-ca.pem
   a device     ca.pem and its own NAME.pem NAME.key
   nowhere      ca.key and internal-ca.key sign new certificates: keep them here only
-A bench authority for trying things out; for more, use your own, or make one with: authbackend ca init"""
+These authorities are for trying things out. For production use your own, or make one: authbackend ca init"""
 
 
 @click.command()
@@ -37,27 +37,27 @@ A bench authority for trying things out; for more, use your own, or make one wit
     "devices",
     metavar="NAME",
     multiple=True,
-    help="A device's common name. May be repeated.",
+    help="Common name of a device; may be repeated.",
 )
 @click.option(
     "--server",
     "servers",
     metavar="NAME",
     multiple=True,
-    help="A host name or address that clients use for the broker. May be repeated; "
-    "given at all, it replaces localhost, 127.0.0.1, ::1 and rabbitmq.",
+    help="Host name or address by which clients reach the broker; may be repeated. "
+    "Default: localhost, 127.0.0.1, ::1 and rabbitmq.",
 )
 @json_option
 def certs(directory: Path, devices: tuple[str, ...], servers: tuple[str, ...], as_json: bool) -> None:
     """
-    Create the certificates of a bench set-up in DIR.
+    Create the certificates of a test set-up in DIR.
 
     Two authorities (one for devices and broker, one for the channel between broker and authbackend), the
-    servers' certificates, the broker's login, and one certificate for each device. What is there is kept,
-    so the command can be repeated to add devices. A server's certificate is made again if other names are
-    asked for, if another authority signed it, or in its last 30 days.
+    servers' certificates, the broker's login, and one certificate for each device. Existing files are kept,
+    so the command can be repeated to add devices. A server's certificate is replaced if its names change, if
+    another authority signed it, or in its last 30 days.
 
-    For demonstrations and tests: the authorities' keys are stored unencrypted in DIR.
+    For demonstrations and tests only: the authorities' keys are stored unencrypted in DIR.
     """
     try:
         outcomes = list(make_certificates(directory, devices=devices, servers=servers or None))

@@ -27,20 +27,20 @@ from authbackend.settings import Settings, load
 
 T = TypeVar("T")
 
-NOT_ENABLED = "enforcement is off; a replica with enforcement.clusters switches it on when it leads"
+NOT_ENABLED = "enforcement is off until a replica with enforcement.clusters becomes the leader"
 _NOT_FOR_TERMINALS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 class Commands(click.Group):
-    """A group that ends with an error's message and exit code instead of a traceback."""
+    """A group that prints an error as one line, without a traceback, and exits with the error's code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
         try:
             with warnings.catch_warnings():
-                if not sys.warnoptions:  # library warnings about certificates are for developers
+                if not sys.warnoptions:  # warnings of libraries, about certificates, are for developers
                     warnings.simplefilter("ignore")
                 return super().invoke(ctx)
         except AuthbackendError as error:
@@ -53,7 +53,7 @@ def settings_of(context: click.Context) -> Settings:
     Return the settings of this call.
 
     Raises:
-        ConfigurationError: They are wrong.
+        ConfigurationError: A setting is unknown or invalid.
     """
     config = context.find_root().obj
     return load(os.environ, Path(config) if config else None)
@@ -61,21 +61,21 @@ def settings_of(context: click.Context) -> Settings:
 
 def target_of(context: click.Context) -> Target:
     """
-    Return the database of this call.
+    Return the database that the settings name.
 
     Raises:
-        ConfigurationError: None is set.
+        ConfigurationError: They name none.
     """
     return replica.target(settings_of(context), "authbackend cli")
 
 
 def wait_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--wait`` and ``--timeout`` to a command, which gets them as ``wait_s``: None is not to wait."""
+    """Add ``--wait`` and ``--timeout`` to a command, which gets them as ``wait_s``: None without ``--wait``."""
 
     @click.option(
         "--wait",
         is_flag=True,
-        help="Return when every replica that may answer decides by it and, where enforcement is on, a last check found nothing connected or stored that it takes away; exit status 8 if that is not confirmed in time.",
+        help="Wait until every replica that may answer decides by the change and, if enforcement is on, a last check has found nothing connected or stored that the change takes away. Exit status 8 if that is not confirmed in time.",
     )
     @click.option(
         "--timeout",
@@ -83,7 +83,7 @@ def wait_options(command: Callable[..., Any]) -> Callable[..., Any]:
         metavar="SECONDS",
         default=10.0,
         show_default=True,
-        help="How long --wait waits.",
+        help="Longest time that --wait waits, in seconds.",
     )
     @functools.wraps(command)
     def with_wait(*args: Any, wait: bool, timeout: float, **kwargs: Any) -> Any:
@@ -101,20 +101,21 @@ def show_change(
     about: tuple[str, str] | None = None,
 ) -> None:
     """
-    Wait for the replicas and for enforcement, if wanted, and print a change with its ``version``.
+    Print a change with its ``version``; with ``wait_s``, wait for the replicas and for enforcement first.
 
     Args:
-        about: Kind and name: if nothing was changed this time, the change before is waited for.
+        wait_s: Longest wait, in seconds; None: do not wait.
+        about: Kind and name of what was changed. If nothing changed this time, its previous change is waited for.
     Raises:
-        Unconfirmed: Not all decide by it in time, or something may still be connected; it is printed and committed all
-            the same.
+        Unconfirmed: Not every replica decides by it in time, or something may still be connected. The change is
+            committed and printed all the same.
     """
     fault = None
     if wait_s is not None:
         began = time.monotonic()
         try:
             version = result["version"] or run(registry_edits.present_version(target))
-            result["confirmed_by"] = [found["name"] for found in run(replicas.wait(target, version, wait_s))]
+            result["confirmed_by"] = [each["name"] for each in run(replicas.wait(target, version, wait_s))]
         except Unconfirmed as error:
             fault, result["confirmed_by"] = error, None
         left_s = max(0.0, wait_s - (time.monotonic() - began))
@@ -139,9 +140,9 @@ def show_change(
     if fault is not None:
         raise fault
     if result.get("confirmed_by") == []:
-        click.echo("authbackend: no replica is known that could answer", err=True)
+        click.echo("authbackend: no running replica is known, so none had to confirm", err=True)
     if "enforcement" in result and result["enforcement"] is None:
-        click.echo(f"authbackend: what is connected was not looked at: {NOT_ENABLED}", err=True)
+        click.echo(f"authbackend: existing connections were not checked: {NOT_ENABLED}", err=True)
 
 
 def show_enforced(
@@ -155,10 +156,10 @@ def show_enforced(
     Print a revocation of certificates with its receipts.
 
     Args:
-        tasks: What was waited for; None if nobody enforces.
+        tasks: The tasks that were waited for; None if enforcement is off.
     Raises:
-        Unconfirmed: Something may still be connected, or a node may let the certificate in again; it is printed and
-            committed all the same.
+        Unconfirmed: Something may still be connected, or a node may let the certificate in again. The revocation is
+            committed and printed all the same.
     """
     result["enforcement"] = tasks
 
@@ -173,14 +174,14 @@ def show_enforced(
         click.echo(f"authbackend: {line}", err=True)
     if tasks is None:
         raise Unconfirmed(
-            f"committed, but what is connected was not looked at, and whether a node has the list is not known: {NOT_ENABLED}"
+            f"committed, but existing connections were not checked, and it is not known which nodes have the revocation list: {NOT_ENABLED}"
         )
     if fault := fault or left_alone(tasks) or unlisted(tasks):
         raise fault
 
 
 def unfinished(tasks: list[dict[str, Any]] | None) -> Unconfirmed | None:
-    """Return the error to raise if a change is not yet confirmed to be enforced everywhere."""
+    """Return the error to raise if a task of a change is still open."""
     open_ = [task for task in tasks or () if task["finished_at"] is None]
     if not open_:
         return None
@@ -190,22 +191,22 @@ def unfinished(tasks: list[dict[str, Any]] | None) -> Unconfirmed | None:
     )
     more = f", and {len(open_) - 5} more" if len(open_) > 5 else ""
     return Unconfirmed(
-        f"committed, but not yet known to be true for what is connected: {named}{more}. See: authbackend enforcement list --state open"
+        f"committed, but not yet confirmed for existing connections and sessions: {named}{more}. See: authbackend enforcement list --state open"
     )
 
 
 def left_alone(tasks: list[dict[str, Any]] | None) -> Unconfirmed | None:
-    """Return what to raise if connections stay of which the brokers do not tell whether they should."""
+    """Return the error to raise if connections were left open because the brokers report too little about them."""
     untold = sum((task["receipt"] or {}).get("untold") or 0 for task in tasks or ())
     if not untold:
         return None
     return Unconfirmed(
-        f"committed, but {untold} connections stay, because the brokers do not tell enough to know whether they should end. See: authbackend enforcement sweeps"
+        f"committed, but {untold} connections were left open: the brokers report too little to know whether they should end. See: authbackend enforcement sweeps"
     )
 
 
 def unlisted(tasks: list[dict[str, Any]] | None) -> Unconfirmed | None:
-    """Return what to raise if a node is not known to refuse a revoked certificate at the next login."""
+    """Return the error to raise if it is not known that every node refuses a revoked certificate at the next login."""
     nodes = sorted(
         {node for task in tasks or () for node in ((task["receipt"] or {}).get("lists") or {}).get("unknown", ())}
     )
@@ -217,22 +218,22 @@ def unlisted(tasks: list[dict[str, Any]] | None) -> Unconfirmed | None:
 
 
 def why_open(task: dict[str, Any]) -> str:
-    """Explain why a task is not done."""
+    """Explain why a task is not done yet."""
     receipt = task["receipt"] or {}
     if task["fault"]:
         return str(task["fault"])
     if receipt.get("unconfirmed"):
-        return f"replicas that may still answer by an older copy: {', '.join(receipt['unconfirmed'])}"
+        return f"replicas that may still answer from an older copy: {', '.join(receipt['unconfirmed'])}"
     if receipt.get("unseen_nodes"):
-        return f"nodes that are not seen running, so what is connected there is not known: {', '.join(receipt['unseen_nodes'])}"
+        return f"nodes that are not seen running, so it is not known what is connected there: {', '.join(receipt['unseen_nodes'])}"
     lists = receipt.get("lists") or {}
     if silent := lists.get("silent"):
-        return f"crl sync on the host of {', '.join(silent)} reports no more, so whether it has the revocation list is not known; see: authbackend crl hosts"
+        return f"crl sync on the host of {', '.join(silent)} no longer reports, so it is not known whether the node has the revocation list; see: authbackend crl hosts"
     if behind := lists.get("behind"):
         if lists["number"] is None:
-            return "it is on no revocation list yet: nobody has signed or imported one since"
+            return "it is on no revocation list yet: none has been signed or imported since"
         return f"revocation list number {lists['number']} is not installed yet on {', '.join(behind)}; see: authbackend crl hosts"
-    return "still being done" if receipt else "not begun"
+    return "in progress" if receipt else "not begun"
 
 
 def receipt_lines(task: dict[str, Any]) -> Iterable[str]:
@@ -246,10 +247,10 @@ def receipt_lines(task: dict[str, Any]) -> Iterable[str]:
         yield f"  superseded: {printable(receipt['superseded'])}"
     closed = receipt.get("closed") or {}
     if "devices" in receipt:
-        yield f"  {receipt['devices']} devices were touched, each a task of its own"
+        yield f"  {receipt['devices']} devices are affected, each has its own task"
     elif receipt:
         where = (
-            ", ".join(f"{number} on {printable(node)}" for node, number in sorted(closed.items())) or "none was found"
+            ", ".join(f"{number} on {printable(node)}" for node, number in sorted(closed.items())) or "none was open"
         )
         last = f"; the last one {receipt['took_s']:g} s after the change" if closed else ""
         yield f"  connections closed: {where}{last}"
@@ -260,29 +261,33 @@ def receipt_lines(task: dict[str, Any]) -> Iterable[str]:
     yield from _list_lines(receipt.get("lists") or {})
     if receipt.get("checked_at"):
         untold = receipt.get("untold")
-        but = f"; {untold} stay of which the brokers do not tell enough, see the sweep" if untold else ""
+        but = (
+            f"; {untold} were left open, because the brokers report too little about them; see: authbackend enforcement sweeps"
+            if untold
+            else ""
+        )
         what = "connected with it" if task["kind"] == "certificate" else "more to end"
         yield f"  last look at {receipt['checked_at']}: nothing {what} was found{but}"
 
 
 def _list_lines(lists: dict[str, Any]) -> Iterable[str]:
-    """Yield on which nodes a revoked certificate is refused at the next login, as far as that is known."""
+    """Yield which nodes refuse a revoked certificate at the next login, as far as that is known."""
     if lists.get("installed"):
         yield f"  revocation list number {lists['number']} or a later one is installed on {', '.join(map(printable, lists['installed']))}"
     if lists.get("silent"):
-        yield f"  not known to have that list still, its crl sync reports no more: {', '.join(map(printable, lists['silent']))}"
+        yield f"  no longer known to have that list, because crl sync no longer reports: {', '.join(map(printable, lists['silent']))}"
     if lists.get("unknown"):
         yield f"  not known to check a revocation list: {', '.join(map(printable, lists['unknown']))}; there it can log in again, and only the sweep finds it"
 
 
 def held_up(target: Target) -> Iterable[str]:
-    """Yield what blocks all enforcement: a pause, or a process other than a replica that holds the leader's lock."""
+    """Yield what blocks all enforcement: a pause, or a process that holds the leader's lock without being a replica."""
     if pause := run(enforcement.paused(target)):
         yield pause_line(pause)
     for holder in run(enforcement.list_lock_takers(target)):
         yield (
             f"nobody enforces: process {holder['pid']} (role {printable(holder['role'])}, {printable(holder['application'])}) "
-            f"holds the lock of enforcement and is no replica; end it: select pg_terminate_backend({holder['pid']})"
+            f"holds the lock of enforcement but is not a replica; end it: select pg_terminate_backend({holder['pid']})"
         )
 
 
@@ -293,7 +298,7 @@ def pause_line(pause: Pause) -> str:
 
 
 def who(by: str | None, claimed_by: str | None) -> str:
-    """Return who did something as the database knows it, with the name that the client gave."""
+    """Return the role that acted, and the name that its client claimed if that is another one."""
     return printable(by) if claimed_by in (None, by) else f"{printable(by)} (says {printable(claimed_by)})"
 
 
@@ -303,12 +308,12 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 def actor() -> str:
-    """Return who acts by their own word, ``claimed_by`` in the audit trail: ``AUTHBACKEND_ACTOR``, else user@host."""
+    """Return the name to claim in the audit trail (``claimed_by``): ``AUTHBACKEND_ACTOR``, else user@host."""
     if named := os.environ.get("AUTHBACKEND_ACTOR"):
         return named
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user id without a name
+    except (KeyError, OSError):  # a container's user id may have no name
         user = f"uid {os.getuid()}"
     return f"{user}@{socket.gethostname()}"
 
@@ -331,12 +336,12 @@ def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> Iterable[str]
 
 
 def harmless(text: str) -> str:
-    """Return a text, or JSON, that may quote somebody's file: nothing in it drives a terminal or cannot be written."""
-    return _NOT_FOR_TERMINALS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    """Escape what could control a terminal or cannot be encoded; text, or JSON, may quote anybody's file."""
+    return _NOT_FOR_TERMINALS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def printable(value: Any) -> str:
-    """Return a value for a terminal: nothing that somebody stored can drive it."""
+    """Return a stored value as text that cannot control a terminal."""
     if value is None or value == "":
         return "-"
     if isinstance(value, (list, tuple)):

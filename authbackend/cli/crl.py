@@ -32,19 +32,19 @@ from authbackend.postgres.registry_edits import editing
 _distribution_point = click.option(
     "--distribution-point",
     metavar="URL",
-    help="For a list that names a distribution point: the one that all certificates of this authority name. Brokers refuse those that do not.",
+    help="Accept a list that names this distribution point. All certificates of the authority must name it, too: brokers refuse those that do not.",
 )
 
 
 @click.group()
 def crl() -> None:
-    """Revocation lists: sign, import and distribute them to brokers."""
+    """Sign and import revocation lists, and bring them to brokers."""
 
 
 @crl.command()
 @authority_argument
 @click.option(
-    "--watch", is_flag=True, help="Keep running: sign whenever something is revoked, and long before nextUpdate."
+    "--watch", is_flag=True, help="Keep running: sign again after each revocation, and long before nextUpdate."
 )
 @json_option
 @click.pass_context
@@ -63,7 +63,7 @@ def sign(context: click.Context, authority: AuthorityFolder, watch: bool, as_jso
         "next_update": signed.next_update.isoformat(),
         "entries": sum(1 for _ in entries_of(signed.der)),
     }
-    text = f"list number {signed.number} of authority {authority.name}: {result['entries']} revoked, until {signed.next_update:%Y-%m-%d %H:%M} UTC"
+    text = f"revocation list {signed.number} of authority {authority.name}: {result['entries']} revoked, valid until {signed.next_update:%Y-%m-%d %H:%M} UTC"
     show(result, as_json, lambda: [text])
     if watch:
         sys.stdout.flush()
@@ -89,8 +89,12 @@ async def _until_interrupted(work: Any) -> None:
 
 @crl.command("import")
 @click.argument("file", metavar="FILE", type=file_type)
-@click.option("--ca", "ca_file", type=file_type, required=True, metavar="CA.pem", help="The authority that signed it.")
-@click.option("--name", required=True, metavar="NAME", help="The authority's name here, as in /crl/NAME.crl.")
+@click.option(
+    "--ca", "ca_file", type=file_type, required=True, metavar="CA.pem", help="The authority that signed the list."
+)
+@click.option(
+    "--name", required=True, metavar="NAME", help="Name of the authority here: the list is served as /crl/NAME.crl."
+)
 @_distribution_point
 @json_option
 @click.pass_context
@@ -100,31 +104,31 @@ def import_(
     """
     Import the list of an outside authority: serve it, and mark the certificates on it as revoked.
 
-    Refused, without any change: a list that the authority did not sign, one that is too old, one older than the
-    present one, and one with which brokers would refuse devices that are not on it. Run it whenever the authority has
-    signed another, well before nextUpdate.
+    Run it whenever the authority has signed a new list, well before nextUpdate. Refused without any change: a list that
+    the authority did not sign, that is not valid now, that is older than the current one, or with which brokers would
+    refuse devices that are not on it.
     """
     authorities = _certificates(ca_file)
     try:
-        found, authority = read_list(read_input(file), authorities, distribution_point)
-        check_entries(found.der)
+        crl_read, authority = read_list(read_input(file), authorities, distribution_point)
+        check_entries(crl_read.der)
     except PKIError as error:
         raise InvalidInput(f"{file}: {error.detail}") from error
     pem = signing.certificate_pem(authority).decode("ascii")
     ends = authority.not_valid_after_utc
-    revoked, unknown, held = run(_take_over(target_of(context), name, pem, ends, found))
+    revoked, unknown, held = run(_take_over(target_of(context), name, pem, ends, crl_read))
     result = {
         "authority": name,
-        "number": found.number,
-        "next_update": found.next_update.isoformat(),
+        "number": crl_read.number,
+        "next_update": crl_read.next_update.isoformat(),
         "revoked": revoked,
         "not_on_record": unknown,
         "on_hold": held,
     }
 
     def lines() -> Iterator[str]:
-        yield f"list number {found.number} of authority {name}, until {found.next_update:%Y-%m-%d %H:%M} UTC"
-        yield f"{revoked} certificates revoked now, {unknown} listed ones are not on record"
+        yield f"revocation list {crl_read.number} of authority {name}, valid until {crl_read.next_update:%Y-%m-%d %H:%M} UTC"
+        yield f"{revoked} certificates revoked now; {unknown} on the list are not on record"
         if held:
             yield f"{held} on hold: brokers refuse them while they are listed; on record they stay active"
 
@@ -139,23 +143,23 @@ def _certificates(file: Path) -> list[Certificate]:
 
 
 async def _take_over(
-    target: Target, name: str, pem: str, ends: datetime, found: RevocationList
+    target: Target, name: str, pem: str, ends: datetime, crl_read: RevocationList
 ) -> tuple[int, int, int]:
-    entries = list(entries_of(found.der))
+    entries = list(entries_of(crl_read.der))
     listed = [(one.serial, one.reason or "unspecified", one.revoked_at) for one in entries if one.reason != HOLD]
     async with editing(target, actor()) as connection:
-        await store.save_authority(connection, name, found.issuer, pem, ends)
+        await store.save_authority(connection, name, crl_read.issuer, pem, ends)
         await crls.lock_list(connection, name)
-        moment = await crls.fetch_moment(connection, found.issuer)
-        if fault := age_fault(found, moment.now):
+        moment = await crls.fetch_moment(connection, crl_read.issuer)
+        if fault := age_fault(crl_read, moment.now):
             raise InvalidInput(f"the list cannot be used: {fault}")
-        if moment.kept is not None and found.number < moment.kept:
+        if moment.kept is not None and crl_read.number < moment.kept:
             raise Conflict(
-                f"number {found.number} is older than number {moment.kept}, which its lists have reached; nothing was changed"
+                f"list number {crl_read.number} is older than number {moment.kept}, which the authority's lists have reached; nothing was changed"
             )
-        stored = StoredCrl(found.number, found.this_update, found.next_update, found.der)
+        stored = StoredCrl(crl_read.number, crl_read.this_update, crl_read.next_update, crl_read.der)
         await crls.save_crl(connection, name, stored, [serial for serial, _, _ in listed])
-        revoked, unknown = await store.revoke_listed(connection, found.issuer, listed)
+        revoked, unknown = await store.revoke_listed(connection, crl_read.issuer, listed)
     return revoked, unknown, len(entries) - len(listed)
 
 
@@ -169,7 +173,7 @@ async def _authorities(target: Target, name: str | None = None) -> list[StoredAu
 @click.pass_context
 def list_(context: click.Context, as_json: bool) -> None:
     """List the authorities and their current revocation lists."""
-    found = [
+    authorities = [
         {
             "authority": one.name,
             "subject": one.subject,
@@ -182,19 +186,19 @@ def list_(context: click.Context, as_json: bool) -> None:
         for one in run(_authorities(target_of(context)))
     ]
     columns = ("authority", "subject", "ends", "number", "entries", "this_update", "next_update")
-    show(found, as_json, lambda: table(found, columns))
+    show(authorities, as_json, lambda: table(authorities, columns))
 
 
 @crl.command("export")
 @click.argument("name", metavar="NAME")
-@click.option("--der", is_flag=True, help="DER instead of PEM.")
+@click.option("--der", is_flag=True, help="Write DER instead of PEM.")
 @click.pass_context
 def export(context: click.Context, name: str, der: bool) -> None:
-    """Write an authority's current list to standard output, PEM."""
-    found = run(_authorities(target_of(context), name))
-    if not found or found[0].list is None:
+    """Write an authority's current revocation list to standard output, as PEM."""
+    authorities = run(_authorities(target_of(context), name))
+    if not authorities or authorities[0].list is None:
         raise NotFound(f"no authority {name!r} has a revocation list; see: authbackend crl list")
-    content = found[0].list.der
+    content = authorities[0].list.der
     click.echo(content if der else list_pem(content), nl=False)
 
 
@@ -205,41 +209,50 @@ def export(context: click.Context, name: str, der: bool) -> None:
     multiple=True,
     required=True,
     metavar="URL",
-    help="http://REPLICA:8082/crl/NAME.crl, or https; several are alternatives.",
+    help="Fetch the list from http://REPLICA:8082/crl/NAME.crl, or https; several are alternatives.",
 )
-@click.option("--ca", "ca_file", type=file_type, required=True, metavar="CA.pem", help="The authority that signs it.")
+@click.option(
+    "--ca", "ca_file", type=file_type, required=True, metavar="CA.pem", help="The authority that signs the list."
+)
 @click.option(
     "--tls-ca",
     type=file_type,
     metavar="FILE",
-    help="For https: the authority of the servers' certificates, PEM; unset: the system's. Read again when it changes.",
+    help="For https: the authority of the servers' certificates, PEM. Default: the system's. Read again when it changes.",
 )
 @click.option(
     "--tls-cert",
     type=file_type,
     metavar="FILE",
-    help="For a server that asks for one: the client's certificate with its chain, PEM.",
+    help="For https servers that ask for one: client certificate with its chain, PEM.",
 )
-@click.option("--tls-key", type=file_type, metavar="FILE", help="Its key, PEM, not encrypted.")
-@click.option("--dir", "folder", type=folder_type, required=True, metavar="DIR", help="RabbitMQ's ssl_crl_hash_dir.")
+@click.option("--tls-key", type=file_type, metavar="FILE", help="Key of --tls-cert, PEM, not encrypted.")
+@click.option(
+    "--dir",
+    "folder",
+    type=folder_type,
+    required=True,
+    metavar="DIR",
+    help="Install the list in this folder, RabbitMQ's ssl_crl_hash_dir.",
+)
 @click.option(
     "--interval",
     type=click.FloatRange(0.1, 3600),
     default=1.0,
     show_default=True,
     metavar="SECONDS",
-    help="Shortest time between two checks; with --once and --node, how often you run it.",
+    help="Shortest time between two checks, in seconds. With --once and --node: how often you run it.",
 )
 @click.option(
     "--node",
     metavar="rabbit@HOST",
-    help="Report to the database what is installed here, so that revocations of certificates are done only when this node has them. Needs a database role of its own, in role authbackend_crl_sync.",
+    help="Report to the database which list this node has, so that revocations of certificates are done only when it has them. Needs a database role of its own, in role authbackend_crl_sync.",
 )
 @_distribution_point
 @click.option(
     "--once",
     is_flag=True,
-    help="Check once; exit status 0 if the list in DIR is then the one served, signed by the authority and currently valid.",
+    help="Check once; exit status 0 if the list in DIR is then the one that is served, signed by the authority and valid now.",
 )
 @click.pass_context
 def sync(
@@ -256,10 +269,10 @@ def sync(
     node: str | None,
 ) -> None:
     """
-    Keep a revocation list beside a broker up to date; runs on the broker's host. Only --node needs the database.
+    Keep a broker's revocation list up to date; runs on the broker's host. Only --node needs the database.
 
-    A fetched list is used only if the authority signed it and it is currently valid and not older than the installed one;
-    the file is replaced atomically. The service answers as soon as the list changes, so a revocation does not wait for the
+    A list is installed only if the authority signed it, it is valid now, and it is not older than the installed one; the
+    file is replaced atomically. The service answers as soon as the list changes, so a revocation does not wait for the
     interval. Errors are logged, and the installed list stays; once it is past nextUpdate, the broker refuses every
     certificate.
     """
@@ -267,7 +280,7 @@ def sync(
         raise InvalidInput(f"--url {wrong[0]}: write it as http://HOST:PORT/crl/NAME.crl")
     if (tls_ca or tls_cert or tls_key) and (plain := [url for url in urls if not url.startswith("https://")]):
         raise InvalidInput(
-            f"--url {plain[0]} is not TLS, for which --tls-ca, --tls-cert and --tls-key are: write https://"
+            f"--url {plain[0]} does not use TLS: write https://, or leave out --tls-ca, --tls-cert and --tls-key"
         )
     reporter = InstallReporter(target_of(context), node, interval) if node else None
     seen = reporter.seen if reporter else None
@@ -276,9 +289,9 @@ def sync(
     try:
         if once:
             synced = run(_once(syncer, reporter))
-            state = "replaced" if synced.new else "is the one that is served"
+            state = "replaced" if synced.new else "is up to date"
             click.echo(
-                f"{synced.path} {state}: number {synced.list.number}, until {synced.list.next_update:%Y-%m-%d %H:%M} UTC"
+                f"{synced.path} {state}: number {synced.list.number}, valid until {synced.list.next_update:%Y-%m-%d %H:%M} UTC"
             )
             return
         log = settings_of(context).log
@@ -312,15 +325,15 @@ async def _follow(syncer: Sync, interval: float, reporter: InstallReporter | Non
 @click.pass_context
 def hosts(context: click.Context, forget: str | None, as_json: bool) -> None:
     """
-    List the revocation list installed on each node's host, as reported by its crl sync --node.
+    Show which revocation list each node has, as reported by crl sync --node on its host.
 
-    ROLE is the only one that may report for the node; --forget lets another one do it. COUNTS: no, when the last report is
-    too old to know that the list is still there; revocations of certificates are then not done, and name the node.
+    Only ROLE may report for the node; after --forget, another role may. COUNTS is no when the last report is too old to
+    know that the list is still there: revocations of certificates are then not done, and name the node.
     """
     target = target_of(context)
     if forget:
         run(crls.forget_node(target, actor(), forget))
-    found = [
+    reports = [
         {
             **row,
             "next_update": row["next_update"].isoformat(timespec="seconds"),
@@ -328,6 +341,6 @@ def hosts(context: click.Context, forget: str | None, as_json: bool) -> None:
         }
         for row in run(crls.list_installed(target))
     ]
-    shown = [{**row, "counts": "yes" if row["counts"] else "no"} for row in found]
+    shown = [{**row, "counts": "yes" if row["counts"] else "no"} for row in reports]
     columns = ("node", "role", "issuer", "number", "next_update", "reported_at", "counts")
-    show(found, as_json, lambda: table(shown, columns))
+    show(reports, as_json, lambda: table(shown, columns))

@@ -30,25 +30,25 @@ from authbackend.postgres.enforcement import is_enabled
 
 @click.group()
 def device() -> None:
-    """Devices of the registry."""
+    """List, register, suspend and revoke devices, and issue certificates for them."""
 
 
 @device.command("list")
 @click.option("--type", "device_type", metavar="NAME", help="Only devices of this type.")
 @click.option("--status", type=click.Choice([str(status) for status in Status]), help="Only devices with this status.")
-@click.option("--limit", type=click.IntRange(1), default=1000, show_default=True, help="At most this many.")
+@click.option("--limit", type=click.IntRange(1), default=1000, show_default=True, help="Show at most this many.")
 @json_option
 @click.pass_context
 def list_(context: click.Context, device_type: str | None, status: str | None, limit: int, as_json: bool) -> None:
     """List devices by id."""
-    found = run(registry_edits.list_devices(target_of(context), device_type=device_type, status=status, limit=limit))
+    devices = run(registry_edits.list_devices(target_of(context), device_type=device_type, status=status, limit=limit))
 
     def lines() -> Iterator[str]:
-        yield from table(found, ("device_id", "common_name", "type", "status", "status_reason", "expires_at"))
-        if len(found) == limit:
+        yield from table(devices, ("device_id", "common_name", "type", "status", "status_reason", "expires_at"))
+        if len(devices) == limit:
             yield f"only the first {limit}; see --limit"
 
-    show(found, as_json, lines)
+    show(devices, as_json, lines)
 
 
 @device.command("show")
@@ -57,30 +57,42 @@ def list_(context: click.Context, device_type: str | None, status: str | None, l
 @click.pass_context
 def show_(context: click.Context, name: str, as_json: bool) -> None:
     """Show a device, by id or common name, and the rules that apply to it."""
-    found = run(registry_edits.get_device(target_of(context), name))
+    shown = run(registry_edits.get_device(target_of(context), name))
 
     def lines() -> Iterator[str]:
         for key in ("device_id", "common_name", "type", "status", "status_reason", "status_changed_at", "expires_at"):
-            yield f"{key:18} {printable(found[key])}"
-        for key, value in sorted(found["attributes"].items()):
+            yield f"{key:18} {printable(shown[key])}"
+        for key, value in sorted(shown["attributes"].items()):
             yield f"attr.{key:13} {printable(value)}"
-        for change in found["scheduled"]:
+        for change in shown["scheduled"]:
             yield f"scheduled          {change['status']} at {change['at']}, by {who(change['actor'], change['claimed_by'])}"
         yield ""
-        yield from table(found["rules"], ("id", "of", "effect", "action", "topic", "note"))
+        yield from table(shown["rules"], ("id", "of", "effect", "action", "topic", "note"))
 
-    show(found, as_json, lines)
+    show(shown, as_json, lines)
 
 
 @device.command()
 @click.argument("device_id")
-@click.option("--type", "device_type", metavar="NAME", required=True, help="Its device type.")
-@click.option("--common-name", metavar="NAME", help="As its certificate says; default: the device id.")
-@click.option("--status", type=click.Choice(["pending", "active"]), default="active", show_default=True)
+@click.option("--type", "device_type", metavar="NAME", required=True, help="Device type.")
+@click.option("--common-name", metavar="NAME", help="Common name in its certificates. Default: the device id.")
 @click.option(
-    "--attribute", "attributes", metavar="NAME=VALUE", multiple=True, help="A value for {attr.NAME}; may be repeated."
+    "--status",
+    type=click.Choice(["pending", "active"]),
+    default="active",
+    show_default=True,
+    help="A pending device is not let in yet.",
 )
-@click.option("--expires", metavar="TIME", help="ISO 8601; UTC without a zone.")
+@click.option(
+    "--attribute",
+    "attributes",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="Value for {attr.NAME} in rules; may be repeated.",
+)
+@click.option(
+    "--expires", metavar="TIME", help="Deny it from TIME on: ISO 8601, UTC if it names no zone. Default: never."
+)
 @wait_options
 @json_option
 @click.pass_context
@@ -149,10 +161,10 @@ def _change(
 
 def _warn_of_schedule(target: Target) -> None:
     if not run(is_enabled(target)):
-        click.echo(f"authbackend: nobody makes scheduled changes: {NOT_ENABLED}", err=True)
+        click.echo(f"authbackend: scheduled changes are not made: {NOT_ENABLED}", err=True)
 
 
-_reason_option = click.option("--reason", default="", help="Why; kept with the device and in the audit trail.")
+_reason_option = click.option("--reason", default="", help="Reason, kept with the device and in the audit trail.")
 
 
 @device.command()
@@ -161,7 +173,7 @@ _reason_option = click.option("--reason", default="", help="Why; kept with the d
 @click.option(
     "--until",
     metavar="TIME",
-    help="Reinstate it automatically at this time (done by a replica with enforcement.clusters). ISO 8601; UTC without a zone.",
+    help="Reinstate it at TIME: ISO 8601, UTC if it names no zone. Needs a replica with enforcement.clusters.",
 )
 @wait_options
 @json_option
@@ -169,14 +181,14 @@ _reason_option = click.option("--reason", default="", help="Why; kept with the d
 def suspend(
     context: click.Context, device_id: str, reason: str, until: str | None, as_json: bool, wait_s: float | None
 ) -> None:
-    """Deny a device for now, and end what it has open."""
+    """Deny a device for now, close its connections and delete its sessions."""
     _change(context, device_id, "suspended", reason, as_json, wait_s, _time("--until", until))
 
 
 @device.command()
 @click.argument("device_id")
 @_reason_option
-@click.option("--at", metavar="TIME", help="Revoke it at this time instead of now. ISO 8601; UTC without a zone.")
+@click.option("--at", metavar="TIME", help="Revoke it at TIME instead of now: ISO 8601, UTC if it names no zone.")
 @wait_options
 @json_option
 @click.pass_context
@@ -184,10 +196,10 @@ def revoke(
     context: click.Context, device_id: str, reason: str, at: str | None, as_json: bool, wait_s: float | None
 ) -> None:
     """
-    Deny a device for good, and end what it has open: connections are closed, sessions deleted.
+    Deny a device for good, close its connections and delete its sessions.
 
-    With --wait, returns when a last check found nothing of it, and prints the receipt. Ending what is open, and --at, need a
-    replica with enforcement.clusters.
+    With --wait, returns when a last check has found nothing of it, and prints the receipt. Closing, deleting and --at need
+    a replica with enforcement.clusters.
     """
     due = _time("--at", at)
     if due is None:
@@ -207,5 +219,5 @@ def revoke(
 @json_option
 @click.pass_context
 def reinstate(context: click.Context, device_id: str, reason: str, as_json: bool, wait_s: float | None) -> None:
-    """Let a pending, suspended or revoked device in again."""
+    """Make a pending, suspended or revoked device active: it may log in."""
     _change(context, device_id, "active", reason, as_json, wait_s)

@@ -27,7 +27,7 @@ from authbackend.postgres.connection import Target
 
 @click.group()
 def enforcement() -> None:
-    """What was ended on the brokers after a change, what is still to be, and the receipts."""
+    """Show and control what is closed and deleted on the brokers after a change."""
 
 
 @enforcement.command("list")
@@ -40,7 +40,7 @@ def enforcement() -> None:
     "--kind", type=click.Choice(["device", "device_type", "account", "certificate"]), help="Only tasks of this kind."
 )
 @click.option("--name", metavar="NAME", help="Only tasks of this device id, device type or account.")
-@click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="At most this many.")
+@click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="Show at most this many.")
 @json_option
 @click.pass_context
 def list_(
@@ -49,11 +49,11 @@ def list_(
     """
     List tasks, the newest first.
 
-    Before them is named what holds them up: a pause, a session that is no replica and holds the lock of the one that enforces,
-    and scheduled changes that are late.
+    What holds them up is printed before them: a pause, a process that holds the enforcement lock but is not a replica, and
+    scheduled changes that are late.
     """
     target = target_of(context)
-    found = run(work.list_tasks(target, state=state, kind=kind, name=name, limit=limit))
+    tasks = run(work.list_tasks(target, state=state, kind=kind, name=name, limit=limit))
     rows = [
         {
             **task,
@@ -62,7 +62,7 @@ def list_(
             "closed": sum(((task["receipt"] or {}).get("closed") or {}).values()),
             "why": why_open(task) if task["finished_at"] is None else "",
         }
-        for task in found
+        for task in tasks
     ]
     columns = ("id", "noted_at", "by", "cluster", "kind", "name", "causes", "state", "closed", "why")
 
@@ -70,16 +70,15 @@ def list_(
         yield from _held_up(target)
         yield from table(rows, columns)
 
-    show(found, as_json, lines)
+    show(tasks, as_json, lines)
 
 
 def _held_up(target: Target) -> Iterator[str]:
     yield from held_up(target)
     for each in run(work.list_overdue(target)):
-        holder = printable(each.holder) if each.holder else "nobody is seen holding its row"
+        cause = f"its row is locked by {printable(each.holder)}" if each.holder else "no lock on its row is seen"
         yield (
-            f"late: device {printable(each.device_id)} should have become {each.status} at {each.at:%Y-%m-%d %H:%M:%S} UTC; "
-            f"its row is locked by {holder}"
+            f"late: device {printable(each.device_id)} should have become {each.status} at {each.at:%Y-%m-%d %H:%M:%S} UTC; {cause}"
         )
 
 
@@ -88,25 +87,25 @@ def _held_up(target: Target) -> Iterator[str]:
 @json_option
 @click.pass_context
 def show_(context: click.Context, task: int, as_json: bool) -> None:
-    """Show a task with its receipt: who, when, which replicas confirmed, what was closed where."""
+    """Show a task and its receipt: who caused it and when, which replicas confirmed, and what was closed where."""
     target = target_of(context)
-    found = run(work.get_task(target, task))
+    shown = run(work.get_task(target, task))
 
     def lines() -> Iterator[str]:
-        if found["finished_at"] is None:
+        if shown["finished_at"] is None:
             yield from held_up(target)
-        yield from receipt_lines(found)
-        yield f"  noted at {found['noted_at']:%Y-%m-%d %H:%M:%S.%f} UTC, by {who(found['by'], found['claimed_by'])}, version {found['version']}"
-        receipt = found["receipt"] or {}
+        yield from receipt_lines(shown)
+        yield f"  noted at {shown['noted_at']:%Y-%m-%d %H:%M:%S.%f} UTC, by {who(shown['by'], shown['claimed_by'])}, version {shown['version']}"
+        receipt = shown["receipt"] or {}
         if receipt.get("confirmed_by") is not None:
             yield f"  confirmed by: {', '.join(map(printable, receipt['confirmed_by'])) or 'no replica'}"
         for cluster, nodes in (receipt.get("nodes") or {}).items():
             seen = ", ".join(f"{printable(node)}{'' if up else ' (not running)'}" for node, up in nodes.items())
-            yield f"  looked at {printable(cluster)}: {seen}; {receipt['looks']} looks"
-        if found["attempts"]:
-            yield f"  failed attempts: {found['attempts']}"
+            yield f"  checked {printable(cluster)}: {seen}; {receipt['looks']} checks"
+        if shown["attempts"]:
+            yield f"  failed attempts: {shown['attempts']}"
 
-    show(found, as_json, lines)
+    show(shown, as_json, lines)
 
 
 @enforcement.command()
@@ -114,7 +113,7 @@ def show_(context: click.Context, task: int, as_json: bool) -> None:
 @json_option
 @click.pass_context
 def retry(context: click.Context, task: int | None, as_json: bool) -> None:
-    """Run a task now, even one that is done; without a number, all open ones."""
+    """Run a task now, even one that is done. Without TASK: all open ones."""
     changed = run(work.retry(target_of(context), actor(), task))
     show({"tasks": changed}, as_json, lambda: [f"{changed} tasks are due now"])
 
@@ -124,10 +123,10 @@ def retry(context: click.Context, task: int | None, as_json: bool) -> None:
 @click.pass_context
 def sweeps(context: click.Context, as_json: bool) -> None:
     """Show the results of each cluster's last sweep."""
-    found = run(work.list_sweeps(target_of(context)))
+    results = run(work.list_sweeps(target_of(context)))
 
     def lines() -> Iterator[str]:
-        for sweep in found:
+        for sweep in results:
             report = sweep["report"]
             counted = ", ".join(f"{cause} {number}" for cause, number in report["found"].items()) or "nothing"
             yield (
@@ -138,26 +137,28 @@ def sweeps(context: click.Context, as_json: bool) -> None:
             entries = [{column: entry.get(column) for column in columns} for entry in report["entries"]]
             if entries:
                 yield from table(entries, columns)
-        if not found:
-            yield "no sweep has been made yet"
+        if not results:
+            yield "no sweep has run yet"
 
-    show(found, as_json, lines)
+    show(results, as_json, lines)
 
 
 @enforcement.command()
-@click.option("--all", "everything", is_flag=True, help="Single revocations, suspensions and deletions, too.")
+@click.option(
+    "--all", "everything", is_flag=True, help="Also pause single revocations, suspensions, deletions and expiries."
+)
 @json_option
 @click.pass_context
 def pause(context: click.Context, everything: bool, as_json: bool) -> None:
     """
     Stop closing connections and deleting sessions for up to an hour.
 
-    For a change that turned out to be wrong: what it closes stops with the part that is under way, at most 200 devices, and
-    the change can be undone; what has been undone is not closed any more. Single revocations, suspensions, deletions and expiries go on, unless --all is
-    given. Decisions are not paused. The sweep reports and closes nothing meanwhile.
+    For a change that turned out to be wrong. The pause takes effect between two connections; undo the change, and what has
+    been undone is not closed any more. Single revocations, suspensions, deletions and expiries go on, unless --all is given.
+    Decisions are not paused. Meanwhile the sweep reports, but closes nothing.
     """
-    found = run(work.pause(target_of(context), actor(), "all" if everything else "bulk"))
-    show(asdict(found), as_json, lambda: [pause_line(found)])
+    paused = run(work.pause(target_of(context), actor(), "all" if everything else "bulk"))
+    show(asdict(paused), as_json, lambda: [pause_line(paused)])
 
 
 @enforcement.command()
@@ -169,7 +170,7 @@ def resume(context: click.Context, as_json: bool) -> None:
     show(
         {"resumed": was_paused},
         as_json,
-        lambda: ["the pause is ended" if was_paused else "enforcement was not paused"],
+        lambda: ["the pause has ended" if was_paused else "enforcement was not paused"],
     )
 
 
@@ -181,13 +182,13 @@ def forget(context: click.Context, cluster: str, as_json: bool) -> None:
     """
     Forget a cluster that is gone for good: record no more tasks for it, and close its open ones.
 
-    A cluster that a replica still has in enforcement.clusters comes back when that replica leads again.
+    If a replica still has it in enforcement.clusters, it comes back when that replica becomes the leader.
     """
     tasks = run(work.forget_cluster(target_of(context), actor(), cluster))
     show(
         {"cluster": cluster, "tasks": tasks},
         as_json,
-        lambda: [f"cluster {printable(cluster)} is forgotten; {tasks} tasks were closed without having been done"],
+        lambda: [f"cluster {printable(cluster)} is forgotten; {tasks} tasks were closed without being done"],
     )
 
 
@@ -196,16 +197,16 @@ def forget(context: click.Context, cluster: str, as_json: bool) -> None:
 @click.pass_context
 def disable(context: click.Context, as_json: bool) -> None:
     """
-    Stop recording tasks, and end all holds.
+    Switch enforcement off: record no more tasks, and end all holds.
 
-    For a registry whose services enforce no more: without this, changes go on noting work that nobody does. A
-    replica with enforcement.clusters switches it on again when it leads anew.
+    For a registry whose replicas no longer enforce: otherwise, changes go on recording tasks that nobody does. It is
+    switched on again when a replica with enforcement.clusters becomes the leader.
     """
     holds, moves = run(work.disable(target_of(context), actor()))
     show(
         {"enabled": False, "holds": holds, "client_id_moves": moves},
         as_json,
         lambda: [
-            f"changes note no more work until a replica with enforcement.clusters leads again; {holds} holds of devices and {moves} of types whose client ids moved were ended"
+            f"changes record no more tasks until a replica with enforcement.clusters becomes the leader; {holds} holds of devices and {moves} of types whose client ids moved have ended"
         ],
     )

@@ -38,27 +38,41 @@ _ONE_DAY_MANY = 100
 @click.command("enroll")
 @click.argument("device_id", required=False, metavar="[DEVICE]")
 @click.option(
-    "--ca", "directory", type=folder_type, required=True, metavar="DIR", help="An authority made with ca init."
+    "--ca",
+    "directory",
+    type=folder_type,
+    required=True,
+    metavar="DIR",
+    help="Sign with the authority in DIR, made by ca init.",
 )
 @passphrase_option
 @click.option(
     "--csr", type=file_type, metavar="FILE", help="The device's request (PKCS #10): its key stays on the device."
 )
-@click.option("--generate", is_flag=True, help="Make the key here, for a bench.")
+@click.option("--generate", is_flag=True, help="Generate the key here; for tests only.")
 @click.option(
     "--from",
     "table",
     type=file_type,
     metavar="FILE.csv",
-    help="Many devices: a line each, with the columns device_id and, if wanted, type, common_name, csr (a file).",
+    help="Enroll many devices, one a line; columns device_id and, optionally, type, common_name, csr (a file).",
 )
-@click.option("--type", "device_type", metavar="NAME", help="Register devices that do not exist, with this type.")
-@click.option("--profile", "profile_name", default="device", show_default=True, metavar="NAME")
+@click.option(
+    "--type", "device_type", metavar="NAME", help="Register devices that are not registered yet, with this type."
+)
+@click.option(
+    "--profile",
+    "profile_name",
+    default="device",
+    show_default=True,
+    metavar="NAME",
+    help="Profile of DIR/authority.toml.",
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="One device: PATH.pem and PATH.key, default DEVICE. Many: a folder, or one file if it ends in .zip.",
+    help="Where to write. One device: PATH.pem and PATH.key, default DEVICE. Many: a folder, or one file if it ends in .zip, default FILE.zip.",
 )
 @json_option
 @click.pass_context
@@ -78,15 +92,15 @@ def enroll(
     """
     Issue certificates for devices, and put them on record in the same transaction.
 
-    Of a request, only the key is taken. A device may have several certificates, so that the new one is in use before
-    the old one ends.
+    Only the key is taken from a request. A device may have several certificates, so that it can use the new one before
+    the old one expires.
     """
     if (device_id is None) == (table is None):
         raise InvalidInput("give either a DEVICE or --from FILE.csv")
     if device_id is not None and (csr is None) != generate:
-        raise InvalidInput("give either --csr FILE (the key stays on the device) or --generate (for a bench)")
+        raise InvalidInput("give either --csr FILE (the key stays on the device) or --generate (for tests)")
     if table is not None and csr is not None:
-        raise InvalidInput("with --from, requests are named in the column csr")
+        raise InvalidInput("with --from, name requests in the column csr, not with --csr")
     target = target_of(context)
     authority = AuthorityFolder.open(directory, passphrase_of(passphrase_file))
     profile = authority.profile(profile_name, "client")
@@ -143,10 +157,10 @@ def _many(
     def lines() -> Iterator[str]:
         yield f"enrolled {len(enrolled)} devices into {place}"
         if any(one.key_pem for one in enrolled):
-            yield "it holds private keys that are not encrypted: bring them to the devices and delete it"
+            yield "it holds private keys that are not encrypted: bring them to the devices, then delete it"
         if len(enrolled) >= _ONE_DAY_MANY:
             end = min(one.signed.record.not_after for one in enrolled)
-            yield f"all of them end on {end:%Y-%m-%d}; to spread the renewals, enrol in several goes or profiles"
+            yield f"all of them expire on {end:%Y-%m-%d}; to spread the renewals, enroll at several times or with several profiles"
 
     show(result, as_json, lines)
 
@@ -163,7 +177,7 @@ def _rows(table: Path, device_type: str | None, generate: bool) -> Iterator[Requ
     columns = set(reader.fieldnames or ())
     if "device_id" not in columns or not columns <= set(COLUMNS):
         raise InvalidInput(
-            f"{table}: the first line names the columns: device_id and, if wanted, {', '.join(COLUMNS[1:])}"
+            f"{table}: the first line must name the columns: device_id and, optionally, {', '.join(COLUMNS[1:])}"
         )
     seen: set[str] = set()
     for row in reader:
@@ -175,7 +189,7 @@ def _rows(table: Path, device_type: str | None, generate: bool) -> Iterator[Requ
         seen.add(name)
         request_file = (row.get("csr") or "").strip()
         if bool(request_file) == generate:
-            raise InvalidInput(f"{where}name a file in the column csr, or make keys for all with --generate; not both")
+            raise InvalidInput(f"{where}name a file in the column csr, or generate all keys with --generate; not both")
         yield Request(
             name,
             (row.get("type") or "").strip() or device_type,

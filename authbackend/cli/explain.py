@@ -20,9 +20,9 @@ DENIED = 6
 @click.argument("device")
 @click.argument("action", type=click.Choice(sorted(ACTIONS)))
 @click.argument("topic")
-@click.option("--client-id", help="Default: the first that the device's type allows.")
-@click.option("--vhost", help="Default: the first of the device's type.")
-@click.option("--address", help="Default: one that the device's type allows.")
+@click.option("--client-id", help="MQTT client id. Default: the first that the device's type allows.")
+@click.option("--vhost", help="Virtual host. Default: the first of the device's type.")
+@click.option("--address", help="The client's IP address. Default: one that the device's type allows.")
 @json_option
 @click.pass_context
 def explain(
@@ -36,16 +36,18 @@ def explain(
     as_json: bool,
 ) -> None:
     """
-    Show what RabbitMQ would be answered, using the same code: verdict, reason, the rule that decided or the
-    nearest ones and what is missing. Exit code 0 when allowed, 6 when denied.
+    Show whether a device may publish or subscribe, and why.
+
+    The answer is the one that RabbitMQ would get, from the same code: verdict, reason, and the rule that decided, or the
+    nearest rules and what is missing. Exit status 0 if allowed, 6 if denied.
     """
     settings = settings_of(context)
-    registry, found = run(partial_registry.load_partial(replica.target(settings, "authbackend cli"), device, client_id))
+    registry, known = run(partial_registry.load_partial(replica.target(settings, "authbackend cli"), device, client_id))
     attempt = Attempt(ACTIONS[action], topic, client_id, vhost, address)
     explanation = explain_attempt(
-        registry, found, attempt, registry.now, DecisionSettings(settings.broker.mqtt_exchange)
+        registry, known, attempt, registry.now, DecisionSettings(settings.broker.mqtt_exchange)
     )
-    result = to_json(found, attempt, explanation)
+    result = to_json(known, attempt, explanation)
     show(result, as_json, lambda: as_text(result))
     if not explanation.decision.allowed:
         raise click.exceptions.Exit(DENIED)

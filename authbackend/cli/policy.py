@@ -26,14 +26,14 @@ _devices = click.option(
     "--devices",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="The devices section as CSV or JSON lines.",
+    help="Read the devices section from FILE, CSV or JSON lines.",
 )
-_prune = click.option("--prune", is_flag=True, help="Also remove what a section in the file does not list.")
+_prune = click.option("--prune", is_flag=True, help="Also remove entries that a section of the file does not list.")
 
 
 @click.group()
 def policy() -> None:
-    """The policy file: check it, see what it would change, apply it, write it."""
+    """Check, plan, apply and export the policy file."""
 
 
 def _read(file: Path, devices: Path | None) -> tuple[Document, list[Problem]]:
@@ -70,7 +70,7 @@ def _read_or_refuse(file: Path, devices: Path | None) -> Document:
 @_devices
 @json_option
 def check(file: Path, devices: Path | None, as_json: bool) -> None:
-    """Read FILE and print every problem with file, line and column; needs no database."""
+    """Check FILE and print every problem with file, line and column; needs no database."""
     document, problems = _read(file, devices)
     errors = sum(not problem.warning for problem in problems)
 
@@ -112,10 +112,11 @@ def _changes(changes: list[Change]) -> list[dict[str, object]]:
 @click.pass_context
 def plan(context: click.Context, file: Path, devices: Path | None, prune: bool, as_json: bool) -> None:
     """
-    Print the impact of FILE and the exact difference to the registry; changes nothing.
+    Print what applying FILE would change: the impact, and the exact difference. Changes nothing.
 
-    The impact is how many lose something, counted by the database: it makes the changes and rolls them back.
-    Exit status as for apply if the database would refuse the changes; exceeding the brake's limit is only reported.
+    The impact is how many devices, accounts and certificates lose something. The database counts it: it makes the changes
+    and rolls them back. If it would refuse them, the exit status is that of apply; an impact above the brake's limit is
+    only reported.
     """
     document = _read_or_refuse(file, devices)
     planned = run(policy_apply.plan(target_of(context), document, prune=prune, say=_say))
@@ -144,7 +145,7 @@ def plan(context: click.Context, file: Path, devices: Path | None, prune: bool, 
     "--accept-impact",
     type=click.IntRange(min=0),
     metavar="NUMBER",
-    help="Let the change take something from up to NUMBER devices, accounts and certificates; default: what the brake allows.",
+    help="Let the change take something from up to NUMBER devices, accounts and certificates. Default: what the brake allows.",
 )
 @wait_options
 @json_option
@@ -159,9 +160,9 @@ def apply(
     wait_s: float | None,
 ) -> None:
     """
-    Make the registry as FILE says, all or nothing, and print the impact and the registry version that serves it.
+    Make the registry what FILE says, all or nothing, and print the impact and the new registry version.
 
-    Nobody waits for it. Exit status 4: somebody else changed a row meanwhile, which is named. Exit status 5: others
+    It blocks nobody. Exit status 4: somebody else changed a row in the meantime, which is named. Exit status 5: others
     held or wanted the rows; try again.
     """
     document = _read_or_refuse(file, devices)
@@ -190,7 +191,7 @@ def apply(
 @json_option
 @click.pass_context
 def export(context: click.Context, output: Path | None, as_json: bool) -> None:
-    """Write the whole registry as a policy file; it holds password hashes."""
+    """Write the whole registry as a policy file. It holds password hashes: keep it secret."""
     document = run(policy_export.export(target_of(context)))
     text = json.dumps(as_tree(document), indent=2, ensure_ascii=False) + "\n" if as_json else write(document)
     if output is None:

@@ -10,7 +10,7 @@ from authbackend.postgres import replicas as store
 
 @click.group()
 def replicas() -> None:
-    """The running replicas, as they announce themselves in the database."""
+    """List running replicas, and forget those that are gone."""
 
 
 @replicas.command("list")
@@ -18,16 +18,16 @@ def replicas() -> None:
 @click.pass_context
 def list_(context: click.Context, as_json: bool) -> None:
     """
-    List the replicas: their state, the version they serve and how long ago they were in step.
+    List the replicas: their state, the version they serve, and how long ago they were in step with the database.
 
-    States: starting, live, silent (no word for 10 s; may still be answering), stopped (signed off), gone (its copy is
-    too old to decide by). MAY_ANSWER tells whom `authbackend wait` waits for. ID is new at each start, FOLDER stays; TWINS
-    are how many others run from a folder with the same id now: one was copied, and needs an empty folder of its own.
+    States: starting, live, silent (not heard of for 10 s; may still be answering), stopped (signed off), gone (its copy
+    is too old to decide by). MAY_ANSWER: `authbackend wait` waits for it. ID is new at each start, FOLDER stays. TWINS:
+    how many others now run from a folder with the same id; one was copied, and needs an empty folder of its own.
     """
-    found = run(store.list_replicas(target_of(context)))
-    shown = [{**one, "age_s": None if one["age_s"] is None else round(one["age_s"], 1)} for one in found]
+    known = run(store.list_replicas(target_of(context)))
+    shown = [{**one, "age_s": None if one["age_s"] is None else round(one["age_s"], 1)} for one in known]
     columns = ("name", "id", "folder", "twins", "program_version", "workers", "state", "version", "age_s", "may_answer")
-    show(found, as_json, lambda: table(shown, columns))
+    show(known, as_json, lambda: table(shown, columns))
 
 
 @replicas.command()
@@ -36,9 +36,9 @@ def list_(context: click.Context, as_json: bool) -> None:
 @click.pass_context
 def forget(context: click.Context, name: str, as_json: bool) -> None:
     """
-    Forget a replica, by id or name, that will certainly never answer again, so that nobody waits for it.
+    Forget a replica, by id or name, that will never answer again, so that nobody waits for it.
 
-    A replica that is still running reappears within a second.
+    One that is still running reappears within a second.
     """
     number = run(store.forget_replica(target_of(context), actor(), name))
     show({"forgotten": number}, as_json, lambda: [f"forgot {number} replicas"])
@@ -46,7 +46,14 @@ def forget(context: click.Context, name: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("version")
-@click.option("--timeout", type=click.FloatRange(0), metavar="SECONDS", default=10.0, show_default=True)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0),
+    metavar="SECONDS",
+    default=10.0,
+    show_default=True,
+    help="Longest time to wait, in seconds.",
+)
 @json_option
 @click.pass_context
 def wait(context: click.Context, version: str, timeout: float, as_json: bool) -> None:

@@ -31,25 +31,25 @@ SAMPLE = Path(__file__).parent.parent / "sample-fleet.yaml"
     "folder",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Run a private PostgreSQL in DIR, migrated; for trying out.",
+    help="Run a private PostgreSQL in DIR, migrated. For trying out; needs the extra authbackend[embedded].",
 )
 @click.option("--sample", is_flag=True, help="With --embedded: load the sample fleet into an empty registry.")
-@click.option("--workers", type=click.IntRange(1, 64), metavar="N", help="Worker processes (replica.workers).")
+@click.option(
+    "--workers", type=click.IntRange(1, 64), metavar="N", help="Worker processes. Default: the setting replica.workers."
+)
 @click.pass_context
 def serve(context: click.Context, folder: Path | None, sample: bool, workers: int | None) -> None:
     """
-    Answer RabbitMQ and people until SIGTERM.
+    Run a replica: answer RabbitMQ and people until SIGTERM.
 
-    Also starts without a database: it answers 503 and is not ready until the registry has been loaded.
+    Also starts while the database is down: it answers 503 and is not ready until the registry has been loaded.
     """
     supervisor.survive_hangups()
     settings = settings_of(context)
     if workers is not None:
         settings = settings.model_copy(update={"replica": settings.replica.model_copy(update={"workers": workers})})
     if sample and folder is None:
-        raise ConfigurationError(
-            "--sample goes with --embedded DIR; for your own database: authbackend policy apply FILE"
-        )
+        raise ConfigurationError("--sample needs --embedded DIR; for your own database: authbackend policy apply FILE")
     logs.configure(settings.log.format, settings.log.level)
     components.broker_tls(settings.broker)  # report configuration errors before anything starts
     components.health_tls(settings.health)
@@ -134,12 +134,14 @@ def _say(text: str) -> None:
 
 @click.command()
 @click.option(
-    "--repair-triggers", is_flag=True, help="Enable the registry's triggers again after a restore that disabled them."
+    "--repair-triggers",
+    is_flag=True,
+    help="Also enable the registry's triggers again, after a restore that disabled them.",
 )
 @json_option
 @click.pass_context
 def migrate(context: click.Context, repair_triggers: bool, as_json: bool) -> None:
-    """Bring the database to this version's schema; safe when several start at once."""
+    """Bring the database to this version's schema. Several may run at once."""
     target = target_of(context)
     applied = run(migrations.migrate(target))
     repaired = run(migrations.repair_triggers(target)) if repair_triggers else 0

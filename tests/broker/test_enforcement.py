@@ -319,7 +319,7 @@ async def test_a_broker_that_is_down_is_not_forgotten(
     await client.disconnect()
     await asyncio.to_thread(broker.stop)
     try:
-        with pytest.raises(HarnessError, match=r"exit status 8(?s:.)*not yet known to be true"):
+        with pytest.raises(HarnessError, match=r"exit status 8(?s:.)*not yet confirmed for existing connections"):
             await asyncio.to_thread(enforcing.command, "device", "revoke", me, "--wait", "--timeout", "3")
         text = enforcing.command("enforcement", "list", "--state", "open")
         assert me in text

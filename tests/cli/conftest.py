@@ -1,4 +1,4 @@
-"""The command line against a database of its own, and an authority that signs."""
+"""The command line with a database of its own, and an authority that signs."""
 
 import shutil
 
@@ -14,7 +14,7 @@ PASSPHRASE, ROOT_PASSPHRASE = "correct horse battery", "staple in a vault"
 
 @pytest.fixture
 def cli(dsn, tmp_path, monkeypatch):
-    """Run a command; returns click's result."""
+    """Run a command and return click's result."""
     monkeypatch.chdir(tmp_path)
     for name in ("AUTHBACKEND_CONFIG", "AUTHBACKEND_ACTOR"):
         monkeypatch.delenv(name, raising=False)
@@ -44,7 +44,7 @@ def made_authority(tmp_path_factory):
 
 @pytest.fixture
 def ca(made_authority, tmp_path):
-    """An authority, and a registry with the devices D1 and D2 (common name ``two``)."""
+    """The folder of an authority that signs, with the root's key beside it."""
     shutil.copytree(made_authority.parent, tmp_path / "authority")
     return tmp_path / "authority" / "fleet"
 

@@ -1,4 +1,4 @@
-"""The audit trail as lines of JSON: every field, filters, constant memory, and never a part that passes for the whole."""
+"""The audit trail as lines of JSON: fields, filters, constant memory; a truncated export never looks complete."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from tests.support.postgres import connected, run
 
 @pytest.fixture
 def exported(cli):
-    """Export with options: the rows, and the last line."""
+    """Export with options; return the rows and the last line."""
 
     def call(*options, **changed):
         lines = [json.loads(line) for line in cli("audit", "export", *options, **changed).stdout.splitlines()]
@@ -117,7 +117,7 @@ def test_a_time_is_compared_with_that_of_the_row(exported, execute, fleet):
 
 
 def test_what_was_open_during_an_export_comes_with_the_next_one(dsn, exported, execute, fleet):
-    """Its rows have lower numbers and earlier times than what the first export had."""
+    """Rows of a transaction that was open have lower ids and earlier times than rows of the first export."""
 
     async def overlapping():
         async with connected(dsn) as slow, connected(dsn) as quick:
@@ -141,14 +141,14 @@ def test_a_file_appears_when_it_is_whole_and_is_for_its_owner(cli, fleet, tmp_pa
     lines = (tmp_path / "trail.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["rows"] == len(lines) - 1 > 0
     assert (tmp_path / "trail.jsonl").stat().st_mode & 0o777 == 0o600
-    assert "is there already" in cli("audit", "export", "--out", "trail.jsonl", exit_code=2).stderr
+    assert "already exists" in cli("audit", "export", "--out", "trail.jsonl", exit_code=2).stderr
     assert (tmp_path / "trail.jsonl").read_text().splitlines() == lines
 
 
 def test_a_database_that_goes_away_leaves_no_end_and_no_file(
     cli, execute, fleet, tmp_path, monkeypatch, postgres, database
 ):
-    """The session is ended after the first rows."""
+    """The database session is ended after the first rows."""
     execute("insert into device (device_id, type) select 'N' || n, 'APM' from generate_series(1, 2000) n")
     made = audit._line
     ended = []
@@ -163,7 +163,7 @@ def test_a_database_that_goes_away_leaves_no_end_and_no_file(
     cut = cli("audit", "export", exit_code=5)
     assert '"end"' not in cut.stdout
     assert 0 < len(cut.stdout.splitlines()) < 2000
-    assert f"the export is cut after {len(cut.stdout.splitlines())} rows" in cut.stderr
+    assert f"the export is truncated after {len(cut.stdout.splitlines())} rows" in cut.stderr
     ended.clear()
     cli("audit", "export", "--out", "trail.jsonl", exit_code=5)
     assert list(tmp_path.iterdir()) == []
@@ -174,7 +174,7 @@ def test_a_disk_that_is_full_is_no_success(dsn, execute, fleet):
     with open("/dev/full", "wb") as full:
         done = subprocess.run(command(), env=environment(dsn), stdout=full, stderr=subprocess.PIPE, check=False)
     assert done.returncode != 0
-    assert b"No space left on device; the export is cut" in done.stderr
+    assert b"No space left on device; the export is truncated" in done.stderr
     assert b"Traceback" not in done.stderr
 
 
@@ -189,7 +189,7 @@ def test_a_reader_that_leaves_is_no_success(dsn, execute, fleet):
     process.stderr.close()
     assert process.wait() != 0
     assert b"Traceback" not in told
-    assert b"Broken pipe; the export is cut" in told
+    assert b"Broken pipe; the export is truncated" in told
 
 
 def test_a_table_that_the_trail_does_not_know_is_named(cli, fleet):
@@ -203,7 +203,7 @@ def test_a_wrong_time_is_told(cli):
 
 
 def test_memory_does_not_grow_with_the_trail(dsn, execute, fleet, tmp_path):
-    """Of the process, while it exports a few and then 50,000 rows of half a kilobyte."""
+    """Peak memory of the process: with a few rows, then with 50,000 of half a kilobyte."""
 
     def peak():
         script = (

@@ -1,4 +1,4 @@
-"""Certificates on the command line: an authority, devices that get theirs, imports, revocations and lists."""
+"""Certificates on the command line: authority, enrollment, import, revocation and revocation lists."""
 
 import csv
 import json
@@ -34,7 +34,7 @@ def as_json(result):
 
 
 def listed(execute, name="fleet"):
-    """The serial numbers on the published list."""
+    """Return the serial numbers on the published list, with their reasons."""
     (row,) = execute("select der from crl where authority = $1", name)
     return {entry.serial: entry.reason for entry in entries_of(row["der"])}
 
@@ -109,7 +109,7 @@ def test_what_another_authority_signed_is_never_replaced(cli, ca, tmp_path):
     cli("ca", "issue-server", "other", "--name", "a.example", "--out", "server", "--offline")
     before = (tmp_path / "server.pem").read_bytes()
     refused = cli("ca", "issue-server", ca, "--name", "b.example", *KEPT, exit_code=2).stderr
-    assert "server.pem is not of authority fleet, and stays as it is" in refused
+    assert "server.pem was not issued by authority fleet and is left as it is" in refused
     (tmp_path / "server.key").unlink()
     assert "server.key is missing" in cli("ca", "issue-server", ca, "--name", "b.example", *KEPT, exit_code=2).stderr
     assert (tmp_path / "server.pem").read_bytes() == before
@@ -120,13 +120,13 @@ def test_a_server_can_be_issued_without_a_database_and_put_on_record_later(cli, 
     assert "--offline" in cli(*asked, exit_code=2, AUTHBACKEND_DATABASE__DSN=None).stderr
     assert not (tmp_path / "server.pem").exists()
     cli(*asked, "--offline", AUTHBACKEND_DATABASE__DSN=None)
-    assert "1 new, 0 on record already, 1 of authorities skipped" in cli("cert", "import", "server.pem").stdout
+    assert "1 new, 0 already on record, 1 of authorities skipped" in cli("cert", "import", "server.pem").stdout
 
 
 def test_nothing_is_overwritten(cli, ca, tmp_path):
     (tmp_path / "server.key").write_text("precious")
     refused = cli("ca", "issue-server", ca, "--name", "rabbitmq", "--out", "server", exit_code=2)
-    assert "server.key is there already" in refused.stderr
+    assert "server.key already exists" in refused.stderr
     assert (tmp_path / "server.key").read_text() == "precious"
     assert as_json(cli("cert", "list", "--json")) == []
 
@@ -144,7 +144,7 @@ def test_a_server_is_renewed_with_its_names_and_a_new_key(cli, ca, tmp_path):
 def test_the_intermediate_is_renewed_and_known_to_the_database(cli, ca, execute):
     cli("crl", "sign", ca)
     before = execute("select certificate_pem from authority")
-    assert "what is to be renewed?" in cli("ca", "renew", ca, exit_code=2).stderr
+    assert "nothing to renew: " in cli("ca", "renew", ca, exit_code=2).stderr
     cli("ca", "renew", ca, "--root-key", ca.parent / "offline" / "fleet-root.key")
     cli("crl", "sign", ca)
     assert execute("select certificate_pem from authority") != before
@@ -262,7 +262,7 @@ def test_many_are_enrolled_into_one_file(cli, ca, fleet, execute, tmp_path):
     table(tmp_path, [("D1", "", ""), *((f"N{n}", "APM", "") for n in range(120))])
     told = cli("device", "enroll", "--from", "fleet.csv", "--generate", "--ca", ca).stdout
     assert "enrolled 121 devices into fleet.zip" in told
-    assert "all of them end on" in told
+    assert "all of them expire on" in told
     assert (tmp_path / "fleet.zip").stat().st_mode & 0o777 == 0o600
     with zipfile.ZipFile(tmp_path / "fleet.zip") as archive:
         assert len(archive.namelist()) == 2 * 121 + 1
@@ -301,7 +301,7 @@ def test_one_wrong_line_and_nobody_is_enrolled(cli, ca, fleet, execute, tmp_path
 def test_an_unknown_column_is_named(cli, ca, fleet, tmp_path):
     table(tmp_path, [("D1", "x")], ("device_id", "sort"))
     refused = cli("device", "enroll", "--from", "fleet.csv", "--generate", "--ca", ca, exit_code=2)
-    assert "device_id and, if wanted, type, common_name, csr" in refused.stderr
+    assert "device_id and, optionally, type, common_name, csr" in refused.stderr
 
 
 # --- imports -------------------------------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ OUTSIDE_CA = signing.sign_authority(
 
 
 def outside(*names, days=50):
-    """Certificates of an outside authority."""
+    """Return certificates of an outside authority."""
     return [
         signing.sign_leaf(
             signing.subject_of([name]),
@@ -368,7 +368,7 @@ def test_folders_are_imported_and_what_cannot_be_read_is_named(cli, fleet, tmp_p
 
 
 def swapped(certificate):
-    """The certificate with the end of its validity first."""
+    """Return the certificate with the two times of its validity swapped."""
     der = certificate.public_bytes(serialization.Encoding.DER)
     begin, end = (
         f"{moment:%y%m%d%H%M%SZ}".encode()
@@ -418,7 +418,7 @@ def test_a_second_certificate_with_the_same_serial_number_is_named(cli, fleet, e
     begin, end = signing.validity(None, None, timedelta(days=9))
     two = builder.not_valid_before(begin).not_valid_after(end).sign(OUTSIDE, hashes.SHA256())
     told = cli("cert", "import", "-", stdin=pem(one, two), exit_code=2).stdout
-    assert f"{one.serial_number:x}: its issuer used it for another certificate" in told
+    assert f"{one.serial_number:x}: another certificate of its issuer" in told
     assert len(execute("select * from certificate")) == 1
 
 
@@ -434,7 +434,7 @@ def test_revocations_of_an_openssl_authority_are_taken_over(cli, fleet, execute,
     (tmp_path / "outside.pem").write_bytes(pem(OUTSIDE_CA))
     index = ("--openssl-index", "index.txt", "--issuer", "outside.pem")
     told = cli("cert", "import", "-", *index, stdin=pem(one, two), exit_code=2).stdout
-    assert "1 revoked, 1 revoked ones are not on record" in told
+    assert "1 revoked; 1 more are revoked in the index, but not on record" in told
     assert f"{two.serial_number:x} is on hold" in told
     assert {r["common_name"]: (r["state"], r["reason"]) for r in execute("select * from certificate")} == {
         "D1": ("revoked", "keyCompromise"),
@@ -452,7 +452,9 @@ def test_what_expires_is_listed_and_many_on_a_day_are_named(cli, fleet, execute)
     assert len(rows) == 57
     assert {row["common_name"]: row["renewed"] for row in rows[:2]} == {"D1": True, "two": False}
     text = cli("cert", "list", "--expiring", "30d").stdout
-    assert f"many end on one day: 55 without a successor on {datetime.now(UTC) + timedelta(days=25):%Y-%m-%d}" in text
+    assert (
+        f"many expire on one day: 55 without a successor on {datetime.now(UTC) + timedelta(days=25):%Y-%m-%d}" in text
+    )
     assert "many" not in cli("cert", "list", "--expiring", "3w").stdout
     assert len(as_json(cli("cert", "list", "--device", "D1", "--json"))) == 2
     assert "only the first 1" in cli("cert", "list", "--limit", "1").stdout
@@ -464,7 +466,7 @@ def test_what_expires_is_listed_and_many_on_a_day_are_named(cli, fleet, execute)
 
 @pytest.fixture
 def two_certificates(cli, ca, fleet):
-    """Serial numbers of D1's certificates, the older first."""
+    """Serial numbers of two certificates of D1, the older first."""
     serials = []
     for name in ("old", "new"):
         serials.append(
@@ -493,7 +495,7 @@ def test_waiting_for_a_revocation_ends_well_only_when_every_node_has_the_list(cl
     execute("insert into enforcement_cluster (name) values ('rabbit') returning 1")
 
     def revoked(lists, exit_code):
-        """Revoke the second, with a receipt that is made in the same moment."""
+        """Revoke the second certificate; a trigger writes its receipt in the same moment."""
         execute(
             "create or replace function receipt() returns trigger language plpgsql as $$ begin new.finished_at = now(); new.state = 'done';"
             f"new.receipt = '{json.dumps({'closed': {}, 'looks': 2, 'lists': lists, 'checked_at': 'noon'})}'; return new; end $$;"
@@ -587,7 +589,7 @@ def test_a_list_of_an_outside_authority_is_taken_over(cli, fleet, take_over, exe
         CrlEntry(f"{two.serial_number:x}", "certificateHold", now),
     )
     told = take_over(der).stdout
-    assert "1 certificates revoked now, 1 listed ones are not on record" in told
+    assert "1 certificates revoked now; 1 on the list are not on record" in told
     assert "1 on hold" in told
     assert {r["common_name"]: r["state"] for r in execute("select * from certificate")} == {
         "D1": "revoked",
@@ -607,7 +609,10 @@ def test_a_list_that_is_not_in_order_changes_nothing(cli, fleet, take_over, exec
     (one,) = outside("D1")
     cli("cert", "import", "-", stdin=pem(one))
     entry = CrlEntry(f"{one.serial_number:x}", "", datetime.now(UTC))
-    assert "older than number 5, which its lists have reached" in take_over(outside_list(4, entry), exit_code=4).stderr
+    assert (
+        "older than number 5, which the authority's lists have reached"
+        in take_over(outside_list(4, entry), exit_code=4).stderr
+    )
     assert "another list with number 5" in take_over(outside_list(5, entry), exit_code=2).stderr
     old = datetime.now(UTC) - timedelta(days=9)
     assert "too old" in take_over(outside_list(6, entry, now=old), exit_code=2).stderr

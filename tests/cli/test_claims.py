@@ -1,4 +1,4 @@
-"""What commands say is done, was seen; what was not, is said and ends with exit status 8."""
+"""Commands claim only what was seen to be done; they name the rest and exit with status 8."""
 
 import json
 
@@ -19,21 +19,21 @@ RECEIPT = {
 
 @pytest.fixture
 def enforcing(execute):
-    """Changes note work on one cluster; nobody does it."""
+    """Enforcement is on for one cluster, but no replica does its tasks."""
     execute("insert into enforcement_setup (hold_limit_s) values (30)")
     execute("insert into enforcement_cluster (name) values ('rabbit')")
 
 
 @pytest.fixture
 def serial(cli, ca, fleet):
-    """A certificate of D1."""
+    """The serial number of a certificate of D1."""
     cli("device", "enroll", "D1", "--ca", ca, "--generate")
     return json.loads(cli("cert", "list", "--json").stdout)[0]["serial"]
 
 
 @pytest.fixture
 def finish(execute):
-    """Close all tasks with this receipt, as a replica does."""
+    """Finish all tasks with this receipt, as a replica does."""
 
     def call(**changes):
         receipt = json.dumps({**RECEIPT, **changes})
@@ -47,7 +47,7 @@ def test_a_certificate_that_was_revoked_before_is_waited_for_as_well(cli, enforc
     assert "not begun" in cli(*waiting, exit_code=8).stderr
     again = cli(*waiting, exit_code=8)
     assert "revoked already" in again.stdout
-    assert "not yet known to be true for what is connected" in again.stderr
+    assert "not yet confirmed for existing connections" in again.stderr
     finish()
     told = cli(*waiting).stdout
     assert f"task 1: certificate {serial} (revoked) on rabbit is done" in told
@@ -59,7 +59,7 @@ def test_a_certificate_that_was_revoked_before_is_waited_for_as_well(cli, enforc
     ("changes", "fault"),
     [
         ({"lists": {**LISTED, "installed": [], "unknown": [NODE]}}, f"{NODE} is not known to check a revocation list"),
-        ({"untold": 3}, "3 connections stay, because the brokers do not tell enough"),
+        ({"untold": 3}, "3 connections were left open: the brokers report too little"),
     ],
 )
 def test_a_receipt_that_leaves_something_open_is_no_success(cli, enforcing, serial, finish, changes, fault):
@@ -73,21 +73,21 @@ def test_a_host_that_reports_no_more_is_named(cli, enforcing, serial, execute):
     lists = json.dumps({"lists": {**LISTED, "installed": [], "silent": [NODE]}})
     execute(f"update enforcement set state = 'checking', receipt = '{lists}'")
     told = cli("cert", "revoke", serial, "--wait", "--timeout", "0.2", exit_code=8)
-    assert f"crl sync on the host of {NODE} reports no more" in told.stderr
-    assert f"not known to have that list still, its crl sync reports no more: {NODE}" in told.stdout
-    assert "reports no more" in cli("enforcement", "list").stdout
+    assert f"crl sync on the host of {NODE} no longer reports" in told.stderr
+    assert f"no longer known to have that list, because crl sync no longer reports: {NODE}" in told.stdout
+    assert "no longer reports" in cli("enforcement", "list").stdout
 
 
 def test_a_revocation_of_which_no_receipt_is_kept_is_not_known_to_be_done(cli, enforcing, serial, execute):
     cli("cert", "revoke", serial)
     execute("delete from enforcement")
     told = cli("cert", "revoke", serial, "--wait", exit_code=8)
-    assert f"no receipt is kept of the revocation of {serial}" in told.stderr
+    assert f"there is no receipt of the revocation of {serial}" in told.stderr
 
 
 def test_where_nobody_enforces_a_revoked_certificate_is_not_done(cli, serial):
     told = cli("cert", "revoke", serial, "--wait", exit_code=8).stderr
-    assert "what is connected was not looked at" in told
+    assert "existing connections were not checked" in told
     assert "enforcement is off" in cli("cert", "revoke", serial, "--wait", exit_code=8).stderr
 
 
@@ -100,7 +100,7 @@ def test_a_device_that_was_revoked_before_is_waited_for_as_well(cli, enforcing, 
     cli(*waiting, exit_code=8)
     again = cli(*waiting, exit_code=8)
     assert "is revoked already; nothing was changed" in again.stdout
-    assert "not yet known to be true for what is connected" in again.stderr
+    assert "not yet confirmed for existing connections" in again.stderr
     finish(lists={})
     assert "nothing more to end was found" in cli(*waiting).stdout
 
@@ -108,7 +108,7 @@ def test_a_device_that_was_revoked_before_is_waited_for_as_well(cli, enforcing, 
 def test_who_schedules_is_told_when_nobody_makes_scheduled_changes(cli, fleet, execute):
     later = "2035-01-31T12:00:00Z"
     for command in (("suspend", "D1", "--until", later), ("revoke", "D2", "--at", later)):
-        assert "nobody makes scheduled changes: enforcement is off" in cli("device", *command).stderr
+        assert "scheduled changes are not made: enforcement is off" in cli("device", *command).stderr
     execute("insert into enforcement_setup (hold_limit_s) values (30)")
     assert cli("device", "revoke", "D2", "--at", later).stderr == ""
 

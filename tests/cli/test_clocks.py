@@ -1,4 +1,4 @@
-"""Certificates go by the database's clock, whatever the clock of the machine says that the command runs on."""
+"""Certificates go by the database's clock, not by that of the machine on which the command runs."""
 
 import json
 from datetime import UTC, datetime, timedelta
@@ -56,7 +56,7 @@ def test_days_on_which_many_end_are_named_by_the_clock_of_the_database(cli, flee
         " select lpad(to_hex(n), 64, '0'), to_hex(n), 'CN=CA', 'CN=n' || n, 'n' || n, now() - interval '1 year', now() + interval '5 days'"
         " from generate_series(1, 60) n"
     )
-    assert "many end on one day: 60" in cli("cert", "list", "--expiring", "30d").stdout
+    assert "many expire on one day: 60" in cli("cert", "list", "--expiring", "30d").stdout
 
 
 def test_revocations_and_lists_have_the_time_of_the_database(cli, ca, fleet, execute, wrong_clock):
@@ -86,7 +86,7 @@ def test_a_clock_that_is_far_ahead_does_not_end_the_authority(cli, ca, fleet, tm
 
 
 def test_all_but_the_newest_keeps_what_is_valid_now(cli, ca, fleet, execute):
-    """Another one, issued before by a clock that was ahead, begins in the future: with that alone, the device is out."""
+    """A certificate issued earlier, by a clock that was ahead, begins in the future: the device could not log in with it."""
     execute(
         "insert into certificate (fingerprint, serial, issuer, subject, common_name, not_before, not_after)"
         " values (repeat('a', 64), 'a1', 'CN=CA', 'CN=D1', 'D1', now() + interval '400 days', now() + interval '800 days')"

@@ -1,4 +1,4 @@
-"""The command line as a person and a script use it: output, JSON, exit codes, and what the trail says."""
+"""The command line as people and scripts use it: output, JSON, exit status, and the audit trail."""
 
 import json
 import re
@@ -29,7 +29,7 @@ accounts:
 
 @pytest.fixture
 def cli(dsn, tmp_path, monkeypatch):
-    """Run a command; returns click's result."""
+    """Run a command and return click's result."""
     monkeypatch.chdir(tmp_path)
     for name in ("AUTHBACKEND_CONFIG", "AUTHBACKEND_ACTOR"):
         monkeypatch.delenv(name, raising=False)
@@ -45,7 +45,7 @@ def cli(dsn, tmp_path, monkeypatch):
 
 @pytest.fixture
 def policy(cli, tmp_path):
-    """A registry with POLICY in it; returns the file."""
+    """The file of POLICY, which has been applied."""
     file = tmp_path / "policy.yaml"
     file.write_text(POLICY)
     cli("policy", "apply", file)
@@ -356,7 +356,7 @@ def test_an_account_can_change_to_login_by_certificate(cli, policy):
 
 
 def test_explain_takes_the_owner_of_the_usual_client_id_into_account(cli, policy):
-    """As the listener does: D1's usual client id would be D1_1, which is another device's id."""
+    """Like the listener: D1's usual client id would be D1_1, which is another device's id."""
     policy.write_text(POLICY.replace('client_ids: ["{device_id}", "{device_id}_*"]', 'client_ids: ["{device_id}_*"]'))
     cli("policy", "apply", policy)
     cli("device", "add", "D1_1", "--type", "APM")

@@ -1,10 +1,12 @@
-"""Changes that happen later, and what the commands say of work on the brokers."""
+"""Scheduled changes, and what the commands report of enforcement."""
 
+import asyncio
 import json
 
 import pytest
 
 from tests.cli.test_commands import cli, policy, rows  # noqa: F401 - fixtures
+from tests.support.postgres import connected, run
 
 
 def test_a_suspension_that_ends_by_itself_and_a_revocation_in_the_future(cli, policy, dsn):  # noqa: F811
@@ -39,15 +41,31 @@ def test_what_cannot_be_scheduled_changes_nothing(cli, policy, dsn, arguments, s
     assert json.loads(cli("device", "show", "D1", "--json").stdout)["status"] == "active"
 
 
+def test_a_change_that_is_late_is_named_with_or_without_a_lock_on_its_row(cli, policy, dsn, execute):  # noqa: F811
+    execute(
+        "alter table device_schedule disable trigger user;"
+        "insert into device_schedule (device_id, at, status) values ('D1', '2026-01-31T12:00:00Z', 'revoked')"
+    )
+    late = "late: device D1 should have become revoked at 2026-01-31 12:00:00 UTC; "
+    assert late + "no lock on its row is seen" in cli("enforcement", "list").stdout.splitlines()
+
+    async def locked():
+        async with connected(dsn) as connection, connection.transaction():
+            await connection.execute("select from device where device_id = 'D1' for update")
+            return await asyncio.to_thread(cli, "enforcement", "list")
+
+    assert f"{late}its row is locked by " in run(locked()).stdout
+
+
 def test_waiting_says_what_is_not_done_on_the_brokers(cli, policy, dsn):  # noqa: F811
     assert "enforcement is off" in cli("device", "suspend", "D1", "--wait").stderr
     rows(dsn, "insert into enforcement_setup (hold_limit_s) values (30) returning 1")
     rows(dsn, "insert into enforcement_cluster (name) values ('rabbit') returning 1")
     result = cli("device", "revoke", "D1", "--wait", "--timeout", "0.2", exit_code=0)
-    assert "enforcement" not in result.stderr  # it was suspended: nothing of it is connected
+    assert "enforcement" not in result.stderr  # it was suspended, so nothing of it is connected
     result = cli("device", "revoke", "D2", "--wait", "--timeout", "0.2", exit_code=8)
     assert "is revoked, version" in result.stdout
-    assert "not yet known to be true for what is connected" in result.stderr
+    assert "not yet confirmed for existing connections" in result.stderr
     assert "device D2" in result.stderr
     listed = json.loads(cli("enforcement", "list", "--state", "open", "--json").stdout)
     assert [(task["name"], task["causes"], task["by"], task["claimed_by"]) for task in listed] == [
@@ -59,7 +77,7 @@ def test_waiting_says_what_is_not_done_on_the_brokers(cli, policy, dsn):  # noqa
     assert "not begun" in cli("enforcement", "show", listed[0]["id"]).stdout
     assert "1 tasks are due now" in cli("enforcement", "retry").stdout
     assert "no enforcement task 999" in cli("enforcement", "show", "999", exit_code=3).stderr
-    assert "no sweep has been made yet" in cli("enforcement", "sweeps").stdout
+    assert "no sweep has run yet" in cli("enforcement", "sweeps").stdout
     cli("enforcement", "disable")
     cli("device", "reinstate", "D2")
     cli("device", "revoke", "D2")

@@ -1,4 +1,4 @@
-"""What people gave to the commands by mistake, or as other products write it: ``tests/cases/field``."""
+"""Inputs that people give by mistake, or as other products write them: ``tests/cases/field``."""
 
 import os
 import re
@@ -123,7 +123,7 @@ def test_what_lies_beside_certificates_is_told(cli, fleet, tmp_path):
     (folder / "elsewhere").symlink_to(FIELD / "pem")
     told = cli("cert", "import", folder, exit_code=2).stdout
     assert "1 new" in told
-    assert "2 keys beside them are not read" in told
+    assert "2 private keys were not read" in told
     assert "cut.pem:1: CERTIFICATE has no END line: line 10 begins or ends another block" in told
     assert "chain.p7b: not named" in told
     assert "elsewhere: a link to a folder" in told
@@ -171,11 +171,11 @@ def test_an_index_of_another_authority_is_told(cli, fleet, execute, name):
     cli("cert", "import", FIELD / "pem/nonewline.pem")
     index = ("--openssl-index", FIELD / "index" / name, "--issuer", FIELD / "crl/ed-ca.pem")
     told = cli("cert", "import", *index, exit_code=2).stdout
-    assert "is on record as issued by 'CN=Example Ed25519 CA,O=Example': --issuer is another authority" in told
+    assert "is on record as issued by 'CN=Example Ed25519 CA,O=Example': name the right authority with --issuer" in told
     assert {row["state"] for row in execute("select state from certificate")} == {"active"}
 
 
-# --- what other products write -------------------------------------------------------------------------------------
+# --- policies of other products -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_a_connection_uri_is_honoured_or_refused_with_what_it_cannot_have(line, 
     assert uri.connect_timeout_s == (10 if "connect_timeout" in line else None)
 
 
-# --- passwords, and what libraries say -----------------------------------------------------------------------------
+# --- passwords, and library warnings -------------------------------------------------------------------------------
 
 
 def test_a_password_that_is_not_utf_8_is_refused_without_a_word_of_it(cli, execute):

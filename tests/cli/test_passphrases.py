@@ -88,7 +88,7 @@ def test_an_authority_of_an_older_version_goes_on_with_one_passphrase_and_says_s
 
 
 def at_a_terminal(folder, answers):
-    """Run ``ca init pki`` at a terminal and answer what it asks for; returns all that was shown, and the exit status."""
+    """Run ``ca init pki`` at a terminal and answer its prompts; return everything shown, and the exit status."""
     keep = {name: value for name, value in os.environ.items() if not name.startswith("AUTHBACKEND_")}
     process, terminal = pty.fork()
     if process == 0:

@@ -1,4 +1,4 @@
-"""``serve`` as a process: the first ten minutes of a stranger, and its end."""
+"""``serve`` as a process: a newcomer's first ten minutes, and a port that is taken."""
 
 import asyncio
 import os
@@ -15,7 +15,7 @@ from tests.service.conftest import until
 
 @pytest.fixture
 async def start(tmp_path):
-    """Start ``python -m authbackend`` with these arguments; ends what it started."""
+    """Start ``python -m authbackend`` with these arguments; kill it at the end."""
     started = []
 
     async def call(*arguments, **environment):
@@ -37,7 +37,7 @@ async def start(tmp_path):
 
 
 async def read_until(process, text):
-    """Return what a process printed up to a line that contains the text."""
+    """Return what a process prints, up to the line that contains the text."""
     lines = []
     async with asyncio.timeout(60):
         while True:
@@ -49,7 +49,7 @@ async def read_until(process, text):
 
 
 async def test_first_and_second_start_with_a_database_of_its_own(start, tmp_path):
-    """As ``make run``: prints where things are and three curl lines that do what they say."""
+    """Like ``make run``: it prints addresses, and three curl lines that do what they say."""
     listen = {f"AUTHBACKEND_{name}__LISTEN": "127.0.0.1:0" for name in ("BROKER", "ADMIN", "HEALTH")}
     process = await start("serve", "--embedded", tmp_path / "data", "--sample", **listen)
     printed = await read_until(process, "Stop with Ctrl-C")
@@ -60,7 +60,7 @@ async def test_first_and_second_start_with_a_database_of_its_own(start, tmp_path
     assert len(curls) == 3
 
     async def run_curl(line):
-        """Do what curl would: POST the -d form, else GET."""
+        """Send what curl would: POST with -d, else GET."""
         words = shlex.split(line)
         form = words[words.index("-d") + 1] if "-d" in words else None
         headers = {"Content-Type": "application/x-www-form-urlencoded"} if form else {}

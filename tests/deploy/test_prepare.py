@@ -184,7 +184,7 @@ def test_a_certificate_without_its_key_is_refused_with_words_and_nothing_is_put_
 
 def test_a_certificate_of_another_authority_in_pki_is_refused_with_words(checkout):
     theirs = foreign(checkout.secrets / "pki", "rabbitmq.pem", "rabbitmq.key")
-    assert "pki/rabbitmq.pem is not of authority fleet, and stays as it is" in checkout.prepare(fails=True)
+    assert "pki/rabbitmq.pem was not issued by authority fleet and is left as it is" in checkout.prepare(fails=True)
     assert (checkout.secrets / "pki" / "rabbitmq.pem").read_bytes() == theirs["rabbitmq.pem"]
 
 

@@ -736,7 +736,7 @@ async def test_a_node_whose_host_reports_no_more_is_not_known_to_have_the_list(r
             "silent": ["rabbit@one"],
             "unknown": [],
         }
-        assert "crl sync on the host of rabbit@one reports no more" in why_open(task)
+        assert "crl sync on the host of rabbit@one no longer reports" in why_open(task)
         rig.broker.connect("A", certificate_serial="ab", certificate_issuer="CN=ca", certificate_subject="CN=A")
         await report_crl("one", 6)
         await rig.sql.execute("update enforcement set due_at = now()")
