@@ -22,11 +22,12 @@ RUN python -m venv --without-pip /opt/authbackend
 # --only-binary: wheels alone, so that no compiler is ever needed, and a missing wheel is an error here.
 RUN /opt/build/bin/pip --python /opt/authbackend/bin/python install --only-binary :all: --require-hashes \
       --requirement requirements/service.lock
-# The package itself; pyproject.toml puts sql/ inside it.
+# The package itself; pyproject.toml puts sql/ and the manual page inside it.
 COPY pyproject.toml README.md LICENSE ./
 COPY authbackend ./authbackend
 COPY authbackend_load ./authbackend_load
 COPY sql ./sql
+COPY docs/authbackend.1 ./docs/authbackend.1
 RUN /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /tmp/wheels . \
  && /opt/build/bin/pip --python /opt/authbackend/bin/python install --no-deps /tmp/wheels/authbackend-*.whl \
  && /opt/authbackend/bin/authbackend --version

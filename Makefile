@@ -9,6 +9,7 @@
 # make check   format, lint, types, layers, dead code, and the tests that need no broker
 # make format  let the formatter rewrite the code
 # make docs    write the generated parts of docs/ again
+# make wheel   what pipx installs, in dist/
 # make site    the documentation as a site, in build/site; needs npm, once
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 CHECKS := check-format check-lint check-types check-layers check-dead-code check-site
-.PHONY: run test bench mutants fuzz check checks $(CHECKS) format docs site clean
+.PHONY: run test bench mutants fuzz check checks $(CHECKS) format docs site wheel clean
 .DEFAULT_GOAL := check
 
 # A missing part of Debian is named with the line that installs it.
@@ -93,8 +94,11 @@ format: $(VENV)/.dev
 site: $(VENV)/.dev
 	@BIN=$(BIN) tools/build-site
 
+wheel: $(VENV)/.run
+	@$(BIN)/hatchling build
+
 docs: $(VENV)/.dev
 	$(BIN)/python tools/generate-docs
 
 clean:
-	rm -rf $(VENV) $(VENV)-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache mutants .fuzz
+	rm -rf $(VENV) $(VENV)-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache mutants .fuzz dist

@@ -18,6 +18,7 @@ from authbackend.cli.ca import ca
 from authbackend.cli.cert import cert
 from authbackend.cli.certs import certs
 from authbackend.cli.common import Commands
+from authbackend.cli.completion import completion
 from authbackend.cli.crl import crl
 from authbackend.cli.device import device
 from authbackend.cli.enforcement import enforcement
@@ -25,7 +26,7 @@ from authbackend.cli.enroll import enroll
 from authbackend.cli.explain import explain
 from authbackend.cli.policy import policy
 from authbackend.cli.replicas import replicas, wait
-from authbackend.cli.serve import migrate, serve
+from authbackend.cli.serve import migrate, roles, serve
 
 __all__ = ["main"]
 
@@ -48,7 +49,23 @@ def main(context: click.Context, config: str | None) -> None:
     context.obj = config
 
 
-COMMANDS = (serve, migrate, policy, device, account, ca, cert, crl, replicas, wait, enforcement, audit, explain, certs)
-for command in COMMANDS:
+for command in (
+    serve,
+    migrate,
+    roles,
+    policy,
+    device,
+    account,
+    ca,
+    cert,
+    crl,
+    replicas,
+    wait,
+    enforcement,
+    audit,
+    explain,
+    certs,
+    completion,
+):
     main.add_command(command)
 device.add_command(enroll)

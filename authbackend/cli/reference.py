@@ -1,4 +1,4 @@
-"""The generated pages of ``docs/``."""
+"""The generated pages of ``docs/`` and the manual page."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import click
 from prometheus_client import CollectorRegistry, Metric
 from pydantic import BaseModel, SecretStr
 
+from authbackend import __version__
 from authbackend.broker.metrics import BrokerMetrics
 from authbackend.certificates.metrics import CertificateMetrics
+from authbackend.cli.manual import manual_page
 from authbackend.enforcement.metrics import EnforcementMetrics
 from authbackend.log_events import EVENTS
 from authbackend.metrics import admin_metrics, health_metrics
@@ -66,6 +68,7 @@ def pages() -> dict[str, str]:
         "schema.md": _GENERATED + "\n".join(_schema()) + "\n",
         "reasons.md": _GENERATED + "\n".join(_reasons()) + "\n",
         "command-line.md": _GENERATED + "\n".join(_command_line()) + "\n",
+        "authbackend.1": _manual_page(),
     }
 
 
@@ -268,8 +271,9 @@ def _schema() -> Iterator[str]:
     types = {table: dict(_COLUMN.findall(body)) for table, body in _TABLE.findall(schema)}
     yield "# Tables"
     yield ""
-    yield "People edit the tables of the registry, with psql, a policy file or commands; `sql/roles.sql` has the roles for it. The"
-    yield "service, triggers and functions write the other tables; you may read them. `\\d+ device` in psql shows the same texts."
+    yield "People edit the tables of the registry, with psql, a policy file or commands; `authbackend roles` prints the roles for"
+    yield "it. The service, triggers and functions write the other tables; you may read them. `\\d+ device` in psql shows the same"
+    yield "texts."
     for section, tables in TABLES.items():
         yield ""
         yield f"## {section}"
@@ -292,7 +296,16 @@ def _command_line() -> Iterator[str]:
 
     yield "# Command line"
     yield ""
+    yield "Everything is also in the manual page, `man authbackend`, which a wheel installs. To have a shell complete commands,"
+    yield "options and their values, see [`authbackend completion`](#authbackend-completion)."
+    yield ""
     yield from _help(main, ("authbackend",))
+
+
+def _manual_page() -> str:
+    from authbackend.cli import main
+
+    return manual_page(main, "authbackend", __version__)
 
 
 def _help(command: click.Command, path: tuple[str, ...], parent: click.Context | None = None) -> Iterator[str]:

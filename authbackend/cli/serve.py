@@ -1,4 +1,4 @@
-"""``serve`` and ``migrate``."""
+"""``serve``, ``migrate`` and ``roles``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from authbackend.postgres import migrate as migrations
 from authbackend.postgres import policy_apply
 from authbackend.postgres.connection import Target
 from authbackend.postgres.embedded import embedded, tools
+from authbackend.postgres.statements import SQL
 from authbackend.service import components, replica, supervisor
 from authbackend.settings import Database, Settings, is_loopback
 
@@ -156,3 +157,16 @@ def migrate(context: click.Context, repair_triggers: bool, as_json: bool) -> Non
             yield f"enabled {repaired} triggers"
 
     show(result, as_json, lines)
+
+
+@click.command()
+def roles() -> None:
+    """
+    Print the SQL that creates the database roles of least privilege; its first lines say what each is for.
+
+    Run it as the owner of the tables, after the first migration and after an upgrade:
+
+    \b
+      authbackend roles | psql --set ON_ERROR_STOP=1 "$AUTHBACKEND_DATABASE__DSN"
+    """  # noqa: D301 - click leaves the lines after this mark as they are
+    click.echo((SQL / "roles.sql").read_text(encoding="utf-8"), nl=False)
