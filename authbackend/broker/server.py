@@ -12,14 +12,14 @@ from aiohttp import web
 from aiohttp.http import HttpVersion11, RawRequestMessage
 from aiohttp.web_protocol import RequestHandler
 
-from authbackend.bounded_server import BoundedConnection, BoundedServer, Bounds, accepting
 from authbackend.broker import protocol as broker_protocol
+from authbackend.broker.bounded_server import BoundedConnection, BoundedServer, Bounds, accepting
 from authbackend.broker.handlers import QUESTIONS, Handlers, PendingLogin
 from authbackend.broker.metrics import BrokerMetrics
 from authbackend.broker.protocol import Malformed
 from authbackend.broker.responses import write
+from authbackend.broker.tls import TLSFiles
 from authbackend.errors import ConfigurationError
-from authbackend.tls import TLSFiles
 
 log = structlog.get_logger(__name__)
 

@@ -21,8 +21,8 @@ from authbackend.backoff import Backoff, Reachability
 from authbackend.certificates.crl_endpoint import PublishedCrl
 from authbackend.certificates.metrics import CertificateMetrics
 from authbackend.errors import AuthbackendError, ConfigurationError
-from authbackend.fault_log import FaultLog
 from authbackend.file_stamps import Stamps, stamps
+from authbackend.logs.fault_log import FaultLog
 from authbackend.pki.ca import AUTHORITY_FILES, AuthorityFolder
 from authbackend.pki.crl import CrlEntry, RevocationList, entries_of, next_number
 from authbackend.pki.crl_sync import WAIT_S

@@ -17,7 +17,7 @@ from authbackend.broker.metrics import BrokerMetrics
 from authbackend.certificates.metrics import CertificateMetrics
 from authbackend.cli.manual import manual_page
 from authbackend.enforcement.metrics import EnforcementMetrics
-from authbackend.log_events import EVENTS
+from authbackend.logs.events import EVENTS
 from authbackend.metrics import admin_metrics, health_metrics
 from authbackend.policy.reasons import Reason
 from authbackend.postgres.statements import SQL

@@ -24,7 +24,7 @@ from authbackend.enforcement.lanes import BulkLane, UrgentLane
 from authbackend.enforcement.sweep import Sweep, SweepObserver, SweepSettings
 from authbackend.enforcement.tasks import MASS, URGENT, Backlog, Overdue, TaskStore
 from authbackend.errors import AuthbackendError, Unavailable
-from authbackend.fault_log import FaultLog
+from authbackend.logs.fault_log import FaultLog
 from authbackend.policy.decide import DecisionSettings
 from authbackend.registry.store import Store
 

@@ -21,7 +21,7 @@ from authbackend import clocks
 from authbackend.backoff import Backoff, Reachability
 from authbackend.clocks import Instant
 from authbackend.errors import AuthbackendError, NoRoom, Unwritable
-from authbackend.fault_log import FaultLog
+from authbackend.logs.fault_log import FaultLog
 from authbackend.registry import lost_changes
 from authbackend.registry.position import FeedPosition
 from authbackend.registry.records import Patch

@@ -18,11 +18,12 @@ from prometheus_client import CollectorRegistry
 from authbackend import __version__, metrics
 from authbackend.api.server import application
 from authbackend.backoff import Reachability
-from authbackend.bounded_server import BoundedServer, Bounds, accepting
+from authbackend.broker.bounded_server import BoundedServer, Bounds, accepting
 from authbackend.broker.handlers import Handlers, Limits
 from authbackend.broker.metrics import BrokerMetrics
 from authbackend.broker.protocol import LONGEST_REQUEST_LINE_BYTES
 from authbackend.broker.server import BrokerServer, listening
+from authbackend.broker.tls import TLSFiles, watch
 from authbackend.certificates.crl_endpoint import PublishedCrls, from_plain, to_plain
 from authbackend.certificates.crl_publisher import CrlPublisher, WatchedAuthority
 from authbackend.certificates.metrics import CertificateMetrics
@@ -51,7 +52,6 @@ from authbackend.service.replica import ReplicaResources, open_replica, target
 from authbackend.service.shared_value import SharedValue
 from authbackend.settings import TLS, Broker, Settings, host_and_port, is_loopback
 from authbackend.settings import Health as HealthSettings
-from authbackend.tls import TLSFiles, watch
 
 log = structlog.get_logger(__name__)
 

@@ -12,7 +12,8 @@ from urllib.parse import urlencode, urlsplit
 
 import structlog
 
-from authbackend import clocks, metric_files
+from authbackend import clocks
+from authbackend.metrics import files as metric_files
 from authbackend.postgres.connection import Target
 from authbackend.postgres.uri import parse
 from authbackend.registry.identity import Boot

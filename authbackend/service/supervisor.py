@@ -29,9 +29,10 @@ from pathlib import Path
 import structlog
 import uvloop
 
-from authbackend import logs, metric_files
+from authbackend import logs
 from authbackend.backoff import Backoff
 from authbackend.errors import AuthbackendError, ConfigurationError, Unavailable
+from authbackend.metrics import files as metric_files
 from authbackend.registry.store import Store
 from authbackend.service import components
 from authbackend.service.replica import (

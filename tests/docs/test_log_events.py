@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-from authbackend.log_events import EVENTS
+from authbackend.logs.events import EVENTS
 
 PACKAGE = Path(__file__).parent.parent.parent / "authbackend"
 LEVELS = {"debug": "debug", "info": "info", "warning": "warning", "error": "error", "exception": "error"}
@@ -29,6 +29,6 @@ def logged():
 def test_every_event_is_in_the_list_and_no_other():
     levels = {}
     for event, level, place in logged():
-        assert event in EVENTS, f"{place}: add {event} to authbackend/log_events.py"
+        assert event in EVENTS, f"{place}: add {event} to authbackend/logs/events.py"
         levels.setdefault(event, set()).add(level)
     assert {event: set(level.split(", ")) for event, (level, _) in EVENTS.items()} == levels

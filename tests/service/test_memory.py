@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 
 from authbackend.errors import NoRoom
-from authbackend.metric_files import FILE_BYTES
+from authbackend.metrics.files import FILE_BYTES
 from authbackend.registry.position import FeedPosition
 from authbackend.registry.records import DeviceRow, Patch
 from authbackend.registry.store import Store
@@ -205,7 +205,8 @@ def test_the_gauges_of_a_process_that_is_gone_are_forgotten_and_their_memory_is_
 import sys
 from pathlib import Path
 from prometheus_client import CollectorRegistry, Gauge
-from authbackend import metric_files, metrics
+from authbackend import metrics
+from authbackend.metrics import files as metric_files
 folder = Path(sys.argv[1]) / "metrics"
 metric_files.reserve(folder, ["worker-0"])
 metric_files.share(folder, "worker-0")
@@ -225,7 +226,8 @@ def test_a_series_for_which_there_is_no_memory_is_counted_from_when_there_is(fol
 import sys
 from pathlib import Path
 from prometheus_client import CollectorRegistry, Counter
-from authbackend import metric_files, metrics
+from authbackend import metrics
+from authbackend.metrics import files as metric_files
 from tests.service.test_memory import fill
 folder = Path(sys.argv[1])
 metric_files.reserve(folder / "metrics", ["worker-0"])

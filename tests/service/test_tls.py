@@ -15,10 +15,10 @@ import pytest
 import structlog.testing
 from cryptography.hazmat.primitives import serialization
 
-from authbackend import tls
+from authbackend.broker import tls
+from authbackend.broker.tls import TLSFiles
 from authbackend.errors import ConfigurationError
 from authbackend.pki.bench_ca import Authority
-from authbackend.tls import TLSFiles
 from tests.service.conftest import HASH, POLICY, apply, running, until
 
 
@@ -146,7 +146,7 @@ def test_an_encrypted_key_is_refused_with_words_and_nobody_is_asked(bench):
     key = bench.folder / "server.key"
     key.write_bytes(encrypted(key.read_bytes()))
     code = (
-        "import sys, pathlib; from authbackend.tls import TLSFiles\n"
+        "import sys, pathlib; from authbackend.broker.tls import TLSFiles\n"
         "try: TLSFiles('broker', *map(pathlib.Path, sys.argv[1:]), None)\n"
         "except Exception as error: print(type(error).__name__, error)"
     )

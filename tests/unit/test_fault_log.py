@@ -4,7 +4,7 @@ import asyncio
 
 from structlog.testing import capture_logs
 
-from authbackend.fault_log import FaultLog
+from authbackend.logs.fault_log import FaultLog
 from tests.support.clock import run_on_clock
 
 

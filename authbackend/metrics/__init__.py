@@ -4,7 +4,7 @@ Prometheus metrics: the exposition, and parts shared by all modules with metrics
 The number of series depends on device types and reasons, never on the number of devices.
 
 Names and meanings are part of the public interface: docs/metrics.md lists them, and a test keeps the two in step. The
-processes of a replica share metrics through files in memory (``metric_files``): a restarted worker continues with the
+processes of a replica share metrics through files in memory (``files``): a restarted worker continues with the
 counters of its predecessor, and the gauges of a process that has ended are cleared.
 """
 
