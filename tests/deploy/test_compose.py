@@ -91,6 +91,10 @@ def test_each_node_has_a_list_of_its_own_of_which_only_its_sync_knows(number):
         == SERVICES[f"rabbitmq{number}"]["environment"]["RABBITMQ_NODENAME"]
     )
     assert sync["profiles"] == SERVICES["crl-signer"]["profiles"] == ["revocation"]
+    # The database accepts reports of one node from one role.
+    role = f"crl_rabbitmq{number}"
+    assert f"//{role}@" in sync["environment"]["AUTHBACKEND_DATABASE__DSN"]
+    assert f"alter role {role} password :'{role}';" in (REPO / "deploy" / "database-roles").read_text(encoding="utf-8")
 
 
 def test_every_file_that_is_mounted_is_in_the_checkout_or_made_by_prepare():
