@@ -366,7 +366,8 @@ class Log(_Section):
 
     format: Literal["json", "console"] = Field("json", description="`json`, one object per line, or `console`.")
     level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Lowest level that is logged. Allowed requests are logged at `debug`, denials at `info`."
+        "info",
+        description="Lowest level that is logged. Denials are logged at `info`; allowed requests are not logged.",
     )
     denials_per_device: int = Field(
         5,

@@ -1,5 +1,5 @@
 """
 The HTTP endpoints that RabbitMQ's HTTP auth backend calls.
 
-They decide from ``registry`` by ``policy``, without the database and without the disk.
+The bounded HTTP server and its TLS serve the listeners for people and for health as well. The endpoints decide from ``registry`` by ``policy``, without the database and without the disk.
 """

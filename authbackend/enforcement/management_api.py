@@ -1,7 +1,7 @@
 """
 The client of RabbitMQ's management API: lists and closes connections, lists and deletes queues of one cluster.
 
-Only this module talks to brokers. It knows nothing of tasks or the registry.
+Only this module calls RabbitMQ. It knows nothing of tasks or the registry.
 
 Source: RabbitMQ's HTTP API reference, and the behaviour of 4.3.6: the list of one user's connections comes from the
 connection tracking and is current; the list of all connections comes from the statistics and may be seconds late.

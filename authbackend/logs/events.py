@@ -20,6 +20,23 @@ EVENTS = {
         "info",
         "The files of `pki.authority_dir` were read again; new CRLs are signed with them.",
     ),
+    "crl.expired": (
+        "error",
+        "The CRL that `crl sync` installed has expired: the broker refuses every certificate. Find out why no newer one arrives.",
+    ),
+    "crl.file_unusable": (
+        "warning",
+        "`crl sync` cannot read the file of an installed CRL; it is replaced as soon as a CRL arrives.",
+    ),
+    "crl.late": (
+        "warning",
+        "The installed CRL is near its end and no newer one has arrived: at `next_update` the broker refuses every certificate.",
+    ),
+    "crl.not_updated": ("warning", "`crl sync` could not fetch or install a CRL; `error` says why. It tries again."),
+    "crl.tls_files_not_reloaded": (
+        "warning",
+        "The TLS files of `crl sync` have changed and cannot be used; the old ones stay in use.",
+    ),
     "crl.following": ("info", "CRLs can be read and signed again."),
     "crl.not_reported": (
         "warning",

@@ -202,9 +202,7 @@ class Sync:
                 self._seen(installed)
             left = installed.next_update - now
             if left.total_seconds() <= 0:
-                self._log_fault(
-                    "crl.expired", level="error", path=str(path), effect="the broker refuses every certificate"
-                )
+                self._log_fault("crl.expired", "error", path=str(path), effect="the broker refuses every certificate")
             elif left < (installed.next_update - installed.this_update) * LATE_SHARE:
                 self._log_fault("crl.late", path=str(path), next_update=installed.next_update.isoformat())
 

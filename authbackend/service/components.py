@@ -1,4 +1,4 @@
-"""Builds each process of a replica from the settings: the only module that may import every part."""
+"""Builds each process of a replica from the settings; of the service, only this module knows every part."""
 
 from __future__ import annotations
 

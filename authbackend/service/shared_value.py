@@ -1,4 +1,4 @@
-"""Values that the follower process passes to the health process, through files in memory that are replaced atomically."""
+"""Values that the follower process passes to the other processes, through files in memory that are replaced atomically."""
 
 from __future__ import annotations
 

@@ -20,6 +20,8 @@ def logged():
                     yield event.value, "warning", f"{file.name}:{node.lineno}"
                     for each in over:
                         yield each.value, "info", f"{file.name}:{node.lineno}"
+                case ast.Call(func=ast.Attribute(attr="_log_fault"), args=[event, *level]):
+                    yield event.value, level[0].value if level else "warning", f"{file.name}:{node.lineno}"
                 case ast.Call(func=ast.Attribute(value=ast.Name(id="log"), attr=method), args=[event, *_]):
                     if method in LEVELS:
                         assert isinstance(event, ast.Constant), f"{file}:{node.lineno}: an event is a plain string"
