@@ -21,7 +21,8 @@ from authbackend.enforcement.sweep import Report, SweepSettings
 from authbackend.enforcement.tasks import Backlog
 from authbackend.policy.decide import DecisionSettings
 from authbackend.postgres.connection import Target
-from authbackend.postgres.enforcement import leading, open_store
+from authbackend.postgres.enforcement import PostgresTaskStore, leading, open_store
+from authbackend.postgres.listener import Listener
 from authbackend.postgres.replicas import Identity, PostgresReplicaTable
 from authbackend.registry.announcer import Peers, ReplicaAnnouncer
 from authbackend.registry.identity import Boot
@@ -34,6 +35,9 @@ insert into device_type (name, client_ids, vhosts) values ('T', '{"{device_id}",
 insert into topic_rule (device_type, effect, action, topic)
 values ('T', 'allow', 'publish', 'fleet/{device_id}/#'), ('T', 'allow', 'subscribe', 'fleet/{device_id}/#'), ('T', 'allow', 'subscribe', 'news/#');
 """
+
+MARKER = "marker_of_tests"
+"""The channel of a notification that only marks a place in the order of all notifications."""
 
 
 class RecordingObserver:
@@ -76,6 +80,7 @@ class Rig:
         self.brokers: dict[str, Broker] = {}
         self.observer = RecordingObserver()
         self.copy: Following | None = None
+        self._markers: dict[str, Listener] = {}
 
     @property
     def broker(self) -> Broker:
@@ -112,6 +117,19 @@ class Rig:
                 await asyncio.sleep(0.02)
         return await self.tasks(condition)
 
+    @contextlib.asynccontextmanager
+    async def _open_store(self, part: str) -> AsyncIterator[PostgresTaskStore]:
+        """Open the store of a part of the leader; its connection also listens on a channel that only tests use."""
+        async with open_store(Target(self.dsn), part) as store:
+            self._markers[part] = Listener(store._connection)
+            await self._markers[part].listen(MARKER)
+            yield store
+
+    async def has_heard(self, part: str) -> None:
+        """Wait until a part of the leader has received all notifications of the transactions committed so far."""
+        await self.sql.execute(f"notify {MARKER}")  # a connection receives notifications in the order of commits
+        assert await self._markers[part].wait(20.0)
+
     def leader(self, store: Store, sweep_s: float | None = None, per_second: float = 1000.0) -> Leader:
         """Return a leader that uses a copy of the registry."""
         target = Target(self.dsn)
@@ -124,7 +142,7 @@ class Rig:
         settings = LeaderSettings(clusters, per_second, DecisionSettings(), SweepSettings(sweep_s or 3600.0, closes))
         return Leader(
             lambda: leading(target, 30.0, list(clusters)),
-            lambda part: open_store(target, part),
+            self._open_store,
             store,
             self.observer,
             settings,
