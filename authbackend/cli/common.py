@@ -1,4 +1,4 @@
-"""Settings, output and error handling shared by all commands."""
+"""What all commands share: settings, errors, output, and how receipts are shown."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ class Enforcer:
         While the function runs, the reader stays at one version and nothing else may use it; so it is not a coroutine.
 
         Raises:
-            Unavailable: The copy is too old, or not loaded yet, when every user would look unknown.
+            Unavailable: The copy is too old, or not loaded yet; every user would look unknown.
         """
         with self._registry as registry:
             if registry.age_s > OLDEST_COPY_S:
@@ -445,7 +445,7 @@ class Batch:
         """
         Return in how many seconds to look again; None if the plan is finished.
 
-        The last look must end nothing and see all nodes; replicas and CRLs must have been confirmed one look before it.
+        It is finished when this look ended nothing and saw all nodes, and replicas and CRLs were confirmed before it.
         """
         if plan.superseded:
             return None

@@ -21,7 +21,7 @@ FEW = 50
 """Up to this many users or client ids are looked up by name; for more, everything is listed."""
 
 _CATCH_UP_S = 1.0
-"""Turns that were not used may be used up to this much later; older ones are lost."""
+"""Unused turns may be caught up for this long."""
 
 
 class Cluster(Protocol):

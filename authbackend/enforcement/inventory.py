@@ -27,7 +27,7 @@ class Inventory(Protocol):
     The connections and sessions of a cluster.
 
     Args:
-        look_again_s: After this many seconds, another look sees every login that was allowed before the first one.
+        look_again_s: Seconds until the next look: long enough that it sees every login allowed before the first one.
         lists_everything: Whether :meth:`sessions` returns those of all owners, whomever it is asked for.
     """
 

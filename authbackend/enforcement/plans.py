@@ -111,9 +111,9 @@ class Plan:
         """
         Return whether a connection of its users ends, in a plan where not all of them do; None if that is unknown.
 
-        A user who is still permitted may have logged in again after being closed. So at a later look only connections
-        end that are older than the confirmation by every replica, and none before that confirmation: one replica that
-        stays silent must not cause its clients to be closed at every look.
+        A user who is still permitted may have logged in again after being closed. So until every replica has confirmed,
+        later looks close nothing, and afterwards only connections that are older than the confirmation: otherwise one
+        silent replica would have its clients closed at every look.
         """
         if self.certificate is not None:
             return shows_certificate(connection, self.certificate)

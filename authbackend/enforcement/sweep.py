@@ -274,9 +274,9 @@ def connection_fault(
     checker: Checker, registry: Registry, connection: LiveConnection, certificates: CertificatesOnRecord
 ) -> tuple[str | None, str | None]:
     """
-    Return the cause for which a live connection is not allowed, and why; None twice if it is.
+    Return why a live connection is not allowed, as cause and explanation; (None, None) if it is allowed.
 
-    A certain violation comes before incomplete facts.
+    A violation beyond doubt comes before incomplete facts.
     """
     device = registry.device_by_name(connection.user)
     reason = checker.connection(connection)

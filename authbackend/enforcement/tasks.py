@@ -203,7 +203,7 @@ class TaskStore(Protocol):
         """
 
     async def hold_client_ids(self, device_type: str) -> None:
-        """Of the client ids that a type has gained, hold only those that its tasks' receipts list as moved."""
+        """Hold, of the client ids that a type has gained, only those found in use; its tasks' receipts list them as moved."""
 
     async def release_client_ids(self, device_type: str, task: int) -> None:
         """Let the devices of a type use the client ids they gained, unless another open task still moves some."""

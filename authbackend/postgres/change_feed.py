@@ -234,7 +234,7 @@ class ChangeFeed:
 
     @contextlib.asynccontextmanager
     async def _read(self) -> AsyncIterator[tuple[Connection, FeedRead, int]]:
-        """Open a read transaction; yield the connection, its position, and the floor: older changes may be pruned."""
+        """Open a read transaction; yield the connection, its position, and the floor, below which changes may have been pruned."""
         with translated_errors():
             connection = await self._connected()
             server = await connection.fetchrow(self._statements.server.sql)

@@ -1,5 +1,5 @@
 """
-Watch from a second connection who waits for a writing session and for whom it waits, so that it gives way.
+Watch, from a second connection, who waits for a writing session and whom it waits for, so that it can be rolled back.
 
 A long transaction that holds row locks is rolled back as soon as somebody else wants one of the rows. PostgreSQL lets
 every role read ``pg_locks`` and see pid, role and application of each session. Only members of ``pg_read_all_stats`` see

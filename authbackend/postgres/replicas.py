@@ -24,7 +24,7 @@ log = structlog.get_logger(__name__)
 
 _POLL_EVERY_S = 0.02
 _STEP_S = 2.0
-"""Smaller clock steps and drift are harmless: replicas are waited for 5 s longer than their copies count."""
+"""Smaller clock steps and drift are harmless: waiting for a replica ends 5 s after its copy is too old to answer from."""
 
 _VERSION = re.compile(r"([1-9][0-9]{0,18})(?:@([0-9a-f]{8}))?")
 

@@ -33,7 +33,7 @@ def report(differing_keys: set[Key], later: set[Key] | None) -> int:
     """
     Log the served changes that are lost, by name, and return how many.
 
-    An entry that was changed again afterwards may have lost nothing, and is not named.
+    Entries that were changed again later are not named: they may have lost nothing.
 
     Args:
         differing_keys: Entries that differ from what was served.

@@ -59,8 +59,8 @@ class State:
             share.
         content: Increases with every change of the content.
         fault: Why the last refresh failed, None if it succeeded.
-        longest_staleness_s: The limit last announced to the other replicas, if the database has not been read since the
-            start.
+        longest_staleness_s: Set only after a start from disk, until the database is read: the limit that the other
+            replicas know.
         database_time: The database's clock at ``synced_at``, seconds since the epoch; None if unknown.
     """
 

@@ -19,7 +19,7 @@ METRICS_SHARE = 0.2
 
 class Exposition:
     """
-    The metrics endpoint; rendered once for all waiting clients, never before the request.
+    The metrics endpoint: one rendering answers all waiting requests, and nothing is rendered in advance.
 
     Args:
         render: Reads the files of all processes; blocks the event loop for milliseconds.
