@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import ssl
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -155,13 +155,16 @@ class Environment:
 
     def separate(self) -> None:
         """
-        Give brokers and devices, which would run on other hosts, less CPU time than replicas and database.
+        Give whatever would run on other hosts (brokers, devices, PostgreSQL) less CPU time than the replicas.
 
-        By the nice value of their sessions. Source: sched(7), "The autogroup feature".
+        By the nice value of their sessions; each backend of PostgreSQL has its own. Source: sched(7), "The autogroup
+        feature".
         """
-        sessions = {str(os.getsid(node.pid)) for node in self.cluster.nodes} | {"self"}
-        for session in sessions:
-            Path(f"/proc/{session}/autogroup").write_text("19")
+        replicas = {os.getsid(each.pid) for each in (self.service, self.other)}
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended
+                if os.getsid(int(process.name)) not in replicas:
+                    (process / "autogroup").write_text("19")
 
     def close(self) -> None:
         """Stop the replicas."""
@@ -178,7 +181,7 @@ def accounts_file(directory: Path) -> Path:
     return file
 
 
-@contextmanager
+@contextlib.contextmanager
 def running_environment(options: Options) -> Iterator[Environment]:
     """
     Run all parts for the duration of the block.

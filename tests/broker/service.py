@@ -99,6 +99,12 @@ class Service:
     def _environment_for(self, dsn: str) -> dict[str, str]:
         return self._environment | {"AUTHBACKEND_DATABASE__DSN": dsn}
 
+    @property
+    def pid(self) -> int:
+        """The process id of the parent."""
+        assert self._process is not None
+        return self._process.pid
+
     def command(self, *arguments: str | Path, stdin: str | None = None, dsn: str | None = None) -> str:
         """
         Run ``authbackend ARGUMENTS`` as the role that edits, or with ``dsn``; return its standard output.
